@@ -1,0 +1,83 @@
+"""Indexer logits: one matrix product per chunk of rows, then a weighted sum over heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_backends.contract import layouts
+
+from .memory import row_chunks
+
+
+def _logits(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+    """fp32 ``[n, keys]`` from q ``[n, h, d]``, k fp32 ``[keys, d]`` or ``[n, keys, d]`` and weights ``[n, h]``."""
+    products = (q.float() @ k.transpose(-1, -2)).relu_()
+    return (weights.unsqueeze(1) @ products).squeeze(1)
+
+
+def mqa_logits(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See ``dsv4_backends.contract.indexer.mqa_logits``."""
+    m, h, _ = q.shape
+    n = k.shape[0]
+    width = n if max_seqlen_k is None else max_seqlen_k
+    if out is None:
+        out = torch.empty((m, width), dtype=torch.float32, device=q.device)
+    starts, ends = row_starts.clamp(0, n).unsqueeze(-1), row_ends.clamp(0, n).unsqueeze(-1)
+    keys, columns = k.float(), torch.arange(width, device=q.device)
+    for rows in row_chunks(m, 4 * h * max(n, 1)):
+        logits = _logits(q[rows], keys, weights[rows]) * k_scale
+        if max_seqlen_k is None:
+            inside = (columns >= starts[rows]) & (columns < ends[rows])
+        else:
+            source = starts[rows] + columns
+            inside = source < ends[rows]
+            padded = torch.nn.functional.pad(logits, (0, 1))  # so that there is a column to name
+            logits = padded.gather(1, source.masked_fill(~inside, n).long())
+        out[rows] = torch.where(inside, logits, -torch.inf)
+    return out
+
+
+def paged_mqa_logits(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See ``dsv4_backends.contract.indexer.paged_mqa_logits``."""
+    b, next_n, h, d = q.shape
+    pages, page_size = k_cache.shape[:2]
+    if out is None:
+        out = torch.empty((b * next_n, max_context_len), dtype=torch.float32, device=q.device)
+    lens = context_lens if context_lens.dim() == 2 else context_lens.unsqueeze(1)
+    lens = lens.expand(b, next_n).reshape(b * next_n, 1)
+    positions = torch.arange(max_context_len, device=q.device)
+    block = (positions // page_size).clamp(max=max(block_table.shape[1] - 1, 0))
+    usable = pages > 0 and block_table.shape[1] > 0
+    # A request at a time: its rows share the keys. A chunk of keys is bounded by the products and by the keys.
+    for request in range(b):
+        rows = slice(request * next_n, (request + 1) * next_n)
+        for part in row_chunks(max_context_len, 4 * max(next_n * h, d)):
+            inside = positions[part] < lens[rows]
+            if usable:
+                page = block_table[request, block[part]].clamp(0, pages - 1).long()
+                keys, scale = layouts.read_indexer_keys(k_cache, page * page_size + positions[part] % page_size)
+                logits = _logits(q[request], keys.float(), weights[rows]) * scale
+            else:
+                logits = torch.zeros(inside.shape, device=q.device)
+            out[rows, part] = torch.where(inside, logits, -torch.inf)
+    return out

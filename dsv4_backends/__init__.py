@@ -1,0 +1,72 @@
+"""DeepSeek V4's hot ops on every GPU: one contract per op, and a choice of provider that explains itself.
+
+Importing this package imports neither torch nor a provider: names load when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CONTRACTS": "contract",
+    "OPS": "contract.names",
+    "ContractError": "errors",
+    "DSV4Error": "errors",
+    "Implementation": "provider",
+    "NoProviderError": "errors",
+    "PluginError": "errors",
+    "PolicyError": "errors",
+    "ProviderSpec": "provider",
+    "Reason": "provider",
+    "Tier": "provider",
+    "hookimpl": "hookspecs",
+    "reset": "ops",
+    "resolution": "ops",
+    "stats": "ops",
+    "use_providers": "policy",
+}
+
+if TYPE_CHECKING:
+    from . import ops
+    from .contract import CONTRACTS, OPS
+    from .errors import ContractError, DSV4Error, NoProviderError, PluginError, PolicyError
+    from .hookspecs import hookimpl
+    from .ops import reset, resolution, stats
+    from .policy import use_providers
+    from .provider import Implementation, ProviderSpec, Reason, Tier
+
+__all__ = [
+    "CONTRACTS",
+    "OPS",
+    "ContractError",
+    "DSV4Error",
+    "Implementation",
+    "NoProviderError",
+    "PluginError",
+    "PolicyError",
+    "ProviderSpec",
+    "Reason",
+    "Tier",
+    "hookimpl",
+    "ops",
+    "reset",
+    "resolution",
+    "stats",
+    "use_providers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name == "ops":
+        return importlib.import_module(f"{__name__}.ops")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,81 @@
+"""Compute capability as a version. This file holds the only comparison of capabilities in the code base.
+
+A capability is a ``packaging.version.Version`` ("8.6", "12.1"). A claim is a tuple of specifier sets of which one
+must match: ``(">=8.0",)`` for code compiled on the spot, ``("==9.0", "==10.0")`` for a library that was built for
+exactly those. A newer part of a family that a claim names exactly ("10.3" where "==10.0" is claimed) is *untested*:
+it may run, so it is neither refused nor trusted.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from .errors import PolicyError
+
+
+class Support(enum.Enum):
+    """What a claim says about one capability."""
+
+    SUPPORTED = "supported"
+    UNTESTED = "untested"
+    UNSUPPORTED = "unsupported"
+
+
+def parse_capability(text: str) -> Version:
+    """Read ``sm_86``, ``sm_90a``, ``sm86``, ``8.6`` as a capability.
+
+    Raises:
+        PolicyError: the text is none of these.
+    """
+    if match := re.fullmatch(r"(?:sm_?)(\d{1,2})(\d)[af]?", text.strip().lower()):
+        return Version(f"{match[1]}.{match[2]}")
+    if match := re.fullmatch(r"(\d{1,2})\.(\d)", text.strip()):
+        return Version(match[0])
+    raise PolicyError(f"compute capability: expected the form sm_86 or 8.6, got {text!r}")
+
+
+def sm(capability: Version) -> str:
+    """The ``sm_86`` spelling of a capability."""
+    return f"sm_{capability.major}{capability.minor}"
+
+
+@lru_cache(maxsize=256)
+def support(claim: tuple[str, ...], capability: Version) -> Support:
+    """Judge one capability against a claim (a tuple of specifier sets, any of which may match)."""
+    sets = [SpecifierSet(text) for text in claim]
+    if any(capability in specifiers for specifiers in sets):
+        return Support.SUPPORTED
+    exact = [
+        Version(specifier.version)
+        for specifiers in sets
+        for specifier in specifiers
+        if specifier.operator == "==" and not specifier.version.endswith(".*")
+    ]
+    if any(capability.major == named.major and capability > named for named in exact):
+        return Support.UNTESTED
+    return Support.UNSUPPORTED
+
+
+def describe(claim: Iterable[str]) -> str:
+    """A claim in words: ``9.0, 10.x or 12.0 and newer``."""
+    parts = []
+    for text in claim:
+        words = []
+        for specifier in sorted(SpecifierSet(text), key=str):
+            operator, version = specifier.operator, specifier.version.replace(".*", ".x")
+            words.append(
+                {
+                    "==": version,
+                    ">=": f"{version} and newer",
+                    "<": f"below {version}",
+                    "!=": f"not {version}",
+                }.get(operator, f"{operator} {version}")
+            )
+        parts.append(", ".join(words))
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " or " + parts[-1]

@@ -1,0 +1,150 @@
+"""The hyper-connection's prenorm GEMM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import inputs as draw
+from .models import FLASH, PRO
+from .op import Case, Cost, Form, OpContract, Rule, ScalarArg, TensorArg, Tolerance, tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def hc_prenorm_gemm(
+    x: Tensor,
+    fn: Tensor,
+    *,
+    num_splits: int | None = None,
+    out: Tensor | None = None,
+    sqr_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The GEMM before the norm of a hyper-connection, and the sum of squares that the norm needs::
+
+        mixes   = x @ fn.T
+        sqr_sum = sum over k of x ** 2
+
+    in one pass over x, which holds the residual streams of a token side by side. No norm is applied. With
+    ``num_splits`` the results are partials over a leading dimension; where k is cut is the provider's business, only
+    the sums over that dimension are defined. A split that gets nothing is 0.
+
+    At least TF32: x is exact in it, fn may be rounded or truncated to 10 bits of mantissa; sqr_sum is fp32.
+
+    Args:
+        x: bf16 ``[m, k]``.
+        fn: fp32 ``[n, k]``; DeepSeek V4: n = 24, k = 4 * hidden, or k = hidden for the broadcast first layer.
+        num_splits: Number of partials, at least 1; None for the finished sums.
+        out: fp32 ``[m, n]``, or ``[num_splits, m, n]``, to write the mixes to; needs no initial value.
+        sqr_sum: fp32 ``[m]``, or ``[num_splits, m]``; given exactly if ``out`` is.
+
+    Returns:
+        mixes: fp32 ``[m, n]``, or ``[num_splits, m, n]``.
+        sqr_sum: fp32 ``[m]``, or ``[num_splits, m]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``tf32_hc_prenorm_gemm`` and DeepSeek's ``hc_pre``.
+    """
+    import torch
+
+    lead = () if num_splits is None else (num_splits,)
+    m, n = x.shape[0], fn.shape[0]
+    mixes = torch.empty((*lead, m, n), dtype=torch.float32, device=x.device) if out is None else out
+    squares = torch.empty((*lead, m), dtype=torch.float32, device=x.device) if sqr_sum is None else sqr_sum
+    return mixes, squares
+
+
+def _make(
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    m: int,
+    k: int,
+    n: int = 24,
+    num_splits: int | None = None,
+    layout: str = "plain",
+) -> dict[str, Any]:
+    x = draw.normal(generator, m, k).bfloat16()
+    fn = draw.normal(generator, n, k, scale=max(k, 1) ** -0.5)
+    if layout == "strided":
+        x = draw.spread(x)
+    moved: dict[str, Any] = {"x": draw.move(x, device), "fn": draw.move(fn, device)}
+    return moved | ({"num_splits": num_splits} if num_splits is not None else {})
+
+
+def _cost(x: Tensor, fn: Tensor, *, num_splits: int | None = None, **optional: Any) -> Cost:
+    m, k = x.shape
+    n = fn.shape[0]
+    return Cost(
+        flops=2.0 * m * n * k,
+        bytes=float(2 * m * k + 4 * n * k + 4 * (num_splits or 1) * m * (n + 1)),
+        math="tf32",
+    )
+
+
+def _cases() -> tuple[Case, ...]:
+    def case(name: str, level: str, **params: Any) -> Case:
+        return Case(name, level, params)
+
+    cases = [
+        case("small", "smoke", m=3, k=256),
+        case("no tokens", "smoke", m=0, k=256),
+        case("one of each", "smoke", m=1, k=1, n=1),
+        case("ragged", "smoke", m=7, k=333, n=5),
+        case("head", "smoke", m=5, k=512, n=4),
+        case("one split", "smoke", m=5, k=512, num_splits=1),
+        case("splits", "smoke", m=5, k=1024, num_splits=5),
+        case("more splits than blocks", "smoke", m=3, k=192, num_splits=7),
+        case("strided", "smoke", m=6, k=320, layout="strided"),
+    ]
+    for model in (FLASH, PRO):
+        short = model.name.rpartition("-")[2].lower()
+        k = model.rank(1).hc_k
+        cases += [
+            case(f"{short} m={m}{f' splits={s}' if s else ''}", "default", m=m, k=k, num_splits=s)
+            for m, s in ((1, None), (1, 16), (13, None), (137, 4))
+        ]
+        cases.append(case(f"{short} broadcast", "default", m=9, k=model.hidden))
+        cases.append(case(f"{short} m=4096", "full", m=4096, k=k))
+        cases.append(case(f"{short} m=1024 splits=8", "full", m=1024, k=k, num_splits=8))
+    return tuple(cases)
+
+
+HC_PRENORM_GEMM = OpContract(
+    function=hc_prenorm_gemm,
+    args={
+        "x": tensor("bfloat16", "m, k", "residual streams of each token, side by side"),
+        "fn": tensor("float32", "n, k", "gate and mixing weights"),
+        "num_splits": ScalarArg("int", 1, about="partials over a leading dimension"),
+        "out": TensorArg(
+            (
+                Form("float32", "m, n", when="num_splits is None"),
+                Form("float32", "num_splits, m, n", when="num_splits is not None"),
+            ),
+            about="buffer for the mixes",
+        ),
+        "sqr_sum": TensorArg(
+            (
+                Form("float32", "m", when="num_splits is None"),
+                Form("float32", "num_splits, m", when="num_splits is not None"),
+            ),
+            about="buffer for the sums of squares",
+        ),
+    },
+    rules=(Rule("sqr_sum", "(out is None) == (sqr_sum is None)", "out and sqr_sum together, or neither"),),
+    returns=("out", "sqr_sum"),
+    cases=_cases(),
+    make=_make,
+    tolerances={
+        "out": Tolerance(
+            atol_rms=5e-3,
+            calc_diff=2e-7,
+            why="fn truncated to TF32 (2^-10) gives calc_diff 8.5e-8 and a standard error of 3e-4 of the rms.",
+        ),
+        "sqr_sum": Tolerance(rtol=1e-5, calc_diff=1e-9, why="an fp32 sum of up to 28672 positive terms."),
+    },
+    cost=_cost,
+)

@@ -1,0 +1,367 @@
+"""The lightning indexer's logits: over contiguous keys (prefill) and over the paged key cache (decode)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import inputs as draw
+from .op import Case, Cost, Form, OpContract, Rule, ScalarArg, TensorArg, Tolerance, tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def mqa_logits(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum over heads of the clipped query-key products, within each row's range of keys::
+
+        logits[i, n] = k_scale[n] * sum over h of relu(<q[i, h], k[n]>) * weights[i, h]
+
+    for ``row_starts[i] <= n < row_ends[i]``; every other element is exactly -inf. Bounds are clamped to ``[0, n]``; a
+    row whose end is not above its start is all -inf. Weights may be negative; relu is on the product alone. The query
+    has no scale of its own: callers fold it into ``weights``. Keys and scales outside every range may hold NaN.
+
+    With ``max_seqlen_k`` the result is compressed: column j of row i is key ``row_starts[i] + j``, and -inf where
+    that is not below ``row_ends[i]``. Keys at and beyond ``max_seqlen_k`` columns are not returned.
+
+    Args:
+        q: e4m3 ``[m, h, d]``.
+        k: e4m3 ``[n, d]``.
+        k_scale: fp32 ``[n]``.
+        weights: fp32 ``[m, h]``.
+        row_starts: int32 ``[m]``, inclusive.
+        row_ends: int32 ``[m]``, exclusive.
+        max_seqlen_k: Columns of the compressed form; None for the full form.
+        out: fp32 ``[m, n]`` or ``[m, max_seqlen_k]`` to write to; rows may have a stride.
+
+    Returns:
+        fp32 ``[m, n]``, or ``[m, max_seqlen_k]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``fp8_mqa_logits`` (2.5 to 2.6) and ``fp8_fp4_mqa_logits`` (2.6 to 2.8).
+    """
+    import torch
+
+    if out is not None:
+        return out
+    width = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    return torch.empty((q.shape[0], width), dtype=torch.float32, device=q.device)
+
+
+def paged_mqa_logits(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The logits of ``mqa_logits`` over a paged key cache.
+
+    Key n of request i is slot ``n % page_size`` of page ``block_table[i, n // page_size]``. Row ``i * next_n + j`` of
+    the result belongs to query (i, j) and holds keys ``0 <= n < context_lens[i, j]`` (``context_lens[i]`` for all j
+    in the 1-D form); every element at and beyond that length is exactly -inf. Lengths are clamped to
+    ``[0, max_context_len]``; they must not exceed ``page_size`` times the width of ``block_table``. Pages and
+    entries of ``block_table`` beyond the lengths may hold anything, and the queries of a row of length 0 too.
+
+    Args:
+        q: e4m3 ``[b, next_n, h, d]``; next_n counts the tokens of one request in this step.
+        k_cache: uint8 ``[pages, page_size, d + 4]`` or ``[pages, page_size, 1, d + 4]``; page-split (see
+            ``contract/layouts.py``), bytes contiguous within a page, page stride free, a multiple of 4.
+        weights: fp32 ``[b * next_n, h]``.
+        context_lens: int32 ``[b, next_n]`` or ``[b]``.
+        block_table: int32 ``[b, blocks]``; rows may have a stride.
+        max_context_len: Columns of the result.
+        out: fp32 ``[b * next_n, max_context_len]`` to write to; rows may have a stride.
+
+    Returns:
+        fp32 ``[b * next_n, max_context_len]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``fp8_paged_mqa_logits`` and ``fp8_fp4_paged_mqa_logits``.
+    """
+    import torch
+
+    if out is not None:
+        return out
+    rows = q.shape[0] * q.shape[1]
+    return torch.empty((rows, max_context_len), dtype=torch.float32, device=q.device)
+
+
+_TOLERANCE = {
+    "out": Tolerance(
+        rtol=1e-3,
+        atol_rms=1e-2,
+        calc_diff=5e-6,
+        why="products of e4m3 are exact; FP8 tensor cores keep about 14 bits of a running sum (2^-13 of the largest "
+        "partial sum), and a relu near 0 turns that into an absolute error. calc_diff is DeepGEMM's own bound.",
+    )
+}
+
+
+def _e4m3(generator: torch.Generator, *shape: int) -> Tensor:
+    import torch
+
+    return draw.normal(generator, *shape).to(torch.float8_e4m3fn)
+
+
+def _make_mqa(
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    m: int,
+    n: int,
+    h: int = 64,
+    d: int = 128,
+    ranges: str = "causal",
+    compressed: int | None = None,
+    layout: str = "plain",
+) -> dict[str, Any]:
+    import torch
+
+    q, k = _e4m3(generator, m, h, d), _e4m3(generator, n, d)
+    k_scale = 2.0 ** torch.randint(-4, 3, (n,), generator=generator)
+    weights = draw.normal(generator, m, h, scale=h**-0.5)
+    if ranges == "causal":  # chunked prefill: row i sees all keys before the chunk and its share of the chunk
+        ends = (torch.arange(1, m + 1) * n) // max(m, 1)
+        starts = torch.zeros(m, dtype=torch.long)
+    elif ranges == "random":
+        starts = torch.randint(0, n + 1, (m,), generator=generator)
+        ends = starts + (torch.rand(m, generator=generator) * (n + 1 - starts)).long()
+    elif ranges == "batch":  # two requests side by side
+        half = torch.arange(m) >= m // 2
+        starts = torch.where(half, n // 2, 0)
+        ends = torch.where(half, n, n // 2)
+    elif ranges == "empty":
+        starts, ends = torch.full((m,), n // 2), torch.full((m,), n // 2)
+        ends[: m // 2] -= 1
+    else:
+        assert ranges == "beyond", ranges
+        starts, ends = torch.arange(m) % (n + 1), torch.full((m,), n + 100)
+    columns = torch.arange(n)
+    seen = ((columns >= starts.unsqueeze(-1)) & (columns < ends.unsqueeze(-1))).any(0)
+    k.view(torch.uint8)[~seen] = draw.POISON
+    k_scale[~seen] = float("nan")
+    if layout == "strided":
+        q, k, weights = (
+            draw.spread(q.view(torch.uint8)),
+            draw.spread(k.view(torch.uint8)),
+            draw.spread(weights),
+        )
+        q, k = q.view(torch.float8_e4m3fn), k.view(torch.float8_e4m3fn)
+    made = {"q": q, "k": k, "k_scale": k_scale, "weights": weights}
+    made |= {"row_starts": starts.int(), "row_ends": ends.int()}
+    moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
+    return moved | ({"max_seqlen_k": compressed} if compressed is not None else {})
+
+
+def _make_paged(
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    b: int,
+    context: int,
+    next_n: int = 1,
+    h: int = 64,
+    d: int = 128,
+    page_size: int = 64,
+    lens: str = "random",
+    flat_lens: bool = False,
+    layout: str = "plain",
+) -> dict[str, Any]:
+    import torch
+
+    from . import layouts
+
+    q = _e4m3(generator, b, next_n, h, d)
+    weights = draw.normal(generator, b * next_n, h, scale=h**-0.5)
+    if lens == "full":
+        lengths = torch.full((b,), context)
+    elif lens == "zero":
+        lengths = torch.zeros(b, dtype=torch.long)
+    else:
+        lengths = torch.randint(0, context + 1, (b,), generator=generator)
+        lengths[:1] = context
+        lengths[1:2] = 0
+    blocks = -(-context // page_size)
+    pages = 2 * b * blocks + 1  # half of them unused, and page 0 among those
+    stride = page_size * (d + layouts.INDEXER_SCALE_BYTES)
+    stride += (-stride % 576) if layout != "packed" else 0
+    raw = torch.full((pages, stride), draw.POISON, dtype=torch.uint8)
+    cache = raw.as_strided((pages, page_size, d + 4), (stride, d + 4, 1))
+    table = (1 + torch.randperm(pages - 1, generator=generator)[: b * blocks]).view(b, blocks)
+    used = torch.arange(blocks * page_size) < lengths.unsqueeze(-1)
+    slots = (table.unsqueeze(-1) * page_size + torch.arange(page_size)).flatten(1)[used]
+    # Quantised in pieces: a full case has millions of keys.
+    for part in slots.split(1 << 18):
+        layouts.write_indexer_keys(cache, part, draw.normal(generator, len(part), d))
+    # Entries for pages that no key needs may hold anything.
+    needed = torch.arange(blocks) * page_size < lengths.unsqueeze(-1)
+    table = torch.where(needed, table, 2**31 - 1).int()
+    if layout == "heads":
+        cache = cache.unsqueeze(2)
+    elif layout == "strided":
+        table = draw.spread(table)
+    # Rows of one request in a multi-token step see one key more each; the last sees all.
+    per_row = (lengths.unsqueeze(-1) - torch.arange(next_n - 1, -1, -1)).clamp(min=0).int()
+    context_lens = lengths.int() if flat_lens else per_row
+    made = {"q": q, "k_cache": cache, "weights": weights, "context_lens": context_lens, "block_table": table}
+    moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
+    return moved | {"max_context_len": context}
+
+
+def _cost_mqa(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    *,
+    max_seqlen_k: int | None = None,
+    **optional: Any,
+) -> Cost:
+    m, h, d = q.shape
+    n = k.shape[0]
+    starts, ends = row_starts.clamp(0, n), row_ends.clamp(0, n)
+    pairs = float((ends - starts).clamp(min=0).long().sum())
+    width = n if max_seqlen_k is None else max_seqlen_k
+    moved = float(m * h * d + n * (d + 4) + 4 * m * (h + 2) + 4 * m * width)
+    return Cost(flops=2.0 * pairs * h * d, bytes=moved, math="fp8")
+
+
+def _cost_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    **optional: Any,
+) -> Cost:
+    b, next_n, h, d = q.shape
+    lens = context_lens.clamp(0, max_context_len).long()
+    lens = lens if lens.dim() == 2 else lens.unsqueeze(1)
+    pairs = float(lens.expand(b, next_n).sum())
+    keys = float(lens.amax(-1).sum()) if b else 0.0
+    moved = keys * (d + 4) + float(b * next_n * (h * d + 4 * h + 4 * max_context_len))
+    return Cost(flops=2.0 * pairs * h * d, bytes=moved, math="fp8")
+
+
+def _case(name: str, level: str, **params: Any) -> Case:
+    return Case(name, level, params)
+
+
+_MQA_CASES = (
+    _case("small", "smoke", m=5, n=37, h=8, d=32),
+    _case("no rows", "smoke", m=0, n=37),
+    _case("no keys", "smoke", m=3, n=0, ranges="beyond"),
+    _case("one of each", "smoke", m=1, n=1, h=1, d=16),
+    _case("random ranges", "smoke", m=13, n=150, h=32, d=64, ranges="random"),
+    _case("empty ranges", "smoke", m=6, n=70, h=16, ranges="empty"),
+    _case("ends beyond the keys", "smoke", m=9, n=65, h=32, ranges="beyond"),
+    _case("compressed", "smoke", m=9, n=150, h=16, d=64, ranges="random", compressed=150),
+    _case("compressed and cut", "smoke", m=9, n=150, h=16, d=64, ranges="random", compressed=40),
+    _case("strided", "smoke", m=7, n=65, h=8, d=64, ranges="random", layout="strided"),
+    _case("v4", "default", m=33, n=513),
+    _case("v4 batch", "default", m=64, n=1000, ranges="batch"),
+    _case("v4 batch compressed", "default", m=64, n=1000, ranges="batch", compressed=500),
+    _case("v4 one row", "default", m=1, n=4097),
+    _case("v4 random", "default", m=130, n=777, ranges="random"),
+    _case("32 heads", "default", m=50, n=300, h=32),
+    _case("odd heads", "default", m=20, n=300, h=7, d=48),
+    _case("v4 1k x 8k", "full", m=1024, n=8192),
+    _case("v4 1k x 8k compressed", "full", m=1024, n=8192, ranges="batch", compressed=4096),
+    _case("v4 2k x 64k", "full", m=2048, n=65536),
+)
+_PAGED_CASES = (
+    _case("small", "smoke", b=3, context=37, h=8, d=32, page_size=4),
+    _case("no requests", "smoke", b=0, context=64),
+    _case("no context", "smoke", b=2, context=0, h=8),
+    _case("one of each", "smoke", b=1, context=1, h=1, d=16, page_size=1),
+    _case("zero lengths", "smoke", b=3, context=65, h=16, lens="zero"),
+    _case("two tokens", "smoke", b=3, context=150, next_n=2, h=16, d=64),
+    _case("flat lengths", "smoke", b=3, context=150, next_n=2, h=16, d=64, flat_lens=True),
+    _case("head dimension", "smoke", b=2, context=130, h=8, layout="heads"),
+    _case("strided table", "smoke", b=4, context=130, h=8, d=64, page_size=16, layout="strided"),
+    _case("packed pages", "smoke", b=2, context=40, h=8, d=64, page_size=8, layout="packed"),
+    _case("v4", "default", b=4, context=1000),
+    _case("v4 full", "default", b=2, context=4096, lens="full"),
+    _case("v4 two tokens", "default", b=5, context=777, next_n=2),
+    _case("v4 four tokens", "default", b=2, context=300, next_n=4),
+    _case("v4 page 32", "default", b=3, context=500, page_size=32),
+    _case("32 heads", "default", b=3, context=500, h=32),
+    _case("odd", "default", b=3, context=333, h=7, d=48, page_size=61, next_n=3),
+    _case("v4 b=1 16k", "full", b=1, context=16384, lens="full"),
+    _case("v4 b=32 16k", "full", b=32, context=16384),
+    _case("v4 b=128 4k", "full", b=128, context=4096, next_n=2),
+)
+
+MQA_LOGITS = OpContract(
+    function=mqa_logits,
+    args={
+        "q": tensor("float8_e4m3fn", "m, h, d", "queries, scale folded into weights"),
+        "k": tensor("float8_e4m3fn", "n, d", "keys"),
+        "k_scale": tensor("float32", "n", "one scale per key"),
+        "weights": tensor("float32", "m, h", "weight of each head"),
+        "row_starts": tensor("int32", "m", "first key of a row"),
+        "row_ends": tensor("int32", "m", "one past its last key"),
+        "max_seqlen_k": ScalarArg("int", 0, about="columns of the compressed form"),
+        "out": TensorArg(
+            (
+                Form("float32", "m, n", when="max_seqlen_k is None"),
+                Form("float32", "m, max_seqlen_k", when="max_seqlen_k is not None"),
+            ),
+            about="result buffer",
+        ),
+    },
+    rules=(Rule("q", "h > 0 and d > 0", "at least one head and one dimension"),),
+    returns=("out",),
+    cases=_MQA_CASES,
+    make=_make_mqa,
+    tolerances=_TOLERANCE,
+    cost=_cost_mqa,
+)
+
+PAGED_MQA_LOGITS = OpContract(
+    function=paged_mqa_logits,
+    args={
+        "q": tensor("float8_e4m3fn", "b, next_n, h, d", "queries, scale folded into weights"),
+        "k_cache": tensor(
+            "uint8",
+            "pages, page_size, d + 4 | pages, page_size, 1, d + 4",
+            "indexer keys, page-split",
+            layout="page",
+        ),
+        "weights": tensor("float32", "b * next_n, h", "weight of each head"),
+        "context_lens": tensor("int32", "b, next_n | b", "keys of each row"),
+        "block_table": tensor("int32", "b, blocks", "pages of each request"),
+        "max_context_len": ScalarArg("int", 0, about="columns of the result"),
+        "out": tensor("float32", "b * next_n, max_context_len", "result buffer"),
+    },
+    rules=(
+        Rule("q", "h > 0 and d > 0 and next_n > 0", "at least one token, one head and one dimension"),
+        Rule("k_cache", "k_cache.stride(0) % 4 == 0 or pages <= 1", "a page stride that is a multiple of 4"),
+    ),
+    returns=("out",),
+    cases=_PAGED_CASES,
+    make=_make_paged,
+    tolerances=_TOLERANCE,
+    cost=_cost_paged,
+)

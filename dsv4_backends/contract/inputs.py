@@ -1,0 +1,94 @@
+"""Random inputs for the contracts' cases. Drawn on the CPU from the case's seed, then moved.
+
+What a caller may leave unwritten is poisoned with NaN, so that a provider that reads it is found out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+POISON = 0xFF
+"""NaN as e4m3, as E8M0, and, repeated, as bf16 and fp32."""
+
+
+def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    """fp32 standard normal times ``scale``."""
+    import torch
+
+    return torch.randn(shape, generator=generator) * scale
+
+
+def spread(x: Tensor) -> Tensor:
+    """A copy of x with gaps between the rows of its second to last dimension, filled with NaN or 0x7F bytes."""
+    import torch
+
+    wide = torch.empty(*x.shape[:-1], x.shape[-1] + 16, dtype=x.dtype)
+    wide.view(torch.uint8).fill_(0x7F)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """x on ``device`` with its strides: ``Tensor.to`` would close the gaps."""
+    import torch
+
+    if device.type == "cpu":
+        return x
+    moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    return moved.copy_(x)
+
+
+def sinks(generator: torch.Generator, heads: int, kind: str) -> Tensor | None:
+    """Attention sinks: ``none``, ``finite``, or ``mixed`` with infinities of both signs."""
+    if kind == "none":
+        return None
+    sink = normal(generator, heads)
+    if kind == "mixed":
+        sink[0::3] = float("inf")
+        sink[1::3] = -float("inf")
+    return sink
+
+
+def lengths(generator: torch.Generator, rows: int, width: int, kind: str) -> Tensor | None:
+    """Lengths up to ``width``: ``none``, ``random`` (with a 0 and a full one), or ``zero``."""
+    import torch
+
+    if kind == "none":
+        return None
+    if kind == "zero":
+        return torch.zeros(rows, dtype=torch.int32)
+    drawn = torch.randint(0, width + 1, (rows,), generator=generator, dtype=torch.int32)
+    drawn[:1] = width
+    drawn[1:2] = 0
+    return drawn
+
+
+def choices(generator: torch.Generator, rows: int, topk: int, pool: Tensor, size: int, invalid: str) -> Tensor:
+    """int32 ``[rows, topk]`` drawn with repetition from ``pool``, some of them invalid.
+
+    ``invalid`` is ``none``, ``tail`` (-1 at the end of each row, a different number in each), ``mixed`` (-1
+    anywhere), ``all``, or ``extreme`` (any value outside ``[0, size)`` anywhere, with one row that has nothing else).
+    """
+    import torch
+
+    if len(pool) == 0:
+        return torch.full((rows, topk), -1, dtype=torch.int32)
+    picked = pool[torch.randint(0, len(pool), (rows, topk), generator=generator)].int()
+    if invalid == "tail":
+        keep = torch.randint(0, topk + 1, (rows, 1), generator=generator)
+        picked[torch.arange(topk) >= keep] = -1
+    elif invalid == "mixed":
+        picked[torch.rand(rows, topk, generator=generator) < 0.3] = -1
+    elif invalid == "all":
+        picked.fill_(-1)
+    elif invalid == "extreme":
+        bad = torch.tensor([-1, -2, -(2**31), 2**31 - 1, size, size + 1], dtype=torch.int32)
+        drawn = bad[torch.randint(0, len(bad), (rows, topk), generator=generator)]
+        where = torch.rand(rows, topk, generator=generator) < 0.5
+        where[:1] = True
+        picked = torch.where(where, drawn, picked)
+    return picked

@@ -1,0 +1,441 @@
+"""What an op's contract is made of, and the checker that is generated from it.
+
+A contract is a documented Python function, whose signature is the op's signature, whose docstring is its meaning, and
+whose body is its fake: it allocates the outputs. Around it stand the table of arguments, from which the check before
+every call and the tables in the docs are made, the cases, the tolerances, and the cost.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ContractError
+
+if TYPE_CHECKING:
+    import torch
+
+LEVELS = ("smoke", "default", "full")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One dtype set and shape that a tensor may have.
+
+    Attributes:
+        dtypes: Names in ``torch``, separated by spaces.
+        shape: Dimensions separated by commas. A name is bound by its first use and compared afterwards; a number or
+            an expression over bound names must be equal. ``ceil(a, b)`` is a rounded up to multiples of b, over b.
+        when: Expression over the arguments under which the form applies; empty: always.
+    """
+
+    dtypes: str
+    shape: str
+    when: str = ""
+
+    @property
+    def dims(self) -> list[str]:
+        return [dim.strip() for dim in re.split(r",(?![^(]*\))", self.shape) if dim.strip()]
+
+
+@dataclass(frozen=True)
+class TensorArg:
+    """A tensor argument: its forms, its layout, and its meaning in a few words.
+
+    Attributes:
+        forms: Tried in order; the first whose dtype, rank and ``when`` fit decides which sizes are expected.
+        layout: ``"last"``: the last dimension is contiguous, other strides are free. ``"page"``: within a page
+            (dimension 0) the bytes are contiguous, the page stride is free. ``"any"``: no rule.
+        about: For the docs.
+    """
+
+    forms: tuple[Form, ...]
+    layout: str = "last"
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class ScalarArg:
+    """A Python number.
+
+    Attributes:
+        kind: ``"float"`` or ``"int"``.
+        minimum: Smallest value; None for no bound.
+    """
+
+    kind: str
+    minimum: int | None = None
+    about: str = ""
+
+
+def tensor(dtypes: str, shape: str, about: str, *, layout: str = "last") -> TensorArg:
+    """A tensor argument; alternatives in ``shape`` are separated by ``|``."""
+    return TensorArg(tuple(Form(dtypes, part) for part in shape.split("|")), layout, about)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A relation between an argument and those before it. ``argument`` is the one that the error names."""
+
+    argument: str
+    expression: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far one output may be from the oracle in fp64, with the reason for each number.
+
+    An element passes where ``|error| <= atol + atol_rms * rms(reference) + rtol * |reference|``, and all of them
+    together where ``calc_diff = 1 - 2<x, y> / (<x, x> + <y, y>)`` stays below its bound. Infinities and NaN must be
+    in the same places.
+    """
+
+    why: str
+    rtol: float = 0.0
+    atol: float = 0.0
+    atol_rms: float = 0.0
+    calc_diff: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of a call.
+
+    Attributes:
+        flops: Multiply-adds count two.
+        bytes: Every input that is needed read once, every output written once.
+        math: Tensor-core type the flops can run in: ``"bf16"``, ``"fp8"`` or ``"tf32"``.
+    """
+
+    flops: float
+    bytes: float
+    math: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named set of parameters for one op, from which seeded inputs are made.
+
+    Attributes:
+        name: Unique within its op; also the seed.
+        level: ``"smoke"``, ``"default"`` or ``"full"``; a level includes the ones before it.
+        params: Keyword arguments of the op's ``make`` function.
+    """
+
+    name: str
+    level: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class OpContract:
+    """Everything that is promised about one op.
+
+    Attributes:
+        function: Signature, meaning and fake (see the module's docstring).
+        args: Every argument in the order of the signature.
+        rules: Relations between arguments.
+        returns: Names of the results; a name that is also an argument is the caller's buffer where one is given.
+        cases: Test inputs at three levels.
+        make: ``make(device, generator, **params)`` builds a case's arguments.
+        tolerances: By result name.
+        cost: ``cost(**arguments)``; reads shapes, and lengths where they decide the work.
+    """
+
+    function: Callable[..., Any]
+    args: Mapping[str, TensorArg | ScalarArg]
+    returns: tuple[str, ...]
+    cases: tuple[Case, ...]
+    make: Callable[..., dict[str, Any]]
+    tolerances: Mapping[str, Tolerance]
+    cost: Callable[..., Cost]
+    rules: tuple[Rule, ...] = ()
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.function.__name__)
+        parameters = tuple(inspect.signature(self.function).parameters)
+        assert parameters == tuple(self.args), f"{self.name}: table {tuple(self.args)} is not {parameters}"
+        assert set(self.tolerances) == set(self.returns)
+        assert len({case.name for case in self.cases}) == len(self.cases), f"{self.name}: case names repeat"
+
+    @property
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+    def is_keyword(self, name: str) -> bool:
+        """Whether an argument is keyword-only."""
+        parameter = self.signature.parameters[name]
+        return parameter.kind is parameter.KEYWORD_ONLY
+
+    @cached_property
+    def buffers(self) -> tuple[str, ...]:
+        """Arguments into which the caller may have results written; all of them or none."""
+        return tuple(name for name in self.returns if name in self.args)
+
+    def library_names(self, *, with_buffers: bool) -> tuple[str, ...]:
+        """The arguments of the ``torch.library`` form, in its order: result buffers before what has a default."""
+        names = [name for name in self.args if with_buffers or name not in self.buffers]
+        parameters = self.signature.parameters
+        names.sort(key=lambda name: parameters[name].default is None and name not in self.buffers)
+        return tuple(names)
+
+    @cached_property
+    def schema(self) -> str:
+        """The ``torch.library`` schema of the form that allocates its results."""
+        return self._schema(with_buffers=False)
+
+    @cached_property
+    def out_schema(self) -> str:
+        """The schema of the form that writes the caller's buffers and returns the other results."""
+        return self._schema(with_buffers=True)
+
+    def _schema(self, *, with_buffers: bool) -> str:
+        # All positional: torch.library.custom_op takes no keyword-only tensors.
+        parts = []
+        for name in self.library_names(with_buffers=with_buffers):
+            arg = self.args[name]
+            kind = "Tensor" if isinstance(arg, TensorArg) else arg.kind
+            if name in self.buffers:
+                parts.append(f"Tensor({'abc'[self.buffers.index(name)]}!) {name}")
+            elif self.signature.parameters[name].default is None:
+                parts.append(f"{kind}? {name}=None")
+            else:
+                parts.append(f"{kind} {name}")
+        count = len(self.returns) - (len(self.buffers) if with_buffers else 0)
+        result = "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
+        return f"({', '.join(parts)}) -> {result}"
+
+    def at_level(self, level: str) -> tuple[Case, ...]:
+        """The cases of a level and of the levels before it."""
+        allowed = LEVELS[: LEVELS.index(level) + 1]
+        return tuple(case for case in self.cases if case.level in allowed)
+
+    def inputs(self, case: Case, device: torch.device | str, variant: int = 0) -> dict[str, Any]:
+        """A case's arguments on ``device``, the same for the same case on every machine.
+
+        Another ``variant`` has the same shapes, dtypes and strides with other values.
+        """
+        import zlib
+
+        import torch
+
+        # Drawn on the CPU: the streams of CPU and GPU generators differ, and a case must not.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name}/{case.name}/{variant}".encode()))
+        return self.make(torch.device(device), generator, **case.params)
+
+    @cached_property
+    def check(self) -> Callable[..., torch.device]:
+        """Check a call's arguments and return the device they are on. Shapes, dtypes and strides only.
+
+        Raises:
+            ContractError: naming op, argument, what was expected and what came.
+        """
+        checker: Callable[..., torch.device] = self.checked_function((), ("return device",), {})
+        return checker
+
+    def checked_function(
+        self, before: Sequence[str], after: Sequence[str], namespace: Mapping[str, Any]
+    ) -> Callable[..., Any]:
+        """A function with the contract's signature whose body is ``before``, the check, then ``after``.
+
+        The check stands before every call, where a function call of its own would cost as much as it does; hence
+        source lines. ``after`` finds the arguments by name, and their device as ``device``.
+        """
+        import torch
+
+        def wrong(argument: str, value: object, names: Mapping[str, Any]) -> ContractError:
+            return ContractError(_describe(self, argument, value, names))
+
+        def broken(index: int, names: Mapping[str, Any]) -> ContractError:
+            rule = self.rules[index]
+            sizes = ", ".join(f"{k} {v}" for k, v in names.items() if isinstance(v, int) and k in rule.expression)
+            got = f", got {sizes}" if sizes else ""
+            return ContractError(f"{self.name}: argument {rule.argument}: expected {rule.expected}{got}")
+
+        source = _Checker(self, before, after).source
+        filename = f"<contract of {self.name}>"
+        # So that a traceback and a debugger can show the generated lines.
+        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+        scope: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "wrong": wrong, "broken": broken}
+        scope["ceil"] = lambda a, b: -(-a // b)
+        scope["number"] = (int, float)
+        scope |= {f"torch_{dtype}": getattr(torch, dtype) for dtype in _DTYPES} | dict(namespace)
+        exec(compile(source, filename, "exec"), scope)
+        function: Callable[..., Any] = scope[self.name]
+        return function
+
+
+_DTYPES = (
+    "bfloat16",
+    "float32",
+    "int32",
+    "uint8",
+    "int8",
+    "float8_e4m3fn",
+    "float8_e8m0fnu",
+)
+
+
+class _Checker:
+    """Writes the source of a contract's check: straight-line code, since it runs before every call."""
+
+    def __init__(self, contract: OpContract, before: Sequence[str], after: Sequence[str]) -> None:
+        self.contract = contract
+        self.bound: set[str] = set()
+        self.lines: list[str] = []
+        parameters = contract.signature.parameters.values()
+        # Annotations are dropped: they are strings that mean nothing in the generated namespace.
+        bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+        self.emit(0, f"def {contract.name}{bare}:")
+        for line in before:
+            self.emit(1, line)
+        self.emit(1, "try:")
+        first = next(name for name, arg in contract.args.items() if isinstance(arg, TensorArg))
+        # Numbers first: shapes may be expressed in them.
+        for name, arg in contract.args.items():
+            if isinstance(arg, ScalarArg):
+                self.scalar(name, arg, contract.signature.parameters[name].default is None)
+        # Comparing CUDA indices is cheaper than comparing devices; everything else has index -1 and takes the long way.
+        self.emit(2, f"device = {first}.device; device_index = {first}.get_device()")
+        for name, arg in contract.args.items():
+            if isinstance(arg, TensorArg):
+                self.tensor(name, arg, contract.signature.parameters[name].default is None, is_first=name == first)
+            for index, rule in enumerate(contract.rules):
+                if rule.argument == name:  # here, so that a wrong argument is named rather than those that follow it
+                    self.emit(2, f"if not ({rule.expression}): raise broken({index}, locals())")
+        # A list, a None, a NumPy array: looking for what it lacks is dearer than waiting for it to be missed.
+        self.emit(1, "except AttributeError:")
+        for name, arg in contract.args.items():
+            if isinstance(arg, TensorArg):
+                optional = contract.signature.parameters[name].default is None
+                unless = f"{name} is not None and " if optional else ""
+                self.emit(
+                    2,
+                    f"if {unless}not isinstance({name}, Tensor): raise wrong({name!r}, {name}, {{}}) from None",
+                )
+        self.emit(2, "raise")
+        for line in after:
+            self.emit(1, line)
+
+    @property
+    def source(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+    def emit(self, depth: int, line: str) -> None:
+        self.lines.append("    " * depth + line)
+
+    def scalar(self, name: str, arg: ScalarArg, optional: bool) -> None:
+        kinds = "int" if arg.kind == "int" else "number"
+        test = f"not isinstance({name}, {kinds}) or {name} is True or {name} is False"
+        if arg.minimum is not None:
+            test += f" or {name} < {arg.minimum}"
+        guard = f"{name} is not None and ({test})" if optional else test
+        self.emit(2, f"if {guard}: raise wrong({name!r}, {name}, locals())")
+
+    def tensor(self, name: str, arg: TensorArg, optional: bool, *, is_first: bool) -> None:
+        depth = 2
+        if optional:
+            self.emit(depth, f"if {name} is not None:")
+            depth += 1
+        self.emit(depth, f"_dtype = {name}.dtype; _shape = {name}.shape")
+        failure = f"raise wrong({name!r}, {name}, locals())"
+        new: set[str] = set()
+        for index, form in enumerate(arg.forms):
+            # Sizes that are all known take part in the choice: forms of one rank differ in nothing else.
+            dtypes = " or ".join(f"_dtype is torch_{dtype}" for dtype in form.dtypes.split())
+            known = self._known(form)
+            shape = self._comparison(form) if known else f"len(_shape) == {len(form.dims)}"
+            condition = " and ".join(filter(None, (f"({dtypes})" if " or " in dtypes else dtypes, shape, form.when)))
+            if len(arg.forms) == 1:
+                self.emit(depth, f"if not ({condition}): {failure}")
+            else:
+                self.emit(depth, f"{'if' if index == 0 else 'elif'} {condition}:")
+            inner = depth + (len(arg.forms) > 1)
+            if known:
+                if inner > depth:
+                    self.emit(inner, "pass")
+            else:
+                self._bind(inner, form, failure, new)
+        if len(arg.forms) > 1:
+            self.emit(depth, f"else: {failure}")
+        self.bound |= new
+        if not is_first:
+            same = f"{name}.get_device() != device_index or (device_index < 0 and {name}.device != device)"
+            self.emit(depth, f"if {same}: {failure}")
+        if arg.layout == "last":
+            self.emit(
+                depth,
+                f"if not {name}.is_contiguous() and {name}.stride(-1) != 1 and _shape[-1] > 1: {failure}",
+            )
+        elif arg.layout == "page":
+            page = f"{name}.stride(-1) != 1 or (_shape[1] > 1 and {name}.stride(1) != _shape[-1])"
+            self.emit(depth, f"if not {name}.is_contiguous() and ({page}): {failure}")
+
+    def _known(self, form: Form) -> bool:
+        return all(not dim.isidentifier() or dim in self.bound or self._is_scalar(dim) for dim in form.dims)
+
+    def _is_scalar(self, name: str) -> bool:
+        return isinstance(self.contract.args.get(name), ScalarArg)
+
+    def _comparison(self, form: Form) -> str:
+        return f"_shape == ({', '.join(form.dims)}{',' if len(form.dims) == 1 else ''})"
+
+    def _bind(self, depth: int, form: Form, failure: str, new: set[str]) -> None:
+        targets, tests, seen = [], [], set()
+        for index, dim in enumerate(form.dims):
+            if dim.isidentifier() and dim not in self.bound and not self._is_scalar(dim) and dim not in seen:
+                targets.append(dim)
+                seen.add(dim)
+            else:
+                targets.append(f"_{index}")
+                tests.append(f"_{index} != {dim}")
+        self.emit(depth, f"{', '.join(targets)}, = _shape")
+        if tests:
+            self.emit(depth, f"if {' or '.join(tests)}: {failure}")
+        new |= seen
+
+    # `locals()` in the failures carries the sizes that were bound so far into the message.
+
+
+def _describe(contract: OpContract, argument: str, value: object, names: Mapping[str, Any]) -> str:
+    """The text of a ContractError for one argument."""
+    import torch
+
+    arg = contract.args[argument]
+    if isinstance(arg, ScalarArg):
+        bound = "" if arg.minimum is None else f" of at least {arg.minimum}"
+        expected = f"{'an int' if arg.kind == 'int' else 'a number'}{bound}"
+        return f"{contract.name}: argument {argument}: expected {expected}, got {value!r}"
+
+    def size(dim: str) -> str:
+        known = {k: v for k, v in names.items() if isinstance(v, int) and not k.startswith("_")}
+        if dim.isdigit():
+            return dim
+        try:
+            number = eval(dim, {"ceil": lambda a, b: -(-a // b), "__builtins__": {}}, known)
+        except NameError:
+            return dim
+        return f"{dim}={number}"
+
+    forms = " or ".join(f"{form.dtypes.replace(' ', '/')} [{', '.join(map(size, form.dims))}]" for form in arg.forms)
+    first = next(name for name, a in contract.args.items() if isinstance(a, TensorArg))
+    where = f" on {names['device']}" if "device" in names and argument != first else ""
+    layout = {
+        "last": ", last dimension contiguous",
+        "page": ", contiguous within a page",
+        "any": "",
+    }[arg.layout]
+    if not isinstance(value, torch.Tensor):
+        return f"{contract.name}: argument {argument}: expected a tensor {forms}, got {type(value).__name__}"
+    dtype = str(value.dtype).removeprefix("torch.")
+    return (
+        f"{contract.name}: argument {argument}: expected {forms}{where}{layout}, "
+        f"got {dtype} {list(value.shape)} with strides {list(value.stride())} on {value.device}"
+    )

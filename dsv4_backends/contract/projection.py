@@ -1,0 +1,184 @@
+"""The grouped FP8 output projection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import inputs as draw
+from .models import FLASH, PRO
+from .op import Case, Cost, Form, OpContract, Rule, TensorArg, Tolerance, tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def fp8_einsum(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``"bhr,hdr->bhd"`` over FP8 operands with a scale for every 128 of r::
+
+        out[b, h, d] = bf16( sum over blocks of x_scale[b, h, block] * w_scale[h, d's block, block]
+                             * sum over r in block of x[b, h, r] * w[h, d, r] )
+
+    accumulated in fp32. b counts tokens, h groups of heads, r the input width of a group (4096 in DeepSeek V4), d its
+    output width. r and d need not be multiples of 128; the last block is then short.
+
+    Scales are logical: a dtype, a shape, and any strides (engines keep ``x_scale`` with the tokens contiguous and
+    padded). Three dtypes mean the same: fp32; ``float8_e8m0fnu``; and int32 that packs four E8M0 codes, the first
+    block in the lowest byte, so that its last dimension is ``ceil(r / 512)``. E8M0 code c means 2^(c - 127); 0 means
+    2^-127 and 255 means NaN. ``w_scale`` has one row for 128 of d, or one for each d.
+
+    Args:
+        x: e4m3 ``[b, h, r]``; r contiguous, other strides free.
+        x_scale: fp32 or e8m0 ``[b, h, ceil(r / 128)]``, or int32 ``[b, h, ceil(r / 512)]``.
+        w: e4m3 ``[h, d, r]``; r contiguous.
+        w_scale: fp32 or e8m0 ``[h, ceil(d / 128) or d, ceil(r / 128)]``, or int32 with ``ceil(r / 512)`` last.
+        out: bf16 ``[b, h, d]`` to write to; d contiguous, other strides free.
+
+    Returns:
+        bf16 ``[b, h, d]``; 0 where r is 0.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``fp8_einsum`` with recipes (1, 128, 128) and (1, 1, 128).
+    """
+    import torch
+
+    if out is not None:
+        return out
+    b, h, _ = x.shape
+    return torch.empty((b, h, w.shape[1]), dtype=torch.bfloat16, device=x.device)
+
+
+def _make(
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    b: int,
+    h: int,
+    r: int,
+    d: int,
+    scales: str = "fp32",
+    per_row: bool = False,
+    layout: str = "engine",
+) -> dict[str, Any]:
+    import torch
+
+    from . import layouts
+
+    blocks = -(-r // 128)
+    x_scale = 2.0 ** torch.randint(-3, 4, (b, h, blocks), generator=generator)
+    rows = d if per_row else -(-d // 128)
+    w_scale = 2.0 ** torch.randint(-3, 4, (h, rows, blocks), generator=generator)
+    x = (draw.normal(generator, b, h, r)).to(torch.float8_e4m3fn)
+    # Weights of a real case are drawn a group at a time to bound the memory of the draw.
+    groups = [draw.normal(generator, d, r).to(torch.float8_e4m3fn) for _ in range(h)]
+    w = torch.stack(groups) if groups else torch.empty(0, d, r, dtype=torch.float8_e4m3fn)
+    if scales == "any fp32":
+        x_scale *= 1 + torch.rand(x_scale.shape, generator=generator)
+        w_scale *= 1 + torch.rand(w_scale.shape, generator=generator)
+    elif scales != "fp32":
+        codes = layouts.e8m0_encode(x_scale), layouts.e8m0_encode(w_scale)
+        if scales == "e8m0":
+            x_scale, w_scale = (code.view(torch.float8_e8m0fnu) for code in codes)
+        else:
+            x_scale, w_scale = (layouts.e8m0_pack(code) for code in codes)
+    if layout == "engine":  # vLLM: values group-major, scales with the tokens contiguous and padded to 4
+        x = x.view(torch.uint8).transpose(0, 1).contiguous().view(torch.float8_e4m3fn).transpose(0, 1)
+        raw = torch.empty((h, x_scale.shape[2], b + -b % 4), dtype=x_scale.dtype)
+        raw.view(torch.uint8).fill_(draw.POISON)
+        x_scale = raw[..., :b].copy_(x_scale.permute(1, 2, 0)).permute(2, 0, 1)
+    made = {"x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
+    return {name: draw.move(value, device) for name, value in made.items()}
+
+
+def _cost(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, **optional: Any) -> Cost:
+    b, h, r = x.shape
+    d = w.shape[1]
+    scale_bytes = x_scale.numel() * x_scale.element_size() + w_scale.numel() * w_scale.element_size()
+    return Cost(
+        flops=2.0 * b * h * d * r,
+        bytes=float(b * h * r + h * d * r + 2 * b * h * d + scale_bytes),
+        math="fp8",
+    )
+
+
+def _cases() -> tuple[Case, ...]:
+    def case(name: str, level: str, **params: Any) -> Case:
+        return Case(name, level, params)
+
+    cases = [
+        case("small", "smoke", b=3, h=2, r=256, d=128),
+        case("no tokens", "smoke", b=0, h=2, r=256, d=128),
+        case("no input", "smoke", b=3, h=2, r=0, d=16),
+        case("one of each", "smoke", b=1, h=1, r=1, d=1),
+        case("ragged", "smoke", b=5, h=3, r=300, d=200),
+        case("e8m0", "smoke", b=4, h=2, r=384, d=256, scales="e8m0"),
+        case("packed", "smoke", b=5, h=2, r=640, d=256, scales="packed"),
+        case("packed rows", "smoke", b=5, h=2, r=700, d=130, scales="packed", per_row=True),
+        case("rows", "smoke", b=2, h=2, r=256, d=130, per_row=True),
+        case("any fp32", "smoke", b=6, h=2, r=384, d=256, scales="any fp32"),
+        case("contiguous", "smoke", b=6, h=2, r=384, d=256, layout="contiguous"),
+    ]
+    for model in (FLASH, PRO):
+        short = model.name.rpartition("-")[2].lower()
+        for tp in (1, 2, 4, 8):
+            rank = model.rank(tp)
+            common = {"h": rank.o_groups, "r": rank.o_in, "d": model.o_lora_rank}
+            cases.append(case(f"{short} tp{tp}", "default", b=3, **common))
+            cases.append(case(f"{short} tp{tp} chunk", "full", b=1030, **common))
+        cases.append(case(f"{short} prefill", "full", b=4096, h=model.o_groups, r=rank.o_in, d=model.o_lora_rank))
+    cases += [
+        case("flash packed", "default", b=33, h=2, r=4096, d=1024, scales="packed", per_row=True),
+        case("flash e8m0", "default", b=130, h=1, r=4096, d=1024, scales="e8m0"),
+    ]
+    return tuple(cases)
+
+
+FP8_EINSUM = OpContract(
+    function=fp8_einsum,
+    args={
+        "x": tensor("float8_e4m3fn", "b, h, r", "activations"),
+        "x_scale": TensorArg(
+            (
+                Form("float32 float8_e8m0fnu", "b, h, ceil(r, 128)"),
+                Form("int32", "b, h, ceil(r, 512)"),
+            ),
+            layout="any",
+            about="one scale for 128 of r",
+        ),
+        "w": tensor("float8_e4m3fn", "h, d, r", "weights"),
+        "w_scale": TensorArg(
+            (
+                Form("float32 float8_e8m0fnu", "h, ceil(d, 128), ceil(r, 128)"),
+                Form("float32 float8_e8m0fnu", "h, d, ceil(r, 128)"),
+                Form("int32", "h, ceil(d, 128), ceil(r, 512)"),
+                Form("int32", "h, d, ceil(r, 512)"),
+            ),
+            layout="any",
+            about="one scale for 128 of r and 128 of d, or each d",
+        ),
+        "out": tensor("bfloat16", "b, h, d", "result buffer"),
+    },
+    rules=(Rule("w", "h > 0 and d > 0", "at least one group and one output"),),
+    returns=("out",),
+    cases=_cases(),
+    make=_make,
+    tolerances={
+        "out": Tolerance(
+            rtol=2**-8,
+            atol_rms=1e-2,
+            calc_diff=1e-5,
+            why="bf16 rounds the output (2^-9, calc_diff 1e-6); FP8 tensor cores keep about 14 bits within a block "
+            "of 128 before it is added in fp32.",
+        )
+    },
+    cost=_cost,
+)

@@ -1,0 +1,32 @@
+"""Everything this package raises on purpose."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .resolve import Resolution
+
+
+class DSV4Error(Exception):
+    """Base of every error below."""
+
+
+class ContractError(DSV4Error, ValueError):
+    """An argument breaks an op's contract; the message names op, argument, what was expected and what came."""
+
+
+class PolicyError(DSV4Error, ValueError):
+    """The user's settings cannot be understood: an unknown variable, provider, op or device."""
+
+
+class PluginError(DSV4Error, RuntimeError):
+    """A plugin is broken and ``DSV4_BACKENDS_STRICT=1`` asked for that to be an error."""
+
+
+class NoProviderError(DSV4Error, RuntimeError):
+    """No provider can serve the op here. ``resolution`` holds every candidate with its reasons."""
+
+    def __init__(self, message: str, resolution: Resolution | None = None) -> None:
+        super().__init__(message)
+        self.resolution = resolution

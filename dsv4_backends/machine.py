@@ -1,0 +1,185 @@
+"""What this machine is: its devices and its installed distributions; probed, or simulated.
+
+The probe never creates a CUDA context in the calling process (that would break processes that fork later): a child
+process asks the driver. It asks ``libcuda`` rather than ``nvidia-smi`` so that ``CUDA_VISIBLE_DEVICES`` and the
+device order mean what they mean to PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+from packaging.version import Version
+
+from . import capability as cc
+from .errors import PolicyError
+
+_PROBE = """
+import ctypes, json
+def ask():
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return {"devices": [], "note": f"no NVIDIA driver library: {error}"}
+    if status := cuda.cuInit(0):
+        name = ctypes.c_char_p()
+        cuda.cuGetErrorName(status, ctypes.byref(name))
+        return {"devices": [], "note": f"cuInit failed: {(name.value or b'?').decode()} ({status})"}
+    count, devices = ctypes.c_int(), []
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    for index in range(count.value):
+        handle, value, text, size = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        cuda.cuDeviceGet(ctypes.byref(handle), index)
+        cuda.cuDeviceGetName(text, 256, handle)
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(size), handle)
+        attributes = []
+        for attribute in (75, 76, 16):  # major, minor, multiprocessor count
+            cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
+            attributes.append(value.value)
+        devices.append([text.value.decode(), *attributes, size.value])
+    return {"devices": devices, "note": ""}
+print(json.dumps(ask()))
+"""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One place where tensors live.
+
+    Attributes:
+        type: ``"cuda"`` or ``"cpu"``.
+        index: CUDA index, None for the CPU and for a simulated GPU.
+        name: For people.
+        capability: Compute capability, None for the CPU.
+        multiprocessors: Streaming multiprocessors, 0 where unknown.
+        memory: Bytes, 0 where unknown.
+    """
+
+    type: str
+    index: int | None
+    name: str
+    capability: Version | None = None
+    multiprocessors: int = 0
+    memory: int = 0
+
+    @property
+    def label(self) -> str:
+        if self.capability is None:
+            return self.name
+        return f"{self.name} (compute capability {self.capability}, {cc.sm(self.capability)})"
+
+
+CPU = Device("cpu", None, "CPU")
+
+
+class Installed(Mapping[str, str]):
+    """Installed distributions by name, looked up when asked: reading all their metadata takes a second."""
+
+    def __getitem__(self, name: str) -> str:
+        try:
+            version: str | None = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            version = None
+        if version is None:  # importlib.metadata returns None for a directory without metadata
+            raise KeyError(name)
+        return version
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({dist.name for dist in metadata.distributions() if dist.name})
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices and the distributions that a choice depends on.
+
+    Attributes:
+        gpus: CUDA devices in PyTorch's order.
+        installed: Distribution name to version.
+        note: What the probe met, e.g. the driver's own words; empty when all was well.
+        simulated: True where the devices were named by the user.
+    """
+
+    gpus: tuple[Device, ...] = ()
+    installed: Mapping[str, str] = field(default_factory=Installed, compare=False)
+    note: str = ""
+    simulated: bool = False
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices to make a choice for: one per kind of GPU, or the CPU when there is none."""
+        kinds: dict[tuple[str, Version | None], Device] = {}
+        for device in self.gpus:
+            kinds.setdefault((device.name, device.capability), device)
+        return tuple(kinds.values()) or (CPU,)
+
+
+def simulate(text: str) -> Machine:
+    """A machine with this machine's packages and one device: ``cpu``, or a GPU such as ``sm_86``.
+
+    Raises:
+        PolicyError: the text is neither.
+    """
+    if text.strip().lower() == "cpu":
+        return Machine(note="simulated: cpu", simulated=True)
+    try:
+        capability = cc.parse_capability(text)
+    except PolicyError:
+        raise PolicyError(f"device: expected cpu or a GPU such as sm_86 or 8.6, got {text!r}") from None
+    device = Device("cuda", None, f"simulated {cc.sm(capability)} GPU", capability)
+    return Machine((device,), note=f"simulated: {cc.sm(capability)}", simulated=True)
+
+
+def probe() -> Machine:
+    """This machine, or the one that ``DSV4_BACKENDS_DEVICE`` names. No CUDA context is created in this process."""
+    if text := os.environ.get("DSV4_BACKENDS_DEVICE", "").strip():
+        return simulate(text)
+    return _probe(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER"))
+
+
+@lru_cache(maxsize=4)
+def _probe(*_environment: str | None) -> Machine:
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _PROBE], capture_output=True, text=True, timeout=60, check=True
+        )
+        answer: dict[str, Any] = json.loads(child.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return Machine(note=f"the probe for GPUs failed: {error}")
+    gpus = tuple(
+        Device("cuda", index, name, Version(f"{major}.{minor}"), multiprocessors, memory)
+        for index, (name, major, minor, multiprocessors, memory) in enumerate(answer["devices"])
+    )
+    return Machine(gpus, note=answer["note"])
+
+
+def device_of(torch_device: Any) -> Device:
+    """The ``Device`` behind the ``torch.device`` of an existing tensor.
+
+    A CUDA tensor means that its context exists, so PyTorch may be asked directly. ``DSV4_BACKENDS_DEVICE=sm_XX``
+    replaces the capability of every GPU (to run another architecture's code path here); it does not move tensors.
+    """
+    if torch_device.type != "cuda":
+        return CPU if torch_device.type == "cpu" else Device(torch_device.type, None, str(torch_device))
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch_device)
+    capability = Version(f"{properties.major}.{properties.minor}")
+    name = properties.name
+    if text := os.environ.get("DSV4_BACKENDS_DEVICE", "").strip():
+        simulated = simulate(text)
+        if simulated.gpus:
+            capability = simulated.gpus[0].capability or capability
+            name = f"{name} as {cc.sm(capability)}"
+    index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
+    return Device("cuda", index, name, capability, properties.multi_processor_count, properties.total_memory)

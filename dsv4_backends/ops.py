@@ -1,0 +1,354 @@
+"""The functions that people call. Each is bound to a provider once per device and policy, then called directly.
+
+Eager calls check the contract and go straight to the bound implementation. Under ``torch.compile`` (and for fake or
+other subclassed tensors) the same call is one ``torch.library`` op, ``torch.ops.dsv4_backends.<op>``, or
+``<op>_out`` where the caller brings result buffers; schema and fake exist from the import of this module on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+
+from . import machine, plugins, policy
+from .contract import CONTRACTS, OpContract
+from .contract import hyper_connection as _hyper_connection
+from .contract import indexer as _indexer
+from .contract import projection as _projection
+from .contract import sparse_mla as _sparse_mla
+from .errors import NoProviderError, PolicyError
+from .provider import Reason
+from .resolve import Candidate, Resolution, resolve
+
+_log = logging.getLogger("dsv4_backends")
+_lock = threading.RLock()
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class _Bound:
+    """One implementation, imported."""
+
+    __slots__ = ("calls", "function", "provider", "refuses")
+
+    def __init__(self, provider: str, function: Callable[..., Any], refuses: Callable[..., Any] | None) -> None:
+        self.provider, self.function, self.refuses = provider, function, refuses
+        self.calls = 0
+
+
+class _Chain:
+    """The accepted candidates of one resolution, best first, each imported when the ones before it refuse."""
+
+    def __init__(self, contract: OpContract, resolution: Resolution) -> None:
+        self.contract = contract
+        self.resolution = resolution
+        self.bound: list[_Bound] = []
+        self.waiting = list(resolution.accepted)
+        self.told: set[tuple[str, str]] = set()
+        if (first := self.at(0)) is None:
+            raise self.failure("no provider can serve")
+        # The usual case pays for nothing but this: a first candidate that takes every shape.
+        self.head = first if first.refuses is None else None
+
+    def at(self, index: int) -> _Bound | None:
+        """The index-th candidate that imports, or None when there are no more."""
+        while len(self.bound) <= index:
+            with _lock:
+                if len(self.bound) > index:
+                    break
+                if not self.waiting:
+                    return None
+                candidate = self.waiting.pop(0)
+                bound = _bind(self.contract, candidate)
+                if isinstance(bound, Reason):
+                    self.reject(candidate, bound)
+                else:
+                    if candidate.warning is not None:
+                        self.tell(candidate.name, candidate.warning)
+                    self.bound.append(bound)
+        return self.bound[index]
+
+    def reject(self, candidate: Candidate, reason: Reason) -> None:
+        self.tell(candidate.name, reason)
+        self.resolution = replace(
+            self.resolution,
+            candidates=tuple(
+                replace(c, reasons=(reason,)) if c is candidate else c for c in self.resolution.candidates
+            ),
+        )
+
+    def tell(self, provider: str, reason: Reason) -> None:
+        """Once for each provider and reason: a better candidate does not serve, and why."""
+        if (provider, reason.code) not in self.told:
+            self.told.add((provider, reason.code))
+            _log.warning("%s: %s: %s [%s]", self.contract.name, provider, reason, reason.code)
+
+    def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
+        """The first candidate that takes these shapes."""
+        refusals = []
+        index = 0
+        while (bound := self.at(index)) is not None:
+            reason = bound.refuses(*args, **kwargs) if bound.refuses is not None else None
+            if reason is None:
+                return bound
+            self.tell(bound.provider, reason)
+            refusals.append(f"  {bound.provider}: {reason}")
+            index += 1
+        raise self.failure("no provider takes these shapes", "\n".join(["", "for this call:", *refusals]))
+
+    def failure(self, what: str, more: str = "") -> NoProviderError:
+        return NoProviderError(f"{what} {self.resolution.explain()}{more}", self.resolution)
+
+
+def _bind(contract: OpContract, candidate: Candidate) -> _Bound | Reason:
+    """Import a candidate's functions and compare their signatures, or say why that failed."""
+    implementation = candidate.implementation
+    try:
+        function = _load(implementation.target)
+        refuses = _load(implementation.refuses) if implementation.refuses else None
+    except (Exception, SystemExit) as error:
+        words = " ".join(str(error).split())
+        message = f"importing {implementation.target} raised {type(error).__name__}: {words}"
+        return Reason("import-failed", message, candidate.provider.hint)
+    for loaded in filter(None, (function, refuses)):
+        if (mismatch := signature_mismatch(contract, loaded)) is not None:
+            return mismatch
+    return _Bound(candidate.name, function, refuses)
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return cast("Callable[..., Any]", getattr(importlib.import_module(module), name))
+
+
+def signature_mismatch(contract: OpContract, function: Callable[..., Any]) -> Reason | None:
+    """Compare names, order, kinds and defaults of a function's parameters with the contract's."""
+
+    def shape(signature: inspect.Signature) -> str:
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        return str(inspect.Signature(bare))
+
+    try:
+        have = shape(inspect.signature(function))
+    except (TypeError, ValueError) as error:
+        have = f"no signature ({error})"
+    if have == (want := shape(contract.signature)):
+        return None
+    name = f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', function)}"
+    return Reason("signature", f"{name} has {have}, the contract of {contract.name} is {want}")
+
+
+class _Bindings:
+    """Chains by op and device under one policy."""
+
+    def __init__(self, wishes: policy.Policy) -> None:
+        # Only the environment's deny list keeps a plugin from being imported; a context's works in `resolve`.
+        loaded = plugins.load(policy.from_environment().deny, wishes.strict)
+        self.policy = wishes.validate(loaded.names)
+        self.plugins = loaded
+        self.installed = machine.Installed()
+        self.chains: dict[tuple[str, torch.device], _Chain] = {}
+
+    def bind(self, contract: OpContract, device: torch.device) -> _Chain:
+        with _lock:
+            key = (contract.name, device)
+            if (chain := self.chains.get(key)) is None:
+                where = machine.device_of(device)
+                resolution = resolve(contract.name, where, self.installed, self.plugins.providers, self.policy)
+                chain = self.chains[key] = _Chain(contract, resolution)
+            return chain
+
+
+_default: _Bindings | None = None
+_default_heads: dict[str, dict[torch.device, _Bound]] = {}
+"""By op and device: what a call under the environment's policy reaches without a further look."""
+_scoped: dict[policy.Policy, _Bindings] = {}
+
+
+def _bindings() -> _Bindings:
+    global _default
+    wishes = policy.active()
+    if wishes is None:
+        if _default is None:
+            with _lock:
+                if _default is None:
+                    _default = _Bindings(policy.from_environment())
+        return _default
+    with _lock:
+        if wishes not in _scoped:
+            _scoped[wishes] = _Bindings(wishes)
+        return _scoped[wishes]
+
+
+def reset() -> None:
+    """Forget every binding, plugin and counter: the next call resolves anew, for a changed environment."""
+    global _default
+    with _lock:
+        _default = None
+        _scoped.clear()
+        for heads in _default_heads.values():
+            heads.clear()
+        plugins.load.cache_clear()
+
+
+def stats() -> dict[str, dict[str, int]]:
+    """Calls since the start (or ``reset``): ``{op: {provider: calls}}``.
+
+    A call that a CUDA graph captured counts once, at capture: a replay does not pass through Python.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    with _lock:
+        for bindings in (_default, *_scoped.values()):
+            for (op, _), chain in bindings.chains.items() if bindings is not None else ():
+                for bound in chain.bound:
+                    per_op = counts.setdefault(op, {})
+                    per_op[bound.provider] = per_op.get(bound.provider, 0) + bound.calls
+    return counts
+
+
+def resolution(op: str, device: torch.device | str | None = None) -> Resolution:
+    """Every candidate for ``op`` with its verdict, as calls on ``device`` see it.
+
+    Args:
+        op: One of ``dsv4_backends.OPS``.
+        device: A torch device that exists; default: the first GPU (or the simulated one), else the CPU.
+    """
+    if op not in CONTRACTS:
+        raise PolicyError(f"unknown op {op!r}. Known: {', '.join(CONTRACTS)}")
+    bindings = _bindings()
+    if device is None:
+        where = machine.probe().devices[0]
+    else:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if (chain := bindings.chains.get((op, device))) is not None:
+            return chain.resolution  # with what its imports met
+        where = machine.device_of(device)
+    return resolve(op, where, bindings.installed, bindings.plugins.providers, bindings.policy)
+
+
+def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[..., Any]]:
+    """The provider's name and the function that a call of ``op`` on ``device`` would reach, bound on the way.
+
+    For those who have checked their arguments and want the last microsecond, and for tools. A function that refuses
+    some shapes is returned all the same.
+    """
+    chain = _bindings().bind(CONTRACTS[op], torch.empty(0, device=device).device)
+    first = chain.at(0)
+    assert first is not None  # a chain without a candidate raises when it is made
+    return first.provider, first.function
+
+
+def load_implementation(op: str, target: str) -> Callable[..., Any]:
+    """Import one ``package.module:function`` and check its signature; for ``verify`` and the conformance suite.
+
+    Raises:
+        NoProviderError: the import failed or the signature is not the contract's.
+    """
+    function = _load(target)
+    if (mismatch := signature_mismatch(CONTRACTS[op], function)) is not None:
+        raise NoProviderError(str(mismatch))
+    return function
+
+
+def _define(function: _F) -> _F:
+    """Make the public function of one contract, and its two ``torch.library`` ops."""
+    contract = CONTRACTS[function.__name__]
+    names = tuple(contract.args)
+    passed = ", ".join(f"{n}={n}" if contract.is_keyword(n) else n for n in names)
+    heads = _default_heads[contract.name] = {}
+
+    def choose(device: torch.device, *args: Any, **kwargs: Any) -> _Bound:
+        bindings = _bindings()
+        chain = bindings.chains.get((contract.name, device)) or bindings.bind(contract, device)
+        if chain.head is None:
+            return chain.choose(args, kwargs)
+        if bindings is _default:
+            heads[device] = chain.head
+        return chain.head
+
+    # The usual call passes through the check and these lines only: a provider bound under the default policy, whose
+    # first choice takes every shape.
+    dispatch = (
+        "bound = heads.get(device)",
+        "if bound is None or scope() is not None:",
+        f"    bound = choose(device, {passed})",
+        "bound.calls += 1",
+        f"return bound.function({passed})",
+    )
+    scope: dict[str, Any] = {"heads": heads, "scope": policy.active, "choose": choose}
+    functional, with_buffers = _library_ops(contract, contract.checked_function((), dispatch, scope))
+    buffers = contract.buffers
+    functional_names = contract.library_names(with_buffers=False)
+    buffer_names = contract.library_names(with_buffers=True)
+
+    def as_library_op(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if all(given.get(buffer) is None for buffer in buffers):
+            return functional(*[given.get(name) for name in functional_names])
+        others = with_buffers(*[given.get(name) for name in buffer_names])
+        rest = iter(others if isinstance(others, tuple) else (others,))
+        results = tuple(given[name] if name in buffers else next(rest) for name in contract.returns)
+        return results if len(results) > 1 else results[0]
+
+    scope |= {"as_library_op": as_library_op, "is_compiling": torch.compiler.is_compiling}
+    subclassed = f"type({names[0]}) is not Tensor and isinstance({names[0]}, Tensor)"
+    by_library = f"if is_compiling() or ({subclassed}): return as_library_op({passed})"
+    call = contract.checked_function((by_library,), dispatch, scope)
+    return cast("_F", functools.update_wrapper(call, function))
+
+
+def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> tuple[Any, Any]:
+    def with_names(run: Callable[..., Any], *, with_buffers: bool) -> Callable[..., Any]:
+        names = contract.library_names(with_buffers=with_buffers)
+
+        def call(*values: Any) -> Any:
+            return run(**dict(zip(names, values, strict=False)))  # trailing defaults may be missing
+
+        def write(*values: Any) -> Any:
+            results = call(*values)
+            results = results if isinstance(results, tuple) else (results,)
+            others = [r for r, name in zip(results, contract.returns, strict=True) if name not in contract.buffers]
+            return tuple(others) if len(others) > 1 else others[0] if others else None
+
+        return write if with_buffers else call
+
+    name = f"dsv4_backends::{contract.name}"
+    for suffix, schema, buffers in (
+        ("", contract.schema, ()),
+        ("_out", contract.out_schema, contract.buffers),
+    ):
+        run = with_names(dispatch, with_buffers=bool(buffers))
+        defined = torch.library.custom_op(name + suffix, run, mutates_args=buffers, schema=schema)
+        defined.register_fake(with_names(contract.function, with_buffers=bool(buffers)))
+    namespace = torch.ops.dsv4_backends
+    return getattr(namespace, contract.name), getattr(namespace, f"{contract.name}_out")
+
+
+sparse_mla_prefill = _define(_sparse_mla.sparse_mla_prefill)
+sparse_mla_decode = _define(_sparse_mla.sparse_mla_decode)
+mqa_logits = _define(_indexer.mqa_logits)
+paged_mqa_logits = _define(_indexer.paged_mqa_logits)
+fp8_einsum = _define(_projection.fp8_einsum)
+hc_prenorm_gemm = _define(_hyper_connection.hc_prenorm_gemm)
+
+__all__ = [
+    "fp8_einsum",
+    "hc_prenorm_gemm",
+    "implementation",
+    "mqa_logits",
+    "paged_mqa_logits",
+    "reset",
+    "resolution",
+    "sparse_mla_decode",
+    "sparse_mla_prefill",
+    "stats",
+]

@@ -1,0 +1,167 @@
+"""What the user asked for: environment variables and the ``use_providers`` context manager."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from .contract.names import OPS
+from .errors import PolicyError
+
+ESSENTIAL = "torch"
+"""The provider that cannot be disabled: it gives every op its meaning, on every machine."""
+
+PREFIX = "DSV4_BACKENDS_"
+VARIABLES: Mapping[str, str] = MappingProxyType(
+    {
+        "DSV4_BACKENDS_ORDER": "providers in the order of preference, before all others: triton,deep_gemm",
+        "DSV4_BACKENDS_ALLOW": "only these providers (and torch) may serve: triton",
+        "DSV4_BACKENDS_DENY": "these providers may not serve, and plugins of that name are not imported",
+        "DSV4_BACKENDS_PIN": "op=provider pairs that must hold or raise: sparse_mla_decode=triton,fp8_einsum=torch; "
+        "*=triton pins every op",
+        "DSV4_BACKENDS_DEVICE": "choose as if the GPU were this one: sm_86, sm_120, cpu",
+        "DSV4_BACKENDS_EXPERIMENTAL": "1: experimental providers take part in the automatic choice",
+        "DSV4_BACKENDS_STRICT": "1: a broken plugin raises instead of being listed",
+        "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
+    }
+)
+"""The whole family. A variable with the prefix that is not in this table is an error."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The user's wishes, all optional.
+
+    Attributes:
+        order: Providers preferred in this order before all others.
+        allow: Where not None, only these (and ``torch``) take part.
+        deny: These do not take part.
+        pins: Op name to provider. A pin that cannot be met is an error, never a fallback.
+        experimental: Experimental providers take part in the automatic choice.
+        strict: A broken plugin raises.
+    """
+
+    order: tuple[str, ...] = ()
+    allow: frozenset[str] | None = None
+    deny: frozenset[str] = frozenset()
+    pins: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    experimental: bool = False
+    strict: bool = False
+
+    def validate(self, known: Collection[str]) -> Policy:
+        """Check every provider name against ``known`` and return self.
+
+        Raises:
+            PolicyError: an unknown provider, with the known ones, or an attempt to disable ``torch``.
+        """
+        named = {*self.order, *(self.allow or ()), *self.deny, *self.pins.values()}
+        if unknown := sorted(named - set(known)):
+            raise PolicyError(_unknown("provider", unknown[0], known))
+        if ESSENTIAL in self.deny:
+            raise PolicyError(f"the provider {ESSENTIAL!r} cannot be denied: it is the reference and the last resort")
+        return self
+
+
+def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
+    """Read the ``DSV4_BACKENDS_*`` family.
+
+    Raises:
+        PolicyError: an unknown variable of the family, a malformed pin, or a switch that is neither 0 nor 1.
+    """
+    environ = os.environ if environ is None else environ
+    if unknown := sorted(name for name in environ if name.startswith(PREFIX) and name not in VARIABLES):
+        raise PolicyError(_unknown("environment variable", unknown[0], VARIABLES))
+
+    def names(key: str) -> tuple[str, ...]:
+        return tuple(word.strip() for word in environ.get(PREFIX + key, "").split(",") if word.strip())
+
+    def switch(key: str) -> bool:
+        text = environ.get(PREFIX + key, "0").strip() or "0"
+        if text not in ("0", "1"):
+            raise PolicyError(f"{PREFIX}{key}: expected 0 or 1, got {text!r}")
+        return text == "1"
+
+    pairs = []
+    for word in names("PIN"):
+        op, equals, provider = (part.strip() for part in word.partition("="))
+        if not equals or not op or not provider:
+            raise PolicyError(f"{PREFIX}PIN: expected op=provider pairs, got {word!r}")
+        pairs.append((op, provider))
+    return Policy(
+        order=names("ORDER"),
+        allow=frozenset(names("ALLOW")) or None,
+        deny=frozenset(names("DENY")),
+        pins=_pins(pairs),
+        experimental=switch("EXPERIMENTAL"),
+        strict=switch("STRICT"),
+    )
+
+
+_active: ContextVar[Policy | None] = ContextVar("dsv4_backends_policy", default=None)
+
+
+active = _active.get
+"""The policy of the innermost ``use_providers`` of this context, or None: then the environment decides."""
+
+
+@contextlib.contextmanager
+def use_providers(
+    pins: Mapping[str, str] | str | None = None,
+    *,
+    order: Iterable[str] | None = None,
+    allow: Iterable[str] | None = None,
+    deny: Iterable[str] | None = None,
+    experimental: bool | None = None,
+) -> Iterator[Policy]:
+    """Change the choice within a ``with`` block, for the current thread or task.
+
+    Args:
+        pins: ``{"sparse_mla_decode": "triton"}``, or one provider's name for every op. Pins add to the outer ones.
+        order, allow, deny, experimental: Replace the outer setting where given.
+
+    Raises:
+        PolicyError: an unknown op or provider, with the known ones.
+
+    A block binds its ops anew on first use, so keep it around whole models rather than single calls.
+    """
+    from . import plugins
+
+    base = _active.get() or from_environment()
+    pairs = [("*", pins)] if isinstance(pins, str) else list((pins or {}).items())
+    policy = replace(
+        base,
+        order=base.order if order is None else tuple(order),
+        allow=base.allow if allow is None else frozenset(allow),
+        deny=base.deny if deny is None else frozenset(deny),
+        pins=_pins([*base.pins.items(), *pairs]),
+        experimental=base.experimental if experimental is None else experimental,
+    )
+    policy.validate(plugins.load(from_environment().deny, base.strict).names)
+    token = _active.set(policy)
+    try:
+        yield policy
+    finally:
+        _active.reset(token)
+
+
+def _pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
+    pins: dict[str, str] = {}
+    for op, provider in pairs:
+        if op == "*":
+            pins.update(dict.fromkeys(OPS, provider))
+        elif op in OPS:
+            pins[op] = provider
+        else:
+            raise PolicyError(_unknown("op", op, OPS))
+    return MappingProxyType(pins)
+
+
+def _unknown(kind: str, name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    guess = f", did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}{guess} Known: {', '.join(sorted(known))}"

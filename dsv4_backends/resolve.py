@@ -1,0 +1,181 @@
+"""Choose a provider: a pure function of the op, the device, the packages, the providers and the policy.
+
+Nothing is imported here and nothing is probed, so every machine can be tested on any other. The result keeps every
+candidate with its verdict: what is printed, what is bound and what an error says are the same objects.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from . import capability as cc
+from .machine import Device
+from .policy import ESSENTIAL, Policy
+from .provider import Implementation, ProviderSpec, Reason, Tier
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation and the verdict on it. No reasons means that it can serve."""
+
+    provider: ProviderSpec
+    implementation: Implementation
+    reasons: tuple[Reason, ...]
+    warning: Reason | None = None
+
+    @property
+    def name(self) -> str:
+        return self.provider.name
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reasons
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The choice for one op on one device, best candidate first."""
+
+    op: str
+    device: Device
+    candidates: tuple[Candidate, ...]
+    pinned: str | None = None
+
+    @property
+    def accepted(self) -> tuple[Candidate, ...]:
+        return tuple(c for c in self.candidates if c.accepted)
+
+    @property
+    def selected(self) -> Candidate | None:
+        return next(iter(self.accepted), None)
+
+    @property
+    def passed_over(self) -> tuple[Candidate, ...]:
+        """The refused candidates that would have come before the selected one."""
+        ahead = []
+        for candidate in self.candidates:
+            if candidate.accepted:
+                break
+            ahead.append(candidate)
+        return tuple(ahead)
+
+    def explain(self) -> str:
+        """All reasons as text, for errors."""
+        lines = [f"{self.op} on {self.device.label}:"]
+        if self.pinned:
+            lines.append(f"  pinned to {self.pinned}, so no other provider may serve it")
+        for candidate in self.candidates:
+            verdict = "; ".join(str(r) for r in candidate.reasons) or "can serve"
+            lines.append(f"  {candidate.name}: {verdict}")
+        if not self.candidates:
+            lines.append("  no installed provider implements it")
+        return "\n".join(lines)
+
+
+def _findable(module: str) -> bool:
+    # Only the top-level package: find_spec of a submodule would import its parents.
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def resolve(
+    op: str,
+    device: Device,
+    installed: Mapping[str, str],
+    providers: Iterable[ProviderSpec],
+    policy: Policy,
+    *,
+    findable: Callable[[str], bool] = _findable,
+) -> Resolution:
+    """Judge and rank every implementation of ``op``.
+
+    Rank: tested before untested, then the user's order, tier, priority, name. A pin removes all other candidates.
+    """
+    pinned = policy.pins.get(op)
+    judged = []
+    for provider in providers:
+        for implementation in provider.implementations:
+            if implementation.op == op:
+                reasons, warning = _judge(provider, implementation, device, installed, policy, pinned, findable)
+                judged.append(Candidate(provider, implementation, reasons, warning))
+
+    def rank(candidate: Candidate) -> tuple[bool, int, int, int, str, str]:
+        order = policy.order
+        place = order.index(candidate.name) if candidate.name in order else len(order)
+        implementation = candidate.implementation
+        return (
+            candidate.warning is not None,
+            place,
+            int(candidate.provider.tier),
+            -implementation.priority,
+            candidate.name,
+            implementation.target,
+        )
+
+    return Resolution(op, device, tuple(sorted(judged, key=rank)), pinned)
+
+
+def _judge(
+    provider: ProviderSpec,
+    implementation: Implementation,
+    device: Device,
+    installed: Mapping[str, str],
+    policy: Policy,
+    pinned: str | None,
+    findable: Callable[[str], bool],
+) -> tuple[tuple[Reason, ...], Reason | None]:
+    reasons: list[Reason] = []
+    warning = None
+    name = provider.name
+    asked_for = name == pinned or name in policy.order or name in (policy.allow or ())
+
+    if pinned is not None and name != pinned:
+        reasons.append(Reason("not-pinned", f"the op is pinned to {pinned}"))
+    if name in policy.deny:
+        reasons.append(Reason("denied", "denied by the user's settings"))
+    if policy.allow is not None and name not in policy.allow and name != ESSENTIAL:
+        allowed = ", ".join(sorted(policy.allow))
+        reasons.append(Reason("not-allowed", f"the user's settings allow only {allowed}"))
+    if provider.tier is Tier.EXPERIMENTAL and not (policy.experimental or asked_for):
+        message = "experimental providers serve only when asked for"
+        reasons.append(Reason("experimental", message, "DSV4_BACKENDS_EXPERIMENTAL=1, or pin it"))
+
+    if device.type not in implementation.devices:
+        needs = " or ".join({"cuda": "an NVIDIA GPU", "cpu": "the CPU"}[d] for d in implementation.devices)
+        reasons.append(Reason("device-type", f"runs on {needs}, this is {device.name}"))
+    elif device.capability is not None:
+        verdict = cc.support(implementation.capability, device.capability)
+        claim = cc.describe(implementation.capability)
+        if verdict is cc.Support.UNSUPPORTED:
+            message = f"needs compute capability {claim}, this GPU is {device.capability}"
+            reasons.append(Reason("capability", message))
+        elif verdict is cc.Support.UNTESTED:
+            message = f"tested on compute capability {claim}, this GPU is the newer {device.capability}"
+            warning = Reason("untested", message, f"pin another provider if {name} misbehaves")
+
+    for text in provider.requires:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        version = installed.get(requirement.name)
+        if version is None:
+            hint = provider.hint or f"pip install '{text}'"
+            reasons.append(Reason("distribution-missing", f"{requirement.name} is not installed", hint))
+        elif not requirement.specifier.contains(Version(version), prereleases=True):
+            message = f"{requirement.name} {version} is installed, needs {requirement.specifier}"
+            hint = provider.hint or f"pip install -U '{text}'"
+            reasons.append(Reason("distribution-version", message, hint))
+
+    if not reasons:  # the cheapest question last: it touches the file system
+        module = implementation.target.partition(":")[0]
+        if not findable(module):
+            package = module.partition(".")[0]
+            reasons.append(Reason("module-missing", f"the package {package} cannot be found", provider.hint))
+    return tuple(reasons), warning

@@ -1,0 +1,391 @@
+"""The checks of the conformance suite, one function each, over one implementation and one case.
+
+A check returns None, or raises ``CheckFailed`` with its name. They run in the order of ``CHECKS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import machine, plugins, policy
+from ..contract import CONTRACTS, Case, OpContract
+from ..contract.op import TensorArg
+from ..errors import NoProviderError
+from ..machine import Installed
+from ..ops import load_implementation, signature_mismatch
+from ..provider import Implementation, Reason
+from ..resolve import resolve
+from . import numerics, oracle
+
+
+class CheckFailed(AssertionError):
+    """A provider breaks its contract. ``check`` is the name of the check that found it."""
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(f"[{check}] {message}")
+        self.check = check
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One implementation under test on one device."""
+
+    provider: str
+    contract: OpContract
+    implementation: Implementation
+    function: Callable[..., Any]
+    refuses: Callable[..., Any] | None
+    device: torch.device
+
+    def run(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        results = self.function(**arguments)
+        return results if isinstance(results, tuple) else (results,)
+
+    def refusal(self, arguments: dict[str, Any]) -> Any:
+        return None if self.refuses is None else self.refuses(**arguments)
+
+    @property
+    def name(self) -> str:
+        return f"{self.provider}: {self.contract.name}"
+
+
+def subject(provider: str, op: str, device: torch.device | str) -> Subject:
+    """The implementation of ``op`` that ``provider`` would serve on ``device`` with.
+
+    Raises:
+        NoProviderError: it would not, with all reasons.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    loaded = plugins.load(policy.from_environment().deny)
+    wishes = policy.Policy(pins={op: provider}).validate(loaded.names)
+    resolution = resolve(op, machine.device_of(device), Installed(), loaded.providers, wishes)
+    selected = resolution.selected
+    if selected is None:
+        raise NoProviderError(resolution.explain(), resolution)
+    chosen = selected.implementation
+    function = load_implementation(op, chosen.target)
+    refuses = None if chosen.refuses is None else load_implementation(op, chosen.refuses)
+    return Subject(provider, CONTRACTS[op], chosen, function, refuses, device)
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@functools.lru_cache(maxsize=4)
+def _expected(op: str, case_name: str, device: torch.device, variant: int) -> tuple[Tensor, ...]:
+    # Several checks of one case need it, and it is the slowest thing here.
+    contract = CONTRACTS[op]
+    case = next(case for case in contract.cases if case.name == case_name)
+    return oracle.expected(op, contract.inputs(case, device, variant))
+
+
+def errors(
+    target: Subject, case: Case, arguments: dict[str, Any], results: tuple[Tensor, ...], variant: int = 0
+) -> dict[str, numerics.Error]:
+    """Each result against the oracle, by name."""
+    contract = target.contract
+    references = _expected(contract.name, case.name, target.device, variant)
+    finished = oracle.finished(contract.name, arguments, results)
+    return {
+        name: numerics.compare(result, reference, contract.tolerances[name])
+        for name, result, reference in zip(contract.returns, finished, references, strict=True)
+    }
+
+
+def _judge(
+    check: str,
+    target: Subject,
+    case: Case,
+    arguments: dict[str, Any],
+    results: tuple[Tensor, ...],
+    variant: int = 0,
+    what: str = "",
+) -> None:
+    for name, error in errors(target, case, arguments, results, variant).items():
+        if not error.ok:
+            detail = error.note or (
+                f"error {error.ratio:.3g} times what is allowed (largest {error.worst:.3g}, "
+                f"calc_diff {error.calc_diff:.3g})"
+            )
+            raise CheckFailed(check, f"{target.name}: {case.name}: {name}{what}: {detail}")
+
+
+def _tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value) for name, value in arguments.items() if isinstance(value, Tensor))
+
+
+def _storage(x: Tensor) -> Tensor:
+    """All bytes of the memory behind x, gaps between rows included."""
+    flat = torch.empty(0, dtype=torch.uint8, device=x.device)
+    return flat.set_(x.untyped_storage())
+
+
+def _buffers(target: Subject, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """NaN-filled result buffers, named as the contract's arguments."""
+    fake = target.contract.function(**arguments)
+    results = dict(zip(target.contract.returns, fake if isinstance(fake, tuple) else (fake,), strict=True))
+    return {name: results[name].fill_(float("nan")) for name in target.contract.buffers}
+
+
+def _overwrite(arguments: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, value in _tensors(arguments):
+        _storage(value).copy_(_storage(other[name]))
+
+
+@contextmanager
+def _poisoned_allocations() -> Iterator[None]:
+    """torch.empty gives NaN (or the largest integer), so that what a provider leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kernels that have no deterministic form; not what is asked here
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def check_signature(target: Subject) -> None:
+    """The function (and its ``refuses``) has the contract's parameters."""
+    for function in filter(None, (target.function, target.refuses)):
+        if (mismatch := signature_mismatch(target.contract, function)) is not None:
+            raise CheckFailed("signature", str(mismatch))
+
+
+def check_coverage(target: Subject, cases: tuple[Case, ...]) -> None:
+    """``refuses`` lets at least one case with work in it through."""
+    if target.refuses is None:
+        return
+    for case in cases:
+        arguments = target.contract.inputs(case, target.device)
+        if all(value.numel() for _, value in _tensors(arguments)) and not isinstance(target.refusal(arguments), Reason):
+            return
+    raise CheckFailed("coverage", f"{target.name}: refuses every one of {len(cases)} cases")
+
+
+def check_refusal(target: Subject, case: Case) -> None:
+    """``refuses`` gives a Reason or None, from shapes alone; and what it lets through runs."""
+    arguments = target.contract.inputs(case, target.device)
+    answer = target.refusal(arguments)
+    if answer is not None and not isinstance(answer, Reason):
+        raise CheckFailed("refusal", f"{target.name}: {case.name}: refuses() gave {answer!r}, expected Reason or None")
+    without_values = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    try:
+        again = target.refusal(without_values)
+    except Exception as error:
+        message = f"refuses() looks at more than shapes, dtypes and strides: {type(error).__name__}: {error}"
+        raise CheckFailed("refusal", f"{target.name}: {case.name}: {message}") from error
+    if (answer is None) != (again is None):
+        message = "refuses() answers differently without values"
+        raise CheckFailed("refusal", f"{target.name}: {case.name}: {message}")
+    if answer is None:
+        try:
+            target.run(arguments)
+        except Exception as error:
+            message = f"accepted, then raised {type(error).__name__}: {error}"
+            raise CheckFailed("refusal", f"{target.name}: {case.name}: {message}") from error
+
+
+def check_fake(target: Subject, case: Case) -> None:
+    """Shape, dtype and device of every result are what the contract's fake says."""
+    arguments = target.contract.inputs(case, target.device)
+    fake = target.contract.function(**arguments)
+    fakes = fake if isinstance(fake, tuple) else (fake,)
+    results = target.run(arguments)
+    if len(results) != len(fakes):
+        raise CheckFailed("fake", f"{target.name}: {case.name}: {len(results)} results, expected {len(fakes)}")
+    for name, result, want in zip(target.contract.returns, results, fakes, strict=True):
+        if not isinstance(result, Tensor):
+            raise CheckFailed("fake", f"{target.name}: {case.name}: {name} is a {type(result).__name__}, no tensor")
+        have_all = (result.dtype, list(result.shape), result.device)
+        want_all = (want.dtype, list(want.shape), want.device)
+        if have_all != want_all:
+            raise CheckFailed("fake", f"{target.name}: {case.name}: {name} is {have_all}, expected {want_all}")
+
+
+def check_stride(target: Subject, case: Case) -> None:
+    """Every result has a contiguous last dimension and no two elements in one place."""
+    results = target.run(target.contract.inputs(case, target.device))
+    for name, result in zip(target.contract.returns, results, strict=True):
+        if result.numel() == 0:
+            continue
+        dims = sorted((stride, size) for size, stride in zip(result.shape, result.stride(), strict=True) if size > 1)
+        reach = 1
+        for stride, size in dims:
+            if stride < reach:
+                raise CheckFailed("stride", f"{target.name}: {case.name}: {name} overlaps itself: {result.stride()}")
+            reach = stride * (size - 1) + 1
+        if result.shape[-1] > 1 and result.stride(-1) != 1:
+            raise CheckFailed("stride", f"{target.name}: {case.name}: {name} has strides {result.stride()}")
+
+
+def check_inputs(target: Subject, case: Case) -> None:
+    """No byte of any argument changes."""
+    arguments = target.contract.inputs(case, target.device)
+    before = {name: _storage(value).clone() for name, value in _tensors(arguments)}
+    target.run(arguments)
+    for name, value in _tensors(arguments):
+        if not torch.equal(_storage(value), before[name]):
+            raise CheckFailed("inputs", f"{target.name}: {case.name}: the call changed its argument {name}")
+
+
+def check_numerics(target: Subject, case: Case) -> None:
+    """Every result is within the contract's tolerance of the oracle."""
+    arguments = target.contract.inputs(case, target.device)
+    _judge("numerics", target, case, arguments, target.run(arguments))
+
+
+def check_written(target: Subject, case: Case) -> None:
+    """With NaN in the caller's buffers and in all new memory, results are right and in the caller's buffers."""
+    arguments = target.contract.inputs(case, target.device)
+    buffers = _buffers(target, arguments)
+    with _poisoned_allocations():
+        results = target.run(arguments | buffers)
+    for name, buffer in buffers.items():
+        result = results[target.contract.returns.index(name)]
+        if result.data_ptr() != buffer.data_ptr() or result.shape != buffer.shape:
+            raise CheckFailed("written", f"{target.name}: {case.name}: the result is not the buffer given as {name}")
+    _judge("written", target, case, arguments, results, what=" (NaN-filled buffers)")
+
+
+def check_fresh(target: Subject, case: Case) -> None:
+    """New values in the same tensors give new results, and leave the results of the call before alone."""
+    arguments = target.contract.inputs(case, target.device)
+    first = target.run(arguments)
+    kept = [result.clone() for result in first]
+    _overwrite(arguments, target.contract.inputs(case, target.device, 1))
+    second = target.run(arguments)
+    _judge("fresh", target, case, arguments, second, variant=1, what=" (second call, same tensors)")
+    for name, result, copy in zip(target.contract.returns, first, kept, strict=True):
+        if not numerics.same_bits(result, copy):
+            raise CheckFailed("fresh", f"{target.name}: {case.name}: a second call changed the first call's {name}")
+
+
+def check_deterministic(target: Subject, case: Case) -> None:
+    """Where claimed: the same bits three times."""
+    if not target.implementation.deterministic:
+        return
+    arguments = target.contract.inputs(case, target.device)
+    first = target.run(arguments)
+    for _ in range(2):
+        for name, a, b in zip(target.contract.returns, first, target.run(arguments), strict=True):
+            if not numerics.same_bits(a, b):
+                raise CheckFailed("deterministic", f"{target.name}: {case.name}: {name} differs between two calls")
+
+
+def _rows(contract: OpContract, arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """The same call for some rows of its batch (the first dimension of its first tensor)."""
+    batch = next(arg for arg in contract.args.values() if isinstance(arg, TensorArg)).forms[0].dims[0]
+    cut = dict(arguments)
+    for name, value in _tensors(arguments):
+        arg = contract.args[name]
+        assert isinstance(arg, TensorArg)
+        lead = arg.forms[0].dims[0]
+        if lead == batch:
+            cut[name] = value[rows]
+        elif lead.startswith(f"{batch} * "):
+            cut[name] = value.unflatten(0, (len(arguments["q"]), -1))[rows].flatten(0, 1)
+    return cut
+
+
+def check_batch_invariant(target: Subject, case: Case) -> None:
+    """Where claimed: a row alone has the bits that it has in the batch."""
+    contract = target.contract
+    if not target.implementation.batch_invariant:
+        return
+    arguments = contract.inputs(case, target.device)
+    count = len(next(value for _, value in _tensors(arguments)))
+    if count == 0:
+        return
+    whole = target.run(arguments)
+    partials = int(arguments.get("num_splits") is not None)
+    for row in {0, count // 2, count - 1}:
+        alone = target.run(_rows(contract, arguments, slice(row, row + 1)))
+        for name, a, b in zip(contract.returns, whole, alone, strict=True):
+            per_row = a.shape[partials] // count
+            if not numerics.same_bits(a.narrow(partials, row * per_row, per_row), b):
+                raise CheckFailed("batch_invariant", f"{target.name}: {case.name}: {name} of row {row} differs alone")
+
+
+def check_sync(target: Subject, case: Case) -> None:
+    """On a GPU: the call does not wait for the device."""
+    if target.device.type != "cuda":
+        return
+    arguments = target.contract.inputs(case, target.device)
+    target.run(arguments)  # what compiles, compiles here
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        target.run(arguments)
+    except RuntimeError as error:
+        raise CheckFailed("sync", f"{target.name}: {case.name}: {error}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def check_graph(target: Subject, case: Case) -> None:
+    """On a GPU: the call can be captured, and a replay after the inputs changed gives the new results."""
+    if target.device.type != "cuda":
+        return
+    arguments = target.contract.inputs(case, target.device)
+    stream = torch.cuda.Stream(target.device)
+    stream.wait_stream(torch.cuda.current_stream(target.device))
+    with torch.cuda.stream(stream):
+        target.run(arguments)
+    torch.cuda.current_stream(target.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            results = target.run(arguments)
+    except RuntimeError as error:
+        raise CheckFailed("graph", f"{target.name}: {case.name}: cannot be captured: {error}") from error
+    for result in results:
+        result.fill_(float("nan"))
+    _overwrite(arguments, target.contract.inputs(case, target.device, 1))
+    graph.replay()
+    torch.cuda.synchronize(target.device)
+    _judge("graph", target, case, arguments, results, variant=1, what=" (replay with new inputs)")
+
+
+CHECKS: dict[str, Callable[[Subject, Case], None]] = {
+    "refusal": check_refusal,
+    "fake": check_fake,
+    "stride": check_stride,
+    "inputs": check_inputs,
+    "numerics": check_numerics,
+    "written": check_written,
+    "fresh": check_fresh,
+    "deterministic": check_deterministic,
+    "batch_invariant": check_batch_invariant,
+    "sync": check_sync,
+    "graph": check_graph,
+}
+"""Checks over one case, in the order in which they run. ``signature`` and ``coverage`` come before them."""
+
+NEEDS_GPU = frozenset({"sync", "graph"})
+
+
+def claimed(check: str, implementation: Implementation) -> bool:
+    """Whether the implementation claims what the check is about."""
+    if check in ("deterministic", "batch_invariant"):
+        return bool(getattr(implementation, check))
+    return True

@@ -1,0 +1,54 @@
+"""Every test starts with the environment's settings cleared and every binding forgotten, and leaves them so."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dsv4_backends import ops, policy
+
+
+@pytest.fixture(autouse=True)
+def clean_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    keep = os.environ.get("DSV4_BACKENDS_LEVEL")
+    for name in [name for name in os.environ if name.startswith(policy.PREFIX)]:
+        monkeypatch.delenv(name)
+    if keep is not None:
+        monkeypatch.setenv("DSV4_BACKENDS_LEVEL", keep)
+    path = list(sys.path)
+    yield
+    assert policy.active() is None, "a test left a policy active"
+    if sys.path != path:  # a fake distribution was on it
+        sys.path[:] = path
+        ops.reset()
+
+
+@pytest.fixture
+def fake_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Install a distribution made of files: ``fake_plugin(name, source, dist=..., version=..., target=...)``."""
+
+    def install(
+        name: str,
+        source: str,
+        *,
+        dist: str = "",
+        version: str = "1.0",
+        target: str = "",
+        on_path: bool = True,
+    ) -> None:
+        dist = dist or f"{name}-kernels"
+        module = f"{name}_plugin"
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{dist.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[dsv4_backends]\n{name} = {target or module}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        ops.reset()
+
+    return install

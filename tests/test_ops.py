@@ -1,0 +1,279 @@
+"""The public functions: binding, falling back, counting, compiling."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import dsv4_backends
+from dsv4_backends import CONTRACTS, OPS, NoProviderError, PolicyError, ops, use_providers
+from dsv4_backends.testing import numerics, oracle
+
+
+def arguments(op: str, name: str = "small") -> dict[str, Any]:
+    contract = CONTRACTS[op]
+    return contract.inputs(next(case for case in contract.cases if case.name == name), "cpu")
+
+
+def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+# Native in rank; the fields of each are filled in per test.
+PLUGIN = """
+import dsv4_backends as d
+@d.hookimpl
+def dsv4_providers():
+    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=(
+        d.Implementation(op="mqa_logits", target="acme_plugin:{target}", devices=("cpu", "cuda"), refuses={refuses}),))
+def mqa_logits(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):
+    import torch
+    return torch.full((q.shape[0], k.shape[0]), 7.0)
+def refuses(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):
+    if q.shape[1] != 32:
+        return d.Reason("heads", f"needs 32 heads, the query has {{q.shape[1]}}")
+def raises(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):
+    raise RuntimeError("the kernel broke")
+def wrong(q, k):
+    pass
+"""
+
+
+def test_stats_count_calls() -> None:
+    ops.reset()
+    assert dsv4_backends.stats() == {}
+    for _ in range(3):
+        ops.mqa_logits(**arguments("mqa_logits"))
+    ops.hc_prenorm_gemm(**arguments("hc_prenorm_gemm"))
+    assert dsv4_backends.stats() == {"mqa_logits": {"torch": 3}, "hc_prenorm_gemm": {"torch": 1}}
+    with use_providers("torch"):
+        ops.mqa_logits(**arguments("mqa_logits"))
+    assert dsv4_backends.stats()["mqa_logits"] == {"torch": 4}
+
+
+def test_a_better_provider_serves(fake_plugin: Callable[..., None]) -> None:
+    fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses=None))
+    assert (ops.mqa_logits(**arguments("mqa_logits")) == 7).all()
+    assert dsv4_backends.stats() == {"mqa_logits": {"acme": 1}}
+    with use_providers({"mqa_logits": "torch"}):
+        assert not (ops.mqa_logits(**arguments("mqa_logits")) == 7).any()
+    assert (ops.mqa_logits(**arguments("mqa_logits")) == 7).all()
+    name, function = ops.implementation("mqa_logits", "cpu")
+    assert (name, function.__name__) == ("acme", "mqa_logits")
+
+
+def test_order_allow_and_deny_reach_the_call(fake_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses=None))
+    for variable in ("ORDER", "ALLOW"):
+        monkeypatch.setenv(f"DSV4_BACKENDS_{variable}", "torch")
+        ops.reset()
+        ops.mqa_logits(**arguments("mqa_logits"))
+        assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}, variable
+        monkeypatch.delenv(f"DSV4_BACKENDS_{variable}")
+    ops.reset()
+    with use_providers(deny=["acme"]):
+        ops.mqa_logits(**arguments("mqa_logits"))
+    assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}
+
+
+def test_refusal_by_shape_goes_to_the_next_and_is_told_once(
+    fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses="'acme_plugin:refuses'"))
+    with caplog.at_level(logging.WARNING, "dsv4_backends"):
+        for _ in range(2):
+            ops.mqa_logits(**arguments("mqa_logits"))
+        ops.mqa_logits(**arguments("mqa_logits", "32 heads"))
+    assert dsv4_backends.stats() == {"mqa_logits": {"acme": 1, "torch": 2}}
+    assert [r.getMessage() for r in caplog.records] == ["mqa_logits: acme: needs 32 heads, the query has 8 [heads]"]
+
+
+def test_refusal_of_a_pinned_provider_raises(fake_plugin: Callable[..., None]) -> None:
+    fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses="'acme_plugin:refuses'"))
+    with (
+        use_providers({"mqa_logits": "acme"}),
+        pytest.raises(NoProviderError, match="needs 32 heads, the query has 8"),
+    ):
+        ops.mqa_logits(**arguments("mqa_logits"))
+
+
+def test_import_that_fails_goes_to_the_next(fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    fake_plugin("acme", PLUGIN.format(target="absent", refuses=None))
+    with caplog.at_level(logging.WARNING, "dsv4_backends"):
+        ops.mqa_logits(**arguments("mqa_logits"))
+    assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}
+    assert "has no attribute 'absent'" in caplog.text
+    (acme,) = ops.resolution("mqa_logits", "cpu").passed_over
+    assert [r.code for r in acme.reasons] == ["import-failed"]
+
+
+def test_import_that_fails_under_a_pin_raises(fake_plugin: Callable[..., None]) -> None:
+    fake_plugin("acme", PLUGIN.format(target="absent", refuses=None))
+    with use_providers("acme"), pytest.raises(NoProviderError, match="has no attribute 'absent'"):
+        ops.mqa_logits(**arguments("mqa_logits"))
+    with use_providers("acme"), pytest.raises(NoProviderError, match="pinned to acme"):
+        ops.fp8_einsum(**arguments("fp8_einsum"))
+
+
+def test_wrong_signature_is_a_reason(fake_plugin: Callable[..., None]) -> None:
+    fake_plugin("acme", PLUGIN.format(target="wrong", refuses=None))
+    ops.mqa_logits(**arguments("mqa_logits"))
+    (acme,) = ops.resolution("mqa_logits", "cpu").passed_over
+    assert [r.code for r in acme.reasons] == ["signature"]
+    assert "acme_plugin:wrong has (q, k), the contract of mqa_logits is (q, k, k_scale" in acme.reasons[0].message
+
+
+def test_a_provider_that_fails_during_a_call_raises(fake_plugin: Callable[..., None]) -> None:
+    """No quiet retry on another one."""
+    fake_plugin("acme", PLUGIN.format(target="raises", refuses=None))
+    with pytest.raises(RuntimeError, match="the kernel broke"):
+        ops.mqa_logits(**arguments("mqa_logits"))
+
+
+def test_unknown_op_and_bad_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PolicyError, match="unknown op 'nothing'"):
+        ops.resolution("nothing")
+    monkeypatch.setenv("DSV4_BACKENDS_ORDER", "nobody")
+    ops.reset()
+    with pytest.raises(PolicyError, match="unknown provider 'nobody'"):
+        ops.mqa_logits(**arguments("mqa_logits"))
+    monkeypatch.delenv("DSV4_BACKENDS_ORDER")
+    ops.reset()
+
+
+def test_threads_bind_once() -> None:
+    ops.reset()
+    made = arguments("mqa_logits")
+    threads = [threading.Thread(target=lambda: ops.mqa_logits(**made)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([chain for chain in ops._bindings().chains if chain[0] == "mqa_logits"]) == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_positional_and_keyword_calls_agree(op: str) -> None:
+    contract, made = CONTRACTS[op], arguments(op)
+    positional = [made[name] for name in contract.args if not contract.is_keyword(name)]
+    rest = {name: value for name, value in made.items() if contract.is_keyword(name)}
+    for a, b in zip(as_tuple(getattr(ops, op)(**made)), as_tuple(getattr(ops, op)(*positional, **rest)), strict=True):
+        assert torch.equal(a, b)
+
+
+def buffers(op: str, made: dict[str, Any]) -> dict[str, torch.Tensor]:
+    fakes = dict(zip(CONTRACTS[op].returns, as_tuple(CONTRACTS[op].function(**made)), strict=True))
+    return {name: fakes[name] for name in CONTRACTS[op].buffers}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("with_buffers", [False, True])
+def test_torch_compile_is_one_op(op: str, with_buffers: bool) -> None:
+    """The graph holds one library op, and the compiled call gives the eager call's bits in the caller's buffers."""
+    made = arguments(op)
+    eager = as_tuple(getattr(ops, op)(**made))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def run(made: dict[str, Any]) -> Any:
+        return getattr(ops, op)(**made)
+
+    given = buffers(op, made) if with_buffers else {}
+    results = as_tuple(run(made | given))
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function" and "dsv4" in str(node.target)]
+    assert [str(target) for target in called] == [f"dsv4_backends.{op}{'_out' if with_buffers else ''}"]
+    for name, a, b in zip(CONTRACTS[op].returns, eager, results, strict=True):
+        assert torch.equal(a, b)
+        if with_buffers and name in given:
+            assert b.data_ptr() == given[name].data_ptr()
+    torch.compiler.reset()
+
+
+def test_first_call_ever_may_be_compiled() -> None:
+    """Schema and fake exist from the import on: no eager call has to come first."""
+    code = """
+import torch
+from dsv4_backends import CONTRACTS, ops
+contract = CONTRACTS["hc_prenorm_gemm"]
+made = contract.inputs(contract.cases[0], "cpu")
+run = torch.compile(lambda x, fn: ops.hc_prenorm_gemm(x, fn), fullgraph=True, backend="aot_eager")
+mixes, _ = run(made["x"], made["fn"])
+assert torch.allclose(mixes, made["x"].float() @ made["fn"].T, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("with_buffers", [False, True])
+def test_opcheck(op: str, with_buffers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = CONTRACTS[op]
+    made = arguments(op)
+    if with_buffers:
+        made |= buffers(op, made)
+    plain = torch.allclose
+
+    def allclose(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+        # opcheck compares the inputs before and after with allclose, which fp8 lacks, and NaN padding breaks.
+        a, b = (x.contiguous().view(torch.uint8) if x.element_size() == 1 else x for x in (a, b))
+        return plain(a, b, *args, **(kwargs | {"equal_nan": True}))
+
+    monkeypatch.setattr(torch, "allclose", allclose)
+    target = getattr(torch.ops.dsv4_backends, op + ("_out" if with_buffers else ""))
+    values = [made.get(name) for name in contract.library_names(with_buffers=with_buffers)]
+    torch.library.opcheck(target, tuple(values))
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def run(x: torch.Tensor, fn: torch.Tensor) -> Any:
+        return ops.hc_prenorm_gemm(x, fn)
+
+    fn = torch.randn(24, 256)
+    for m in (3, 5, 17):
+        x = torch.randn(m, 256).bfloat16()
+        mixes, squares = run(x, fn)
+        assert mixes.shape == (m, 24)
+        assert squares.shape == (m,)
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_parameters_and_fake_tensors_work() -> None:
+    x, fn = torch.randn(3, 64).bfloat16(), torch.randn(8, 64)
+    plain, _ = ops.hc_prenorm_gemm(x, fn)
+    as_parameter, _ = ops.hc_prenorm_gemm(torch.nn.Parameter(x, requires_grad=False), fn)
+    assert torch.equal(plain, as_parameter)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake, squares = ops.hc_prenorm_gemm(mode.from_tensor(x), mode.from_tensor(fn))
+    assert isinstance(fake, torch._subclasses.FakeTensor)
+    assert (fake.shape, squares.shape) == ((3, 8), (3,))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_default_level_on_the_cpu(op: str) -> None:
+    """The reference against the oracle at the model's real dimensions."""
+    contract = CONTRACTS[op]
+    for case in contract.at_level("default"):
+        made = contract.inputs(case, "cpu")
+        results = oracle.finished(op, made, as_tuple(getattr(ops, op)(**made)))
+        for name, result, want in zip(contract.returns, results, oracle.expected(op, made), strict=True):
+            error = numerics.compare(result, want, contract.tolerances[name])
+            assert error.ok, (case.name, name, error)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+
+from dsv4_backends import OPS, PolicyError, policy, use_providers
+
+
+def read(**variables: str) -> policy.Policy:
+    return policy.from_environment({f"DSV4_BACKENDS_{key}": value for key, value in variables.items()})
+
+
+def test_nothing_set() -> None:
+    assert read() == policy.Policy()
+
+
+def test_everything_set() -> None:
+    wishes = read(ORDER="a, b", ALLOW="a,b", DENY="c", PIN="mqa_logits=a, fp8_einsum = b", EXPERIMENTAL="1", STRICT="1")
+    assert wishes.order == ("a", "b")
+    assert wishes.allow == {"a", "b"}
+    assert wishes.deny == {"c"}
+    assert dict(wishes.pins) == {"mqa_logits": "a", "fp8_einsum": "b"}
+    assert wishes.experimental
+    assert wishes.strict
+
+
+def test_pin_for_every_op() -> None:
+    assert dict(read(PIN="*=a").pins) == dict.fromkeys(OPS, "a")
+    assert read(PIN="*=a,mqa_logits=b").pins["mqa_logits"] == "b"
+
+
+def test_empty_values_are_not_set() -> None:
+    assert read(ORDER="", ALLOW=" ", DENY=",", PIN="", EXPERIMENTAL="") == policy.Policy()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"PINN": "x"},
+            "unknown environment variable 'DSV4_BACKENDS_PINN', did you mean 'DSV4_BACKENDS_PIN'?",
+        ),
+        ({"PIN": "mqa_logits"}, "expected op=provider pairs, got 'mqa_logits'"),
+        ({"PIN": "mqa_logit=torch"}, "unknown op 'mqa_logit', did you mean 'mqa_logits'?"),
+        ({"EXPERIMENTAL": "yes"}, "expected 0 or 1, got 'yes'"),
+    ],
+)
+def test_mistakes(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        read(**variables)
+    assert message in str(caught.value)
+
+
+def test_unknown_provider_lists_the_known() -> None:
+    with pytest.raises(PolicyError, match=r"unknown provider 'tritn', did you mean 'triton'\? Known: torch, triton"):
+        read(ORDER="tritn").validate({"triton", "torch"})
+
+
+def test_torch_cannot_be_denied() -> None:
+    with pytest.raises(PolicyError, match="'torch' cannot be denied"):
+        read(DENY="torch").validate({"torch"})
+
+
+def test_use_providers_nests_and_restores() -> None:
+    assert policy.active() is None
+    with use_providers({"mqa_logits": "torch"}) as outer:
+        assert dict(outer.pins) == {"mqa_logits": "torch"}
+        with use_providers(order=["torch"]) as inner:
+            assert dict(inner.pins) == {"mqa_logits": "torch"}
+            assert inner.order == ("torch",)
+        assert policy.active() is outer
+        with pytest.raises(ZeroDivisionError), use_providers("torch"):
+            _ = 1 / 0
+        assert policy.active() is outer
+    assert policy.active() is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: use_providers({"mqa_logits": "nobody"}),
+        lambda: use_providers("nobody"),
+        lambda: use_providers({"nothing": "torch"}),
+        lambda: use_providers(deny=["torch"]),
+        lambda: use_providers(order=["nobody"]),
+    ],
+)
+def test_use_providers_refuses(call: object) -> None:
+    assert callable(call)
+    with pytest.raises(PolicyError), call():
+        pass
+    assert policy.active() is None

@@ -1,0 +1,208 @@
+"""Choosing is a pure function, so every machine is tested on this one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+from dsv4_backends import Implementation, ProviderSpec, Tier
+from dsv4_backends.machine import CPU, Device
+from dsv4_backends.policy import Policy
+from dsv4_backends.resolve import Resolution, resolve
+
+OP = "mqa_logits"
+INSTALLED = {"triton": "3.6.0", "torch": "2.13.0", "deep-gemm": "2.5.0.post20260424"}
+
+
+def gpu(capability: str) -> Device:
+    return Device("cuda", 0, "Fake GPU", Version(capability))
+
+
+def provider(name: str, tier: Tier, *, requires: tuple[str, ...] = (), hint: str = "", **claims: Any) -> ProviderSpec:
+    implementation = Implementation(op=OP, target=f"json:{name}", **claims)
+    return ProviderSpec(
+        name=name, summary="fake", tier=tier, implementations=(implementation,), requires=requires, hint=hint
+    )
+
+
+NATIVE = provider("native", Tier.NATIVE, capability=("==9.0", "==10.0"), requires=("deep-gemm>=2.5",))
+PORTABLE = provider("portable", Tier.PORTABLE, capability=(">=8.0",), requires=("triton>=3.6",))
+TORCH = provider("torch", Tier.REFERENCE, devices=("cuda", "cpu"))
+LAB = provider("lab", Tier.EXPERIMENTAL)
+ALL = (TORCH, LAB, PORTABLE, NATIVE)  # not in order of preference
+
+
+def choose(device: Device, policy: Policy | None = None, providers: tuple[ProviderSpec, ...] = ALL) -> Resolution:
+    return resolve(OP, device, INSTALLED, providers, policy or Policy())
+
+
+def order(resolution: Resolution) -> list[str]:
+    return [c.name for c in resolution.candidates]
+
+
+def codes(resolution: Resolution, name: str) -> list[str]:
+    return [r.code for c in resolution.candidates if c.name == name for r in c.reasons]
+
+
+def selected(resolution: Resolution) -> str | None:
+    return None if resolution.selected is None else resolution.selected.name
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ("7.5", "torch"),
+        ("8.0", "portable"),
+        ("8.6", "portable"),
+        ("8.9", "portable"),
+        ("9.0", "native"),
+        ("10.0", "native"),
+        ("10.3", "portable"),  # native is untested there: last, not gone
+        ("12.0", "portable"),
+        ("12.1", "portable"),
+    ],
+)
+def test_by_capability(capability: str, expected: str) -> None:
+    assert selected(choose(gpu(capability))) == expected
+
+
+def test_on_cpu() -> None:
+    resolution = choose(CPU)
+    assert selected(resolution) == "torch"
+    assert codes(resolution, "native") == ["device-type"]
+    assert codes(resolution, "portable") == ["device-type"]
+
+
+def test_reason_has_rule_value_and_no_doubt() -> None:
+    reason = choose(gpu("8.6")).passed_over[0].reasons[0]
+    assert reason.code == "capability"
+    assert reason.message == "needs compute capability 9.0 or 10.0, this GPU is 8.6"
+
+
+def test_untested_ranks_last_and_warns() -> None:
+    resolution = choose(gpu("10.3"))
+    assert order(resolution)[-1] == "native"
+    candidate = resolution.candidates[-1]
+    assert candidate.accepted
+    assert candidate.warning is not None
+    assert candidate.warning.code == "untested"
+    assert "9.0 or 10.0, this GPU is the newer 10.3" in candidate.warning.message
+    # It can still be had.
+    assert selected(choose(gpu("10.3"), Policy(pins={OP: "native"}))) == "native"
+
+
+def test_rank_is_tier_then_priority_then_name() -> None:
+    low = provider("aaa", Tier.PORTABLE)
+    high = provider("zzz", Tier.PORTABLE, priority=1)
+    same = provider("bbb", Tier.PORTABLE)
+    assert order(choose(gpu("8.0"), providers=(same, high, TORCH, low))) == ["zzz", "aaa", "bbb", "torch"]
+
+
+def test_order_comes_before_tier() -> None:
+    resolution = choose(gpu("9.0"), Policy(order=("torch", "portable")))
+    assert order(resolution)[:3] == ["torch", "portable", "native"]
+
+
+def test_missing_distribution() -> None:
+    needs = provider("needs", Tier.NATIVE, requires=("absent-kernels>=1",))
+    resolution = choose(gpu("9.0"), providers=(needs, TORCH))
+    reason = resolution.passed_over[0].reasons[0]
+    assert (reason.code, reason.hint) == ("distribution-missing", "pip install 'absent-kernels>=1'")
+
+
+def test_own_hint_wins() -> None:
+    needs = provider("needs", Tier.NATIVE, requires=("absent-kernels",), hint="ask for it")
+    assert choose(gpu("9.0"), providers=(needs,)).candidates[0].reasons[0].hint == "ask for it"
+
+
+def test_wrong_version() -> None:
+    needs = provider("needs", Tier.NATIVE, requires=("deep-gemm>=2.6",))
+    reason = choose(gpu("9.0"), providers=(needs, TORCH)).passed_over[0].reasons[0]
+    assert reason.code == "distribution-version"
+    assert reason.message == "deep-gemm 2.5.0.post20260424 is installed, needs >=2.6"
+
+
+def test_requirement_of_another_platform_does_not_count() -> None:
+    needs = provider("needs", Tier.NATIVE, requires=("absent; sys_platform == 'nowhere'",))
+    assert selected(choose(gpu("9.0"), providers=(needs,))) == "needs"
+
+
+def test_module_missing() -> None:
+    implementation = Implementation(op=OP, target="no_such_package_here.inner:function")
+    gone = ProviderSpec(name="gone", summary="", tier=Tier.NATIVE, implementations=(implementation,))
+    reason = choose(gpu("9.0"), providers=(gone, TORCH)).passed_over[0].reasons[0]
+    assert (reason.code, reason.message) == (
+        "module-missing",
+        "the package no_such_package_here cannot be found",
+    )
+
+
+def test_experimental_only_when_asked_for() -> None:
+    assert codes(choose(gpu("8.0")), "lab") == ["experimental"]
+    for policy in (Policy(experimental=True), Policy(order=("lab",)), Policy(pins={OP: "lab"})):
+        assert codes(choose(gpu("8.0"), policy), "lab") == []
+
+
+def test_deny_and_allow() -> None:
+    resolution = choose(gpu("9.0"), Policy(deny=frozenset({"native"})))
+    assert codes(resolution, "native") == ["denied"]
+    assert selected(resolution) == "portable"
+    resolution = choose(gpu("9.0"), Policy(allow=frozenset({"portable"})))
+    assert codes(resolution, "native") == ["not-allowed"]
+    assert selected(resolution) == "portable"
+    # torch stays: it cannot be disabled.
+    assert "torch" in {c.name for c in resolution.accepted}
+
+
+def test_pin_removes_all_others() -> None:
+    resolution = choose(gpu("9.0"), Policy(pins={OP: "portable"}))
+    assert [c.name for c in resolution.accepted] == ["portable"]
+    assert codes(resolution, "native") == ["not-pinned"]
+
+
+def test_pin_that_cannot_be_met_falls_back_to_nobody() -> None:
+    resolution = choose(gpu("8.6"), Policy(pins={OP: "native"}))
+    assert resolution.selected is None
+    text = resolution.explain()
+    assert "pinned to native" in text
+    assert "native: needs compute capability 9.0 or 10.0, this GPU is 8.6" in text
+    assert "torch: the op is pinned to native" in text
+
+
+def test_all_reasons_are_given_at_once() -> None:
+    policy = Policy(deny=frozenset({"native"}))
+    assert codes(choose(gpu("8.6"), policy), "native") == ["denied", "capability"]
+
+
+def test_upgrading_a_library_changes_the_choice() -> None:
+    old = provider("native", Tier.NATIVE, capability=("==9.0",))
+    new = provider("native", Tier.NATIVE, capability=("==9.0", "==12.0"))
+    assert selected(choose(gpu("12.0"), providers=(old, PORTABLE))) == "portable"
+    assert selected(choose(gpu("12.0"), providers=(new, PORTABLE))) == "native"
+
+
+def test_nobody() -> None:
+    resolution = choose(gpu("9.0"), providers=())
+    assert resolution.selected is None
+    assert "no installed provider implements it" in resolution.explain()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Implementation(op="x", target="nothing"), "target must be 'package.module:function'"),
+        (lambda: Implementation(op="x", target="a:b", capability=">=8.0"), "capability must be a tuple"),  # type: ignore[arg-type]
+        (lambda: Implementation(op="x", target="a:b", capability=("eight",)), "eight"),
+        (lambda: Implementation(op="x", target="a:b", devices=("tpu",)), "devices must be"),
+        (lambda: Implementation(op="X y", target="a:b"), "op must be"),
+        (lambda: ProviderSpec(name="A-b", summary="", tier=Tier.NATIVE, implementations=()), "name must be"),
+        (lambda: ProviderSpec(name="a", summary="", tier=0, implementations=()), "tier must be"),  # type: ignore[arg-type]
+        (lambda: provider("a", Tier.NATIVE, requires="triton"), "requires must be"),  # type: ignore[arg-type]
+        (lambda: provider("a", Tier.NATIVE, requires=("!!",)), "!!"),
+    ],
+)
+def test_bad_claims_are_refused_when_made(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,384 @@
+"""The conformance suite judges rightly: each way to cheat is found by the check that is there for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_backends import CONTRACTS, Implementation, Reason, ops
+from dsv4_backends.testing import checks, numerics, oracle
+
+OP = "mqa_logits"
+CONTRACT = CONTRACTS[OP]
+CASES = {case.name: case for case in CONTRACT.cases}
+CASE = CASES["small"]
+
+
+def honest(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    (logits,) = oracle.mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k)
+    return logits.float() if out is None else out.copy_(logits)
+
+
+def subject(
+    function: Callable[..., Any], *, refuses: Callable[..., Any] | None = None, **claims: Any
+) -> checks.Subject:
+    implementation = Implementation(op=OP, target="nowhere:nothing", devices=("cpu",), **claims)
+    return checks.Subject("cheat", CONTRACT, implementation, function, refuses, torch.device("cpu"))
+
+
+def first_failure(target: checks.Subject, case: Any = CASE) -> str | None:
+    """The name of the first check that fails, in the order of the suite."""
+    try:
+        checks.check_signature(target)
+        checks.check_coverage(target, CONTRACT.at_level("smoke"))
+        for check in checks.CHECKS.values():
+            check(target, case)
+    except checks.CheckFailed as failed:
+        return failed.check
+    return None
+
+
+def cheat(change: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the contract's signature that hands its arguments, by name, to ``change``."""
+
+    def function(
+        q: Tensor,
+        k: Tensor,
+        k_scale: Tensor,
+        weights: Tensor,
+        row_starts: Tensor,
+        row_ends: Tensor,
+        *,
+        max_seqlen_k: int | None = None,
+        out: Tensor | None = None,
+    ) -> Any:
+        return change(**by_name(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k, out))
+
+    return function
+
+
+def by_name(*values: Any) -> dict[str, Any]:
+    return dict(zip(CONTRACT.args, values, strict=True))
+
+
+def zeros(**a: Any) -> Tensor:
+    result = honest(**a)
+    return result.fill_(0.0)
+
+
+def small_error(**a: Any) -> Tensor:
+    return honest(**a).mul_(1.02)
+
+
+def one_row_wrong(**a: Any) -> Tensor:
+    result = honest(**a)
+    result[-1, 0] += 0.5
+    return result
+
+
+def finite_outside(**a: Any) -> Tensor:
+    return honest(**a).clamp_(min=-1e30)
+
+
+def mutates(**a: Any) -> Tensor:
+    result = honest(**a)
+    a["weights"][0, 0] += 1
+    return result
+
+
+def transposed(**a: Any) -> Tensor:
+    result = honest(**a)
+    return result.T.contiguous().T
+
+
+def overlapping(**a: Any) -> Tensor:
+    result = honest(**a)
+    return result[:1].expand(result.shape)
+
+
+def wrong_dtype(**a: Any) -> Tensor:
+    return honest(**a).double()
+
+
+def wrong_shape(**a: Any) -> Tensor:
+    return honest(**a)[:, :-1]
+
+
+def a_list(**a: Any) -> Any:
+    return [honest(**a).tolist()]
+
+
+def ignores_buffer(**a: Any) -> Tensor:
+    return honest(**(a | {"out": None}))
+
+
+def leaves_holes(**a: Any) -> Tensor:
+    """Relies on new memory being what it was: computes everything but the part outside the ranges."""
+    result = honest(**(a | {"out": None}))
+    given = torch.empty_like(result) if a["out"] is None else a["out"]
+    inside = result != -torch.inf
+    if a["out"] is None:
+        given.fill_(-torch.inf)  # as freshly mapped memory might happen to be right
+    given[inside] = result[inside]
+    return given
+
+
+_cache: dict[Any, Tensor] = {}
+
+
+def cached(**a: Any) -> Tensor:
+    """Remembers results by the address and shape of the query."""
+    key = (a["q"].data_ptr(), a["q"].shape, a["k"].shape)
+    if key not in _cache:
+        _cache[key] = honest(**a)
+    return _cache[key].clone() if a["out"] is None else a["out"].copy_(_cache[key])
+
+
+_static: dict[Any, Tensor] = {}
+
+
+def one_buffer(**a: Any) -> Tensor:
+    """Returns the same memory every time."""
+    result = honest(**a)
+    if a["out"] is not None:
+        return result
+    return _static.setdefault(tuple(result.shape), torch.empty_like(result)).copy_(result)
+
+
+_calls = [0]
+
+
+def drifts(**a: Any) -> Tensor:
+    _calls[0] += 1
+    return honest(**a).mul_(1 + 1e-6 * _calls[0])
+
+
+def depends_on_batch(**a: Any) -> Tensor:
+    return honest(**a).mul_(1 + 1e-6 * len(a["q"]))
+
+
+CHEATS = [
+    (zeros, "numerics"),
+    (small_error, "numerics"),
+    (one_row_wrong, "numerics"),
+    (finite_outside, "numerics"),
+    (mutates, "inputs"),
+    (transposed, "stride"),
+    (overlapping, "stride"),
+    (wrong_dtype, "fake"),
+    (wrong_shape, "fake"),
+    (a_list, "fake"),
+    (ignores_buffer, "written"),
+    (leaves_holes, "written"),
+    (cached, "fresh"),
+    (one_buffer, "fresh"),
+    (drifts, "deterministic"),
+]
+
+
+def test_the_honest_one_passes() -> None:
+    for case in CONTRACT.at_level("smoke"):
+        assert first_failure(subject(honest, batch_invariant=False), case) is None
+
+
+@pytest.mark.parametrize(("change", "expected"), CHEATS, ids=[c.__name__ for c, _ in CHEATS])
+def test_cheats(change: Callable[..., Any], expected: str) -> None:
+    _cache.clear()
+    assert first_failure(subject(cheat(change))) == expected
+
+
+def test_batch_invariance_only_where_claimed() -> None:
+    assert first_failure(subject(cheat(depends_on_batch))) is None
+    assert first_failure(subject(cheat(depends_on_batch), batch_invariant=True)) == "batch_invariant"
+
+
+def test_rows_are_cut_for_every_op() -> None:
+    """A row alone is the same call for that row: the oracle agrees with itself."""
+    for op, contract in CONTRACTS.items():
+        case = next(c for c in contract.cases if c.name == "small")
+        made = contract.inputs(case, "cpu")
+        whole = oracle.expected(op, made)
+        alone = oracle.expected(op, checks._rows(contract, made, slice(1, 2)))
+        for a, b in zip(whole, alone, strict=True):
+            torch.testing.assert_close(a[1:2], b)
+
+
+def test_wrong_signature() -> None:
+    assert first_failure(subject(lambda q, k: None)) == "signature"
+
+
+def accepts_what_it_cannot_do(**a: Any) -> Tensor:
+    if a["max_seqlen_k"] is not None:
+        raise RuntimeError("no compressed form")
+    return honest(**a)
+
+
+def test_accepts_what_it_should_refuse() -> None:
+    assert first_failure(subject(cheat(accepts_what_it_cannot_do)), CASES["compressed"]) == "refusal"
+    refuses = cheat(lambda **a: Reason("form", "no compressed form") if a["max_seqlen_k"] is not None else None)
+    assert first_failure(subject(cheat(accepts_what_it_cannot_do), refuses=refuses)) is None
+    with pytest.raises(RuntimeError):  # the suite skips what is refused; a check by hand runs it
+        checks.check_numerics(subject(cheat(accepts_what_it_cannot_do), refuses=refuses), CASES["compressed"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (lambda **a: "too large", "refusal"),
+        (lambda **a: False, "refusal"),
+        (lambda **a: Reason("values", "large") if float(a["weights"].abs().sum()) < 0 else None, "refusal"),
+        (lambda **a: Reason("always", "refuses everything"), "coverage"),
+    ],
+)
+def test_refusals_are_judged(answer: Callable[..., Any], expected: str) -> None:
+    assert first_failure(subject(honest, refuses=cheat(answer))) == expected
+
+
+def test_poisoned_allocations_are_undone() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    with checks._poisoned_allocations():
+        assert torch.empty(3).isnan().all()
+    assert torch.are_deterministic_algorithms_enabled() is before
+
+
+@pytest.mark.parametrize(
+    ("result", "reference", "ok"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0, 2.2], [1.0, 2.0], False),
+        ([1.0, float("nan")], [1.0, 2.0], False),
+        ([float("nan")], [float("nan")], True),
+        ([float("inf")], [-float("inf")], False),
+        ([-float("inf"), 1.0], [-float("inf"), 1.0], True),
+        ([1e30, 1.0], [float("inf"), 1.0], False),
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([], [], True),
+    ],
+)
+def test_compare(result: list[float], reference: list[float], ok: bool) -> None:
+    tolerance = replace(CONTRACT.tolerances["out"], atol_rms=0.0, rtol=1e-3)
+    error = numerics.compare(torch.tensor(result), torch.tensor(reference, dtype=torch.float64), tolerance)
+    assert error.ok is ok
+
+
+def test_calc_diff_is_the_published_formula() -> None:
+    x, y = torch.randn(1000, dtype=torch.float64), torch.randn(1000, dtype=torch.float64)
+    published = 1 - 2 * (x * y).sum() / (x * x + y * y).sum()
+    assert numerics.calc_diff(x, y) == pytest.approx(float(published))
+
+
+PLUGIN = """
+import dsv4_backends as d
+@d.hookimpl
+def dsv4_providers():
+    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=(
+        d.Implementation(op="hc_prenorm_gemm", target="acme_plugin:hc_prenorm_gemm", devices=("cpu",)),
+        d.Implementation(op="mqa_logits", target="json:dumps", devices=("cuda",)),))
+def hc_prenorm_gemm(x, fn, *, num_splits=None, out=None, sqr_sum=None):
+    from dsv4_backend_torch.hyper_connection import hc_prenorm_gemm
+    mixes, squares = hc_prenorm_gemm(x, fn, num_splits=num_splits, out=out, sqr_sum=sqr_sum)
+    return mixes.{change}, squares
+"""
+SUITE = """
+from dsv4_backends.testing import ProviderConformance
+
+class TestAcme(ProviderConformance):
+    provider = "{name}"
+    known_failures = {known}
+"""
+
+
+def run_suite(
+    tmp_path: Path, fake_plugin: Callable[..., None], change: str, name: str = "acme", known: str = "{}"
+) -> tuple[int, str]:
+    fake_plugin("acme", PLUGIN.format(change=change))
+    (tmp_path / "test_acme.py").write_text(SUITE.format(name=name, known=known))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "test_acme.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_five_lines_pass(tmp_path: Path, fake_plugin: Callable[..., None]) -> None:
+    code, out = run_suite(tmp_path, fake_plugin, "mul_(1)")
+    assert code == 0, out
+    assert " passed" in out
+    # What this machine cannot run is skipped with the provider's reason, not passed.
+    assert "runs on an NVIDIA GPU, this is CPU" in out
+
+
+def test_five_lines_fail(tmp_path: Path, fake_plugin: Callable[..., None]) -> None:
+    code, out = run_suite(tmp_path, fake_plugin, "mul_(1.01)")
+    assert code == 1
+    assert "[numerics] acme: hc_prenorm_gemm: small: out: error" in out
+
+
+def test_known_failures_must_fail_and_must_match(tmp_path: Path, fake_plugin: Callable[..., None]) -> None:
+    known = "{'numerics-hc_prenorm_gemm-*': 'acme#1', 'nothing-*': 'acme#2'}"
+    code, out = run_suite(tmp_path, fake_plugin, "mul_(1)", known=known)
+    assert code == 1
+    assert "XPASS(strict)" in out
+    assert "known_failures that match no test: ['nothing-*']" in out
+
+
+def test_unknown_provider_is_loud(tmp_path: Path, fake_plugin: Callable[..., None]) -> None:
+    code, out = run_suite(tmp_path, fake_plugin, "mul_(1)", name="acne")
+    assert code != 0
+    assert "no installed provider is named 'acne'. Known: acme, torch" in out
+
+
+def test_reference_memory_is_bounded() -> None:
+    """No more than 1 GiB beyond inputs and outputs, measured as the growth of the peak in a process of its own.
+
+    A quarter of the largest real prefill (1024 of 4096 rows; topk 1152, 128 heads), whose chunks are as large as the
+    whole one's: the working set does not depend on the number of rows.
+    """
+    code = """
+import resource, torch
+from dsv4_backends import ops
+torch.set_num_threads(1)
+q = torch.randn(1024, 128, 512).bfloat16(); kv = torch.randn(8192, 512).bfloat16()
+indices = torch.randint(0, 8192, (1024, 1152), dtype=torch.int32); out = torch.empty_like(q)
+out.zero_()
+run = lambda rows: ops.sparse_mla_prefill(q[:rows], kv, indices[:rows], 512 ** -0.5, out=out[:rows])
+run(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before = peak(); run(96); print(peak() - before)
+"""
+    grown = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert grown < 1.0, f"{grown:.2f} GiB"
+    from dsv4_backend_torch.memory import CHUNK_BYTES, row_chunks
+
+    # The numbers that the bound rests on: 96 rows are several chunks of the real shape.
+    assert len(list(row_chunks(96, 4 * 1152 * 512))) >= 2
+    assert CHUNK_BYTES * 8 <= 2**30
+    assert [s.stop - s.start for s in row_chunks(3, 2**40)] == [1, 1, 1]
+
+
+def test_implementation_is_the_bound_function() -> None:
+    name, function = ops.implementation(OP, "cpu")
+    assert (name, function.__module__) == ("torch", "dsv4_backend_torch.indexer")

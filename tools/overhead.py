@@ -1,0 +1,74 @@
+"""What a public call costs beyond the implementation it reaches: check, choice and counter.
+
+Every op is called with real tensors, all optional ones given, while the implementation is replaced by a function that
+returns at once; the same function called directly is the base. Usage: python tools/overhead.py [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4_backends import CONTRACTS, ops
+from dsv4_backends.machine import probe
+from dsv4_backends.report import machine_json
+
+CALLS, REPEATS = 20_000, 9
+CASES = {
+    "sparse_mla_prefill": "lengths",
+    "sparse_mla_decode": "lengths",
+    "mqa_logits": "small",
+    "paged_mqa_logits": "small",
+    "fp8_einsum": "small",
+    "hc_prenorm_gemm": "small",
+}
+
+
+def microseconds(function: Any, args: list[Any], kwargs: dict[str, Any]) -> float:
+    """Median over repeats of the mean time of a call."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            function(*args, **kwargs)
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    target = parser.parse_args().json
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for op, case_name in CASES.items():
+        contract = CONTRACTS[op]
+        made = contract.inputs(next(case for case in contract.cases if case.name == case_name), device)
+        public = getattr(ops, op)
+        public(**made)
+        parameters = [p.replace(annotation=p.empty) for p in contract.signature.parameters.values()]
+        scope: dict[str, Any] = {}
+        exec(f"def stub{inspect.Signature(parameters)}: return None", scope)
+        stub = scope["stub"]
+        (bound,) = ops._default_heads[op].values()
+        bound.function = stub
+        args = [made[name] for name in contract.args if not contract.is_keyword(name)]
+        kwargs = {name: value for name, value in made.items() if contract.is_keyword(name)}
+        direct, call = microseconds(stub, args, kwargs), microseconds(public, args, kwargs)
+        tensors = sum(isinstance(value, torch.Tensor) for value in made.values())
+        rows.append({"op": op, "tensors": tensors, "direct_us": direct, "call_us": call, "added_us": call - direct})
+        print(f"{op:20} {tensors} tensors  direct {direct:.2f} us  call {call:.2f} us  added {call - direct:.2f} us")
+    if target:
+        result = {"command": "python tools/overhead.py", "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        target.write_text(json.dumps({**result, "machine": machine_json(probe()), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
