@@ -84,12 +84,11 @@ def _plugins(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from . import machine, report
+    from . import report
 
     problem: list[PolicyError] = []
     listing = _listing(args.device, problem)
-    here = machine.simulate(args.device) if args.device else machine.probe()
-    findings = report.doctor(here, listing, problem[0] if problem else None)
+    findings = report.doctor(listing, problem[0] if problem else None)
     _print(args, lambda: report.doctor_json(findings), lambda: report.doctor_text(findings))
     return OK if all(f.ok for f in findings) else FINDING
 

@@ -114,13 +114,15 @@ def _bind(contract: OpContract, candidate: Candidate) -> _Bound | Reason:
         function = _load(implementation.target)
         refuses = _load(implementation.refuses) if implementation.refuses else None
     except (Exception, SystemExit) as error:
-        words = " ".join(str(error).split())
-        message = f"importing {implementation.target} raised {type(error).__name__}: {words}"
-        return Reason("import-failed", message, candidate.provider.hint)
+        return Reason("import-failed", _import_failed(implementation.target, error), candidate.provider.hint)
     for loaded in filter(None, (function, refuses)):
         if (mismatch := signature_mismatch(contract, loaded)) is not None:
             return mismatch
     return _Bound(candidate.name, function, refuses)
+
+
+def _import_failed(target: str, error: BaseException) -> str:
+    return f"importing {target} raised {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _load(target: str) -> Callable[..., Any]:
@@ -167,7 +169,7 @@ class _Bindings:
 
 
 _default: _Bindings | None = None
-_default_heads: dict[str, dict[torch.device, _Bound]] = {}
+_default_heads: dict[str, dict[int | torch.device, _Bound]] = {}
 """By op and device: what a call under the environment's policy reaches without a further look."""
 _scoped: dict[policy.Policy, _Bindings] = {}
 
@@ -253,7 +255,10 @@ def load_implementation(op: str, target: str) -> Callable[..., Any]:
     Raises:
         NoProviderError: the import failed or the signature is not the contract's.
     """
-    function = _load(target)
+    try:
+        function = _load(target)
+    except (Exception, SystemExit) as error:
+        raise NoProviderError(_import_failed(target, error)) from error
     if (mismatch := signature_mismatch(CONTRACTS[op], function)) is not None:
         raise NoProviderError(str(mismatch))
     return function
@@ -266,21 +271,21 @@ def _define(function: _F) -> _F:
     passed = ", ".join(f"{n}={n}" if contract.is_keyword(n) else n for n in names)
     heads = _default_heads[contract.name] = {}
 
-    def choose(device: torch.device, *args: Any, **kwargs: Any) -> _Bound:
+    def choose(where: int | torch.device, device: torch.device, *args: Any, **kwargs: Any) -> _Bound:
         bindings = _bindings()
         chain = bindings.chains.get((contract.name, device)) or bindings.bind(contract, device)
         if chain.head is None:
             return chain.choose(args, kwargs)
         if bindings is _default:
-            heads[device] = chain.head
+            heads[where] = chain.head
         return chain.head
 
     # The usual call passes through the check and these lines only: a provider bound under the default policy, whose
     # first choice takes every shape.
     dispatch = (
-        "bound = heads.get(device)",
+        "bound = heads.get(where)",
         "if bound is None or scope() is not None:",
-        f"    bound = choose(device, {passed})",
+        f"    bound = choose(where, {names[0]}.device, {passed})",
         "bound.calls += 1",
         f"return bound.function({passed})",
     )
@@ -299,7 +304,8 @@ def _define(function: _F) -> _F:
         results = tuple(given[name] if name in buffers else next(rest) for name in contract.returns)
         return results if len(results) > 1 else results[0]
 
-    scope |= {"as_library_op": as_library_op, "is_compiling": torch.compiler.is_compiling}
+    # Other tracers than Dynamo bring tensors of their own class.
+    scope |= {"as_library_op": as_library_op, "is_compiling": torch.compiler.is_dynamo_compiling}
     subclassed = f"type({names[0]}) is not Tensor and isinstance({names[0]}, Tensor)"
     by_library = f"if is_compiling() or ({subclassed}): return as_library_op({passed})"
     call = contract.checked_function((by_library,), dispatch, scope)
@@ -310,12 +316,17 @@ def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> tuple[An
     def with_names(run: Callable[..., Any], *, with_buffers: bool) -> Callable[..., Any]:
         names = contract.library_names(with_buffers=with_buffers)
 
+        def results_of(values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+            results = run(**dict(zip(names, values, strict=False)))  # trailing defaults may be missing
+            return results if isinstance(results, tuple) else (results,)
+
         def call(*values: Any) -> Any:
-            return run(**dict(zip(names, values, strict=False)))  # trailing defaults may be missing
+            # A provider may pad rows; compiled code counts on the fake's strides.
+            results = tuple(result.contiguous() for result in results_of(values))
+            return results if len(results) > 1 else results[0]
 
         def write(*values: Any) -> Any:
-            results = call(*values)
-            results = results if isinstance(results, tuple) else (results,)
+            results = results_of(values)
             others = [r for r, name in zip(results, contract.returns, strict=True) if name not in contract.buffers]
             return tuple(others) if len(others) > 1 else others[0] if others else None
 

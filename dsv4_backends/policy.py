@@ -163,5 +163,5 @@ def _pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
 
 def _unknown(kind: str, name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    guess = f", did you mean {near[0]!r}?" if near else ""
+    guess = f", did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {name!r}{guess} Known: {', '.join(sorted(known))}"

@@ -120,6 +120,8 @@ class Listing:
                     f"{c.name}: {'; '.join(_hinted(r, resolution) for r in c.reasons)}" for c in resolution.passed_over
                 ]
                 if selected is None:
+                    if resolution.pinned:
+                        why.insert(0, resolution.pin_text)
                     rows.append((resolution.op, "none", "", "\n".join(why) or "no installed provider implements it"))
                     continue
                 if resolution.pinned:
@@ -149,9 +151,7 @@ def explain_text(resolution: Resolution) -> str:
     """Every candidate of one op, ranked, with everything that speaks for and against it."""
     lines = [f"{resolution.op} on {resolution.device.label}"]
     if resolution.pinned:
-        lines.append(f"pinned to {resolution.pinned}: no other provider may serve it")
-        if all(c.name != resolution.pinned for c in resolution.candidates):
-            lines.append(f"{resolution.pinned} does not implement it")
+        lines.append(resolution.pin_text)
     for place, candidate in enumerate(resolution.candidates, 1):
         provider, implementation = candidate.provider, candidate.implementation
         verdict = "selected" if candidate is resolution.selected else "can serve" if candidate.accepted else "refused"
@@ -249,8 +249,9 @@ def _provider_findings(listing: Listing) -> list[Finding]:
     return found
 
 
-def doctor(machine: Machine, listing: Listing | None, problem: PolicyError | None) -> list[Finding]:
+def doctor(listing: Listing, problem: PolicyError | None) -> list[Finding]:
     """Everything that can be wrong on this machine, looked at one by one."""
+    machine = listing.machine
     found = [
         Finding("python", True, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("version", True, _versions(machine)),
@@ -266,13 +267,11 @@ def doctor(machine: Machine, listing: Listing | None, problem: PolicyError | Non
     note = f" ({machine.note})" if machine.note else ""
     found.append(Finding("gpu", not driver_fails, (gpus or "no GPU") + note))
     found += _torch_findings(machine)
-    if listing is not None:
-        for plugin in listing.plugins.plugins:
-            bad = plugin in listing.plugins.broken
-            message = "; ".join(f"[{r.code}] {r}" for r in plugin.problems) or "loaded"
-            found.append(Finding("plugin", not bad, f"{plugin.name} of {plugin.origin}: {message}"))
-        found += _provider_findings(listing)
-    return found
+    for plugin in listing.plugins.plugins:
+        bad = plugin in listing.plugins.broken
+        message = "; ".join(f"[{r.code}] {r}" for r in plugin.problems) or "loaded"
+        found.append(Finding("plugin", not bad, f"{plugin.name} of {plugin.origin}: {message}"))
+    return found + _provider_findings(listing)
 
 
 def doctor_text(findings: Sequence[Finding]) -> str:
@@ -290,11 +289,6 @@ def doctor_json(findings: Sequence[Finding]) -> dict[str, Any]:
         "findings": [{"check": f.check, "ok": f.ok, "message": f.message.replace(home, "~")} for f in findings],
         "ok": all(f.ok for f in findings),
     }
-
-
-def environment_text() -> str:
-    """The table of variables, for ``--help``."""
-    return table(("variable", "meaning"), policy.VARIABLES.items())
 
 
 def machine_json(machine: Machine) -> Mapping[str, Any]:

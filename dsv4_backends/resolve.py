@@ -64,11 +64,20 @@ class Resolution:
             ahead.append(candidate)
         return tuple(ahead)
 
+    @property
+    def pin_text(self) -> str:
+        """What the pin means here, in words; empty without one."""
+        if self.pinned is None:
+            return ""
+        if all(candidate.name != self.pinned for candidate in self.candidates):
+            return f"pinned to {self.pinned}, which does not implement it"
+        return f"pinned to {self.pinned}, so no other provider may serve it"
+
     def explain(self) -> str:
         """All reasons as text, for errors."""
         lines = [f"{self.op} on {self.device.label}:"]
         if self.pinned:
-            lines.append(f"  pinned to {self.pinned}, so no other provider may serve it")
+            lines.append(f"  {self.pin_text}")
         for candidate in self.candidates:
             verdict = "; ".join(str(r) for r in candidate.reasons) or "can serve"
             lines.append(f"  {candidate.name}: {verdict}")
@@ -96,7 +105,7 @@ def resolve(
 ) -> Resolution:
     """Judge and rank every implementation of ``op``.
 
-    Rank: tested before untested, then the user's order, tier, priority, name. A pin removes all other candidates.
+    Rank: the user's order, tested before untested, tier, priority, name. A pin removes all other candidates.
     """
     pinned = policy.pins.get(op)
     judged = []
@@ -106,13 +115,13 @@ def resolve(
                 reasons, warning = _judge(provider, implementation, device, installed, policy, pinned, findable)
                 judged.append(Candidate(provider, implementation, reasons, warning))
 
-    def rank(candidate: Candidate) -> tuple[bool, int, int, int, str, str]:
+    def rank(candidate: Candidate) -> tuple[int, bool, int, int, str, str]:
         order = policy.order
         place = order.index(candidate.name) if candidate.name in order else len(order)
         implementation = candidate.implementation
         return (
-            candidate.warning is not None,
             place,
+            candidate.warning is not None,
             int(candidate.provider.tier),
             -implementation.priority,
             candidate.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,8 +54,10 @@ def verify(
         progress: Gets a line of text now and then.
 
     Raises:
-        NoProviderError: a provider was named and cannot run an op that it implements.
+        NoProviderError: a provider was named and cannot run an op that it implements, or implements none of ``ops``.
     """
+    # torch says on its first tensor that there is no NumPy. Nothing here needs one.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
     from . import ops as bound
@@ -66,6 +69,9 @@ def verify(
         spec.name: {i.op for i in spec.implementations}
         for spec in plugins.load(policy.from_environment().deny).providers
     }
+    for name in providers:
+        if not implemented[name] & set(ops):
+            raise NoProviderError(f"nothing to verify: {name} implements none of {', '.join(ops)}")
     rows = []
     for op in ops:
         names = [name for name in providers if op in implemented[name]]

@@ -91,7 +91,11 @@ def test_a_pin_that_cannot_be_met_is_a_finding(
     assert "none" in next(line for line in out.splitlines() if line.startswith("mqa_logits"))
     code, out, _ = run(capsys, "explain", "mqa_logits", "--device", "sm_86")
     assert code == 1
-    assert "pinned to acme" in out
+    assert "pinned to acme, so no other" in out
+    monkeypatch.setenv("DSV4_BACKENDS_PIN", "fp8_einsum=acme")
+    code, out, _ = run(capsys, "list", "--device", "sm_90")
+    assert code == 1
+    assert "pinned to acme, which does not implement it" in out
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +152,19 @@ def test_verify_finds_a_wrong_provider(fake_plugin: Callable[..., None], capsys:
     assert code == 1
     assert "FAILED mqa_logits acme: compressed: RuntimeError: no compressed form" in out
     assert "0.0 instead of -inf" in out
+
+
+def test_verify_says_when_there_is_nothing_to_run(
+    fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = NATIVE.replace('"acme-kernels>=3",', "").replace('("==9.0", "==10.0")', '(">=0",), devices=("cpu",)')
+    fake_plugin("acme", source.replace("json:dumps", "json:nothing"))
+    code, out, err = run(capsys, "verify", "--op", "fp8_einsum", "--provider", "acme", "--torch-device", "cpu")
+    assert (code, out) == (1, "")
+    assert "nothing to verify: acme implements none of fp8_einsum" in err
+    code, out, err = run(capsys, "verify", "--op", "mqa_logits", "--provider", "acme", "--torch-device", "cpu")
+    assert (code, out) == (1, "")
+    assert "importing json:nothing raised AttributeError" in err
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("op", "change", "words"), WRONG, ids=[f"{o}-{'-'.join(c)}-{i}" for i, (o, c, _) in enumerate(WRONG)]
 )
 def test_refused_before_anything_is_launched(op: str, change: dict[str, Any], words: str) -> None:
+    for _ in range(3):  # so that the signature is known: a known one must not let a wrong call through
+        getattr(ops, op)(**arguments(op))
     before = ops.stats()
     with pytest.raises(ContractError) as caught:
         getattr(ops, op)(**(arguments(op) | change))
@@ -249,6 +251,42 @@ def test_no_wrong_size_passes(data: st.DataObject) -> None:
     else:
         with pytest.raises(ContractError):
             contract.check(**(made | {name: grown}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_known_signature_skips_the_check(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two calls of one shape the next is recognised; another shape, and one tensor twice, are not."""
+    contract = CONTRACTS[op]
+    check = contract.checked_function((), ("return len(seen)",), {})
+    made = arguments(op, "lengths" if op.startswith("sparse") else "small")
+    assert [check(**made) for _ in range(4)] == [0, 1, 1, 1]
+    assert [check(**arguments(op, "one of each")) for _ in range(3)] == [1, 2, 2]
+    assert check(**made) == 2
+    if op == "sparse_mla_decode":
+        same = made | {"extra_topk_length": made["topk_length"]}
+        assert [check(**same) for _ in range(4)] == [2, 2, 2, 2]
+    if op == "hc_prenorm_gemm":
+        assert [check(**(made | {"num_splits": n})) for n in (1, 2, 2, 2, 3)] == [2, 2, 3, 3, 3]
+
+
+def test_signatures_are_bounded() -> None:
+    contract = CONTRACTS["hc_prenorm_gemm"]
+    check = contract.checked_function((), ("return len(seen)",), {})
+    for m in range(20):
+        x, fn = torch.zeros(m, 64, dtype=torch.bfloat16), torch.zeros(8, 64)
+        assert max(check(x, fn) for _ in range(3)) <= 4
+
+
+def test_without_pytorchs_guards_every_call_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+    contract = CONTRACTS["hc_prenorm_gemm"]
+    check = contract.checked_function((), ("return len(seen)",), {})
+    made = arguments("hc_prenorm_gemm")
+    assert [check(**made) for _ in range(4)] == [0, 0, 0, 0]
+    with pytest.raises(ContractError):
+        check(made["x"], made["fn"][:, :-1])
 
 
 def test_every_scalar_has_a_kind() -> None:

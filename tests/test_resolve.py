@@ -89,7 +89,8 @@ def test_untested_ranks_last_and_warns() -> None:
     assert candidate.warning is not None
     assert candidate.warning.code == "untested"
     assert "9.0 or 10.0, this GPU is the newer 10.3" in candidate.warning.message
-    # It can still be had.
+    # It can still be had, and a user's order is a wish too.
+    assert selected(choose(gpu("10.3"), Policy(order=("native",)))) == "native"
     assert selected(choose(gpu("10.3"), Policy(pins={OP: "native"}))) == "native"
 
 

@@ -357,7 +357,7 @@ PAGED_MQA_LOGITS = OpContract(
     },
     rules=(
         Rule("q", "h > 0 and d > 0 and next_n > 0", "at least one token, one head and one dimension"),
-        Rule("k_cache", "k_cache.stride(0) % 4 == 0 or pages <= 1", "a page stride that is a multiple of 4"),
+        Rule("k_cache", "_stride[0] % 4 == 0 or pages <= 1", "a page stride that is a multiple of 4"),
     ),
     returns=("out",),
     cases=_PAGED_CASES,

@@ -7,6 +7,7 @@ every call and the tables in the docs are made, the cases, the tolerances, and t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import linecache
 import re
@@ -174,6 +175,10 @@ class OpContract:
         parameter = self.signature.parameters[name]
         return parameter.kind is parameter.KEYWORD_ONLY
 
+    def is_optional(self, name: str) -> bool:
+        """Whether an argument may be None."""
+        return self.signature.parameters[name].default is None
+
     @cached_property
     def buffers(self) -> tuple[str, ...]:
         """Arguments into which the caller may have results written; all of them or none."""
@@ -182,8 +187,7 @@ class OpContract:
     def library_names(self, *, with_buffers: bool) -> tuple[str, ...]:
         """The arguments of the ``torch.library`` form, in its order: result buffers before what has a default."""
         names = [name for name in self.args if with_buffers or name not in self.buffers]
-        parameters = self.signature.parameters
-        names.sort(key=lambda name: parameters[name].default is None and name not in self.buffers)
+        names.sort(key=lambda name: self.is_optional(name) and name not in self.buffers)
         return tuple(names)
 
     @cached_property
@@ -204,7 +208,7 @@ class OpContract:
             kind = "Tensor" if isinstance(arg, TensorArg) else arg.kind
             if name in self.buffers:
                 parts.append(f"Tensor({'abc'[self.buffers.index(name)]}!) {name}")
-            elif self.signature.parameters[name].default is None:
+            elif self.is_optional(name):
                 parts.append(f"{kind}? {name}=None")
             else:
                 parts.append(f"{kind} {name}")
@@ -237,7 +241,8 @@ class OpContract:
         Raises:
             ContractError: naming op, argument, what was expected and what came.
         """
-        checker: Callable[..., torch.device] = self.checked_function((), ("return device",), {})
+        first = next(name for name, arg in self.args.items() if isinstance(arg, TensorArg))
+        checker: Callable[..., torch.device] = self.checked_function((), (f"return {first}.device",), {})
         return checker
 
     def checked_function(
@@ -246,12 +251,24 @@ class OpContract:
         """A function with the contract's signature whose body is ``before``, the check, then ``after``.
 
         The check stands before every call, where a function call of its own would cost as much as it does; hence
-        source lines. ``after`` finds the arguments by name, and their device as ``device``.
+        source lines. ``after`` finds the arguments by name, and as ``where`` a key for their device: the index of a
+        GPU, else the ``torch.device``.
         """
         import torch
 
         def wrong(argument: str, value: object, names: Mapping[str, Any]) -> ContractError:
             return ContractError(_describe(self, argument, value, names))
+
+        def explain(error: Exception, names: Mapping[str, Any]) -> Exception:
+            if isinstance(error, ContractError):
+                return error
+            for name, arg in self.args.items():
+                value = names[name]
+                if isinstance(arg, ScalarArg) or (value is None and self.is_optional(name)):
+                    continue
+                if not isinstance(value, torch.Tensor) or all(value.dim() != len(form.dims) for form in arg.forms):
+                    return wrong(name, value, names)
+            return error
 
         def broken(index: int, names: Mapping[str, Any]) -> ContractError:
             rule = self.rules[index]
@@ -264,12 +281,50 @@ class OpContract:
         # So that a traceback and a debugger can show the generated lines.
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         scope: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "wrong": wrong, "broken": broken}
+        seen = _Seen()
+        scope |= {"explain": explain, "seen": seen.signatures, "remember": seen.remember}
+        # Each stands for one argument that is None; no argument of any contract looks like them.
+        scope |= {f"no_{n}": torch.empty((), dtype=torch.complex64) for n in self.args if self.is_optional(n)}
         scope["ceil"] = lambda a, b: -(-a // b)
         scope["number"] = (int, float)
         scope |= {f"torch_{dtype}": getattr(torch, dtype) for dtype in _DTYPES} | dict(namespace)
         exec(compile(source, filename, "exec"), scope)
         function: Callable[..., Any] = scope[self.name]
         return function
+
+
+class _Seen:
+    """The signatures of the calls that passed the check lately.
+
+    A check is a pure function of the types, dtypes, shapes, strides and devices of a call's tensors, and of its ints.
+    PyTorch compares these in one call, a tenth of what reading them from Python costs: that is how ``torch.compile``
+    finds that a compiled graph still fits. The class is PyTorch's own affair; where it is missing, every call goes
+    through the whole check.
+    """
+
+    SIZE = 4
+    """Layers of two or three kinds alternate in a model."""
+
+    def __init__(self) -> None:
+        self.signatures: list[tuple[Callable[..., bool], tuple[Any, ...]]] = []
+        self.last: tuple[object, ...] = ()
+        self.guards: Any = None
+        with contextlib.suppress(ImportError):
+            from torch._C._dynamo.guards import TensorGuards
+
+            self.guards = TensorGuards
+
+    def remember(self, numbers: tuple[Any, ...], *tensors: Any) -> None:
+        """After a call that passed. Making a guard is dear, so only for a shape that comes a second time."""
+        shape = (numbers, *(tensor.shape for tensor in tensors))
+        # A guard never fits a call that passes one tensor twice.
+        distinct = len({id(tensor) for tensor in tensors}) == len(tensors)
+        if shape == self.last and distinct and self.guards is not None:
+            sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+            guard = self.guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+            self.signatures.insert(0, (guard.check, numbers))
+            del self.signatures[self.SIZE :]
+        self.last = shape
 
 
 _DTYPES = (
@@ -301,26 +356,27 @@ class _Checker:
         # Numbers first: shapes may be expressed in them.
         for name, arg in contract.args.items():
             if isinstance(arg, ScalarArg):
-                self.scalar(name, arg, contract.signature.parameters[name].default is None)
-        # Comparing CUDA indices is cheaper than comparing devices; everything else has index -1 and takes the long way.
-        self.emit(2, f"device = {first}.device; device_index = {first}.get_device()")
+                self.scalar(name, arg, contract.is_optional(name))
+        # A CUDA index is cheaper to get, to compare and to look up than a device, and this stands before every call.
+        self.emit(2, f"on_gpu = {first}.is_cuda; where = {first}.get_device() if on_gpu else {first}.device")
+        # An int decides shapes too, so a call is known by its tensors and its ints.
+        tensors = [name for name, arg in contract.args.items() if isinstance(arg, TensorArg)]
+        passed = [f"{n} if {n} is not None else no_{n}" if contract.is_optional(n) else n for n in tensors]
+        ints = [name for name, arg in contract.args.items() if isinstance(arg, ScalarArg) and arg.kind == "int"]
+        numbers = f"({', '.join(ints)},)" if ints else "()"
+        self.emit(2, "for known, numbers in seen:")
+        self.emit(3, f"if known({', '.join(passed)})" + (f" and numbers == {numbers}: break" if ints else ": break"))
+        self.emit(2, "else:")
         for name, arg in contract.args.items():
             if isinstance(arg, TensorArg):
-                self.tensor(name, arg, contract.signature.parameters[name].default is None, is_first=name == first)
+                self.tensor(name, arg, contract.is_optional(name), is_first=name == first)
             for index, rule in enumerate(contract.rules):
                 if rule.argument == name:  # here, so that a wrong argument is named rather than those that follow it
-                    self.emit(2, f"if not ({rule.expression}): raise broken({index}, locals())")
-        # A list, a None, a NumPy array: looking for what it lacks is dearer than waiting for it to be missed.
-        self.emit(1, "except AttributeError:")
-        for name, arg in contract.args.items():
-            if isinstance(arg, TensorArg):
-                optional = contract.signature.parameters[name].default is None
-                unless = f"{name} is not None and " if optional else ""
-                self.emit(
-                    2,
-                    f"if {unless}not isinstance({name}, Tensor): raise wrong({name!r}, {name}, {{}}) from None",
-                )
-        self.emit(2, "raise")
+                    self.emit(3, f"if not ({rule.expression}): raise broken({index}, locals())")
+        self.emit(3, f"remember({numbers}, {', '.join(passed)})")
+        # A list, a None, a tensor of another rank: looking for them is dearer than waiting for what they break.
+        self.emit(1, "except (AttributeError, ValueError) as error:")
+        self.emit(2, "raise explain(error, locals()) from None")
         for line in after:
             self.emit(1, line)
 
@@ -340,10 +396,17 @@ class _Checker:
         self.emit(2, f"if {guard}: raise wrong({name!r}, {name}, locals())")
 
     def tensor(self, name: str, arg: TensorArg, optional: bool, *, is_first: bool) -> None:
-        depth = 2
+        depth = 3
         if optional:
             self.emit(depth, f"if {name} is not None:")
             depth += 1
+        elsewhere = f"({name}.get_device() if on_gpu else {name}.device) != where"
+        if len(arg.forms) == 1 and len(arg.forms[0].dims) == 1 and self._known(arg.forms[0]) and arg.layout == "last":
+            # A vector, in one condition: contiguous is all that its layout can be.
+            (dtype,), (size,) = arg.forms[0].dtypes.split(), arg.forms[0].dims
+            test = f"{name}.dtype is not torch_{dtype} or {name}.shape != ({size},) or {elsewhere}"
+            self.emit(depth, f"if {test} or not {name}.is_contiguous(): raise wrong({name!r}, {name}, locals())")
+            return
         self.emit(depth, f"_dtype = {name}.dtype; _shape = {name}.shape")
         failure = f"raise wrong({name!r}, {name}, locals())"
         new: set[str] = set()
@@ -354,7 +417,8 @@ class _Checker:
             shape = self._comparison(form) if known else f"len(_shape) == {len(form.dims)}"
             condition = " and ".join(filter(None, (f"({dtypes})" if " or " in dtypes else dtypes, shape, form.when)))
             if len(arg.forms) == 1:
-                self.emit(depth, f"if not ({condition}): {failure}")
+                # A wrong rank shows when the sizes are unpacked.
+                self.emit(depth, f"if not ({condition if known else dtypes}): {failure}")
             else:
                 self.emit(depth, f"{'if' if index == 0 else 'elif'} {condition}:")
             inner = depth + (len(arg.forms) > 1)
@@ -367,16 +431,14 @@ class _Checker:
             self.emit(depth, f"else: {failure}")
         self.bound |= new
         if not is_first:
-            same = f"{name}.get_device() != device_index or (device_index < 0 and {name}.device != device)"
-            self.emit(depth, f"if {same}: {failure}")
+            self.emit(depth, f"if {elsewhere}: {failure}")
         if arg.layout == "last":
-            self.emit(
-                depth,
-                f"if not {name}.is_contiguous() and {name}.stride(-1) != 1 and _shape[-1] > 1: {failure}",
-            )
-        elif arg.layout == "page":
-            page = f"{name}.stride(-1) != 1 or (_shape[1] > 1 and {name}.stride(1) != _shape[-1])"
-            self.emit(depth, f"if not {name}.is_contiguous() and ({page}): {failure}")
+            strided = f"not {name}.is_contiguous() and {name}.stride()[-1] != 1 and _shape[-1] > 1"
+            self.emit(depth, f"if {strided}: {failure}")
+        elif arg.layout == "page":  # pages are padded as a rule, so the strides are needed as a rule
+            self.emit(depth, f"_stride = {name}.stride()")
+            strided = "_stride[-1] != 1 or (_stride[1] != _shape[-1] and _shape[1] > 1)"
+            self.emit(depth, f"if {strided}: {failure}")
 
     def _known(self, form: Form) -> bool:
         return all(not dim.isidentifier() or dim in self.bound or self._is_scalar(dim) for dim in form.dims)
@@ -426,7 +488,8 @@ def _describe(contract: OpContract, argument: str, value: object, names: Mapping
 
     forms = " or ".join(f"{form.dtypes.replace(' ', '/')} [{', '.join(map(size, form.dims))}]" for form in arg.forms)
     first = next(name for name, a in contract.args.items() if isinstance(a, TensorArg))
-    where = f" on {names['device']}" if "device" in names and argument != first else ""
+    device = getattr(names.get(first), "device", None)
+    where = f" on {device}" if device is not None and argument != first else ""
     layout = {
         "last": ", last dimension contiguous",
         "page": ", contiguous within a page",

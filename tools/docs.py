@@ -1,0 +1,426 @@
+"""Write the generated parts of the docs: ``python tools/docs.py``. With ``--check`` nothing is written.
+
+A part stands between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``. It is made from the
+objects that the code itself uses, so that a page cannot promise what the code does not do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from dsv4_backends import cli, machine, plugins, policy, provider, report, resolve
+from dsv4_backends.capability import describe
+from dsv4_backends.contract import CONTRACTS, LEVELS, OpContract, Tolerance
+from dsv4_backends.contract.op import Form, ScalarArg
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
+
+SAMPLE_GPU = "8.6"
+SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
+"""The machine of the README's listing: fixed, so that the page is the same wherever it is made."""
+
+ADVICE = {
+    "capability": "Nothing, if another provider serves the op: `list` names it. Otherwise look for one that "
+    "covers your GPU.",
+    "device-type": "Nothing, unless you expected a GPU here: `doctor` says what the driver answered.",
+    "distribution-missing": "Install what the hint names.",
+    "distribution-version": "Upgrade or pin the distribution that the message names.",
+    "module-missing": "Reinstall the provider's package: its metadata is there and its code is not.",
+    "import-failed": "Read the message: it is the import's own. A usual cause is a CUDA or torch version "
+    "that the library was not built for.",
+    "signature": "Report it to the provider's author: the conformance suite finds it.",
+    "untested": "Run `dsv4-backends verify --op OP --provider NAME`, then pin the op to it or leave it.",
+    "experimental": "Pin it, name it in the order, or set `DSV4_BACKENDS_EXPERIMENTAL=1`.",
+    "denied": "Remove the name from `DSV4_BACKENDS_DENY`, or from `use_providers(deny=...)`.",
+    "not-allowed": "Add the name to `DSV4_BACKENDS_ALLOW`, or unset it.",
+    "not-pinned": "Nothing: the pin asks for it.",
+    "shape": "Nothing: the next provider serves the call. The log says once that this happens.",
+    "plugin-import": "Read the message; repair or uninstall the package, or deny it.",
+    "plugin-hook": "Report it to the plugin's author, or deny it.",
+    "plugin-failed": "Report it to the plugin's author, or deny it.",
+    "plugin-type": "Report it to the plugin's author. Good objects from the same hook still serve.",
+    "plugin-duplicate": "Uninstall one of the two packages. The one that the message names keeps the name.",
+    "plugin-api": "Upgrade dsv4-backends.",
+}
+"""What a user does about each reason code."""
+
+
+# --------------------------------------------------------------------------------------------------- Markdown
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def markdown(text: str) -> str:
+    """A docstring's text as Markdown: literals, and the literal blocks that ``::`` begins."""
+    blocks: list[str] = []
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
+        if blocks and blocks[-1].endswith("::") and block.startswith("    "):
+            blocks[-1] = blocks[-1].removesuffix(":")
+            blocks.append(f"```text\n{textwrap.dedent(block)}\n```")
+        else:
+            blocks.append(block.replace("``", "`"))
+    return "\n\n".join(blocks)
+
+
+def sections(doc: str) -> dict[str, str]:
+    """A docstring's text under ``""``, and what stands under ``Args:`` and its like."""
+    found: dict[str, str] = {"": ""}
+    name = ""
+    for line in inspect.cleandoc(doc).splitlines():
+        if match := re.fullmatch(r"(Args|Returns|Raises|Attributes):", line):
+            name = match[1]
+        elif line and not line.startswith(" ") and name:
+            name = ""
+        found[name] = f"{found.get(name, '')}{line}\n"
+    return found
+
+
+def entries(section: str) -> Iterator[tuple[str, str]]:
+    """``name: text`` pairs of a section; a text goes on in lines that are indented further."""
+    body = section.partition("\n")[2]
+    for match in re.finditer(r"^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", body, re.MULTILINE):
+        for name in match[1].split(", "):
+            yield name, " ".join(match[2].split()).replace("``", "`")
+
+
+def fields(cls: type) -> str:
+    """A dataclass's attributes with their defaults."""
+    parameters = inspect.signature(cls).parameters
+    rows = []
+    for name, text in entries(sections(cls.__doc__ or "")["Attributes"]):
+        default = parameters[name].default
+        shown = "required" if default is inspect.Parameter.empty else code(repr(default))
+        rows.append((code(name), shown, text))
+    return table(("field", "default", "meaning"), rows)
+
+
+# -------------------------------------------------------------------------------------------------- contracts
+
+
+def _summary(contract: OpContract) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join(sections(contract.function.__doc__ or "")[""].split("\n\n")[0].split())
+    return re.split(r"(?<=\.) |::", text)[0].replace("``", "`").rstrip(".")
+
+
+def _source(contract: OpContract) -> str:
+    match = re.search(r"^Source: (.+)\.$", inspect.cleandoc(contract.function.__doc__ or ""), re.MULTILINE)
+    return match[1].replace("``", "`") if match else ""
+
+
+def ops() -> str:
+    rows = [(f"[`{c.name}`](#{c.name})", _summary(c), _source(c)) for c in CONTRACTS.values()]
+    return table(("op", "what it computes", "native functions it stands for"), rows)
+
+
+def _form(form: Form) -> str:
+    when = f" where `{form.when}`" if form.when else ""
+    return f"{form.dtypes.replace(' ', ' / ')} `[{form.shape.strip()}]`{when}"
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _argument(contract: OpContract, name: str) -> tuple[str, str, str, str]:
+    arg = contract.args[name]
+    parameter = contract.signature.parameters[name]
+    told = dict(entries(sections(contract.function.__doc__ or "")["Args"]))[name]
+    # The form stands in its own column, so a text that begins with it is cut.
+    shapes = r"(?:`\[[^`]*\]`(?:,? or )?)+"
+    end = r"(?:,? to write [\w ]*to[;.] ?|[;,.] ?)"
+    told = re.sub(rf"^(?:\w+(?:, \w+)*(?: or \w+)? {shapes}(?:, or )?)+{end}", "", told).rstrip(".")
+    if told.startswith("or ") or _words(told) <= _words(arg.about):
+        told = ""
+    about = ", ".join(part for part in re.split("[;,] ", arg.about) if not _words(part) <= _words(told))
+    if isinstance(arg, ScalarArg) and told:
+        about = ""
+    meaning = "; ".join(filter(None, (about, told)))
+    if isinstance(arg, ScalarArg):
+        form = arg.kind + ("" if arg.minimum is None else f", at least {arg.minimum}")
+        layout = ""
+    else:
+        form, layout = "<br>".join(map(_form, arg.forms)), arg.layout
+    optional = "" if parameter.default is inspect.Parameter.empty else ", optional"
+    return f"{code(name)}{optional}", form, layout, meaning
+
+
+def _number(value: float) -> str:
+    if value in (0.0, float("inf")):
+        return ""
+    mantissa, exponent = math.frexp(value)
+    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{value:g}"
+
+
+def _tolerance(name: str, tolerance: Tolerance) -> tuple[str, ...]:
+    numbers = (tolerance.rtol, tolerance.atol, tolerance.atol_rms, tolerance.calc_diff)
+    return (code(name), *map(_number, numbers), tolerance.why)
+
+
+def _contract(contract: OpContract) -> str:
+    told = sections(contract.function.__doc__ or "")
+    meaning = re.sub(r"\nSource: .+\n", "\n", told[""])
+    results = dict(entries(told["Returns"]))
+    if not results:  # a single result has no name
+        text = " ".join(told["Returns"].partition("\n")[2].split())
+        results = {contract.returns[0]: text.replace("``", "`")}
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in contract.signature.parameters.values()]
+    arguments = [_argument(contract, name) for name in contract.args]
+    parts = [
+        f"### {contract.name}",
+        f"```text\n{contract.name}{inspect.Signature(bare)} -> {', '.join(results)}\n```",
+        markdown(meaning),
+        table(("argument", "form that is checked", "layout", "meaning"), arguments),
+    ]
+    if contract.rules:
+        rules = (f"- {code(r.argument)}: {r.expected} ({code(r.expression)})" for r in contract.rules)
+        parts.append("Checked as well:\n\n" + "\n".join(rules))
+    # A result may have a better name in the text than the buffer that a caller can have it written to.
+    pairs = list(zip(results, contract.returns, strict=True))
+    parts.append(
+        table(
+            ("result", "what comes back", "buffer"),
+            (
+                (code(name), results[name].rstrip("."), code(given) if given in contract.buffers else "")
+                for name, given in pairs
+            ),
+        )
+    )
+    rows = [_tolerance(name, contract.tolerances[given]) for name, given in pairs]
+    parts.append(table(("tolerance of", "`rtol`", "`atol`", "`atol_rms`", "`calc_diff`", "why"), rows))
+    counts = ", ".join(f"{len(contract.at_level(level))} {level}" for level in LEVELS)
+    parts.append(f"Cases: {counts}. Native functions: {_source(contract)}.")
+    return "\n\n".join(parts)
+
+
+def contracts() -> str:
+    return "\n\n".join(map(_contract, CONTRACTS.values()))
+
+
+def cases() -> str:
+    rows = [(code(c.name), *(str(len(c.at_level(level))) for level in LEVELS)) for c in CONTRACTS.values()]
+    totals = [str(sum(len(c.at_level(level)) for c in CONTRACTS.values())) for level in LEVELS]
+    return table(("op", *LEVELS), [*rows, ("all", *totals)])
+
+
+def layouts() -> str:
+    from dsv4_backends.contract import layouts as module  # needs torch
+
+    return markdown(inspect.cleandoc(module.__doc__ or "").partition("\n\n")[2])
+
+
+# --------------------------------------------------------------------------------------- settings and reasons
+
+
+def environment() -> str:
+    rows = ((code(name), meaning.replace("*", "\\*")) for name, meaning in policy.VARIABLES.items())
+    return table(("variable", "meaning"), rows)
+
+
+def reasons() -> str:
+    rows = [(code(name), meaning, ADVICE[name]) for name, meaning in provider.REASONS.items()]
+    return table(("code", "meaning", "what to do"), rows)
+
+
+def tiers() -> str:
+    # A comment under a member is not kept at run time, so it is read from the source.
+    source = inspect.getsource(provider.Tier)
+    members = re.findall(r'(\w+) = \d+\n\s+"""(.+?)"""', source)
+    rows = ((code(name.lower()), text.replace("``", "`")) for name, text in members)
+    return table(("tier", "meaning"), rows)
+
+
+# ------------------------------------------------------------------------------------------- command and list
+
+
+def commands() -> str:
+    top = cli.parser()
+    (subs,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
+    rows = []
+    for name, sub in subs.choices.items():
+        words = [f"dsv4-backends {name}"]
+        for action in sub._actions:
+            if action.dest == "help":
+                continue
+            shown = str(action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper())
+            flag = action.option_strings[0] if action.option_strings else ""
+            if action.nargs == 0:
+                words.append(f"[{flag}]")
+            else:
+                words.append(f"[{flag} {shown}]" if flag else shown)
+        rows.append((code(" ".join(words)), sub.description or ""))
+    return table(("command", "what it does"), rows)
+
+
+def _in_tree() -> plugins.Plugins:
+    return plugins.Plugins(tuple(p for p in plugins.load().plugins if p.distribution == plugins.IN_TREE))
+
+
+def providers() -> str:
+    rows = []
+    for spec in sorted(_in_tree().providers, key=lambda spec: (spec.tier, spec.name)):
+        served = {i.op for i in spec.implementations}
+        where = set()
+        for implementation in spec.implementations:
+            if "cuda" in implementation.devices:
+                claim = implementation.capability
+                where.add("any NVIDIA GPU" if claim == (">=0",) else f"compute capability {describe(claim)}")
+            if "cpu" in implementation.devices:
+                where.add("CPU")
+        count = "all" if served == set(CONTRACTS) else ", ".join(code(op) for op in CONTRACTS if op in served)
+        needs = ", ".join(map(code, spec.requires)) or "-"
+        rows.append((code(spec.name), spec.tier.label, count, ", ".join(sorted(where)), needs, spec.summary))
+    return table(("provider", "tier", "ops", "runs on", "needs", "in a few words"), rows)
+
+
+def listing() -> str:
+    """What ``list`` prints for a fixed machine and our own providers."""
+    version = Version(SAMPLE_GPU)
+    gpu = machine.simulate(SAMPLE_GPU).gpus[0]
+    here = machine.Machine((gpu,), installed=SAMPLE_PACKAGES, simulated=True)
+    loaded = _in_tree()
+    choices = tuple(
+        resolve.resolve(op, gpu, SAMPLE_PACKAGES, loaded.providers, policy.Policy(), findable=lambda _: True)
+        for op in CONTRACTS
+    )
+    shown = report.Listing(here, loaded, ((gpu, choices),)).text()
+    return f"```console\n$ dsv4-backends list --device sm_{version.major}{version.minor}\n{shown}\n```"
+
+
+# ----------------------------------------------------------------------------------------- writing a provider
+
+
+def provider_fields() -> str:
+    return fields(provider.ProviderSpec)
+
+
+def implementation_fields() -> str:
+    return fields(provider.Implementation)
+
+
+def checks() -> str:
+    from dsv4_backends.testing import checks as module  # needs torch
+
+    functions = {"signature": module.check_signature, "coverage": module.check_coverage, **module.CHECKS}
+    rows = ((code(name), (f.__doc__ or "").replace("``", "`")) for name, f in functions.items())
+    return table(("check", "what must hold"), rows)
+
+
+def _results(name: str) -> dict[str, Any]:
+    return dict(json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8")))
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+    """What a result file says of where, when and how it was made."""
+    machine_ = result["machine"]
+    device = machine_["devices"][0]
+    packages = ", ".join(f"{name} {version}" for name, version in machine_["packages"].items())
+    return (
+        f"Measured on {result['date']}: {device['name']}, Python {machine_['python']}, {packages}. "
+        f"To redo it: `{result['command']}`."
+    )
+
+
+def overhead() -> str:
+    result = _results("h200-overhead.json")
+    rows = [
+        (
+            code(r["op"]),
+            str(r["tensors"]),
+            f"{r['direct_us']:.2f}",
+            f"{r['call_us']:.2f}",
+            f"{r['added_us']:.2f}",
+            f"{r['check_us']:.2f}",
+        )
+        for r in result["rows"]
+    ]
+    header = ("op", "tensors", "direct, µs", "through `dsv4_backends.ops`, µs", "added, µs", "whole check, µs")
+    return f"{_measured_on(result)}\n\n{table(header, rows)}"
+
+
+def verified() -> str:
+    result = _results("h200-verify-torch.json")
+    rows = [
+        (
+            code(r["op"]) if index == 0 else "",
+            f"{r['cases'] - len(r['failures'])} of {r['cases']}" if index == 0 else "",
+            code(name),
+            f"{error['share']:.2g}",
+            f"{error['calc_diff']:.1g}",
+        )
+        for r in result["rows"]
+        for index, (name, error) in enumerate(r["errors"].items())
+    ]
+    header = ("op", "passed", "result", "worst error, share of the tolerance", "worst calc_diff")
+    return f"{_measured_on(result)}\n\n{table(header, rows)}"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        cases,
+        checks,
+        commands,
+        contracts,
+        environment,
+        implementation_fields,
+        layouts,
+        listing,
+        ops,
+        overhead,
+        provider_fields,
+        providers,
+        reasons,
+        tiers,
+        verified,
+    )
+}
+
+
+def pages() -> list[Path]:
+    """Every page of the docs."""
+    return [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def render(text: str) -> str:
+    """A page's text with every generated part made anew."""
+    return MARK.sub(lambda m: f"{m[1]}\n{PARTS[m['name']]()}\n\n{m[3]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the generated parts of the docs.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not current")
+    check = parser.parse_args().check
+    stale = 0
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = render(before)
+        if before != after:
+            stale += 1
+            print(f"{page.relative_to(ROOT)} {'is not current' if check else 'written'}")
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    return int(check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
