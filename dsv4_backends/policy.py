@@ -27,6 +27,7 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "DSV4_BACKENDS_DEVICE": "choose as if the GPU were this one: sm_86, sm_120, cpu",
         "DSV4_BACKENDS_EXPERIMENTAL": "1: experimental providers take part in the automatic choice",
         "DSV4_BACKENDS_STRICT": "1: a broken plugin raises instead of being listed",
+        "DSV4_BACKENDS_BATCH_INVARIANT": "1: in the Triton provider a query's result does not depend on its batch",
         "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
     }
 )

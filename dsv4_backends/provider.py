@@ -24,10 +24,10 @@ class Tier(enum.IntEnum):
     """A library hand-written for an architecture (DeepGEMM, FlashMLA)."""
     PORTABLE = 1
     """One code base for many architectures (Triton)."""
-    REFERENCE = 2
+    EXPERIMENTAL = 2
+    """Only when asked for: by a pin, an order, an allow list, or ``DSV4_BACKENDS_EXPERIMENTAL=1``."""
+    REFERENCE = 3
     """Written to be read, not to be fast."""
-    EXPERIMENTAL = 3
-    """Only when asked for: by a pin, an order, or ``DSV4_BACKENDS_EXPERIMENTAL=1``."""
 
     @property
     def label(self) -> str:

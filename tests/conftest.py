@@ -13,12 +13,12 @@ from dsv4_backends import ops, policy
 
 
 @pytest.fixture(autouse=True)
-def clean_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    keep = os.environ.get("DSV4_BACKENDS_LEVEL")
-    for name in [name for name in os.environ if name.startswith(policy.PREFIX)]:
+def clean_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    kept = {"DSV4_BACKENDS_LEVEL"}
+    if request.node.get_closest_marker("simulates"):
+        kept.add("DSV4_BACKENDS_DEVICE")
+    for name in [name for name in os.environ if name.startswith(policy.PREFIX) and name not in kept]:
         monkeypatch.delenv(name)
-    if keep is not None:
-        monkeypatch.setenv("DSV4_BACKENDS_LEVEL", keep)
     path = list(sys.path)
     yield
     assert policy.active() is None, "a test left a policy active"

@@ -64,10 +64,21 @@ def test_explain(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture
     fake_plugin("acme", NATIVE, version="3.1")
     code, out, _ = run(capsys, "explain", "mqa_logits", "--device", "sm_103")
     assert code == 0
-    assert out.index("1. torch: selected") < out.index("2. acme: can serve")
+    assert out.index(" torch: selected") < out.index(" acme: can serve")
     assert "[untested] tested on compute capability 9.0 or 10.0, this GPU is the newer 10.3" in out
     code, data = as_json(capsys, "explain", "mqa_logits", "--device", "sm_90")
     assert data["devices"][0]["selected"] == "acme"
+
+
+def test_experimental_providers_are_said_and_can_be_had(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = run(capsys, "list", "--device", "sm_80")
+    assert out.count("triton: experimental providers serve only when asked for") == len(OPS)
+    monkeypatch.setenv("DSV4_BACKENDS_EXPERIMENTAL", "1")
+    for device in SMS[1:]:
+        _, data = as_json(capsys, "list", "--device", device)
+        assert {op["selected"] for op in data["devices"][0]["ops"]} == {"triton"}
 
 
 def test_untested_selection_is_said_in_list(

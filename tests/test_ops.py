@@ -110,7 +110,7 @@ def test_import_that_fails_goes_to_the_next(fake_plugin: Callable[..., None], ca
         ops.mqa_logits(**arguments("mqa_logits"))
     assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}
     assert "has no attribute 'absent'" in caplog.text
-    (acme,) = ops.resolution("mqa_logits", "cpu").passed_over
+    acme = ops.resolution("mqa_logits", "cpu").passed_over[0]
     assert [r.code for r in acme.reasons] == ["import-failed"]
 
 
@@ -125,7 +125,7 @@ def test_import_that_fails_under_a_pin_raises(fake_plugin: Callable[..., None]) 
 def test_wrong_signature_is_a_reason(fake_plugin: Callable[..., None]) -> None:
     fake_plugin("acme", PLUGIN.format(target="wrong", refuses=None))
     ops.mqa_logits(**arguments("mqa_logits"))
-    (acme,) = ops.resolution("mqa_logits", "cpu").passed_over
+    acme = ops.resolution("mqa_logits", "cpu").passed_over[0]
     assert [r.code for r in acme.reasons] == ["signature"]
     assert "acme_plugin:wrong has (q, k), the contract of mqa_logits is (q, k, k_scale" in acme.reasons[0].message
 

@@ -1,0 +1,44 @@
+"""The Triton provider: one code base for compute capability 8.0 and newer.
+
+Plain Triton kernels serve every architecture. On Hopper some ops have a second, warp-specialised kernel in Gluon,
+which ships with Triton; shapes that it does not take go to the plain one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from dsv4_backends import Implementation, ProviderSpec, Tier, hookimpl
+
+_HOMES = {
+    "sparse_mla_prefill": "prefill",
+    "sparse_mla_decode": "decode",
+    "mqa_logits": "logits",
+    "paged_mqa_logits": "logits",
+    "fp8_einsum": "einsum",
+    "hc_prenorm_gemm": "hyper_connection",
+}
+
+
+@hookimpl
+def dsv4_providers() -> Iterable[ProviderSpec]:
+    # Triton's interpreter runs kernels on CPU tensors: for tests, far too slow for anything else.
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    yield ProviderSpec(
+        name="triton",
+        summary="Triton kernels for SM80 to SM121, with Gluon kernels for Hopper",
+        # Until it has passed the conformance suite on a GPU, it serves only when asked for.
+        tier=Tier.EXPERIMENTAL,
+        requires=("triton>=3.6",),
+        hint="pip install 'dsv4-backends[triton]'",
+        implementations=tuple(
+            Implementation(
+                op=op,
+                target=f"dsv4_backend_triton.{module}:{op}",
+                devices=("cuda", "cpu") if interpreted else ("cuda",),
+                capability=(">=8.0",),
+            )
+            for op, module in _HOMES.items()
+        ),
+    )

@@ -1,0 +1,338 @@
+"""``hc_prenorm_gemm``: x @ fn.T and the row sums of squares in one pass over x, split along k."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._arch import Arch, arch_of
+from ._variant import Variant, cdiv, pow2
+
+_SIZES = [
+    "M",
+    "N",
+    "K",
+    "x_stride",
+    "fn_stride",
+    "o_stride_s",
+    "o_stride_m",
+    "s_stride_s",
+    "s_stride_m",
+    "per",
+]
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
+def _hc_kernel(
+    x_src,
+    fn_src,
+    out_ptr,
+    sqr_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    fn_stride,
+    o_stride_s,
+    o_stride_m,
+    s_stride_s,
+    s_stride_m,
+    per,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
+    MODE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One block: BLOCK_M rows, one n tile, ``per`` columns of k.
+
+    MODE "bf16": x is bf16 already, and fn = high + low with both bf16 keeps 16 bits of fn, so two bf16
+    products are more exact than one TF32 product and no slower. "tf32": x widened, fn rounded. "fp32": the
+    interpreter.
+    """
+    m0 = tl.program_id(0) * BLOCK_M
+    split = tl.program_id(1)
+    n0 = tl.program_id(2) * BLOCK_N
+    if ALIGNED:
+        x_stride = tl.multiple_of(x_stride.to(tl.int64), 8)
+        fn_stride = tl.multiple_of(fn_stride.to(tl.int64), 4)
+    rows = m0 + tl.arange(0, BLOCK_M)
+    cols = n0 + tl.arange(0, BLOCK_N)
+    kk = tl.arange(0, BLOCK_K)
+    if not TMA:
+        # rows past M repeat the last one (not stored); columns past N are not fetched
+        x_row = x_src + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * x_stride
+        fn_row = fn_src + tl.minimum(cols, N - 1).to(tl.int64)[:, None] * fn_stride
+        col_ok = (cols < N)[:, None]
+    k_lo = tl.multiple_of(split * per, BLOCK_K)
+    k_hi = tl.minimum(k_lo + per, K)
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sqr = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for k0 in tl.range(k_lo, k_hi, BLOCK_K, num_stages=STAGES):
+        k = k0 + kk
+        if TMA:
+            x = x_src.load([m0, k0])
+            fn = fn_src.load([n0, k0])
+        elif EVEN:
+            x = tl.load(x_row + k[None, :])
+            fn = tl.load(fn_row + k[None, :], mask=col_ok, other=0.0)
+        else:
+            k_ok = (k < k_hi)[None, :]
+            x = tl.load(x_row + k[None, :], mask=k_ok, other=0.0)
+            fn = tl.load(fn_row + k[None, :], mask=k_ok & col_ok, other=0.0)
+        x32 = x.to(tl.float32)
+        sqr += x32 * x32
+        if MODE == "bf16":
+            # high by truncation: integer instructions, where a rounding conversion costs four times as much
+            bits = fn.to(tl.int32, bitcast=True)
+            high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+            low = (fn - (bits & -65536).to(tl.float32, bitcast=True)).to(tl.bfloat16)
+            if SWAP:
+                acc = tl.dot(high, tl.trans(x), acc)
+                acc = tl.dot(low, tl.trans(x), acc)
+            else:
+                acc = tl.dot(x, tl.trans(high), acc)
+                acc = tl.dot(x, tl.trans(low), acc)
+        elif MODE == "tf32":
+            if SWAP:
+                acc = tl.dot(fn, tl.trans(x32), acc, input_precision="tf32")
+            else:
+                acc = tl.dot(x32, tl.trans(fn), acc, input_precision="tf32")
+        else:
+            if SWAP:
+                acc = tl.dot(fn, tl.trans(x32), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(x32, tl.trans(fn), acc, input_precision="ieee")
+    if SWAP:
+        acc = tl.trans(acc)
+    s64 = split.to(tl.int64)
+    ok = rows < M
+    rows64 = rows.to(tl.int64)
+    ptr = out_ptr + s64 * o_stride_s + rows64[:, None] * o_stride_m + cols[None, :]
+    tl.store(ptr, acc, mask=ok[:, None] & (cols < N)[None, :])
+    first = rows < tl.where(n0 == 0, M, 0)  # the blocks of the first n tile write the sums of squares
+    tl.store(sqr_ptr + s64 * s_stride_s + rows64 * s_stride_m, tl.sum(sqr, axis=1), mask=first)
+
+
+_REDUCE_SIZES = ["M", "N", "splits", "o_stride_m", "s_stride_m"]
+
+
+@triton.jit(do_not_specialize=_REDUCE_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
+def _hc_reduce_kernel(
+    part_ptr,
+    out_ptr,
+    sqr_ptr,
+    M,
+    N,
+    splits,
+    o_stride_m,
+    s_stride_m,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Sum partials in a fixed order. Workspace: [splits, M, N] mixes, then [splits, M] sums of squares."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    s = tl.arange(0, BLOCK_S)
+    row_ok = rows < M
+    ok = row_ok[:, None] & (cols < N)[None, :]
+    rows64 = rows.to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sqr = tl.zeros((BLOCK_M,), tl.float32)
+    sq_ptr = part_ptr + M.to(tl.int64) * N * splits
+    for s0 in range(0, splits, BLOCK_S):
+        split = (s0 + s).to(tl.int64)
+        s_ok = split < splits
+        ptr = part_ptr + (split[:, None, None] * M + rows64[None, :, None]) * N + cols[None, None, :]
+        acc += tl.sum(tl.load(ptr, mask=s_ok[:, None, None] & ok[None, :, :], other=0.0), axis=0)
+        ptr2 = sq_ptr + split[:, None] * M + rows64[None, :]
+        sqr += tl.sum(tl.load(ptr2, mask=s_ok[:, None] & row_ok[None, :], other=0.0), axis=0)
+    tl.store(out_ptr + rows64[:, None] * o_stride_m + cols[None, :], acc, mask=ok)
+    first = rows < tl.where(tl.program_id(1) == 0, M, 0)
+    tl.store(sqr_ptr + rows64 * s_stride_m, sqr, mask=first)
+
+
+@dataclass(frozen=True)
+class HcConfig:
+    """Launch configuration for one row-count class."""
+
+    block_m: int
+    block_k: int
+    block_n: int
+    swap: bool
+    mode: str
+    warps: int
+    stages: int
+    tma: bool
+    provenance: str
+
+
+_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22, bench2.py and bench4.py"
+_DERIVED = "derived: no measurement; as on SM90, fewer stages for 99 KiB of shared memory"
+
+# Keyed by compute capability, then the largest row count of the class. Few rows: launch and latency bound,
+# so little code and TF32 (no splitting of fn). Many rows: x from shared memory straight to the tensor cores,
+# fn as two bf16.
+_TABLE: dict[Any, list[tuple[int, HcConfig]]] = {
+    90: [
+        (64, HcConfig(16, 128, 16, True, "tf32", 2, 3, True, _H200)),
+        (256, HcConfig(32, 128, 32, True, "tf32", 4, 3, True, _H200)),
+        (512, HcConfig(64, 64, 32, False, "bf16", 4, 4, True, _H200)),
+        (1 << 62, HcConfig(128, 64, 32, False, "bf16", 4, 4, True, _H200)),
+    ],
+    "any": [
+        (64, HcConfig(16, 64, 16, True, "tf32", 2, 4, False, _DERIVED)),
+        (1 << 62, HcConfig(64, 64, 32, False, "bf16", 4, 3, False, _DERIVED)),
+    ],
+}
+
+
+def _config(arch: Arch, m: int) -> HcConfig:
+    for limit, config in _TABLE.get(arch.cc, _TABLE["any"]):
+        if m <= limit:
+            return config
+    raise AssertionError("the last class has no limit")
+
+
+def default_splits(arch: Arch, m: int, k: int, block_m: int, block_k: int) -> int:
+    """Splits of k used when the caller names none: two blocks per multiprocessor, at least two k steps each;
+    many rows take fewer, whose partials cost less to sum."""
+    most = 32 if m <= 256 else 16
+    return max(1, min(2 * arch.sms // cdiv(m, block_m), most, k // (2 * block_k)))
+
+
+def _constants(config: HcConfig, n: int, k: int, mode: str, aligned: bool) -> dict[str, Any]:
+    even = k % config.block_k == 0
+    return dict(
+        BLOCK_M=config.block_m,
+        BLOCK_N=min(config.block_n, pow2(n, 16)),
+        BLOCK_K=config.block_k,
+        SWAP=config.swap,
+        MODE=mode,
+        EVEN=even,
+        ALIGNED=aligned,
+        TMA=config.tma and even and aligned,
+        STAGES=config.stages,
+    )
+
+
+def _reduce_constants(arch: Arch, m: int, n: int) -> dict[str, Any]:
+    # few rows: all partials of a row at once; many: several rows a block
+    few = m < 4 * arch.sms
+    return dict(BLOCK_M=1 if few else 16, BLOCK_N=min(32, pow2(n)), BLOCK_S=32 if few else 4)
+
+
+def hc_prenorm_gemm(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    *,
+    num_splits: int | None = None,
+    out: torch.Tensor | None = None,
+    sqr_sum: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``mixes = x @ fn.T`` [m, n] fp32 and ``sqr_sum = (x * x).sum(1)`` [m] fp32.
+
+    ``x`` [m, k] bf16, ``fn`` [n, k] fp32. With ``num_splits`` S the results are partials [S, m, n] and [S,
+    m] that sum to them. Deterministic. Workspace: without ``num_splits``, splits * m * (n + 1) fp32
+    (``default_splits``).
+    """
+    return _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, None)
+
+
+def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
+    m, k = x.shape
+    n = fn.shape[0]
+    lead = () if num_splits is None else (num_splits,)
+    if out is None:
+        out = torch.empty((*lead, m, n), dtype=torch.float32, device=x.device)
+    if sqr_sum is None:
+        sqr_sum = torch.empty((*lead, m), dtype=torch.float32, device=x.device)
+    if m == 0:
+        return out, sqr_sum
+    if k == 0:
+        return out.zero_(), sqr_sum.zero_()
+    if n == 0:
+        sqr_sum.zero_()
+        torch.sum(x.float().square(), dim=1, out=sqr_sum if num_splits is None else sqr_sum[0])
+        return out, sqr_sum
+    arch = arch_of(x.device)
+    if config is None:
+        config = _config(arch, m)
+    mode = "fp32" if arch.interpret else config.mode
+    if splits is None:
+        splits = num_splits or default_splits(arch, m, k, config.block_m, config.block_k)
+    block_n = min(config.block_n, pow2(n, 16))
+    grid = (cdiv(m, config.block_m), splits, max(1, cdiv(n, block_n)))
+    per = cdiv(cdiv(k, config.block_k), splits) * config.block_k
+    target, target_sqr = out, sqr_sum
+    o_strides = (0, out.stride(0)) if num_splits is None else out.stride()[:2]
+    s_strides = (0, sqr_sum.stride(0)) if num_splits is None else sqr_sum.stride()
+    if num_splits is None and splits > 1:
+        work = torch.empty(splits * m * (n + 1), dtype=torch.float32, device=x.device)
+        target, target_sqr = work, work[splits * m * n :]
+        o_strides, s_strides = (m * n, n), (m, 1)
+    aligned = x.stride(0) % 8 == 0 and fn.stride(0) % 4 == 0
+    aligned = aligned and x.data_ptr() % 16 == 0 and fn.data_ptr() % 16 == 0
+    constants = _constants(config, n, k, mode, aligned)
+    x_src, fn_src = x, fn
+    if constants["TMA"]:
+        # a single row may have any stride
+        x_src = TensorDescriptor(x, [m, k], [max(x.stride(0), k), 1], [config.block_m, config.block_k])
+        fn_src = TensorDescriptor(fn, [n, k], [max(fn.stride(0), k), 1], [block_n, config.block_k])
+    _hc_kernel[grid](
+        x_src,
+        fn_src,
+        target,
+        target_sqr,
+        m,
+        n,
+        k,
+        x.stride(0),
+        fn.stride(0),
+        *o_strides,
+        *s_strides,
+        per,
+        **constants,
+        num_warps=config.warps,
+    )
+    if target is not out:
+        constants = _reduce_constants(arch, m, n)
+        _hc_reduce_kernel[(cdiv(m, constants["BLOCK_M"]), cdiv(n, constants["BLOCK_N"]))](
+            work, out, sqr_sum, m, n, splits, out.stride(0), sqr_sum.stride(0), **constants, num_warps=4
+        )
+    return out, sqr_sum
+
+
+def compile_keys(arch: Arch, *, n: int = 24, k: int = 16384) -> list[Variant]:
+    """Every kernel variant dispatch can ask for on ``arch``, for aligned operands."""
+    found: dict[str, Variant] = {}
+    for limit, config in _TABLE.get(arch.cc, _TABLE["any"]):
+        note = f"hc m<={limit if limit < 1 << 60 else 'any'}"
+        signature = dict(
+            x_src="*bf16", fn_src="*fp32", out_ptr="*fp32", sqr_ptr="*fp32", **dict.fromkeys(_SIZES, "i32")
+        )
+        constants = _constants(config, n, k, config.mode, True)
+        aligned: tuple[str, ...] = ("x_src", "fn_src")
+        if constants["TMA"]:
+            signature["x_src"] = f"tensordesc<bf16[{config.block_m}, {config.block_k}]>"
+            signature["fn_src"] = f"tensordesc<fp32[{constants['BLOCK_N']}, {config.block_k}]>"
+            aligned = ()
+        found[note] = Variant(_hc_kernel, signature, constants, aligned, config.warps, note=note)
+    signature = dict(part_ptr="*fp32", out_ptr="*fp32", sqr_ptr="*fp32", **dict.fromkeys(_REDUCE_SIZES, "i32"))
+    for m in (1, 4 * arch.sms):
+        note = f"hc reduce m>={m}"
+        found[note] = Variant(_hc_reduce_kernel, signature, _reduce_constants(arch, m, n), ("part_ptr",), note=note)
+    return list(found.values())

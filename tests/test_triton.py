@@ -1,0 +1,70 @@
+"""The Triton provider, without a GPU: its kernels in the interpreter, and their cubins for every architecture."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton_is_installed() -> None:
+    assert importlib.util.find_spec("triton"), "the test extra installs triton"
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_120"])
+def test_suite_in_the_interpreter(device: str) -> None:
+    """The whole conformance suite, level smoke, on CPU tensors; all of it for one architecture's configurations."""
+    only = [] if device == "sm_80" else ["-k", "numerics or written"]
+    # NumPy's own words about the interpreter's arithmetic: what is then masked, and how it reads scalars.
+    quiet = ["-W", "ignore:Conversion of an array", "-W", "ignore::RuntimeWarning"]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, *only, "tests/triton_suite.py"]
+    done = run(*command, TRITON_INTERPRET="1", DSV4_BACKENDS_DEVICE=device)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    summary = done.stdout.splitlines()[-1]
+    assert "passed" in summary
+    assert "failed" not in summary
+
+
+def test_compiles_for_every_architecture(tmp_path: Path) -> None:
+    """Every third variant, so that each comes up on some architectures; the full table is in the docs."""
+    done = run("tools/compile_matrix.py", "--every", "3", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert ", 0 bad" in done.stdout
+
+
+def test_nothing_searches_or_compiles_while_serving() -> None:
+    """No autotuning in shipped code, and no size that grows with the load as a constant of a kernel."""
+    growing = {"m", "n", "b", "s_q", "s_kv", "topk", "pages", "splits"}
+    for path in sorted((ROOT / "backends").glob("**/*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in ("autotune", "heuristics"), f"{path.name}:{node.lineno}"
+            if (
+                isinstance(node, ast.arg)
+                and node.annotation is not None
+                and "constexpr" in ast.unparse(node.annotation)
+            ):
+                assert node.arg not in growing, f"{path.name}:{node.lineno}: {node.arg}"
+
+
+def test_the_hook_imports_no_triton() -> None:
+    code = (
+        "import sys, dsv4_backend_triton; specs = list(dsv4_backend_triton.dsv4_providers());"
+        "assert specs[0].name == 'triton' and 'triton' not in sys.modules and 'torch' not in sys.modules"
+    )
+    assert run("-c", code).returncode == 0

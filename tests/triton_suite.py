@@ -1,0 +1,80 @@
+"""What is tested of the Triton provider where kernels run: on the GPU, or in Triton's interpreter on the CPU.
+
+tests/test_triton.py runs this file in a process of its own, since Triton reads the interpreter's switch when it is
+imported. On a GPU it can be run by name: ``pytest tests/triton_suite.py``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from dsv4_backend_triton import _numeric
+from dsv4_backend_triton._arch import arch_of, interpreting
+
+from dsv4_backends.testing import ProviderConformance, oracle
+from dsv4_backends.testing.checks import default_device
+
+pytestmark = pytest.mark.simulates
+
+
+class TestTriton(ProviderConformance):
+    provider = "triton"
+
+
+@triton.jit
+def _decode_every_code(e4m3_ptr, e8m0_ptr):
+    code = tl.arange(0, 256)
+    tl.store(e4m3_ptr + code, _numeric.e4m3_to_fp32(code.to(tl.uint8)))
+    tl.store(e8m0_ptr + code, _numeric.e8m0_to_fp32(code))
+
+
+def test_every_e4m3_and_e8m0_code() -> None:
+    """By integer arithmetic, as SM80 and SM86 need it: subnormals, both NaN, 2^-127."""
+    device = default_device()
+    values, scales = torch.empty(256, device=device), torch.empty(256, device=device)
+    _decode_every_code[(1,)](values, scales)
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    for got, want in ((values, oracle.e4m3(codes)), (scales, oracle.e8m0(codes))):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _round_bf16(source, target):
+    at = tl.arange(0, 512)
+    tl.store(target + at, _numeric.round_to(tl.load(source + at), tl.bfloat16, tl.float32))
+
+
+def test_rounding_to_bf16() -> None:
+    x = torch.randn(512, generator=torch.Generator().manual_seed(0))
+    x[:6] = torch.tensor([float("inf"), -float("inf"), float("nan"), 1 + 2**-8, 0.0, -0.0])
+    x = x.to(default_device())
+    rounded = torch.empty(512, dtype=torch.bfloat16, device=x.device)
+    _round_bf16[(1,)](x, rounded)
+    torch.testing.assert_close(rounded, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(not interpreting(), reason="about the interpreter")
+def test_the_architecture_is_the_simulated_one() -> None:
+    named = os.environ.get("DSV4_BACKENDS_DEVICE", "sm_80")
+    assert f"sm_{arch_of(torch.device('cpu')).cc}" == named
+
+
+@triton.jit
+def _bf16_dot(a, b, c):
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    tl.store(c + i * 16 + j, tl.dot(tl.load(a + i * 16 + j), tl.load(b + i * 16 + j)))
+
+
+@pytest.mark.skipif(not interpreting(), reason="about the interpreter")
+def test_the_interpreter_is_not_trusted_with_bf16() -> None:
+    """Its bf16 products are wrong, so launchers give kernels fp32 operands there. Should this fail, they need not."""
+    a, b = (torch.randn(16, 16, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (1, 2))
+    c = torch.empty(16, 16)
+    _bf16_dot[(1,)](a, b, c)
+    exact = a.double() @ b.double()
+    assert (c.double() - exact).norm() / exact.norm() > 0.1
+    assert arch_of(a.device).interpret
