@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from dsv4_backend_triton import _numeric
 from dsv4_backend_triton._arch import arch_of, interpreting
+from extremes import check_extreme_scale_codes
 
 from dsv4_backends.testing import ProviderConformance, oracle
 from dsv4_backends.testing.checks import default_device
@@ -40,6 +41,10 @@ def test_every_e4m3_and_e8m0_code() -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=device)
     for got, want in ((values, oracle.e4m3(codes)), (scales, oracle.e8m0(codes))):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_extreme_scale_codes() -> None:
+    check_extreme_scale_codes("triton", default_device())
 
 
 @triton.jit
