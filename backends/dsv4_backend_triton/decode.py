@@ -364,7 +364,7 @@ def _decode_kernel(
     else:
         row_lse = tl.where(some, (peak + tl.log2(total)) * _LN2, float("inf"))
         tl.store(lse + row64 * heads + head, row_lse, mask=head_ok)
-        sink_value = tl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
+        sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
         inverse = tl.where(some, inverse / (1.0 + tl.exp(sink_value - row_lse)), 0.0)
         o_row = (out + (b64 * o_sb + s64 * o_ss) * Q_UNIT) + head.to(tl.int64)[:, None] * (o_sh * Q_UNIT)
     tl.store(o_row + d[None, :], round_to(acc * inverse[:, None], o_row.dtype.element_ty, OPERAND), mask=q_ok)

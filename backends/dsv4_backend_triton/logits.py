@@ -142,7 +142,9 @@ def _mqa_logits_kernel(
         selected = row_ok
         origin = 0
         if COMPRESSED:
-            selected = row_ok & (shared | (tl.arange(0, ROWS) == group))
+            # all rows, or the group's; a scalar or-ed into a mask is more than the interpreter can do
+            row = tl.arange(0, ROWS)
+            selected = row_ok & (row == tl.where(shared, row, group))
             origin = tl.where(shared, first, tl.sum(tl.where(tl.arange(0, ROWS) == group, start, 0), axis=0))
         filled = selected & (end > start)
         lo = tl.min(tl.where(filled, start, 2147483647), axis=0)

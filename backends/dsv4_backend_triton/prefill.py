@@ -116,7 +116,7 @@ def _prefill_kernel(
     at = row64 * heads + head
     tl.store(lse + at, row_lse, mask=head_ok)
     tl.store(max_logits + at, tl.where(some, peak * _LN2, float("-inf")), mask=head_ok)
-    sink_value = tl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
+    sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
     inverse = tl.where(some, 1.0 / (total * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
     o_row = (out + row64 * (o_ss * UNIT)) + head.to(tl.int64)[:, None] * (o_sh * UNIT)
     tl.store(o_row + d[None, :], round_to(acc * inverse[:, None], tl.bfloat16, OPERAND), mask=head_ok[:, None])
