@@ -45,6 +45,7 @@ class Policy:
         pins: Op name to provider. A pin that cannot be met is an error, never a fallback.
         experimental: Experimental providers take part in the automatic choice.
         strict: A broken plugin raises.
+        batch_invariant: Read by providers that have such a mode when they are imported.
     """
 
     order: tuple[str, ...] = ()
@@ -53,6 +54,7 @@ class Policy:
     pins: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     experimental: bool = False
     strict: bool = False
+    batch_invariant: bool = False
 
     def validate(self, known: Collection[str]) -> Policy:
         """Check every provider name against ``known`` and return self.
@@ -81,12 +83,6 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
     def names(key: str) -> tuple[str, ...]:
         return tuple(word.strip() for word in environ.get(PREFIX + key, "").split(",") if word.strip())
 
-    def switch(key: str) -> bool:
-        text = environ.get(PREFIX + key, "0").strip() or "0"
-        if text not in ("0", "1"):
-            raise PolicyError(f"{PREFIX}{key}: expected 0 or 1, got {text!r}")
-        return text == "1"
-
     pairs = []
     for word in names("PIN"):
         op, equals, provider = (part.strip() for part in word.partition("="))
@@ -98,9 +94,22 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         allow=frozenset(names("ALLOW")) or None,
         deny=frozenset(names("DENY")),
         pins=_pins(pairs),
-        experimental=switch("EXPERIMENTAL"),
-        strict=switch("STRICT"),
+        experimental=switch("EXPERIMENTAL", environ),
+        strict=switch("STRICT", environ),
+        batch_invariant=switch("BATCH_INVARIANT", environ),
     )
+
+
+def switch(key: str, environ: Mapping[str, str]) -> bool:
+    """A variable of the family that is 0 or 1.
+
+    Raises:
+        PolicyError: it is something else.
+    """
+    text = environ.get(PREFIX + key, "0").strip() or "0"
+    if text not in ("0", "1"):
+        raise PolicyError(f"{PREFIX}{key}: expected 0 or 1, got {text!r}")
+    return text == "1"
 
 
 _active: ContextVar[Policy | None] = ContextVar("dsv4_backends_policy", default=None)

@@ -289,6 +289,24 @@ def test_without_pytorchs_guards_every_call_is_checked(monkeypatch: pytest.Monke
         check(made["x"], made["fn"][:, :-1])
 
 
+def test_guards_that_changed_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class is private: one that takes other arguments, or lets everything through, is found out."""
+    from torch._C._dynamo import guards
+
+    from dsv4_backends.contract.op import _tensor_guards
+
+    class Careless:
+        def __init__(self, *tensors: Any, **options: Any) -> None: ...
+
+        def check(self, *tensors: Any) -> bool:
+            return True
+
+    assert _tensor_guards() is guards.TensorGuards
+    for changed in (Careless, lambda: None):
+        monkeypatch.setattr(guards, "TensorGuards", changed)
+        assert _tensor_guards() is None
+
+
 def test_every_scalar_has_a_kind() -> None:
     for contract in CONTRACTS.values():
         for arg in contract.args.values():

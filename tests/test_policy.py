@@ -14,13 +14,22 @@ def test_nothing_set() -> None:
 
 
 def test_everything_set() -> None:
-    wishes = read(ORDER="a, b", ALLOW="a,b", DENY="c", PIN="mqa_logits=a, fp8_einsum = b", EXPERIMENTAL="1", STRICT="1")
+    wishes = read(
+        ORDER="a, b",
+        ALLOW="a,b",
+        DENY="c",
+        PIN="mqa_logits=a, fp8_einsum = b",
+        EXPERIMENTAL="1",
+        STRICT="1",
+        BATCH_INVARIANT="1",
+    )
     assert wishes.order == ("a", "b")
     assert wishes.allow == {"a", "b"}
     assert wishes.deny == {"c"}
     assert dict(wishes.pins) == {"mqa_logits": "a", "fp8_einsum": "b"}
     assert wishes.experimental
     assert wishes.strict
+    assert wishes.batch_invariant
 
 
 def test_pin_for_every_op() -> None:
@@ -42,6 +51,7 @@ def test_empty_values_are_not_set() -> None:
         ({"PIN": "mqa_logits"}, "expected op=provider pairs, got 'mqa_logits'"),
         ({"PIN": "mqa_logit=torch"}, "unknown op 'mqa_logit', did you mean 'mqa_logits'?"),
         ({"EXPERIMENTAL": "yes"}, "expected 0 or 1, got 'yes'"),
+        ({"BATCH_INVARIANT": "true"}, "DSV4_BACKENDS_BATCH_INVARIANT: expected 0 or 1, got 'true'"),
     ],
 )
 def test_mistakes(variables: dict[str, str], message: str) -> None:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LN2 = tl.constexpr(0.6931471805599453)
+NEGATIVE = tl.constexpr(-1.0e30)
+"""Stands for -inf where -inf - -inf would be NaN."""
+
 # Four e4m3 bytes to four bf16. The byte's magnitude, shifted so that its exponent field lies in bf16's,
 # reads as value * 2^-120 (the biases are 7 and 127), subnormals included, and one multiplication by 2^120
 # puts that right. The sum with 0x0100 carries into the sign bit for the NaN code 0x7f alone; from that bit

@@ -8,7 +8,6 @@ own length.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,14 +17,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dsv4_backends import policy
+
 from . import prefill
 from ._arch import Arch, arch_of
+from ._numeric import LN2 as _LN2
+from ._numeric import NEGATIVE as _NEGATIVE
 from ._numeric import round_to
-from ._variant import Variant
+from ._variant import Variant, cdiv
 
 _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
-_NEGATIVE = tl.constexpr(-1.0e30)  # stands for -inf where -inf - -inf would be NaN
-_LN2 = tl.constexpr(0.6931471805599453)
 # Decoded keys are kept as value * 2^-60. A byte's e4m3 bits placed into bf16 read as value * 2^-120, so one
 # bf16 multiplication has to undo 2^-120 and apply the E8M0 scale; with 2^60 left over its factor stays a
 # normal number for every scale code up to 194 (2^67), where 2^120 * 2^(code-127) would overflow from code 135
@@ -566,7 +567,7 @@ _HOPPER = Tile(64, 64, 8, 1)
 _STAGE_KEYS, _STAGE_WARPS = 32, 4
 _INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
 
-_invariant = os.environ.get("DSV4_BACKENDS_BATCH_INVARIANT", "0") not in ("", "0")
+_invariant = policy.from_environment().batch_invariant
 
 
 def set_batch_invariant(on: bool) -> None:
@@ -579,12 +580,8 @@ def set_batch_invariant(on: bool) -> None:
     _invariant = on
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _tiles(topk: int, extra_topk: int, keys: int) -> int:
-    return max(_cdiv(topk, keys) + _cdiv(extra_topk, keys), 1)
+    return max(cdiv(topk, keys) + cdiv(extra_topk, keys), 1)
 
 
 def _splits(programs: int, tiles: int, sms: int) -> int:
@@ -596,8 +593,8 @@ def _splits(programs: int, tiles: int, sms: int) -> int:
     """
     best, least = 1, float("inf")
     for splits in range(1, min(tiles, 32) + 1):
-        waves = _cdiv(programs * splits, sms)
-        cost = waves * ((tiles / splits + _cdiv(tiles, splits)) / 2 + 2)
+        waves = cdiv(programs * splits, sms)
+        cost = waves * ((tiles / splits + cdiv(tiles, splits)) / 2 + 2)
         cost += 0.01 * programs * splits if splits > 1 else 0.0
         if cost < least - 1e-9:
             best, least = splits, cost
@@ -623,7 +620,7 @@ def plan(
     """
     hopper = hopper and arch.major == 9 and arch.smem >= 210 * 1024 and not arch.interpret
     small, tiles = _tiles(topk, extra_topk, _SMALL.keys), _tiles(topk, extra_topk, 64)
-    narrow = _cdiv(heads, 16)
+    narrow = cdiv(heads, 16)
     if batch_invariant:
         rows = _INVARIANT_ROWS
     # few programs: every one gets a single tile, the smallest that still fits all of them on the machine at
@@ -633,11 +630,11 @@ def plan(
     if rows * narrow * tiles <= arch.sms and not rough:
         return Plan(_MEDIUM, tiles, single=True)
     if hopper:
-        if heads > 32 and rows * _cdiv(heads, 32) * tiles <= arch.sms:
+        if heads > 32 and rows * cdiv(heads, 32) * tiles <= arch.sms:
             return Plan(_HOPPER, tiles, single=True, hopper=True, block_heads=32)
-        splits = _splits(rows * _cdiv(heads, 64), tiles, arch.sms)
+        splits = _splits(rows * cdiv(heads, 64), tiles, arch.sms)
         return Plan(_HOPPER, splits, single=splits == tiles, hopper=True)
-    programs = rows * _cdiv(heads, 32)
+    programs = rows * cdiv(heads, 32)
     if heads > 16 and programs * 10 >= arch.sms * 9:
         # enough rows to keep the machine busy without splits: decoding a row once pays more than keeping it
         # on chip
@@ -816,7 +813,7 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
         part, part_lse = lse, lse
     sink = lse if attn_sink is None else attn_sink
     block_heads = min(chosen.block_heads, tile.heads) if chosen.hopper else tile.heads
-    blocks = _cdiv(heads, block_heads)
+    blocks = cdiv(heads, block_heads)
     cache1, cache2 = scopes.cache1, scopes.cache2
     if chosen.hopper:
         cache1, cache2 = cache1.view(torch.int32), cache2.view(torch.int32)

@@ -398,7 +398,7 @@ def _operand(arch: Arch) -> Any:
 
 
 # Keyed by compute capability, then the largest token count of the class.
-_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22, bench2.py and bench3.py"
+_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22: the fastest of a sweep, one run; not yet redone"
 _DERIVED = "derived: no measurement; as on SM90 without tensor maps, stages for 99 KiB of shared memory"
 
 _TABLE: dict[Any, list[tuple[int, EinsumConfig]]] = {

@@ -180,7 +180,7 @@ class HcConfig:
     provenance: str
 
 
-_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22, bench2.py and bench4.py"
+_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22: the fastest of a sweep, one run; not yet redone"
 _DERIVED = "derived: no measurement; as on SM90, fewer stages for 99 KiB of shared memory"
 
 # Keyed by compute capability, then the largest row count of the class. Few rows: launch and latency bound,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from ._arch import Arch, arch_of
+from ._numeric import LN2 as _LN2
+from ._numeric import NEGATIVE as _NEGATIVE
 from ._numeric import round_to
 from ._variant import Variant
 
@@ -21,9 +23,6 @@ try:
     from . import prefill_hopper
 except ImportError:  # a Triton without Gluon: the plain kernel serves every machine
     prefill_hopper = None  # type: ignore[assignment]
-
-_NEGATIVE = tl.constexpr(-1.0e30)  # stands for -inf where -inf - -inf would be NaN
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

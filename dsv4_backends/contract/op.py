@@ -7,7 +7,7 @@ every call and the tables in the docs are made, the cases, the tolerances, and t
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import inspect
 import linecache
 import re
@@ -308,11 +308,7 @@ class _Seen:
     def __init__(self) -> None:
         self.signatures: list[tuple[Callable[..., bool], tuple[Any, ...]]] = []
         self.last: tuple[object, ...] = ()
-        self.guards: Any = None
-        with contextlib.suppress(ImportError):
-            from torch._C._dynamo.guards import TensorGuards
-
-            self.guards = TensorGuards
+        self.guards = _tensor_guards()
 
     def remember(self, numbers: tuple[Any, ...], *tensors: Any) -> None:
         """After a call that passed. Making a guard is dear, so only for a shape that comes a second time."""
@@ -325,6 +321,21 @@ class _Seen:
             self.signatures.insert(0, (guard.check, numbers))
             del self.signatures[self.SIZE :]
         self.last = shape
+
+
+def _tensor_guards() -> Any:
+    """PyTorch's ``TensorGuards``, or None where it is missing or does not do what ``_Seen`` needs of it."""
+    import torch
+
+    try:
+        guards: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
+        x = torch.empty(2, 3)
+        guard = guards(x, dynamic_dims_sizes=[[2, 3]], dynamic_dims_strides=[[3, 1]])
+        others = (torch.empty(3, 2), torch.empty(3, 2).T, x.double(), x.to("meta"), x[0], None)
+        usable = guard.check(torch.empty(2, 3)) and not any(guard.check(other) for other in others)
+    except Exception:  # it is private: whatever another release makes of it, calls are then checked in full
+        return None
+    return guards if usable else None
 
 
 _DTYPES = (
