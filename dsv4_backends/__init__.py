@@ -21,11 +21,14 @@ _HOMES = {
     "ProviderSpec": "provider",
     "Reason": "provider",
     "Tier": "provider",
+    "Limits": "serving",
     "hookimpl": "hookspecs",
     "reset": "ops",
     "resolution": "ops",
     "stats": "ops",
     "use_providers": "policy",
+    "warmup": "ops",
+    "workspace_bytes": "ops",
 }
 
 if TYPE_CHECKING:
@@ -33,9 +36,10 @@ if TYPE_CHECKING:
     from .contract import CONTRACTS, OPS
     from .errors import ContractError, DSV4Error, NoProviderError, PluginError, PolicyError
     from .hookspecs import hookimpl
-    from .ops import reset, resolution, stats
+    from .ops import reset, resolution, stats, warmup, workspace_bytes
     from .policy import use_providers
     from .provider import Implementation, ProviderSpec, Reason, Tier
+    from .serving import Limits
 
 __all__ = [
     "CONTRACTS",
@@ -43,6 +47,7 @@ __all__ = [
     "ContractError",
     "DSV4Error",
     "Implementation",
+    "Limits",
     "NoProviderError",
     "PluginError",
     "PolicyError",
@@ -55,6 +60,8 @@ __all__ = [
     "resolution",
     "stats",
     "use_providers",
+    "warmup",
+    "workspace_bytes",
 ]
 
 

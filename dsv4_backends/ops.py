@@ -12,8 +12,9 @@ import importlib
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,9 +25,11 @@ from .contract import hyper_connection as _hyper_connection
 from .contract import indexer as _indexer
 from .contract import projection as _projection
 from .contract import sparse_mla as _sparse_mla
+from .contract.models import Model, from_config
 from .errors import NoProviderError, PolicyError
-from .provider import Reason
+from .provider import Implementation, Reason
 from .resolve import Candidate, Resolution, resolve
+from .serving import Limits, calls
 
 _log = logging.getLogger("dsv4_backends")
 _lock = threading.RLock()
@@ -36,10 +39,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 class _Bound:
     """One implementation, imported."""
 
-    __slots__ = ("calls", "function", "provider", "refuses")
+    __slots__ = ("calls", "function", "implementation", "provider", "refuses")
 
-    def __init__(self, provider: str, function: Callable[..., Any], refuses: Callable[..., Any] | None) -> None:
-        self.provider, self.function, self.refuses = provider, function, refuses
+    def __init__(
+        self,
+        provider: str,
+        implementation: Implementation,
+        function: Callable[..., Any],
+        refuses: Callable[..., Any] | None,
+    ) -> None:
+        self.provider, self.implementation, self.function, self.refuses = provider, implementation, function, refuses
         self.calls = 0
 
 
@@ -118,7 +127,7 @@ def _bind(contract: OpContract, candidate: Candidate) -> _Bound | Reason:
     for loaded in filter(None, (function, refuses)):
         if (mismatch := signature_mismatch(contract, loaded)) is not None:
             return mismatch
-    return _Bound(candidate.name, function, refuses)
+    return _Bound(candidate.name, implementation, function, refuses)
 
 
 def _import_failed(target: str, error: BaseException) -> str:
@@ -247,6 +256,96 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[.
     first = chain.at(0)
     assert first is not None  # a chain without a candidate raises when it is made
     return first.provider, first.function
+
+
+def _serving(op: str, device: torch.device, arguments: dict[str, Any]) -> _Bound:
+    """Whom a call with these arguments (tensors perhaps on the meta device) would reach on ``device``."""
+    contract = CONTRACTS[op]
+    chain = _bindings().bind(contract, device)
+    return chain.head or chain.choose((), arguments)
+
+
+def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> int | None:
+    """Device memory that a call would allocate beyond its results, from shapes alone; nothing is launched.
+
+    Args:
+        op: One of ``dsv4_backends.OPS``.
+        device: Where the call would run.
+        arguments: The call's arguments; tensors may be on any device, ``meta`` included.
+
+    Returns:
+        Bytes, or None where the provider that would serve does not tell.
+
+    Raises:
+        ContractError: an argument breaks the contract.
+        NoProviderError: nobody would serve the call.
+    """
+    without_storage = {k: _without_storage(v) for k, v in arguments.items()}
+    CONTRACTS[op].check(**without_storage)
+    where = torch.empty(0, device=device).device
+    bound = _serving(op, where, without_storage)
+    target = bound.implementation.workspace
+    return None if target is None else int(_load(target)(op, without_storage, where))
+
+
+def _without_storage(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def warmup(
+    model: str | Path | Model,
+    *,
+    tp: int = 1,
+    limits: Limits | None = None,
+    device: torch.device | str | None = None,
+    ops: Iterable[str] = tuple(CONTRACTS),
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, int]]:
+    """Compile, and load on a device, everything that serving a model within limits can ask of the chosen providers.
+
+    Afterwards nothing compiles while serving, and graphs can be captured at once. What is compiled stays in the
+    provider's own cache on disk, so that the next process only loads it.
+
+    Args:
+        model: ``"flash"``, ``"pro"``, a ``config.json`` or its folder, or a ``contract.models.Model``.
+        tp: Tensor parallel size.
+        limits: How far the server goes; default: ``serving.Limits()``.
+        device: Default: the current GPU, or the CPU.
+        ops: Only these.
+        progress: Gets a line of text before each op.
+
+    Returns:
+        By op, the kernels that each provider made ready. A provider that compiles nothing ahead is there with 0.
+
+    Raises:
+        ValueError: not a model, or its heads do not divide by ``tp``.
+        NoProviderError: a call within the limits would find no provider.
+    """
+    rank = (model if isinstance(model, Model) else from_config(model)).rank(tp)
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    where = torch.empty(0, device=device).device
+    here = machine.device_of(where).capability
+    packed = here is not None and here.major >= 10
+    ready: dict[str, dict[str, int]] = {}
+    for op in ops:
+        if progress is not None:
+            progress(f"warming up {op}")
+        wanted = calls(op, rank, limits or Limits(), packed_scales=packed)
+        if (head := _bindings().bind(CONTRACTS[op], where).head) is not None:
+            by_provider: dict[_Bound, Iterable[dict[str, Any]]] = {head: wanted}
+        else:
+            shared: dict[_Bound, list[dict[str, Any]]] = {}
+            for arguments in wanted:
+                shared.setdefault(_serving(op, where, arguments), []).append(arguments)
+            by_provider = {**shared}
+        made = ready[op] = {}
+        for bound, theirs in by_provider.items():
+            target = bound.implementation.warmup
+            made[bound.provider] = 0 if target is None else int(_load(target)(op, theirs, where))
+    return ready
 
 
 def load_implementation(op: str, target: str) -> Callable[..., Any]:

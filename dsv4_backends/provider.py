@@ -92,6 +92,11 @@ class Implementation:
         capability: Claim over compute capability, any of which may match (see ``capability.py``); ignored on CPU.
         refuses: Optional ``"package.module:function"`` with the same signature that returns a ``Reason`` for a call
             it cannot serve, else None. It may look at shapes, dtypes and strides, never at values.
+        warmup: Optional ``"package.module:function"``, called as ``function(op, calls, device)`` with an iterable of
+            the op's arguments whose tensors are on the meta device; compiles and loads on ``device`` what these calls
+            would, and returns the number of kernels.
+        workspace: Optional ``"package.module:function"``, called as ``function(op, arguments, device)`` with such
+            arguments; returns the bytes that the call allocates on the device beyond its results.
         priority: Within a tier, higher comes first.
         deterministic: Claims that the same inputs give the same bits.
         batch_invariant: Claims that a row's result does not depend on the other rows of the call.
@@ -103,6 +108,8 @@ class Implementation:
     devices: tuple[str, ...] = ("cuda",)
     capability: tuple[str, ...] = (">=0",)
     refuses: str | None = None
+    warmup: str | None = None
+    workspace: str | None = None
     priority: int = 0
     deterministic: bool = True
     batch_invariant: bool = False
@@ -112,7 +119,8 @@ class Implementation:
         where = f"Implementation of {self.op!r}"
         if not isinstance(self.op, str) or not _NAME.fullmatch(self.op):
             raise ValueError(f"{where}: op must be an identifier in lower case")
-        for field, text in (("target", self.target), ("refuses", self.refuses)):
+        for field in ("target", "refuses", "warmup", "workspace"):
+            text = getattr(self, field)
             if text is not None and not (isinstance(text, str) and _TARGET.fullmatch(text)):
                 raise ValueError(f"{where}: {field} must be 'package.module:function', got {text!r}")
         if not self.devices or not set(self.devices) <= {"cuda", "cpu"} or isinstance(self.devices, str):

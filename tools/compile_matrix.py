@@ -1,56 +1,102 @@
 """Cross-compile the Triton provider's kernels for every architecture, without a GPU.
 
-Each variant that dispatch can ask for becomes a cubin; its shared memory must fit the architecture and its stack must
-not exceed 32 bytes a thread. Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--every N] [--json FILE]
+What is compiled is what dispatch asks for when Flash and Pro are served on 1 to 8 ranks: the launches are recorded from
+the ops' own functions. Each becomes a cubin; its shared memory must fit the architecture and its stack must not exceed
+32 bytes a thread. Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--every N] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import triton
-from dsv4_backend_triton import variants
+from dsv4_backend_triton import ahead
 from dsv4_backend_triton._arch import arch_from_capability
+from dsv4_backend_triton._launch import Launch
 from packaging.version import Version
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from dsv4_backends import OPS
 from dsv4_backends.capability import sm
+from dsv4_backends.contract.models import FLASH, PRO
+from dsv4_backends.serving import Limits, calls
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
+RANKS = tuple(model.rank(tp) for model in (FLASH, PRO) for tp in (1, 2, 4, 8))
+# Beyond these no new kernel appears on any rank: more requests and tokens only make the grids larger.
+LIMITS = Limits(max_tokens=1024, max_requests=160, max_context=16384, next_n=2)
 MOST_STACK = 32
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compile_one(capability: str, index: int) -> dict[str, Any]:
-    """Compile the index-th variant for a capability; a row of the table."""
-    arch = arch_from_capability(Version(capability))
-    variant = variants.all_of(arch)[index]
-    row: dict[str, Any] = {"capability": capability, "variant": variant.note, "warps": variant.num_warps}
-    source: Any = ASTSource
-    if variant.kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
+class NoGpu:
+    """As much of a driver as compiling asks for: the target, and a device index of its own for each target."""
 
-        source = GluonASTSource
-    made = source(variant.kernel, variant.full_signature(), dict(variant.constants), dict(variant.attrs))
-    options: dict[str, Any] = {
-        "num_warps": variant.num_warps,
-        "num_stages": variant.num_stages,
-        "maxnreg": variant.maxnreg,
+    def __init__(self, cc: int) -> None:
+        self.cc = cc
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.cc, 32)
+
+    def get_current_device(self) -> int:
+        return self.cc
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _shown(value: Any) -> str:
+    return getattr(value, "name", None) or str(value)
+
+
+def label(launch: Launch) -> str:
+    """A kernel and its constants, in words."""
+    constants = " ".join(f"{name}={_shown(value)}" for name, value in launch.constants.items())
+    return f"{launch.kernel.__name__.strip('_').removesuffix('_kernel')} {constants}".strip()
+
+
+def _identity(launch: Launch) -> tuple[Any, ...]:
+    types = [str(getattr(value, "dtype", None) or type(value).__name__) for value in launch.arguments.values()]
+    shapes = [getattr(value, "block_shape", None) for value in launch.arguments.values()]
+    return label(launch), str(launch.options), str(types), str(shapes)
+
+
+@cache
+def launches(capability: str) -> tuple[Launch, ...]:
+    """Everything that dispatch asks for on a capability, each once, in a fixed order."""
+    arch = arch_from_capability(Version(capability))
+    found: dict[tuple[Any, ...], Launch] = {}
+    for op in OPS:
+        for rank in RANKS:
+            for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch):
+                found.setdefault(_identity(launch), launch)
+    return tuple(found.values())
+
+
+def compile_one(capability: str, index: int) -> dict[str, Any]:
+    """Compile the index-th launch for a capability; a row of the table."""
+    arch = arch_from_capability(Version(capability))
+    launch = launches(capability)[index]
+    row: dict[str, Any] = {
+        "capability": capability,
+        "kernel": label(launch),
+        "warps": launch.options["num_warps"],
+        "stages": launch.options.get("num_stages", ""),
     }
-    options |= variant.options
+    triton.runtime.driver.set_active(NoGpu(arch.cc))
     try:
-        compiled = triton.compile(made, target=GPUTarget("cuda", arch.cc, 32), options=options)
+        compiled = launch.compile()
     except Exception as error:  # a row of the table, and a failure of the whole
         return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -71,28 +117,34 @@ def compile_one(capability: str, index: int) -> dict[str, Any]:
     return row
 
 
-def tasks(capabilities: tuple[str, ...], every: int) -> Iterator[tuple[str, int]]:
-    """Every variant, or each ``every``-th with a start that differs by architecture, so that all come up somewhere."""
-    for place, capability in enumerate(capabilities):
-        count = len(variants.all_of(arch_from_capability(Version(capability))))
-        yield from ((capability, index) for index in range(place % every, count, every))
+def compile_share(capability: str, first: int, every: int) -> list[dict[str, Any]]:
+    """Every ``every``-th launch of a capability, in a process of its own: finding the launches takes a while."""
+    return [compile_one(capability, index) for index in range(first, len(launches(capability)), every)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", nargs="+", default=CAPABILITIES)
-    parser.add_argument("--every", type=int, default=1, help="compile each N-th variant only")
+    parser.add_argument("--every", type=int, default=1, help="compile each N-th only, from a start that differs")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     start = time.perf_counter()
-    with ProcessPoolExecutor(2) as pool:
-        rows = list(pool.map(compile_one, *zip(*tasks(tuple(args.capability), args.every), strict=True)))
+    with ProcessPoolExecutor(args.jobs) as pool:
+        shares = [(capability, place % args.every, args.every) for place, capability in enumerate(args.capability)]
+        rows = [row for rows in pool.map(compile_share, *zip(*shares, strict=True)) for row in rows]
     bad = [row for row in rows if row["error"]]
     for row in bad:
-        print(f"{sm(Version(row['capability']))} {row['variant']}: {row['error']}")
-    print(f"Triton {triton.__version__}: {len(rows)} variants in {time.perf_counter() - start:.0f} s, {len(bad)} bad")
+        print(f"{sm(Version(row['capability']))} {row['kernel']}: {row['error']}")
+    seconds = time.perf_counter() - start
+    print(f"Triton {triton.__version__}: {len(rows)} kernels in {seconds:.0f} s, {len(bad)} bad")
     if args.json:
-        result = {"command": "python tools/compile_matrix.py", "triton": triton.__version__, "rows": rows}
+        result = {
+            "command": " ".join(["python tools/compile_matrix.py", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "triton": triton.__version__,
+            "rows": rows,
+        }
         args.json.write_text(json.dumps(result, indent=0) + "\n")
     return 1 if bad else 0
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from dsv4_backends import Implementation, ProviderSpec, Tier, hookimpl
 
-_HOMES = {
+HOMES = {
     "sparse_mla_prefill": "prefill",
     "sparse_mla_decode": "decode",
     "mqa_logits": "logits",
@@ -36,9 +36,11 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
             Implementation(
                 op=op,
                 target=f"dsv4_backend_triton.{module}:{op}",
+                warmup="dsv4_backend_triton.ahead:warmup",
+                workspace="dsv4_backend_triton.ahead:workspace",
                 devices=("cuda", "cpu") if interpreted else ("cuda",),
                 capability=(">=8.0",),
             )
-            for op, module in _HOMES.items()
+            for op, module in HOMES.items()
         ),
     )

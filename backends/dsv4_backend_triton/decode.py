@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -21,10 +20,11 @@ from dsv4_backends import policy
 
 from . import prefill
 from ._arch import Arch, arch_of
+from ._launch import launch
 from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
 from ._numeric import round_to
-from ._variant import Variant, cdiv
+from ._sizes import cdiv
 
 _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
 # Decoded keys are kept as value * 2^-60. A byte's e4m3 bits placed into bf16 read as value * 2^-120, so one
@@ -643,33 +643,6 @@ def plan(
     return Plan(loop, _splits(rows * narrow, _tiles(topk, extra_topk, loop.keys), arch.sms))
 
 
-def decode_workspace_bytes(
-    b: int,
-    s_q: int,
-    heads: int,
-    topk: int,
-    extra_topk: int = 0,
-    *,
-    arch: Arch,
-    hopper: bool = True,
-    rough: bool = False,
-    batch_invariant: bool | None = None,
-) -> int:
-    """Bytes of workspace a call of these shapes takes: a function of shapes and machine, never of values.
-
-    Either the split partials (513 fp32 per row, split and head), or, where the rows are decoded to bf16
-    first, 1 KiB + 4 bytes per index and 4 bytes per row and per (row, head).
-    """
-    rows = b * s_q
-    if rows * heads == 0:
-        return 0
-    invariant = _invariant if batch_invariant is None else batch_invariant
-    chosen = plan(arch, rows, heads, topk, extra_topk, hopper=hopper, rough=rough, batch_invariant=invariant)
-    if chosen.staged is not None:
-        return rows * ((topk + extra_topk) * 1028 + 4 + 4 * heads)
-    return rows * chosen.splits * heads * 513 * 4 if chosen.splits > 1 else 0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # launch
 
@@ -754,7 +727,9 @@ def _launch_staged(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch
     staged = torch.empty((rows * both, 512), dtype=torch.bfloat16, device=q.device)
     places = torch.empty((rows, both), dtype=torch.int32, device=q.device)
     lengths = torch.empty((rows,), dtype=torch.int32, device=q.device)
-    _stage_kernel[(rows, _tiles(scopes.topk1, scopes.topk2, _STAGE_KEYS))](
+    launch(
+        _stage_kernel,
+        (rows, _tiles(scopes.topk1, scopes.topk2, _STAGE_KEYS)),
         staged,
         places,
         lengths,
@@ -850,7 +825,9 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
     if chosen.hopper:
         from . import decode_hopper  # Gluon: imported where it is used only
 
-        decode_hopper._decode_hopper_kernel[grid](
+        launch(
+            decode_hopper._decode_hopper_kernel,
+            grid,
             *arguments,
             SPLIT=splits > 1,
             SINGLE=chosen.single,
@@ -860,7 +837,9 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
             num_warps=8,
         )
     else:
-        _decode_kernel[grid](
+        launch(
+            _decode_kernel,
+            grid,
             *arguments,
             BH=tile.heads,
             BN=tile.keys,
@@ -877,7 +856,9 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
         )
     if splits > 1:
         bs, bd = _combine_tile(splits)
-        _combine_kernel[(rows * heads, 512 // bd)](
+        launch(
+            _combine_kernel,
+            (rows * heads, 512 // bd),
             part,
             part_lse,
             sink,
@@ -930,7 +911,10 @@ def sparse_mla_decode(
     are page * page_size + offset, anything outside the cache is masked; lengths [b] int32; ``attn_sink`` [h]
     fp32. Returns ``out`` [b, s_q, h, 512] bf16 and ``lse`` [b, s_q, h] fp32 (natural log, without the sink;
     +inf and zero output where a row has no key). A NaN in a key that is attended to makes the row NaN. E8M0
-    codes are exact up to 194 (2^67). Workspace: ``decode_workspace_bytes``.
+    codes are exact up to 194 (2^67).
+
+    Workspace (``dsv4_backends.workspace_bytes`` has the number): where the keys are split, 513 fp32 per row, split and
+    head; where the rows are decoded to bf16 first, 1 KiB + 4 bytes per index and 4 bytes per row and per (row, head).
     """
     b, s_q, heads, _ = q.shape
     if out is None:
@@ -953,141 +937,3 @@ def sparse_mla_decode(
     )
     _launch(q, scopes, sm_scale, attn_sink, out, lse, arch, chosen)
     return out, lse
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ahead of time
-
-_POINTERS = {
-    "q": "*bf16",
-    "out": "*bf16",
-    "lse": "*fp32",
-    "part": "*fp32",
-    "part_lse": "*fp32",
-    "sink": "*fp32",
-    "cache1": "*u8",
-    "cache2": "*u8",
-    "idx1": "*i32",
-    "idx2": "*i32",
-    "len1": "*i32",
-    "len2": "*i32",
-    "staged": "*bf16",
-    "places": "*i32",
-    "lengths": "*i32",
-    "scale_log2": "fp32",
-}
-_WIDE_INTEGERS = {
-    "q_sb",
-    "q_ss",
-    "q_sh",
-    "o_sb",
-    "o_ss",
-    "o_sh",
-    "i1_sb",
-    "i1_ss",
-    "i2_sb",
-    "i2_ss",
-    "stride1",
-    "stride2",
-}
-_ALIGNED = ("q", "out", "part", "staged", "cache1", "cache2")
-
-
-def _variant(
-    kernel: Any,
-    constants: dict[str, Any],
-    warps: int,
-    stages: int,
-    options: dict[str, Any] | None = None,
-    **types: str,
-) -> Variant:
-    signature = {
-        name: types.get(name) or _POINTERS.get(name) or ("i64" if name in _WIDE_INTEGERS else "i32")
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    aligned = tuple(name for name in _ALIGNED if name in signature)
-    shown = ("BH", "BN", "BS", "BD", "SPLIT", "SINGLE", "LOADERS")
-    words = " ".join(f"{name}={constants[name]}" for name in shown if name in constants)
-    note = f"{kernel.__name__.strip('_').removesuffix('_kernel')} {words}"
-    return Variant(kernel, signature, constants, aligned, warps, stages, note=note, options=options or {})
-
-
-def compile_keys(
-    arch: Arch, heads: int, topk: int, extra_topk: int, max_rows: int, *, unit: int = 16, pow2: bool = True
-) -> list[Variant]:
-    """Every compilation that dispatch can ask for with up to ``max_rows`` queries of these dimensions.
-
-    ``unit`` is the alignment of pages and their stride (16, 8 or 1), ``pow2`` whether both page sizes are
-    powers of two; an engine's caches have one of each.
-    """
-    keys: dict[tuple[Any, ...], Variant] = {}
-    hopper = unit == 16 and pow2
-    pdl = arch.major >= 9 and not arch.interpret
-    operand = tl.float32 if arch.interpret else tl.bfloat16
-    for batch_invariant in (False, True):
-        for rows in range(1, max_rows + 1):
-            chosen = plan(
-                arch,
-                rows,
-                heads,
-                topk,
-                extra_topk,
-                hopper=hopper,
-                rough=unit == 1,
-                batch_invariant=batch_invariant,
-            )
-            split, tile = chosen.splits > 1, chosen.tile
-            identity = (
-                chosen.hopper,
-                chosen.staged,
-                tile,
-                split,
-                chosen.single,
-                split and _combine_tile(chosen.splits),
-            )
-            if identity in keys:
-                continue
-            if chosen.staged is not None:
-                keys[identity] = _variant(
-                    _stage_kernel,
-                    dict(BN=_STAGE_KEYS, THREADS=32 * _STAGE_WARPS, POW2=pow2, UNIT=unit, OPERAND=operand),
-                    _STAGE_WARPS,
-                    1,
-                )
-                keys[(*identity, "attend")] = prefill.tile_variant(arch, chosen.staged)
-                continue
-            if chosen.hopper:
-                from . import decode_hopper
-
-                constants = dict(
-                    SPLIT=split,
-                    SINGLE=chosen.single,
-                    LOADERS=decode_hopper.LOADERS,
-                    LOADER_REGISTERS=decode_hopper.LOADER_REGISTERS,
-                    PDL=pdl,
-                )
-                keys[identity] = _variant(
-                    decode_hopper._decode_hopper_kernel, constants, 8, 1, cache1="*i32", cache2="*i32"
-                )
-            else:
-                constants = dict(
-                    BH=tile.heads,
-                    BN=tile.keys,
-                    THREADS=32 * tile.warps,
-                    SPLIT=split,
-                    SINGLE=chosen.single,
-                    POW2=pow2,
-                    UNIT=unit,
-                    Q_UNIT=8,
-                    OPERAND=operand,
-                    PDL=pdl,
-                )
-                # without splits the partials' arguments are the lse, whose alignment is not specialised on
-                keys[identity] = _variant(_decode_kernel, constants, tile.warps, tile.stages)
-            if split:
-                bs, bd = _combine_tile(chosen.splits)
-                keys[("combine", bs, bd)] = _variant(
-                    _combine_kernel, dict(BS=bs, BD=bd, PDL=pdl), 4, 1, {"launch_pdl": True} if pdl else {}
-                )
-    return list(keys.values())

@@ -252,6 +252,10 @@ def _loader(
     for i in range(here):
         mbarrier.wait(k_empty.index(slot), phase ^ 1)
         _deposit(k32.index(slot), b_smem.index(slot), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
+        # Before the next loads are issued: the fence would wait for them.
+        fence_async_shared()
+        _barrier()
+        mbarrier.arrive(k_full.index(slot), count=1)
         r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(
             i + 1,
             index,
@@ -277,9 +281,6 @@ def _loader(
             shift2,
         )
         index = _index(i + 2, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
-        fence_async_shared()
-        _barrier()
-        mbarrier.arrive(k_full.index(slot), count=1)
         slot ^= 1
         phase = gl.where(slot == 0, phase ^ 1, phase)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +11,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._arch import Arch, arch_of
+from ._launch import launch
 from ._numeric import e8m0_to_fp32, fp8_operand, round_to
-from ._variant import Variant, cdiv, pow2
+from ._sizes import cdiv, pow2
 
 try:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    from .einsum_hopper import SIZES as HOPPER_SIZES
     from .einsum_hopper import einsum_hopper_kernel
 except ImportError:  # a Triton without Gluon: the plain kernel serves every shape
     einsum_hopper_kernel = None
@@ -352,7 +351,9 @@ def _launch_hopper(x, xs, w, ws, out, config: HopperConfig, sms: int) -> bool:
         line = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
         xs_desc = GluonDescriptor(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, 128], line)
     tiles = cdiv(d, config.block_d) * cdiv(b, 128) * h
-    einsum_hopper_kernel[(min(tiles, sms),)](
+    launch(
+        einsum_hopper_kernel,
+        (min(tiles, sms),),
         x_desc,
         w_desc,
         xs_desc,
@@ -532,7 +533,9 @@ def _fp8_einsum(x, x_scale, w, w_scale, out, config):
         target = torch.empty((splits, b, h, d), dtype=torch.float32, device=x.device)
         o_strides = (target.stride(0), target.stride(1), target.stride(2))
     tiles = cdiv(d, config.parts * config.block_d) * cdiv(b, config.block_b) * h
-    _einsum_kernel[(tiles, splits)](
+    launch(
+        _einsum_kernel,
+        (tiles, splits),
         x_src,
         w_src,
         xs,
@@ -555,7 +558,9 @@ def _fp8_einsum(x, x_scale, w, w_scale, out, config):
     )
     if splits > 1:
         block = min(1024, pow2(d, 16))
-        _reduce_kernel[(b * h, cdiv(d, block))](
+        launch(
+            _reduce_kernel,
+            (b * h, cdiv(d, block)),
             target,
             out,
             d,
@@ -568,68 +573,3 @@ def _fp8_einsum(x, x_scale, w, w_scale, out, config):
             num_warps=4,
         )
     return out
-
-
-def compile_keys(
-    arch: Arch,
-    *,
-    r: int = 4096,
-    d: int = 1024,
-    scale_kinds: tuple[int, ...] = (FP32, E8M0, PACKED),
-    w_rows: tuple[bool, ...] = (False, True),
-) -> list[Variant]:
-    """Every kernel variant dispatch can ask for on ``arch``, for aligned operands and both scales of one
-    kind."""
-    operand = _operand(arch)
-    element = "fp8e4nv" if operand == tl.float8e4nv else "u8"
-    scale_type = {FP32: "*fp32", E8M0: "*u8", PACKED: "*i32"}
-    found: dict[str, Variant] = {}
-    if isinstance(_config(arch, 1 << 30, 1, d, False), HopperConfig) and FP32 in scale_kinds and False in w_rows:
-        line = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-        for config, box in itertools.product((_HOPPER_NARROW, _HOPPER_WIDE), (False, True)):
-            layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-            signature = dict(
-                x_desc=f"tensordesc<fp8e4nv[64, 128],{layout!r}>",
-                w_desc=f"tensordesc<fp8e4nv[{config.block_d}, 128],{layout!r}>",
-                xs_ptr="*fp32",
-                ws_ptr="*fp32",
-                out_ptr="*bf16",
-                **dict.fromkeys(HOPPER_SIZES, "i32"),
-            )
-            note = f"einsum hopper block_d={config.block_d} scale_box={box}"
-            constants = _hopper_constants(config, box)
-            if box:
-                signature["xs_desc"] = f"tensordesc<fp32[1, 128],{line!r}>"
-            else:
-                constants["xs_desc"] = None
-            found[note] = Variant(einsum_hopper_kernel, signature, constants, ("out_ptr",), note=note)
-    for limit, _ in _TABLE.get(arch.cc, _TABLE["any"]):
-        for kind in scale_kinds:
-            for rows in w_rows:
-                plain = _plain_config(arch, limit, rows)
-                splits = min(plain.splits, cdiv(r, 128))
-                signature = dict(
-                    xs_ptr=scale_type[kind],
-                    ws_ptr=scale_type[kind],
-                    out_ptr="*fp32" if splits > 1 else "*bf16",
-                    **dict.fromkeys(_SIZES, "i32"),
-                )
-                aligned = ("out_ptr",) if plain.tma else ("x_src", "w_src", "out_ptr")
-                signature["x_src"] = f"tensordesc<{element}[1, {plain.block_b}, 128]>" if plain.tma else f"*{element}"
-                signature["w_src"] = f"tensordesc<{element}[1, {plain.block_d}, 128]>" if plain.tma else f"*{element}"
-                constants = _constants(plain, kind, kind, rows, plain.tma, True, r, splits, operand)
-                note = f"einsum b<={limit if limit < 1 << 60 else 'any'} scale={kind} w_rows={rows}"
-                found[note] = Variant(
-                    _einsum_kernel,
-                    signature,
-                    constants,
-                    aligned,
-                    plain.warps,
-                    maxnreg=plain.maxnreg,
-                    note=note,
-                )
-    if any(config.splits > 1 for _, config in _TABLE.get(arch.cc, _TABLE["any"])):
-        signature = dict(partial_ptr="*fp32", out_ptr="*bf16", **dict.fromkeys(_REDUCE_SIZES, "i32"))
-        constants = dict(BLOCK=min(1024, pow2(d, 16)))
-        found["einsum reduce"] = Variant(_reduce_kernel, signature, constants, ("partial_ptr",), note="einsum reduce")
-    return list(found.values())

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._arch import Arch, arch_of
-from ._variant import Variant, cdiv, pow2
+from ._launch import launch
+from ._sizes import cdiv, pow2
 
 _SIZES = [
     "M",
@@ -52,6 +54,7 @@ def _hc_kernel(
     ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One block: BLOCK_M rows, one n tile, ``per`` columns of k.
 
@@ -59,6 +62,8 @@ def _hc_kernel(
     products are more exact than one TF32 product and no slower. "tf32": x widened, fn rounded. "fp32": the
     interpreter.
     """
+    if PDL:
+        gdc_launch_dependents()
     m0 = tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
     n0 = tl.program_id(2) * BLOCK_N
@@ -126,7 +131,7 @@ def _hc_kernel(
     tl.store(sqr_ptr + s64 * s_stride_s + rows64 * s_stride_m, tl.sum(sqr, axis=1), mask=first)
 
 
-_REDUCE_SIZES = ["M", "N", "splits", "o_stride_m", "s_stride_m"]
+_REDUCE_SIZES = ["M", "N", "group", "o_stride_s", "o_stride_m", "s_stride_s", "s_stride_m"]
 
 
 @triton.jit(do_not_specialize=_REDUCE_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
@@ -136,33 +141,43 @@ def _hc_reduce_kernel(
     sqr_ptr,
     M,
     N,
-    splits,
+    group,
+    o_stride_s,
     o_stride_m,
+    s_stride_s,
     s_stride_m,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Sum partials in a fixed order. Workspace: [splits, M, N] mixes, then [splits, M] sums of squares."""
+    """Sum each ``group`` of partials, in a fixed order, into one of the results.
+
+    Workspace: [results * group, M, N] mixes, then [results * group, M] sums of squares.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    result = tl.program_id(2).to(tl.int64)
+    first = result * group
     s = tl.arange(0, BLOCK_S)
     row_ok = rows < M
     ok = row_ok[:, None] & (cols < N)[None, :]
     rows64 = rows.to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sqr = tl.zeros((BLOCK_M,), tl.float32)
-    sq_ptr = part_ptr + M.to(tl.int64) * N * splits
-    for s0 in range(0, splits, BLOCK_S):
-        split = (s0 + s).to(tl.int64)
-        s_ok = split < splits
-        ptr = part_ptr + (split[:, None, None] * M + rows64[None, :, None]) * N + cols[None, None, :]
+    sq_ptr = part_ptr + tl.num_programs(2).to(tl.int64) * group * M * N
+    if PDL:
+        gdc_wait()
+    for s0 in range(0, group, BLOCK_S):
+        s_ok = s0 + s < group
+        part = first + s0 + s
+        ptr = part_ptr + (part[:, None, None] * M + rows64[None, :, None]) * N + cols[None, None, :]
         acc += tl.sum(tl.load(ptr, mask=s_ok[:, None, None] & ok[None, :, :], other=0.0), axis=0)
-        ptr2 = sq_ptr + split[:, None] * M + rows64[None, :]
+        ptr2 = sq_ptr + part[:, None] * M + rows64[None, :]
         sqr += tl.sum(tl.load(ptr2, mask=s_ok[:, None] & row_ok[None, :], other=0.0), axis=0)
-    tl.store(out_ptr + rows64[:, None] * o_stride_m + cols[None, :], acc, mask=ok)
-    first = rows < tl.where(tl.program_id(1) == 0, M, 0)
-    tl.store(sqr_ptr + rows64 * s_stride_m, sqr, mask=first)
+    tl.store(out_ptr + result * o_stride_s + rows64[:, None] * o_stride_m + cols[None, :], acc, mask=ok)
+    mine = rows < tl.where(tl.program_id(1) == 0, M, 0)
+    tl.store(sqr_ptr + result * s_stride_s + rows64 * s_stride_m, sqr, mask=mine)
 
 
 @dataclass(frozen=True)
@@ -176,26 +191,26 @@ class HcConfig:
     mode: str
     warps: int
     stages: int
+    blocks: int  # for each multiprocessor, which k is cut for
     tma: bool
     provenance: str
 
 
-_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22: the fastest of a sweep, one run; not yet redone"
+_MEASURED = "H100, Triton 3.6.0, torch 2.11, 2026-11-25: the fastest of a sweep at the split counts that vLLM asks for"
 _DERIVED = "derived: no measurement; as on SM90, fewer stages for 99 KiB of shared memory"
 
-# Keyed by compute capability, then the largest row count of the class. Few rows: launch and latency bound,
-# so little code and TF32 (no splitting of fn). Many rows: x from shared memory straight to the tensor cores,
-# fn as two bf16.
+# Keyed by compute capability, then the largest row count of the class. Few rows: launch and latency bound, so little
+# code and TF32 (no splitting of fn). Many rows: x from shared memory straight to the tensor cores, fn as two bf16.
 _TABLE: dict[Any, list[tuple[int, HcConfig]]] = {
     90: [
-        (64, HcConfig(16, 128, 16, True, "tf32", 2, 3, True, _H200)),
-        (256, HcConfig(32, 128, 32, True, "tf32", 4, 3, True, _H200)),
-        (512, HcConfig(64, 64, 32, False, "bf16", 4, 4, True, _H200)),
-        (1 << 62, HcConfig(128, 64, 32, False, "bf16", 4, 4, True, _H200)),
+        (64, HcConfig(16, 128, 16, True, "tf32", 2, 3, 2, True, _MEASURED)),
+        (256, HcConfig(64, 64, 32, False, "bf16", 4, 4, 2, True, _MEASURED)),
+        (4096, HcConfig(64, 128, 32, False, "bf16", 4, 5, 1, True, _MEASURED)),
+        (1 << 62, HcConfig(64, 128, 32, False, "bf16", 4, 3, 2, True, _MEASURED)),
     ],
     "any": [
-        (64, HcConfig(16, 64, 16, True, "tf32", 2, 4, False, _DERIVED)),
-        (1 << 62, HcConfig(64, 64, 32, False, "bf16", 4, 3, False, _DERIVED)),
+        (64, HcConfig(16, 64, 16, True, "tf32", 2, 4, 2, False, _DERIVED)),
+        (1 << 62, HcConfig(64, 64, 32, False, "bf16", 4, 3, 1, False, _DERIVED)),
     ],
 }
 
@@ -207,14 +222,13 @@ def _config(arch: Arch, m: int) -> HcConfig:
     raise AssertionError("the last class has no limit")
 
 
-def default_splits(arch: Arch, m: int, k: int, block_m: int, block_k: int) -> int:
-    """Splits of k used when the caller names none: two blocks per multiprocessor, at least two k steps each;
-    many rows take fewer, whose partials cost less to sum."""
-    most = 32 if m <= 256 else 16
-    return max(1, min(2 * arch.sms // cdiv(m, block_m), most, k // (2 * block_k)))
+def default_splits(arch: Arch, m: int, k: int, config: HcConfig) -> int:
+    """Pieces of k that keep the machine busy, of at least two k steps each."""
+    wanted = config.blocks * arch.sms // cdiv(m, config.block_m)
+    return max(1, min(wanted, 32, k // (2 * config.block_k)))
 
 
-def _constants(config: HcConfig, n: int, k: int, mode: str, aligned: bool) -> dict[str, Any]:
+def _constants(config: HcConfig, n: int, k: int, mode: str, aligned: bool, pdl: bool) -> dict[str, Any]:
     even = k % config.block_k == 0
     return dict(
         BLOCK_M=config.block_m,
@@ -226,13 +240,14 @@ def _constants(config: HcConfig, n: int, k: int, mode: str, aligned: bool) -> di
         ALIGNED=aligned,
         TMA=config.tma and even and aligned,
         STAGES=config.stages,
+        PDL=pdl,
     )
 
 
-def _reduce_constants(arch: Arch, m: int, n: int) -> dict[str, Any]:
-    # few rows: all partials of a row at once; many: several rows a block
-    few = m < 4 * arch.sms
-    return dict(BLOCK_M=1 if few else 16, BLOCK_N=min(32, pow2(n)), BLOCK_S=32 if few else 4)
+def _reduce_constants(m: int, n: int, group: int) -> dict[str, Any]:
+    # few rows: all partials of a row at once; many: a few rows a block, which have few partials
+    few = m <= 1024 or group > 8
+    return dict(BLOCK_M=1 if few else 4, BLOCK_N=min(32, pow2(n)), BLOCK_S=32 if few else 8)
 
 
 def hc_prenorm_gemm(
@@ -246,8 +261,8 @@ def hc_prenorm_gemm(
     """``mixes = x @ fn.T`` [m, n] fp32 and ``sqr_sum = (x * x).sum(1)`` [m] fp32.
 
     ``x`` [m, k] bf16, ``fn`` [n, k] fp32. With ``num_splits`` S the results are partials [S, m, n] and [S,
-    m] that sum to them. Deterministic. Workspace: without ``num_splits``, splits * m * (n + 1) fp32
-    (``default_splits``).
+    m] that sum to them. Deterministic. Workspace: where k is cut into more pieces than the caller asks for
+    (``default_splits``), pieces * m * (n + 1) fp32.
     """
     return _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, None)
 
@@ -272,27 +287,33 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
     if config is None:
         config = _config(arch, m)
     mode = "fp32" if arch.interpret else config.mode
+    results = num_splits or 1
     if splits is None:
-        splits = num_splits or default_splits(arch, m, k, config.block_m, config.block_k)
+        # A caller that asks for few partials gets the sums of more of them: cheaper than an idle machine.
+        group = max(1, default_splits(arch, m, k, config) // results)
+        splits = results * group
     block_n = min(config.block_n, pow2(n, 16))
     grid = (cdiv(m, config.block_m), splits, max(1, cdiv(n, block_n)))
     per = cdiv(cdiv(k, config.block_k), splits) * config.block_k
-    target, target_sqr = out, sqr_sum
-    o_strides = (0, out.stride(0)) if num_splits is None else out.stride()[:2]
-    s_strides = (0, sqr_sum.stride(0)) if num_splits is None else sqr_sum.stride()
-    if num_splits is None and splits > 1:
+    out_strides = (0, *out.stride())[-3:-1]
+    sqr_strides = (0, *sqr_sum.stride())[-2:]
+    target, target_sqr, o_strides, s_strides = out, sqr_sum, out_strides, sqr_strides
+    reduce = splits > results
+    if reduce:
         work = torch.empty(splits * m * (n + 1), dtype=torch.float32, device=x.device)
-        target, target_sqr = work, work[splits * m * n :]
-        o_strides, s_strides = (m * n, n), (m, 1)
+        target, target_sqr, o_strides, s_strides = work, work[splits * m * n :], (m * n, n), (m, 1)
+    pdl = reduce and arch.major >= 9 and not arch.interpret
     aligned = x.stride(0) % 8 == 0 and fn.stride(0) % 4 == 0
     aligned = aligned and x.data_ptr() % 16 == 0 and fn.data_ptr() % 16 == 0
-    constants = _constants(config, n, k, mode, aligned)
+    constants = _constants(config, n, k, mode, aligned, pdl)
     x_src, fn_src = x, fn
     if constants["TMA"]:
         # a single row may have any stride
         x_src = TensorDescriptor(x, [m, k], [max(x.stride(0), k), 1], [config.block_m, config.block_k])
         fn_src = TensorDescriptor(fn, [n, k], [max(fn.stride(0), k), 1], [block_n, config.block_k])
-    _hc_kernel[grid](
+    launch(
+        _hc_kernel,
+        grid,
         x_src,
         fn_src,
         target,
@@ -308,31 +329,22 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
         **constants,
         num_warps=config.warps,
     )
-    if target is not out:
-        constants = _reduce_constants(arch, m, n)
-        _hc_reduce_kernel[(cdiv(m, constants["BLOCK_M"]), cdiv(n, constants["BLOCK_N"]))](
-            work, out, sqr_sum, m, n, splits, out.stride(0), sqr_sum.stride(0), **constants, num_warps=4
+    if reduce:
+        constants = _reduce_constants(m, n, splits // results)
+        launch(
+            _hc_reduce_kernel,
+            (cdiv(m, constants["BLOCK_M"]), cdiv(n, constants["BLOCK_N"]), results),
+            work,
+            out,
+            sqr_sum,
+            m,
+            n,
+            splits // results,
+            *out_strides,
+            *sqr_strides,
+            **constants,
+            PDL=pdl,
+            num_warps=4,
+            **({"launch_pdl": True} if pdl else {}),
         )
     return out, sqr_sum
-
-
-def compile_keys(arch: Arch, *, n: int = 24, k: int = 16384) -> list[Variant]:
-    """Every kernel variant dispatch can ask for on ``arch``, for aligned operands."""
-    found: dict[str, Variant] = {}
-    for limit, config in _TABLE.get(arch.cc, _TABLE["any"]):
-        note = f"hc m<={limit if limit < 1 << 60 else 'any'}"
-        signature = dict(
-            x_src="*bf16", fn_src="*fp32", out_ptr="*fp32", sqr_ptr="*fp32", **dict.fromkeys(_SIZES, "i32")
-        )
-        constants = _constants(config, n, k, config.mode, True)
-        aligned: tuple[str, ...] = ("x_src", "fn_src")
-        if constants["TMA"]:
-            signature["x_src"] = f"tensordesc<bf16[{config.block_m}, {config.block_k}]>"
-            signature["fn_src"] = f"tensordesc<fp32[{constants['BLOCK_N']}, {config.block_k}]>"
-            aligned = ()
-        found[note] = Variant(_hc_kernel, signature, constants, aligned, config.warps, note=note)
-    signature = dict(part_ptr="*fp32", out_ptr="*fp32", sqr_ptr="*fp32", **dict.fromkeys(_REDUCE_SIZES, "i32"))
-    for m in (1, 4 * arch.sms):
-        note = f"hc reduce m>={m}"
-        found[note] = Variant(_hc_reduce_kernel, signature, _reduce_constants(arch, m, n), ("part_ptr",), note=note)
-    return list(found.values())

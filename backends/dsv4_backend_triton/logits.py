@@ -16,14 +16,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._arch import Arch, arch_of
+from ._launch import launch
 from ._numeric import fp8_operand
-from ._variant import Variant, cdiv, pow2
+from ._sizes import cdiv, pow2
 
 try:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    from .logits_hopper import SIZES as HOPPER_SIZES
     from .logits_hopper import mqa_hopper_kernel
 except ImportError:  # a Triton without Gluon: the plain kernel serves every shape
     mqa_hopper_kernel = None
@@ -360,7 +360,9 @@ def _launch_hopper(q, k, k_scale, weights, row_starts, row_ends, out, config: Ho
     k_desc = GluonDescriptor(k, [n, 128], [k.stride(0), 1], [config.keys, 128], layout)
     row_blocks = cdiv(m, 2 * config.consumers)
     chunk = _balanced_chunk(n, row_blocks, config.keys, sms)
-    mqa_hopper_kernel[(min(sms, row_blocks * cdiv(n, chunk)),)](
+    launch(
+        mqa_hopper_kernel,
+        (min(sms, row_blocks * cdiv(n, chunk)),),
         q_desc,
         k_desc,
         k_scale,
@@ -518,7 +520,9 @@ def _mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k, out,
     k_src = TensorDescriptor(k, [n, d], [k.stride(0), 1], [config.block_n, block_d]) if tma else k
     row_blocks = cdiv(m, config.rows)
     chunk = _chunk(n_cols, row_blocks, config.block_n, config.waves, arch.sms)
-    _mqa_logits_kernel[(row_blocks, cdiv(n_cols, chunk))](
+    launch(
+        _mqa_logits_kernel,
+        (row_blocks, cdiv(n_cols, chunk)),
         q,
         k_src,
         k_scale,
@@ -600,7 +604,9 @@ def _paged_mqa_logits(q, k_cache, weights, context_lens, block_table, max_contex
     groups = cdiv(next_n, config.rows)
     chunk = _chunk(max_context_len, b * groups, config.block_n, config.waves, arch.sms)
     len_n = context_lens.stride(1) if context_lens.dim() == 2 else 0
-    _paged_mqa_logits_kernel[(b, cdiv(max_context_len, chunk), groups)](
+    launch(
+        _paged_mqa_logits_kernel,
+        (b, cdiv(max_context_len, chunk), groups),
         q,
         k_cache,
         k_desc,
@@ -625,93 +631,3 @@ def _paged_mqa_logits(q, k_cache, weights, context_lens, block_table, max_contex
         maxnreg=config.maxnreg,
     )
     return out
-
-
-def _hopper_variant(config: HopperConfig) -> Variant:
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    signature = dict(
-        q_desc=f"tensordesc<fp8e4nv[128, 128],{layout!r}>",
-        k_desc=f"tensordesc<fp8e4nv[{config.keys}, 128],{layout!r}>",
-        k_scale_ptr="*fp32",
-        w_ptr="*fp32",
-        starts_ptr="*i32",
-        ends_ptr="*i32",
-        out_ptr="*fp32",
-        **dict.fromkeys(HOPPER_SIZES, "i32"),
-    )
-    constants = dict(KEYS=config.keys, CONSUMERS=config.consumers, STAGES=config.stages, CONSUMER_REGS=config.regs)
-    return Variant(mqa_hopper_kernel, signature, constants, note="mqa hopper")
-
-
-def compile_keys(
-    arch: Arch,
-    *,
-    heads: int = 64,
-    head_dim: int = 128,
-    page_sizes: tuple[int, ...] = (64,),
-    next_n: tuple[int, ...] = (1, 2),
-    compressed: tuple[bool, ...] = (False, True),
-) -> list[Variant]:
-    """Every kernel variant dispatch can ask for on ``arch``, for 16-byte aligned operands."""
-    operand = _operand(arch)
-    element = {tl.float8e4nv: "fp8e4nv", tl.bfloat16: "u8", tl.float32: "u8"}[operand]
-    block_h, block_d = pow2(heads, 16), pow2(head_dim, 32)
-    found: dict[Any, Variant] = {}
-    for m in (1, 2):
-        config = _plain_mqa_config(arch, m, block_h, block_d)
-        tma = config.tma and head_dim == block_d
-        signature = dict(
-            q_ptr=f"*{element}",
-            k_scale_ptr="*fp32",
-            w_ptr="*fp32",
-            starts_ptr="*i32",
-            ends_ptr="*i32",
-            out_ptr="*fp32",
-            **dict.fromkeys(_MQA_SIZES, "i32"),
-        )
-        signature["k_src"] = f"tensordesc<{element}[{config.block_n}, {block_d}]>" if tma else f"*{element}"
-        for form in compressed:
-            constants = _mqa_constants(config, heads, head_dim, form, tma, True, operand)
-            aligned = ("q_ptr",) if tma else ("q_ptr", "k_src")
-            variant = Variant(
-                _mqa_logits_kernel,
-                signature,
-                constants,
-                aligned,
-                config.warps,
-                maxnreg=config.maxnreg,
-                note=f"mqa rows={config.rows} compressed={form}",
-            )
-            found[variant.note] = variant
-    if False in compressed and isinstance(_mqa_config(arch, 1 << 30, block_h, block_d), HopperConfig):
-        if (heads, head_dim) == (64, 128):
-            found["mqa hopper"] = _hopper_variant(_HOPPER)
-    for page_size in page_sizes:
-        for count in next_n:
-            config = _paged_config(arch, count, block_h, block_d)
-            k_mode = _key_mode(config, page_size, head_dim)
-            signature = dict(
-                q_ptr=f"*{element}",
-                cache_ptr="*u8",
-                w_ptr="*fp32",
-                lens_ptr="*i32",
-                table_ptr="*i32",
-                out_ptr="*fp32",
-                **dict.fromkeys(_PAGED_SIZES, "i32"),
-            )
-            constants = _paged_constants(config, heads, head_dim, page_size, k_mode, True, operand)
-            if k_mode == 2:
-                signature["k_desc"] = f"tensordesc<{element}[1, {config.block_n}, {block_d}]>"
-            else:
-                constants["k_desc"] = None
-            variant = Variant(
-                _paged_mqa_logits_kernel,
-                signature,
-                constants,
-                ("q_ptr", "cache_ptr"),
-                config.warps,
-                maxnreg=config.maxnreg,
-                note=f"paged page={page_size} rows={config.rows}",
-            )
-            found[variant.note] = variant
-    return list(found.values())

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from ._arch import Arch, arch_of
+from ._launch import launch
 from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
 from ._numeric import round_to
-from ._variant import Variant
 
 try:
     from . import prefill_hopper
@@ -166,7 +166,9 @@ def _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, l
     blocks = -(-heads // tile.heads)
     strides = (q.stride(0), q.stride(1), kv.stride(0), out.stride(0), out.stride(1))
     unit = _unit(*(t.data_ptr() // 2 for t in (q, kv, out)), *strides)
-    _prefill_kernel[(s_q * blocks,)](
+    launch(
+        _prefill_kernel,
+        (s_q * blocks,),
         q,
         kv,
         indices,
@@ -223,42 +225,3 @@ def sparse_mla_prefill(
         arch = arch_of(q.device)
         _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch, plan(arch, heads))
     return out, max_logits, lse
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ahead of time
-
-
-_POINTERS = {
-    "q": "*bf16",
-    "kv": "*bf16",
-    "out": "*bf16",
-    "lse": "*fp32",
-    "max_logits": "*fp32",
-    "sink": "*fp32",
-    "idx": "*i32",
-    "lengths": "*i32",
-    "scale_log2": "fp32",
-}
-
-
-def tile_variant(arch: Arch, tile: Tile, *, unit: int = 8) -> Variant:
-    """The variant of one tile; ``unit`` 8 for tensors that can be read 16 bytes at a time, else 1."""
-    operand = tl.float32 if arch.interpret else tl.bfloat16
-    constants = dict(BH=tile.heads, BN=tile.keys, UNIT=unit, OPERAND=operand)
-    signature = {
-        name: _POINTERS.get(name) or ("i64" if name.endswith(("_ss", "_sh")) else "i32")
-        for name in _prefill_kernel.arg_names
-        if name not in constants
-    }
-    note = f"prefill heads={tile.heads} keys={tile.keys}"
-    aligned = ("q", "kv", "out")
-    return Variant(_prefill_kernel, signature, constants, aligned, tile.warps, tile.stages, note=note)
-
-
-def compile_keys(arch: Arch, heads: int, *, unit: int = 8) -> list[Variant]:
-    """Every variant that dispatch can ask for with this head count, for aligned tensors."""
-    found = [tile_variant(arch, plan(arch, heads), unit=unit)]
-    if arch.cc == 90 and not arch.interpret and prefill_hopper is not None:
-        found += prefill_hopper.compile_keys(heads)
-    return found

@@ -26,8 +26,6 @@ and does get the fence.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -41,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._arch import arch_of
-from ._variant import Variant
+from ._launch import launch
 
 # Names that Triton 3.9 changed.
 _async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -592,7 +590,9 @@ def sparse_mla_prefill(
         return out, max_logits, lse
     # One CTA on each multiprocessor: it takes all of the shared memory and of the registers.
     grid = (min(arch_of(q.device).sms, n_items),)
-    _prefill[grid](
+    launch(
+        _prefill,
+        grid,
         q,
         kv,
         indices,
@@ -619,17 +619,3 @@ def sparse_mla_prefill(
         num_warps=8,
     )
     return out, max_logits, lse
-
-
-def compile_keys(heads: int) -> list[Variant]:
-    """Every variant that dispatch can ask for with this head count: lengths, sinks and a negative scale or not."""
-    pointers = {"q_ptr": "*bf16", "kv_ptr": "*bf16", "out_ptr": "*bf16", "idx_ptr": "*i32", "len_ptr": "*i32"}
-    pointers |= {"sink_ptr": "*fp32", "max_ptr": "*fp32", "lse_ptr": "*fp32", "scale": "fp32"}
-    found = []
-    for lengths, sink, flip in itertools.product((False, True), repeat=3):
-        groups = triton.cdiv(heads, HEADS.value)
-        constants = {"HAS_LEN": lengths, "HAS_SINK": sink, "FLIP": flip, "GROUPS": groups}
-        signature = {n: pointers.get(n, "i32") for n in _prefill.arg_names if n not in constants}
-        note = f"prefill hopper lengths={lengths} sink={sink} negative={flip} groups={groups}"
-        found.append(Variant(_prefill, signature, constants, ("q_ptr", "kv_ptr", "out_ptr"), 8, note=note))
-    return found

@@ -141,8 +141,9 @@ HC_PRENORM_GEMM = OpContract(
     tolerances={
         "out": Tolerance(
             atol_rms=5e-3,
-            calc_diff=2e-7,
-            why="fn truncated to TF32 (2^-10) gives calc_diff 8.5e-8 and a standard error of 3e-4 of the rms.",
+            calc_diff=5e-7,
+            why="fn truncated to TF32 (2^-10): calc_diff 8.5e-8 and a standard error of 3e-4 of the rms over many "
+            "elements, at most 4.8e-7 and 9.8e-4 over one.",
         ),
         "sqr_sum": Tolerance(rtol=1e-5, calc_diff=1e-9, why="an fp32 sum of up to 28672 positive terms."),
     },

@@ -1,0 +1,66 @@
+"""The one door through which kernels are launched, so that launches can be recorded where nothing should run.
+
+Recording is what warm-up and the compile matrix are made of: the op's own function runs on tensors of the meta device,
+and whatever it would launch is handed over instead. What is compiled ahead is then what dispatch asks for, by
+construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from ._arch import Arch, pretending
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that did not happen.
+
+    Attributes:
+        kernel: The ``triton.jit`` or ``gluon.jit`` function.
+        arguments: By name, constants included.
+        options: ``num_warps`` and whatever else is the launch's and not the kernel's.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def compile(self) -> Any:
+        """Compile for Triton's active driver, or find that it has been."""
+        return self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the compiler sees besides types, in the kernel's order."""
+        return {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+
+
+_recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("dsv4_backend_triton_recorder", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """``kernel[grid](*args, **kwargs)``, or a record of it."""
+    record = _recorder.get()
+    if record is None:
+        kernel[grid](*args, **kwargs)
+        return
+    names = kernel.arg_names
+    arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    record(Launch(kernel, grid, arguments, {k: v for k, v in kwargs.items() if k not in names}))
+
+
+@contextmanager
+def recording(record: Callable[[Launch], None], arch: Arch) -> Iterator[None]:
+    """Within the block nothing is launched: ``record`` gets every launch that ``arch`` would see."""
+    token = _recorder.set(record)
+    try:
+        with pretending(arch):
+            yield
+    finally:
+        _recorder.reset(token)

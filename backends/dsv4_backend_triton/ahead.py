@@ -1,0 +1,75 @@
+"""Before serving: compile what calls would compile, and tell the memory that they would take.
+
+Both run the op's own function on tensors without storage, with launches recorded instead of made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from . import HOMES
+from ._arch import Arch, arch_of
+from ._launch import Launch, recording
+
+
+def record(op: str, calls: Iterable[dict[str, Any]], arch: Arch) -> Iterable[Launch]:
+    """The launches of each call, one after the other, as ``arch`` would see them."""
+    function = _function(op)
+    launches: list[Launch] = []
+    for arguments in calls:
+        with recording(launches.append, arch):
+            function(**arguments)
+        yield from launches
+        launches.clear()
+
+
+def warmup(op: str, calls: Iterable[dict[str, Any]], device: torch.device) -> int:
+    """Compile and load every kernel that the calls ask for; returns how many there are.
+
+    Args:
+        op: The contract's name.
+        calls: Arguments with tensors on the meta device, aligned to 16 bytes as an engine's are.
+        device: The GPU. In Triton's interpreter there is nothing to compile.
+    """
+    arch = arch_of(device)
+    if arch.interpret:
+        return 0
+    ready: set[int] = set()
+    with torch.cuda.device(device):
+        for launch in record(op, calls, arch):
+            kernel = launch.compile()
+            if id(kernel) not in ready:
+                ready.add(id(kernel))
+                _ = kernel.run  # loads the module: a first launch would, perhaps during a graph capture
+    return len(ready)
+
+
+def workspace(op: str, arguments: dict[str, Any], device: torch.device) -> int:
+    """Bytes that a call allocates on ``device`` beyond its results: what its kernels are given that is neither an
+    argument nor a result.
+
+    Args:
+        op: The contract's name.
+        arguments: With tensors on the meta device.
+        device: The GPU, whose multiprocessors decide how often keys are split.
+    """
+    function = _function(op)
+    launches: list[Launch] = []
+    with recording(launches.append, arch_of(device)):
+        results = function(**arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    known = {_storage(value) for value in (*arguments.values(), *results) if isinstance(value, torch.Tensor)}
+    given = [value for launch in launches for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
+    return sum({_storage(t): t.untyped_storage().nbytes() for t in given if _storage(t) not in known}.values())
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _function(op: str) -> Any:
+    return getattr(importlib.import_module(f"{__package__}.{HOMES[op]}"), op)
