@@ -15,7 +15,7 @@ from typing import Any
 
 from . import __version__
 from .contract.names import OPS
-from .errors import DSV4Error, NoProviderError, PolicyError
+from .errors import DSV4Error, PolicyError
 from .policy import VARIABLES
 
 OK, FINDING, USAGE, INTERNAL = 0, 1, 2, 3
@@ -115,8 +115,37 @@ def _verify(args: argparse.Namespace) -> int:
     return OK if rows and verify.passed(rows) else FINDING
 
 
+def _warmup(args: argparse.Namespace) -> int:
+    from . import ops, report
+    from .contract import models
+    from .serving import Limits
+
+    try:
+        model = models.from_config(args.model)
+        model.rank(args.tp)
+        limits = Limits(args.max_tokens, args.max_requests, args.max_context, args.next_n, args.heads)
+    except (OSError, ValueError) as error:
+        print(f"dsv4-backends: {error}", file=sys.stderr)
+        return USAGE
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    ready = ops.warmup(
+        model, tp=args.tp, limits=limits, device=args.torch_device, ops=args.op or OPS, progress=progress
+    )
+    rows = [(op, provider, str(count)) for op, made in ready.items() for provider, count in made.items()]
+    _print(
+        args,
+        lambda: {"schema_version": report.SCHEMA_VERSION, "model": args.model, "tp": args.tp, "kernels": ready},
+        lambda: report.table(("OP", "PROVIDER", "KERNELS READY"), rows),
+    )
+    return OK
+
+
 def parser() -> argparse.ArgumentParser:
     from .contract.op import LEVELS
+    from .serving import Limits
 
     width = max(map(len, VARIABLES))
     variables = "\n".join(f"  {name:{width}}  {meaning}" for name, meaning in VARIABLES.items())
@@ -156,6 +185,26 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--torch-device", metavar="DEVICE", help="a torch device (default: the first GPU, else the CPU)"
     )
+    warmup = command("warmup", _warmup, "compile before serving what serving a model will need, into the cache on disk")
+    warmup.add_argument(
+        "--model", required=True, metavar="MODEL", help="flash, pro, a config.json or the folder that it is in"
+    )
+    warmup.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
+    warmup.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
+    told = {
+        "max_tokens": "query tokens of one step",
+        "max_requests": "requests of one decode step",
+        "max_context": "tokens of the longest context",
+        "next_n": "tokens of one request in a decode step: more than 1 with speculative decoding",
+        "heads": "heads of an attention call, where the engine pads them; 0: the rank's own",
+    }
+    for name, about in told.items():
+        default = getattr(Limits, name)
+        flag = f"--{name.replace('_', '-')}"
+        warmup.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
+    warmup.add_argument(
+        "--torch-device", metavar="DEVICE", help="a torch device (default: the current GPU, else the CPU)"
+    )
     return top
 
 
@@ -169,9 +218,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PolicyError as error:
         print(f"dsv4-backends: {error}", file=sys.stderr)
         return USAGE
-    except NoProviderError as error:
-        print(f"dsv4-backends: {error}", file=sys.stderr)
-        return FINDING
     except DSV4Error as error:
         print(f"dsv4-backends: {error}", file=sys.stderr)
         return FINDING

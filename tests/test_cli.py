@@ -52,8 +52,8 @@ def test_reasons_stand_in_the_ops_own_row(fake_plugin: Callable[..., None], caps
     fake_plugin("acme", NATIVE, version="2.0")
     _, out, _ = run(capsys, "list", "--device", "sm_86")
     (row,) = [line for line in out.splitlines() if line.startswith("mqa_logits")]
-    assert row.split()[:3] == ["mqa_logits", "torch", "reference"]
-    assert "acme: needs compute capability 9.0 or 10.0, this GPU is 8.6; torch serves it" in row
+    assert row.split()[:3] == ["mqa_logits", "triton", "portable"]
+    assert "acme: needs compute capability 9.0 or 10.0, this GPU is 8.6; triton serves it" in row
     assert "acme-kernels 2.0 is installed, needs >=3" in row
     _, data = as_json(capsys, "list", "--device", "sm_86")
     (op,) = [op for op in data["devices"][0]["ops"] if op["op"] == "mqa_logits"]
@@ -64,21 +64,30 @@ def test_explain(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture
     fake_plugin("acme", NATIVE, version="3.1")
     code, out, _ = run(capsys, "explain", "mqa_logits", "--device", "sm_103")
     assert code == 0
-    assert out.index(" torch: selected") < out.index(" acme: can serve")
+    assert out.index(" triton: selected") < out.index(" acme: can serve")
     assert "[untested] tested on compute capability 9.0 or 10.0, this GPU is the newer 10.3" in out
     code, data = as_json(capsys, "explain", "mqa_logits", "--device", "sm_90")
     assert data["devices"][0]["selected"] == "acme"
 
 
+@pytest.mark.parametrize("device", SMS[1:])
+def test_triton_serves_every_gpu(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    code, data = as_json(capsys, "list", "--device", device)
+    assert code == 0
+    assert [op["selected"] for op in data["devices"][0]["ops"]] == ["triton"] * len(OPS)
+
+
 def test_experimental_providers_are_said_and_can_be_had(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, out, _ = run(capsys, "list", "--device", "sm_80")
-    assert out.count("triton: experimental providers serve only when asked for") == len(OPS)
+    fake_plugin("acme", NATIVE.replace("NATIVE", "EXPERIMENTAL"), version="3.1")
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
+    _, out, _ = run(capsys, "list", "--device", "sm_90")
+    assert out.count("acme: experimental providers serve only when asked for") == 1
     monkeypatch.setenv("DSV4_BACKENDS_EXPERIMENTAL", "1")
-    for device in SMS[1:]:
-        _, data = as_json(capsys, "list", "--device", device)
-        assert {op["selected"] for op in data["devices"][0]["ops"]} == {"triton"}
+    _, data = as_json(capsys, "list", "--device", "sm_90")
+    (op,) = [op for op in data["devices"][0]["ops"] if op["op"] == "mqa_logits"]
+    assert op["selected"] == "acme"
 
 
 def test_untested_selection_is_said_in_list(
@@ -109,10 +118,11 @@ def test_a_pin_that_cannot_be_met_is_a_finding(
     assert "pinned to acme, which does not implement it" in out
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run(capsys, "doctor", "--device", "cpu")
     assert code == 0
     assert out.rstrip().endswith("nothing found")
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
     code, data = as_json(capsys, "doctor", "--device", "sm_86")
     assert code == 1  # a GPU that only the reference serves is worth a finding
     assert {f["check"] for f in data["findings"] if not f["ok"]} == {"served"}

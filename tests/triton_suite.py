@@ -15,7 +15,11 @@ import triton.language as tl
 from dsv4_backend_triton import _numeric
 from dsv4_backend_triton._arch import arch_of, interpreting
 from extremes import check_extreme_scale_codes
+from traffic import served
 
+from dsv4_backends import OPS, ops, policy
+from dsv4_backends.contract.models import FLASH
+from dsv4_backends.serving import Limits
 from dsv4_backends.testing import ProviderConformance, oracle
 from dsv4_backends.testing.checks import default_device
 
@@ -83,3 +87,30 @@ def test_the_interpreter_is_not_trusted_with_bf16() -> None:
     exact = a.double() @ b.double()
     assert (c.double() - exact).norm() / exact.norm() > 0.1
     assert arch_of(a.device).interpret
+
+
+@pytest.mark.skipif(interpreting(), reason="nothing compiles in the interpreter")
+def test_nothing_compiles_after_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real calls with real tensors, of sizes within the limits, over what ``warmup`` made ready."""
+    limits = Limits(max_tokens=300, max_requests=20, max_context=4000, next_n=2)
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **_: compiled.append(fn.name))
+    with policy.use_providers("triton"):
+        ready = ops.warmup("flash", tp=2, limits=limits)
+        assert all(made["triton"] > 0 for made in ready.values()), ready
+        assert compiled
+        compiled.clear()
+        for op in OPS:
+            function = getattr(ops, op)
+            for arguments in served(op, FLASH.rank(2), limits, 20, seed=1):
+                function(**{name: _on_gpu(value) for name, value in arguments.items()})
+    torch.cuda.synchronize()
+    assert compiled == []
+
+
+def _on_gpu(value: object) -> object:
+    """Zeros in place of a tensor of the meta device: no key is attended to, no index is out of range."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return torch.zeros(extent, dtype=value.dtype, device="cuda").as_strided(value.shape, value.stride())

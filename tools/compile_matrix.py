@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dsv4_backend_triton import ahead
+from dsv4_backend_triton import ahead, decode
 from dsv4_backend_triton._arch import arch_from_capability
 from dsv4_backend_triton._launch import Launch
 from packaging.version import Version
@@ -77,10 +77,12 @@ def launches(capability: str) -> tuple[Launch, ...]:
     """Everything that dispatch asks for on a capability, each once, in a fixed order."""
     arch = arch_from_capability(Version(capability))
     found: dict[tuple[Any, ...], Launch] = {}
-    for op in OPS:
-        for rank in RANKS:
-            for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch):
-                found.setdefault(_identity(launch), launch)
+    for invariant in (False, True):
+        decode.set_batch_invariant(invariant)
+        for op in ("sparse_mla_decode",) if invariant else OPS:
+            for rank in RANKS:
+                for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch):
+                    found.setdefault(_identity(launch), launch)
     return tuple(found.values())
 
 

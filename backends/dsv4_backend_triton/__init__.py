@@ -28,8 +28,7 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
     yield ProviderSpec(
         name="triton",
         summary="Triton kernels for SM80 to SM121, with Gluon kernels for Hopper",
-        # Until it has passed the conformance suite on a GPU, it serves only when asked for.
-        tier=Tier.EXPERIMENTAL,
+        tier=Tier.PORTABLE,
         requires=("triton>=3.6",),
         hint="pip install 'dsv4-backends[triton]'",
         implementations=tuple(
