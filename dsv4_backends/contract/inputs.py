@@ -22,6 +22,13 @@ def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tenso
     return torch.randn(shape, generator=generator) * scale
 
 
+def e4m3(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
+    """Standard normal values as e4m3, on ``device``: the CPU is slow at rounding many of them."""
+    import torch
+
+    return normal(generator, *shape).to(device).to(torch.float8_e4m3fn)
+
+
 def spread(x: Tensor) -> Tensor:
     """A copy of x with gaps between the rows of its second to last dimension, filled with NaN or 0x7F bytes."""
     import torch

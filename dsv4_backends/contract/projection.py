@@ -77,10 +77,10 @@ def _make(
     x_scale = 2.0 ** torch.randint(-3, 4, (b, h, blocks), generator=generator)
     rows = d if per_row else -(-d // 128)
     w_scale = 2.0 ** torch.randint(-3, 4, (h, rows, blocks), generator=generator)
-    x = (draw.normal(generator, b, h, r)).to(torch.float8_e4m3fn)
+    x = draw.e4m3(generator, device, b, h, r)
     # Weights of a real case are drawn a group at a time to bound the memory of the draw.
-    groups = [draw.normal(generator, d, r).to(torch.float8_e4m3fn) for _ in range(h)]
-    w = torch.stack(groups) if groups else torch.empty(0, d, r, dtype=torch.float8_e4m3fn)
+    groups = [draw.e4m3(generator, device, d, r) for _ in range(h)]
+    w = torch.stack(groups) if groups else torch.empty(0, d, r, dtype=torch.float8_e4m3fn, device=device)
     if scales == "any fp32":
         x_scale *= 1 + torch.rand(x_scale.shape, generator=generator)
         w_scale *= 1 + torch.rand(w_scale.shape, generator=generator)
