@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import machine, plugins, policy
+from .. import builds, machine, plugins, policy
 from ..contract import CONTRACTS, Case, OpContract
 from ..contract.op import TensorArg
 from ..errors import NoProviderError
 from ..machine import Installed
 from ..ops import load_implementation, signature_mismatch
 from ..provider import Implementation, Reason
-from ..resolve import resolve
 from . import numerics, oracle
 
 
@@ -68,7 +67,8 @@ def subject(provider: str, op: str, device: torch.device | str) -> Subject:
         device = torch.device("cuda", torch.cuda.current_device())
     loaded = plugins.load(policy.from_environment().deny)
     wishes = policy.Policy(pins={op: provider}).validate(loaded.names)
-    resolution = resolve(op, machine.device_of(device), Installed(), loaded.providers, wishes)
+    where = machine.device_of(device)
+    resolution = builds.choose(op, where, Installed(), loaded.providers, wishes, builds.load)
     selected = resolution.selected
     if selected is None:
         raise NoProviderError(resolution.explain(), resolution)
