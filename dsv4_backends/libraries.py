@@ -82,8 +82,7 @@ def find_library(module: str, distributions: Mapping[str, str], vendored: Mappin
         return Library(build=told[0], owners=told, reasons=(reason,))
     for name, place in copies.items():
         return Library(vendored[name], place, f"{module} in {name} {versions[name]}", told)
-    names = ", ".join(distributions)
-    return Library(reasons=(Reason("distribution-missing", f"{module} is not installed (none of {names})", hint),))
+    return Library(reasons=(Reason("distribution-missing", f"{module} is not installed", hint),))
 
 
 def _objections(

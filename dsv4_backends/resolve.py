@@ -87,6 +87,9 @@ class Resolution:
         return "\n".join(lines)
 
 
+_SEVERITY = (cc.Support.SUPPORTED, cc.Support.UNTESTED, cc.Support.UNSUPPORTED)
+
+
 def _findable(module: str) -> bool:
     # Only the top-level package: find_spec of a submodule would import its parents.
     try:
@@ -167,12 +170,13 @@ def _judge(
         needs = " or ".join({"cuda": "an NVIDIA GPU", "cpu": "the CPU"}[d] for d in implementation.devices)
         reasons.append(Reason("device-type", f"runs on {needs}, this is {device.name}"))
     elif device.capability is not None:
-        claim, needs = implementation.capability, "needs"
-        verdict = cc.support(claim, device.capability)
-        # Both must match: what the adapter is written for, and what the library was built for.
-        if build is not None and build.capability is not None and verdict is not cc.Support.UNSUPPORTED:
-            claim, needs = build.capability, f"{build.name} was built for" if build.name else "needs"
-            verdict = cc.support(claim, device.capability)
+        # Both must match: what the library was built for, and what the implementation is written for.
+        claims = [(implementation.capability, "needs")]
+        if build is not None and build.capability is not None:
+            claims.insert(0, (build.capability, f"{build.name} was built for" if build.name else "needs"))
+        verdicts = [cc.support(claim, device.capability) for claim, _ in claims]
+        verdict = max(verdicts, key=_SEVERITY.index)
+        claim, needs = claims[verdicts.index(verdict)]
         named = cc.describe(claim)
         if verdict is cc.Support.UNSUPPORTED:
             message = f"{needs} compute capability {named}, this GPU is {device.capability}"

@@ -17,7 +17,7 @@ from dsv4_backends.libraries import Library, accepts, find_library
 
 DISTRIBUTIONS = {"deep-gemm": ">=2.5", "tokenspeed-deepgemm": ">=2.5", "sgl-deep-gemm": ">=0.1"}
 VENDORED = {"vllm": "vllm.third_party.deep_gemm"}
-HINT = "pip install tokenspeed-deepgemm, or sgl-deep-gemm"
+HINT = "pip install tokenspeed-deepgemm or sgl-deep-gemm"
 
 # DeepGEMM compiles at run time from the headers that it ships, so the headers say what it can run on.
 _HEADERS = {

@@ -17,7 +17,7 @@ from dsv4_backends.libraries import Library, accepts, find_library
 DISTRIBUTIONS = {"flash-mla": ">=1.0", "tokenspeed-flashmla": ">=1.0", "sgl-flash-mla": ">=1.0"}
 VENDORED = {"vllm": "vllm.third_party.flashmla"}
 _INTERFACE = {"vllm.third_party.flashmla": "vllm.third_party.flashmla.flash_mla_interface"}
-HINT = "pip install tokenspeed-flashmla, or sgl-flash-mla"
+HINT = "pip install tokenspeed-flashmla or sgl-flash-mla"
 KNOWN = ("==9.0", "==10.0")
 """What the builds known today were made for."""
 
@@ -40,7 +40,7 @@ _DECODE = (
     "topk_length",
     "extra_topk_length",
 )
-FUNCTIONS = {
+FUNCTIONS: Mapping[str, Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "sparse_mla_prefill": {"flash_mla_sparse_fwd": (_PREFILL,)},
     "sparse_mla_decode": {"flash_mla_with_kvcache": (_DECODE,), "get_mla_metadata": ((), ("args", "kwargs"))},
 }
@@ -82,13 +82,14 @@ def built_for(files: list[Path]) -> tuple[tuple[str, ...], str]:
 def probe(load: bool) -> Mapping[str, Build]:
     """See ``dsv4_backends.builds``."""
     library = find()
-    claim, reasons = KNOWN, library.reasons
+    claim: tuple[str, ...] = KNOWN
+    reasons = library.reasons
     if library.folder is not None and not reasons:
         claim, wrong = built_for(_compiled(library))
         if wrong:
             hint = "install a build that has them: tokenspeed-flashmla, or sgl-flash-mla with its legacy kernels"
             reasons = (Reason("library-kernels", f"{library.build} {wrong}", hint),)
-    by_op = {op: reasons for op in FUNCTIONS}
+    by_op = dict.fromkeys(FUNCTIONS, reasons)
     if load and not reasons:
         by_op = _loaded_reasons(library)
     return {
@@ -146,14 +147,13 @@ def flash_mla() -> FlashMLA:
 
     library = find()
     module = importlib.import_module(_INTERFACE.get(library.module, library.module or "flash_mla"))
-    names = [
-        {p.name for p in parameters(f) or ()} for f in (module.flash_mla_sparse_fwd, module.flash_mla_with_kvcache)
-    ]
+    functions = (module.flash_mla_sparse_fwd, module.flash_mla_with_kvcache)
+    names = [{p.name for p in parameters(function) or ()} for function in functions]
     # SGLang's wheel keeps the Hopper kernels and the 584-byte cache under this switch.
     options = [{"use_legacy": True} if "use_legacy" in have else {} for have in names]
     return FlashMLA(
-        prefill=module.flash_mla_sparse_fwd,
-        decode=module.flash_mla_with_kvcache,
+        prefill=functions[0],
+        decode=functions[1],
         metadata=module.get_mla_metadata,
         prefill_options=options[0],
         decode_options=options[1],
