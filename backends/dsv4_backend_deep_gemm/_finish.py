@@ -53,7 +53,7 @@ def finish(
     """Logits as the contract wants them.
 
     Args:
-        logits: fp32 ``[m, at least width]``. Column j of row i is key ``starts[i] + j``, and undefined where that is
+        logits: fp32 ``[m, width]``. Column j of row i is key ``starts[i] + j``, and undefined where that is
             not below ``ends[i]``. Without ``out`` and shift it is changed in place.
         starts, ends: int32, one for each row or for each group of as many rows; ``0 <= starts <= ends``. Without
             starts they are 0.
