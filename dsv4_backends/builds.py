@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from .contract.names import OPS
+from .libraries import words
 from .machine import Device
 from .policy import Policy
 from .provider import Build, ProviderSpec, Reason
@@ -35,10 +36,6 @@ def _failed(message: str) -> Builds:
     return {op: Build(reasons=(Reason("probe-failed", message),)) for op in OPS}
 
 
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
 @lru_cache(maxsize=32)
 def _probe(target: str, load: bool) -> Builds:
     module, _, name = target.partition(":")
@@ -48,7 +45,7 @@ def _probe(target: str, load: bool) -> Builds:
             return dict(found)
         return _failed(f"the probe {target} did not return Build objects")
     except (Exception, SystemExit) as error:
-        return _failed(f"the probe {target} raised {_words(error)}")
+        return _failed(f"the probe {target} raised {words(error)}")
 
 
 def look(provider: ProviderSpec) -> Builds:
@@ -83,7 +80,7 @@ def _ask_child(target: str) -> Builds:
     except subprocess.TimeoutExpired:
         return _failed(f"the library was not imported within {_TIMEOUT} s")
     except OSError as error:
-        return _failed(f"no child process could be started: {_words(error)}")
+        return _failed(f"no child process could be started: {words(error)}")
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
@@ -92,7 +89,7 @@ def _ask_child(target: str) -> Builds:
     try:
         return {op: _from_json(build) for op, build in json.loads(child.stdout).items()}
     except (ValueError, TypeError, KeyError) as error:
-        return _failed(f"the child process answered nonsense: {_words(error)}")
+        return _failed(f"the child process answered nonsense: {words(error)}")
 
 
 def _child() -> None:

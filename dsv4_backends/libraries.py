@@ -46,6 +46,22 @@ def _folder(package: str) -> Path | None:
     return Path(places[0]) if places else None
 
 
+def _version(folder: Path) -> str:
+    """What the files of a package say of its version, in words that begin with a space; empty if nothing."""
+    for name, pattern in (("__init__.py", r"^__version__ = ['\"]([^'\"]+)"), ("VERSION", r"^\s*(\S+)")):
+        path = folder / name
+        if path.is_file() and (match := re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)):
+            return f" {match[1]}"
+    return ""
+
+
+def words(error: BaseException) -> str:
+    """An error's type and text on one line, with its cause: loaders keep the linker's words there."""
+    cause = error.__cause__
+    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return told if cause is None else f"{told} ({' '.join(str(cause).split())})"
+
+
 def find_library(module: str, distributions: Mapping[str, str], vendored: Mapping[str, str], hint: str) -> Library:
     """Find a module that several distributions own.
 
@@ -73,7 +89,7 @@ def find_library(module: str, distributions: Mapping[str, str], vendored: Mappin
     told = (*(f"{name} {versions[name]}" for name in owners), *(f"the copy in {n} {versions[n]}" for n in copies))
     folder = _folder(module)
     if folder is not None:
-        build = f"{owners[0]} {versions[owners[0]]}" if owners else f"a copy of {module} without a distribution"
+        build = f"{owners[0]} {versions[owners[0]]}" if owners else f"{module}{_version(folder)} without a distribution"
         told = told if owners else (build, *told)
         return Library(module, folder, build, told, _objections(module, owners, versions, distributions))
     if owners:
@@ -159,4 +175,4 @@ def accepts(function: Callable[..., Any], *forms: tuple[str, ...]) -> str:
     return f"({', '.join(names)})"
 
 
-__all__ = ["Library", "Parameter", "accepts", "find_library", "parameters"]
+__all__ = ["Library", "Parameter", "accepts", "find_library", "parameters", "words"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from dsv4_backend_deep_gemm import probe as deep_gemm_probe
 from dsv4_backend_flash_mla import probe as flash_mla_probe
+from extremes import check_bounds, check_lengths
 from fakes import deep_gemm as fake_deep_gemm
 from fakes import flash_mla as fake_flash_mla
 
@@ -117,38 +118,15 @@ def test_enough_is_served(use: Callable[..., None], library: str, line: str) -> 
 @pytest.mark.parametrize("line", fake_deep_gemm.LINES)
 @pytest.mark.parametrize("compressed", [None, 7])
 def test_bounds_that_the_kernels_cannot_take(use: Callable[..., None], line: str, compressed: int | None) -> None:
-    """Negative starts, ends far below the start or far beyond the keys, and more keys than columns."""
     use("deep_gemm", line)
-    target = subject("deep_gemm", "mqa_logits")
-    made = target.contract.inputs(next(c for c in target.contract.cases if c.name == "32 heads"), CPU)
-    rows = made["q"].shape[0]
-    low, high = -(2**31), 2**31 - 1
-    starts = torch.tensor([-5, 40, 0, low, 299, 300, high, 10])
-    ends = torch.tensor([20, 3, high, high, 300, 300, low, 200])
-    made["row_starts"] = starts.repeat(-(-rows // 8))[:rows].int()
-    made["row_ends"] = ends.repeat(-(-rows // 8))[:rows].int()
-    made["max_seqlen_k"] = compressed
-    made["k_scale"] = torch.ones(300)
-    made["k"] = torch.randn(300, 128, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
-    (result,) = target.run(made)
-    (want,) = oracle.mqa_logits(**made)
-    assert numerics.compare(result, want, target.contract.tolerances["out"]).ok
+    check_bounds(subject("deep_gemm", "mqa_logits"), compressed)
 
 
 @pytest.mark.parametrize("line", fake_deep_gemm.LINES)
 @pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5])
 def test_lengths_of_any_order(use: Callable[..., None], line: str, next_n: int) -> None:
-    """The last token's length need not be the longest; lengths are clamped to the width, from both sides."""
     use("deep_gemm", line)
-    target = subject("deep_gemm", "paged_mqa_logits")
-    case = Case("any order", "smoke", {"b": 3, "context": 200, "next_n": next_n, "h": 32, "lens": "full"})
-    made = target.contract.inputs(case, CPU)
-    lengths = torch.tensor([[200, 3, 7, 0, 90], [-4, 199, 250, 0, 1], [0, 0, 0, 0, 0]])
-    made["context_lens"] = lengths[:, :next_n].int().contiguous()
-    assert target.refusal(made) is None
-    (result,) = target.run(made)
-    (want,) = oracle.paged_mqa_logits(**made)
-    assert numerics.compare(result, want, target.contract.tolerances["out"]).ok
+    check_lengths(subject("deep_gemm", "paged_mqa_logits"), next_n)
 
 
 def test_schedule_is_kept_in_a_step_and_never_stale(use: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,11 +149,11 @@ def test_vllms_copy_is_found_and_comes_second(site: Path) -> None:
 
 
 def test_a_copy_without_a_distribution_serves(site: Path) -> None:
-    deep_gemm(site, "", source=DEEP_GEMM_28, headers=HEADERS_28)
+    deep_gemm(site, "", source=f"__version__ = '2.8.1'\n{DEEP_GEMM_28}", headers=HEADERS_28)
     candidate = judged(DEEP_GEMM, "mqa_logits")
     assert candidate.accepted, candidate.reasons
     assert candidate.build is not None
-    assert candidate.build.name == "a copy of deep_gemm without a distribution"
+    assert candidate.build.name == "deep_gemm 2.8.1 without a distribution"
 
 
 def test_each_op_says_what_it_was_built_for(site: Path) -> None:
@@ -251,12 +251,11 @@ def test_sgl_without_its_legacy_half(site: Path) -> None:
 
 @pytest.mark.parametrize("ask", [builds.load, builds.load_apart])
 def test_does_not_load(site: Path, ask: Callable[..., Any]) -> None:
-    deep_gemm(
-        site, "sgl-deep-gemm", "0.2.5", source="raise OSError('Could not load this library:\\n undefined symbol')"
-    )
+    source = "raise OSError('Could not load\\n this library') from OSError('undefined symbol')"
+    deep_gemm(site, "sgl-deep-gemm", "0.2.5", source=source)
     reason = only(judged(DEEP_GEMM, "fp8_einsum", ask=ask))
     assert reason.code == "library-load"
-    words = "sgl-deep-gemm 0.2.5 does not load: OSError: Could not load this library: undefined symbol"
+    words = "sgl-deep-gemm 0.2.5 does not load: OSError: Could not load this library (undefined symbol)"
     assert reason.message == words
 
 

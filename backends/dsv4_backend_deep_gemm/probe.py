@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_backends import Build, Reason
-from dsv4_backends.libraries import Library, accepts, find_library
+from dsv4_backends.libraries import Library, accepts, find_library, words
 
 DISTRIBUTIONS = {"deep-gemm": ">=2.5", "tokenspeed-deepgemm": ">=2.5", "sgl-deep-gemm": ">=0.1"}
 VENDORED = {"vllm": "vllm.third_party.deep_gemm"}
@@ -125,7 +125,7 @@ def _loaded_reasons(library: Library) -> dict[str, tuple[Reason, ...]]:
         module = importlib.import_module(library.module)
     # Loaders raise OSError; DeepGEMM asserts that it finds CUDA.
     except (Exception, SystemExit) as error:
-        message = f"{library.build} does not load: {type(error).__name__}: {' '.join(str(error).split())}"
+        message = f"{library.build} does not load: {words(error)}"
         reason = Reason("library-load", message, "install a build made for this torch, CUDA and Python")
         return dict.fromkeys(OPS, (reason,))
     return {op: tuple(_objections(library, module, functions)) for op, functions in functions_of(module).items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_backends import Build, Reason
-from dsv4_backends.libraries import Library, accepts, find_library
+from dsv4_backends.libraries import Library, accepts, find_library, words
 
 DISTRIBUTIONS = {"flash-mla": ">=1.0", "tokenspeed-flashmla": ">=1.0", "sgl-flash-mla": ">=1.0"}
 VENDORED = {"vllm": "vllm.third_party.flashmla"}
@@ -102,7 +102,7 @@ def _loaded_reasons(library: Library) -> dict[str, tuple[Reason, ...]]:
     try:
         module = importlib.import_module(_INTERFACE.get(library.module, library.module))
     except (Exception, SystemExit) as error:
-        message = f"{library.build} does not load: {type(error).__name__}: {' '.join(str(error).split())}"
+        message = f"{library.build} does not load: {words(error)}"
         reason = Reason("library-load", message, "install a build made for this torch, CUDA and Python")
         return dict.fromkeys(FUNCTIONS, (reason,))
     by_op = {}
