@@ -406,11 +406,25 @@ def native_builds() -> str:
 def native_listings() -> str:
     """What ``list`` printed with each release line installed, as kept."""
     shown = []
-    for path in sorted((ROOT / "docs" / "results").glob("*-list-*.txt")):
-        gpu, _, line = path.stem.partition("-list-")
+    for path in sorted((ROOT / "docs" / "results").glob("*-native-list-*.txt")):
+        gpu, _, line = path.stem.partition("-native-list-")
         text = path.read_text(encoding="utf-8").strip()
         shown.append(f"With the {line} builds, {gpu.upper()}:\n\n```console\n$ dsv4-backends list\n{text}\n```")
     return "\n\n".join(shown) or "Not kept yet."
+
+
+def native_conformance() -> str:
+    """What the conformance suite said of each release line, as kept."""
+    rows, header = [], ""
+    for path in sorted((ROOT / "docs" / "results").glob("*-native-conformance-*.json")):
+        result = _results(path.name)
+        header = header or f"{_measured_on(result)}\n\n"
+        refused = sum(count for reason, count in result["skips"].items() if reason.startswith("refused"))
+        counts = result["counts"]
+        cells = (str(counts["passed"]), str(counts["failed"]), str(refused), str(counts["skipped"] - refused))
+        rows.append((", ".join(result["libraries"].values()), result["level"], *cells))
+    names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
+    return f"{header}{table(names, rows)}" if rows else "Not run yet."
 
 
 def native_overhead() -> str:
@@ -450,6 +464,7 @@ PARTS: dict[str, Callable[[], str]] = {
         layouts,
         listing,
         native_builds,
+        native_conformance,
         native_listings,
         native_overhead,
         ops,

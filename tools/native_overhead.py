@@ -1,14 +1,17 @@
 """What the adapters over DeepGEMM and FlashMLA add to calling the library directly, on a Hopper GPU.
 
-For V4's sizes, of whichever library is installed. Two ways of using it are compared like with like: ``step``, where
-lengths are promised to stay (``dsv4_backends.step()``; directly: metadata made beforehand), and ``call``, where
-everything is made anew in every call (directly: metadata in the call).
+For V4's sizes, of whichever library is installed. Ways of using it are compared like with like: ``call``, where
+everything is made anew in every call (directly: metadata in the call), and for the ops that plan from lengths also
+``step``, where these are promised to stay (``dsv4_backends.step()``; directly: metadata made beforehand).
 
-GPU time: CUDA graphs of one and of nine calls, with a flush of the L2 before each call; the difference between the two,
-over eight, without the flush. Host time: CPU time of the thread for eager calls, which other processes do not inflate.
-``public`` is the same call through ``dsv4_backends.ops``.
+GPU time: CUDA graphs of one and of nine calls, with the L2 flushed before each call; the difference between the two,
+over eight, without the flush. The flush reads: what it wrote would be written back while a call is timed. Host time:
+CPU time of the thread for eager calls, which other processes do not inflate. ``public`` is the same call through
+``dsv4_backends.ops``.
 
-Usage: python tools/native_overhead.py [--op OP] [--json FILE]
+Usage: python tools/native_overhead.py [--only PROVIDER] [--op OP] [--jobs N] [--json FILE]
+
+With --jobs, as many processes first make every call once, so that DeepGEMM compiles its kernels side by side.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import contextlib
 import gc
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,9 +39,15 @@ from dsv4_backends.report import machine_json
 from dsv4_backends.testing import checks
 
 MORE, ROUNDS = 8, 21
-HOST_CALLS, HOST_REPEATS = 60, 9
+HOST_CALLS, HOST_REPEATS = 60, 5
+HOST_GPU_US = 20_000
+"""Of long kernels fewer calls are queued: what the host does for one does not depend on them."""
 PROVIDERS = {op: "flash_mla" if op.startswith("sparse_mla") else "deep_gemm" for op in CONTRACTS}
-MODES = ("step", "call")
+PLANNED = ("mqa_logits", "paged_mqa_logits", "sparse_mla_decode")
+"""What depends on lengths, and so on ``step()``."""
+COMPILED = ("fp8_einsum", "hc_prenorm_gemm")
+"""Where DeepGEMM compiles a kernel for almost every size."""
+FLUSH_FLOATS = 64 << 20
 
 PREFILL = {"s_kv": 32768, "invalid": "none"}
 FLASH_ATTENTION, PRO_ATTENTION = {"h_q": 64, "topk": 640}, {"h_q": 128, "topk": 1152}
@@ -81,7 +91,7 @@ def captured(run: Callable[[], Any], flush: torch.Tensor, count: int, mode: str)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), step() if mode == "step" else contextlib.nullcontext():
         for _ in range(count):
-            flush.zero_()
+            flush.amax()
             run()
     return graph
 
@@ -106,7 +116,7 @@ def gpu_times(runs: dict[str, Callable[[], Any]], flush: torch.Tensor, mode: str
     return {name: each[name] - each["nothing"] for name in runs if name != "nothing"}
 
 
-def host_times(runs: dict[str, Callable[[], Any]], mode: str) -> dict[str, float]:
+def host_times(runs: dict[str, Callable[[], Any]], mode: str, calls: int) -> dict[str, float]:
     """Microseconds of the calling thread for one eager call of each, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(HOST_REPEATS + 1):
@@ -115,34 +125,38 @@ def host_times(runs: dict[str, Callable[[], Any]], mode: str) -> dict[str, float
                 run()
                 torch.cuda.synchronize()
                 start = time.thread_time()
-                for _ in range(HOST_CALLS):
+                for _ in range(calls):
                     run()
                 spent = time.thread_time() - start
             torch.cuda.synchronize()
             if repeat:
-                times[name].append(spent / HOST_CALLS * 1e6)
+                times[name].append(spent / calls * 1e6)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def measure(op: str, case: str, params: dict[str, Any], mode: str, flush: torch.Tensor) -> dict[str, Any]:
-    contract = CONTRACTS[op]
-    made = contract.make(torch.device("cuda"), torch.Generator().manual_seed(0), **params)
+def closures(op: str, made: dict[str, Any], mode: str) -> tuple[str, dict[str, Callable[[], Any]]]:
+    """The library's name, and the call made directly and through the adapter."""
     target = checks.subject(PROVIDERS[op], op, "cuda")
     if (reason := target.refusal(made)) is not None:
         raise native_calls.Unsupported(f"the adapter refuses: {reason}")
     fresh = mode == "call" and op in ("sparse_mla_decode", "paged_mqa_logits")
     direct = native_calls.prepare(op, made, fresh_metadata=fresh)
-    public = getattr(ops, op)
-    runs: dict[str, Callable[[], Any]] = {"direct": direct.run, "adapter": lambda: target.function(**made)}
-    for run in runs.values():  # compiles
+    return direct.library, {"direct": direct.run, "adapter": lambda: target.function(**made)}
+
+
+def measure(op: str, made: dict[str, Any], mode: str, flush: torch.Tensor) -> dict[str, Any]:
+    library, runs = closures(op, made, mode)
+    for run in runs.values():  # what compiles, compiles here
         run()
         run()
     torch.cuda.synchronize()
     gpu = gpu_times(runs, flush, mode)
+    public = getattr(ops, op)
+    calls = max(10, min(HOST_CALLS, int(HOST_GPU_US / max(gpu.values()))))
     with use_providers({op: PROVIDERS[op]}):
-        host = host_times({**runs, "public": lambda: public(**made)}, mode)
+        host = host_times({**runs, "public": lambda: public(**made)}, mode, calls)
     return {
-        "library": direct.library,
+        "library": library,
         "gpu_direct_us": gpu["direct"],
         "gpu_adapter_us": gpu["adapter"],
         "gpu_added_percent": 100 * (gpu["adapter"] / gpu["direct"] - 1),
@@ -151,32 +165,67 @@ def measure(op: str, case: str, params: dict[str, Any], mode: str, flush: torch.
     }
 
 
+def draw(op: str, params: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments, drawn on the GPU: the largest take a minute on a CPU, and no test compares the values."""
+    device = torch.device("cuda")
+    try:
+        with device:
+            return CONTRACTS[op].make(device, torch.Generator(device).manual_seed(0), **params)
+    except RuntimeError:  # something in it insists on the CPU
+        return CONTRACTS[op].make(device, torch.Generator().manual_seed(0), **params)
+
+
+def call_once(part: int, parts: int, rows: list[tuple[str, str]]) -> None:
+    """Make every ``parts``-th call once; what cannot be called is told when it is measured."""
+    for op, case in rows[part::parts]:
+        with contextlib.suppress(Exception):
+            for run in closures(op, draw(op, ROWS[op][case]), "call")[1].values():
+                run()
+            torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(set(PROVIDERS.values())), action="append", help="may be given twice")
     parser.add_argument("--op", choices=ROWS, action="append")
+    parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    rows = []
+    chosen = [op for op in arguments.op or ROWS if PROVIDERS[op] in (arguments.only or PROVIDERS.values())]
+    compiled = [(op, case) for op in chosen if op in COMPILED for case in ROWS[op]]
+    if arguments.part is not None:
+        call_once(arguments.part, arguments.jobs, compiled)
+        return
+    if arguments.jobs:
+        start = time.monotonic()
+        command = [sys.executable, *sys.argv, "--part"]
+        for child in [subprocess.Popen([*command, str(part)]) for part in range(arguments.jobs)]:
+            child.wait()
+        print(f"{len(compiled)} calls made once in {time.monotonic() - start:.0f} s", flush=True)
+    flush = torch.zeros(FLUSH_FLOATS, device="cuda")
+    rows: list[dict[str, Any]] = []
 
-    def keep() -> None:
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        shown = row.get("error") or " ".join(f"{k} {v:.2f}" for k, v in row.items() if isinstance(v, float))
+        print(f"{row['op']:20} {row['case']:30} {row['mode']:4} {shown}", flush=True)
         if arguments.json:
             result = {"command": "python tools/native_overhead.py", "date": time.strftime("%Y-%m-%d", time.gmtime())}
             result |= {"machine": machine_json(probe()), "rows": rows}
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
-    for op in arguments.op or ROWS:
+    for op in chosen:
         for case, params in ROWS[op].items():
-            for mode in MODES:
+            made: dict[str, Any] = {}
+            for mode in ("step", "call") if op in PLANNED else ("call",):
                 row: dict[str, Any] = {"op": op, "case": case, "mode": mode}
                 try:
-                    row |= measure(op, case, params, mode, flush)
-                    shown = " ".join(f"{k} {v:.2f}" for k, v in row.items() if isinstance(v, float))
+                    made = made or draw(op, params)
+                    row |= measure(op, made, mode, flush)
                 except Exception as error:  # one failing row must not lose the others
-                    row["error"] = shown = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                rows.append(row)
-                print(f"{op:20} {case:30} {mode:4} {shown}", flush=True)
-                keep()
+                    row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                keep(row)
                 gc.collect()
                 torch.cuda.empty_cache()
 

@@ -84,17 +84,17 @@ def default_device() -> torch.device:
 
 
 @functools.lru_cache(maxsize=4)
-def _drawn(op: str, case_name: str, device: torch.device, variant: int) -> dict[str, Any]:
-    # A large case takes seconds to draw, and a dozen checks need it.
+def drawn(op: str, case_name: str, device: torch.device, variant: int) -> dict[str, Any]:
+    """A case's arguments, to be read only: a large case takes seconds to draw, and a dozen checks need it."""
     contract = CONTRACTS[op]
     return contract.inputs(next(case for case in contract.cases if case.name == case_name), device, variant)
 
 
 def _inputs(target: Subject, case: Case, variant: int = 0) -> dict[str, Any]:
     """The arguments of a case in memory of their own, gaps between rows included."""
-    drawn = _drawn(target.contract.name, case.name, target.device, variant)
-    own: dict[str, Any] = dict(drawn)
-    for name, value in _tensors(drawn):
+    found = drawn(target.contract.name, case.name, target.device, variant)
+    own: dict[str, Any] = dict(found)
+    for name, value in _tensors(found):
         copy = torch.empty(0, dtype=value.dtype, device=value.device)
         storage = _storage(value).clone().untyped_storage()
         own[name] = copy.set_(storage, value.storage_offset(), value.shape, value.stride())
@@ -104,7 +104,7 @@ def _inputs(target: Subject, case: Case, variant: int = 0) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _expected(op: str, case_name: str, device: torch.device, variant: int) -> tuple[Tensor, ...]:
     # Several checks of one case need it, and it is the slowest thing here.
-    return oracle.expected(op, _drawn(op, case_name, device, variant))
+    return oracle.expected(op, drawn(op, case_name, device, variant))
 
 
 def errors(
