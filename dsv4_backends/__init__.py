@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CONTRACTS": "contract",
     "OPS": "contract.names",
+    "Build": "provider",
     "ContractError": "errors",
     "DSV4Error": "errors",
     "Implementation": "provider",
@@ -26,6 +27,7 @@ _HOMES = {
     "reset": "ops",
     "resolution": "ops",
     "stats": "ops",
+    "step": "steps",
     "use_providers": "policy",
     "warmup": "ops",
     "workspace_bytes": "ops",
@@ -38,12 +40,14 @@ if TYPE_CHECKING:
     from .hookspecs import hookimpl
     from .ops import reset, resolution, stats, warmup, workspace_bytes
     from .policy import use_providers
-    from .provider import Implementation, ProviderSpec, Reason, Tier
+    from .provider import Build, Implementation, ProviderSpec, Reason, Tier
     from .serving import Limits
+    from .steps import step
 
 __all__ = [
     "CONTRACTS",
     "OPS",
+    "Build",
     "ContractError",
     "DSV4Error",
     "Implementation",
@@ -59,6 +63,7 @@ __all__ = [
     "reset",
     "resolution",
     "stats",
+    "step",
     "use_providers",
     "warmup",
     "workspace_bytes",

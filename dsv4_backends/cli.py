@@ -23,9 +23,8 @@ OK, FINDING, USAGE, INTERNAL = 0, 1, 2, 3
 
 def _listing(device: str | None, problem: list[PolicyError] | None = None) -> Any:
     """A ``report.Listing``; with ``problem``, settings that cannot be understood are put there and left out."""
-    from . import machine, plugins, policy
+    from . import builds, machine, plugins, policy
     from .report import Listing
-    from .resolve import resolve
 
     here = machine.simulate(device) if device else machine.probe()
     try:
@@ -42,7 +41,12 @@ def _listing(device: str | None, problem: list[PolicyError] | None = None) -> An
         here,
         loaded,
         tuple(
-            (where, tuple(resolve(op, where, here.installed, loaded.providers, wishes) for op in OPS))
+            (
+                where,
+                tuple(
+                    builds.choose(op, where, here.installed, loaded.providers, wishes, builds.load_apart) for op in OPS
+                ),
+            )
             for where in here.devices
         ),
     )

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from . import machine, plugins, policy
+from . import builds, machine, plugins, policy
 from .contract import CONTRACTS, OpContract
 from .contract import hyper_connection as _hyper_connection
 from .contract import indexer as _indexer
@@ -28,7 +28,7 @@ from .contract import sparse_mla as _sparse_mla
 from .contract.models import Model, from_config
 from .errors import NoProviderError, PolicyError
 from .provider import Implementation, Reason
-from .resolve import Candidate, Resolution, resolve
+from .resolve import Candidate, Resolution
 from .serving import Limits, calls
 
 _log = logging.getLogger("dsv4_backends")
@@ -76,7 +76,7 @@ class _Chain:
                     return None
                 candidate = self.waiting.pop(0)
                 bound = _bind(self.contract, candidate)
-                if isinstance(bound, Reason):
+                if isinstance(bound, tuple):
                     self.reject(candidate, bound)
                 else:
                     if candidate.warning is not None:
@@ -84,13 +84,12 @@ class _Chain:
                     self.bound.append(bound)
         return self.bound[index]
 
-    def reject(self, candidate: Candidate, reason: Reason) -> None:
-        self.tell(candidate.name, reason)
+    def reject(self, candidate: Candidate, reasons: tuple[Reason, ...]) -> None:
+        for reason in reasons:
+            self.tell(candidate.name, reason)
         self.resolution = replace(
             self.resolution,
-            candidates=tuple(
-                replace(c, reasons=(reason,)) if c is candidate else c for c in self.resolution.candidates
-            ),
+            candidates=tuple(replace(c, reasons=reasons) if c is candidate else c for c in self.resolution.candidates),
         )
 
     def tell(self, provider: str, reason: Reason) -> None:
@@ -116,17 +115,20 @@ class _Chain:
         return NoProviderError(f"{what} {self.resolution.explain()}{more}", self.resolution)
 
 
-def _bind(contract: OpContract, candidate: Candidate) -> _Bound | Reason:
+def _bind(contract: OpContract, candidate: Candidate) -> _Bound | tuple[Reason, ...]:
     """Import a candidate's functions and compare their signatures, or say why that failed."""
     implementation = candidate.implementation
+    build = builds.load(candidate.provider).get(contract.name)
+    if build is not None and build.reasons:
+        return build.reasons
     try:
         function = _load(implementation.target)
         refuses = _load(implementation.refuses) if implementation.refuses else None
     except (Exception, SystemExit) as error:
-        return Reason("import-failed", _import_failed(implementation.target, error), candidate.provider.hint)
+        return (Reason("import-failed", _import_failed(implementation.target, error), candidate.provider.hint),)
     for loaded in filter(None, (function, refuses)):
         if (mismatch := signature_mismatch(contract, loaded)) is not None:
-            return mismatch
+            return (mismatch,)
     return _Bound(candidate.name, implementation, function, refuses)
 
 
@@ -172,7 +174,8 @@ class _Bindings:
             key = (contract.name, device)
             if (chain := self.chains.get(key)) is None:
                 where = machine.device_of(device)
-                resolution = resolve(contract.name, where, self.installed, self.plugins.providers, self.policy)
+                providers = self.plugins.providers
+                resolution = builds.choose(contract.name, where, self.installed, providers, self.policy)
                 chain = self.chains[key] = _Chain(contract, resolution)
             return chain
 
@@ -207,6 +210,7 @@ def reset() -> None:
         for heads in _default_heads.values():
             heads.clear()
         plugins.load.cache_clear()
+        builds.forget()
 
 
 def stats() -> dict[str, dict[str, int]]:
@@ -243,7 +247,7 @@ def resolution(op: str, device: torch.device | str | None = None) -> Resolution:
         if (chain := bindings.chains.get((op, device))) is not None:
             return chain.resolution  # with what its imports met
         where = machine.device_of(device)
-    return resolve(op, where, bindings.installed, bindings.plugins.providers, bindings.policy)
+    return builds.choose(op, where, bindings.installed, bindings.plugins.providers, bindings.policy)
 
 
 def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[..., Any]]:

@@ -42,6 +42,13 @@ REASONS: dict[str, str] = {
     "module-missing": "The package that holds the implementation cannot be found.",
     "import-failed": "The implementation was found but its import raised; its own words are in the message.",
     "signature": "The implementation's Python signature is not the contract's.",
+    "library-owners": "Two installed distributions own the library's module; one has overwritten the other's files.",
+    "library-kernels": "The installed build of the library has no kernels, or no cache format, for the op.",
+    "library-load": "The library is installed but does not load here; its own words are in the message.",
+    "library-symbol": "The library loads and lacks a function that the adapter calls.",
+    "library-signature": "A function of the library has parameters that the adapter does not know.",
+    "compiler-missing": "The library compiles its kernels when they are first used, and there is no nvcc.",
+    "probe-failed": "The provider's own look at its library failed.",
     "untested": "The GPU is a newer part of a family that the implementation names. Not a refusal: it ranks last.",
     "experimental": "The provider is experimental and nobody asked for it.",
     "denied": "DSV4_BACKENDS_DENY (or use_providers(deny=...)) names the provider.",
@@ -78,6 +85,25 @@ class Reason:
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What the probe of a provider found of the library that it adapts, for one op.
+
+    Attributes:
+        name: The build in words, e.g. ``"sgl-flash-mla 1.0.0"``; empty where nothing is installed.
+        owners: Every distribution that has the library, with its version.
+        capability: What the build was made for, as in ``Implementation``; it must match as well. Without a build: what
+            the builds that are known were made for. None: the probe cannot tell, and only the implementation's own
+            claim counts.
+        reasons: What speaks against using it.
+    """
+
+    name: str = ""
+    owners: tuple[str, ...] = ()
+    capability: tuple[str, ...] | None = None
+    reasons: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +168,9 @@ class ProviderSpec:
         implementations: One per op and claim; several for one op are allowed where their claims differ.
         requires: PEP 508 requirements, all of which must be installed, e.g. ``("triton>=3.6",)``.
         hint: The next step for somebody who lacks what ``requires`` names, e.g. ``"pip install triton"``.
+        probe: Optional ``"package.module:function"`` for a library that comes in several distributions or builds.
+            ``function(load)`` returns a ``Build`` for each op. Without ``load`` it reads metadata and files only; with
+            it, it imports the library last and looks at its functions.
         api: The ``API_VERSION`` the provider was written for.
     """
 
@@ -151,6 +180,7 @@ class ProviderSpec:
     implementations: tuple[Implementation, ...]
     requires: tuple[str, ...] = ()
     hint: str = ""
+    probe: str | None = None
     api: int = API_VERSION
 
     def __post_init__(self) -> None:
@@ -165,5 +195,7 @@ class ProviderSpec:
             raise ValueError(f"{where}: implementations must be a tuple of Implementation")
         if isinstance(self.requires, str):
             raise ValueError(f"{where}: requires must be a tuple of requirements, got {self.requires!r}")
+        if self.probe is not None and not (isinstance(self.probe, str) and _TARGET.fullmatch(self.probe)):
+            raise ValueError(f"{where}: probe must be 'package.module:function', got {self.probe!r}")
         for text in self.requires:
             Requirement(text)  # raises InvalidRequirement, a ValueError that quotes the text

@@ -53,6 +53,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "provider": candidate.name,
         "tier": candidate.provider.tier.label,
         "target": candidate.implementation.target,
+        "build": None if candidate.build is None else candidate.build.name,
         "accepted": candidate.accepted,
         "reasons": [_reason(r) for r in candidate.reasons],
         "warning": None if candidate.warning is None else _reason(candidate.warning),
@@ -129,7 +130,9 @@ class Listing:
                 if selected.warning is not None:
                     why.insert(0, f"untested: {selected.warning}")
                 rows.append((resolution.op, selected.name, selected.provider.tier.label, "\n".join(why) or "-"))
-            parts.append(f"{device.label}; {_versions(self.machine)}")
+            chosen = (r.selected.build for r in resolutions if r.selected is not None)
+            names = dict.fromkeys(build.name for build in chosen if build is not None and build.name)
+            parts.append("; ".join((device.label, ", ".join((_versions(self.machine), *names)))))
             parts.append(table(("OP", "PROVIDER", "TIER", "WHY NOT A BETTER ONE"), rows))
         broken = [
             f"plugin {p.name} of {p.origin} is broken: {'; '.join(map(str, p.problems))}" for p in self.plugins.broken
@@ -159,6 +162,8 @@ def explain_text(resolution: Resolution) -> str:
         lines.append(f"{place}. {candidate.name}: {verdict}")
         lines.append(f"   {provider.tier.label} tier, priority {implementation.priority}: {provider.summary}")
         lines.append(f"   {implementation.target}")
+        if candidate.build is not None and candidate.build.name:
+            lines.append(f"   {candidate.build.name}")
         if implementation.note:
             lines.append(f"   {implementation.note}")
         if implementation.refuses:
@@ -249,6 +254,21 @@ def _provider_findings(listing: Listing) -> list[Finding]:
     return found
 
 
+def _library_findings(listing: Listing) -> list[Finding]:
+    """The libraries that providers adapt: every distribution that has one, and what is wrong with what is installed."""
+    found: dict[str, Finding] = {}
+    for _, resolutions in listing.resolutions:
+        for candidate in (c for r in resolutions for c in r.candidates if c.build is not None):
+            build = candidate.build
+            assert build is not None
+            wrong = "; ".join(f"[{r.code}] {r}" for r in build.reasons)
+            if candidate.name not in found or (wrong and found[candidate.name].ok):
+                owners = ", ".join(build.owners) or "nothing installed"
+                message = f"{candidate.name}: {owners}{f': {wrong}' if wrong and build.owners else ''}"
+                found[candidate.name] = Finding("library", not (wrong and build.owners), message)
+    return list(found.values())
+
+
 def doctor(listing: Listing, problem: PolicyError | None) -> list[Finding]:
     """Everything that can be wrong on this machine, looked at one by one."""
     machine = listing.machine
@@ -271,7 +291,7 @@ def doctor(listing: Listing, problem: PolicyError | None) -> list[Finding]:
         bad = plugin in listing.plugins.broken
         message = "; ".join(f"[{r.code}] {r}" for r in plugin.problems) or "loaded"
         found.append(Finding("plugin", not bad, f"{plugin.name} of {plugin.origin}: {message}"))
-    return found + _provider_findings(listing)
+    return found + _library_findings(listing) + _provider_findings(listing)
 
 
 def doctor_text(findings: Sequence[Finding]) -> str:

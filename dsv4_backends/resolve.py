@@ -16,7 +16,7 @@ from packaging.version import Version
 from . import capability as cc
 from .machine import Device
 from .policy import ESSENTIAL, Policy
-from .provider import Implementation, ProviderSpec, Reason, Tier
+from .provider import Build, Implementation, ProviderSpec, Reason, Tier
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Candidate:
     implementation: Implementation
     reasons: tuple[Reason, ...]
     warning: Reason | None = None
+    build: Build | None = None
 
     @property
     def name(self) -> str:
@@ -86,6 +87,9 @@ class Resolution:
         return "\n".join(lines)
 
 
+_SEVERITY = (cc.Support.SUPPORTED, cc.Support.UNTESTED, cc.Support.UNSUPPORTED)
+
+
 def _findable(module: str) -> bool:
     # Only the top-level package: find_spec of a submodule would import its parents.
     try:
@@ -101,9 +105,13 @@ def resolve(
     providers: Iterable[ProviderSpec],
     policy: Policy,
     *,
+    builds: Mapping[str, Mapping[str, Build]] | None = None,
     findable: Callable[[str], bool] = _findable,
 ) -> Resolution:
     """Judge and rank every implementation of ``op``.
+
+    ``builds`` is what the providers' probes found, by provider and op; a provider that is not in it is judged by its
+    own claims alone.
 
     Rank: the user's order, tested before untested, tier, priority, name. A pin removes all other candidates.
     """
@@ -112,8 +120,9 @@ def resolve(
     for provider in providers:
         for implementation in provider.implementations:
             if implementation.op == op:
-                reasons, warning = _judge(provider, implementation, device, installed, policy, pinned, findable)
-                judged.append(Candidate(provider, implementation, reasons, warning))
+                build = (builds or {}).get(provider.name, {}).get(op)
+                reasons, warning = _judge(provider, implementation, build, device, installed, policy, pinned, findable)
+                judged.append(Candidate(provider, implementation, reasons, warning, build))
 
     def rank(candidate: Candidate) -> tuple[int, bool, int, int, str, str]:
         order = policy.order
@@ -134,6 +143,7 @@ def resolve(
 def _judge(
     provider: ProviderSpec,
     implementation: Implementation,
+    build: Build | None,
     device: Device,
     installed: Mapping[str, str],
     policy: Policy,
@@ -160,13 +170,19 @@ def _judge(
         needs = " or ".join({"cuda": "an NVIDIA GPU", "cpu": "the CPU"}[d] for d in implementation.devices)
         reasons.append(Reason("device-type", f"runs on {needs}, this is {device.name}"))
     elif device.capability is not None:
-        verdict = cc.support(implementation.capability, device.capability)
-        claim = cc.describe(implementation.capability)
+        # Both must match: what the library was built for, and what the implementation is written for.
+        claims = [(implementation.capability, "needs")]
+        if build is not None and build.capability is not None:
+            claims.insert(0, (build.capability, f"{build.name} was built for" if build.name else "needs"))
+        verdicts = [cc.support(claim, device.capability) for claim, _ in claims]
+        verdict = max(verdicts, key=_SEVERITY.index)
+        claim, needs = claims[verdicts.index(verdict)]
+        named = cc.describe(claim)
         if verdict is cc.Support.UNSUPPORTED:
-            message = f"needs compute capability {claim}, this GPU is {device.capability}"
+            message = f"{needs} compute capability {named}, this GPU is {device.capability}"
             reasons.append(Reason("capability", message))
         elif verdict is cc.Support.UNTESTED:
-            message = f"tested on compute capability {claim}, this GPU is the newer {device.capability}"
+            message = f"tested on compute capability {named}, this GPU is the newer {device.capability}"
             warning = Reason("untested", message, f"pin another provider if {name} misbehaves")
 
     for text in provider.requires:
@@ -182,7 +198,10 @@ def _judge(
             hint = provider.hint or f"pip install -U '{text}'"
             reasons.append(Reason("distribution-version", message, hint))
 
-    if not reasons:  # the cheapest question last: it touches the file system
+    if build is not None and not reasons:
+        reasons += build.reasons
+
+    if not reasons:  # it touches the file system
         module = implementation.target.partition(":")[0]
         if not findable(module):
             package = module.partition(".")[0]

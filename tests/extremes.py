@@ -8,7 +8,9 @@ import torch
 
 from dsv4_backends import CONTRACTS, use_providers
 from dsv4_backends.contract import layouts
+from dsv4_backends.contract.op import Case
 from dsv4_backends.testing import numerics, oracle
+from dsv4_backends.testing.checks import Subject
 
 
 def check_extreme_scale_codes(provider: str, device: torch.device) -> None:
@@ -35,3 +37,38 @@ def check_extreme_scale_codes(provider: str, device: torch.device) -> None:
         assert want[0].abs().max() > 0
         error = numerics.compare(result, want, CONTRACTS["fp8_einsum"].tolerances["out"])
         assert error.ok, error
+
+
+def _right(target: Subject, made: dict[str, Any]) -> bool:
+    contract = target.contract
+    return all(
+        numerics.compare(result, want, contract.tolerances[name]).ok
+        for name, result, want in zip(
+            contract.returns, target.run(made), oracle.expected(contract.name, made), strict=True
+        )
+    )
+
+
+def check_bounds(target: Subject, compressed: int | None) -> None:
+    """Row bounds of ``mqa_logits``: negative starts, ends far below or beyond, more keys than columns."""
+    generator = torch.Generator().manual_seed(0)
+    made = target.contract.make(target.device, generator, m=50, n=300, h=32, compressed=compressed)
+    rows, low, high = 50, -(2**31), 2**31 - 1
+    for name, bounds in (
+        ("row_starts", [-5, 40, 0, low, 299, 300, high, 10]),
+        ("row_ends", [20, 3, high, high, 300, 300, low, 200]),
+    ):
+        made[name] = torch.tensor(bounds).repeat(-(-rows // 8))[:rows].int().to(target.device)
+    made["k_scale"] = torch.ones(300, device=target.device)
+    made["k"] = torch.randn(300, 128, generator=generator).to(torch.float8_e4m3fn).to(target.device)
+    assert _right(target, made)
+
+
+def check_lengths(target: Subject, next_n: int) -> None:
+    """Lengths of ``paged_mqa_logits``: the last token's need not be the longest, and both ends are clamped."""
+    case = Case("any order", "smoke", {"b": 3, "context": 200, "next_n": next_n, "h": 32, "lens": "full"})
+    made = target.contract.inputs(case, target.device)
+    lengths = torch.tensor([[200, 3, 7, 0, 90], [-4, 199, 250, 0, 1], [0, 0, 0, 0, 0]])
+    made["context_lens"] = lengths[:, :next_n].int().contiguous().to(target.device)
+    assert target.refusal(made) is None
+    assert _right(target, made)

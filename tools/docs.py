@@ -7,6 +7,7 @@ objects that the code itself uses, so that a page cannot promise what the code d
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import math
@@ -41,6 +42,14 @@ ADVICE = {
     "import-failed": "Read the message: it is the import's own. A usual cause is a CUDA or torch version "
     "that the library was not built for.",
     "signature": "Report it to the provider's author: the conformance suite finds it.",
+    "library-owners": "Uninstall all that the hint names, then install one of them.",
+    "library-kernels": "Install a build that has them: the hint names some.",
+    "library-load": "Read the message: it is the import's own. Usually the build was made for another torch, CUDA or "
+    "Python; install one that was made for yours.",
+    "library-symbol": "Upgrade the library, or dsv4-backends.",
+    "library-signature": "Upgrade dsv4-backends; if there is no newer one, report it with the message.",
+    "compiler-missing": "Install the CUDA toolkit, and set `CUDA_HOME` if it is not in `/usr/local/cuda`.",
+    "probe-failed": "Report it to the provider's author: the message has the cause.",
     "untested": "Run `dsv4-backends verify --op OP --provider NAME`, then pin the op to it or leave it.",
     "experimental": "Pin it, name it in the order, or set `DSV4_BACKENDS_EXPERIMENTAL=1`.",
     "denied": "Remove the name from `DSV4_BACKENDS_DENY`, or from `use_providers(deny=...)`.",
@@ -275,6 +284,11 @@ def _in_tree() -> plugins.Plugins:
     return plugins.Plugins(tuple(p for p in plugins.load().plugins if p.distribution == plugins.IN_TREE))
 
 
+def _probe_module(spec: provider.ProviderSpec) -> Any:
+    """The module that looks for a provider's library; None without one."""
+    return None if spec.probe is None else importlib.import_module(spec.probe.partition(":")[0])
+
+
 def providers() -> str:
     rows = []
     for spec in sorted(_in_tree().providers, key=lambda spec: (spec.tier, spec.name)):
@@ -282,12 +296,14 @@ def providers() -> str:
         where = set()
         for implementation in spec.implementations:
             if "cuda" in implementation.devices:
-                claim = implementation.capability
+                claim = getattr(_probe_module(spec), "KNOWN", implementation.capability)
                 where.add("any NVIDIA GPU" if claim == (">=0",) else f"compute capability {describe(claim)}")
             if "cpu" in implementation.devices:
                 where.add("CPU")
         count = "all" if served == set(CONTRACTS) else ", ".join(code(op) for op in CONTRACTS if op in served)
-        needs = ", ".join(map(code, spec.requires)) or "-"
+        owners = list(getattr(_probe_module(spec), "DISTRIBUTIONS", ()))
+        some = [f"one of {', '.join(map(code, owners))}"] if owners else []
+        needs = ", ".join([*map(code, spec.requires), *some]) or "-"
         rows.append((code(spec.name), spec.tier.label, count, ", ".join(sorted(where)), needs, spec.summary))
     return table(("provider", "tier", "ops", "runs on", "needs", "in a few words"), rows)
 
@@ -374,9 +390,71 @@ def verified() -> str:
     return f"{_measured_on(result)}\n\n{table(header, rows)}"
 
 
+def native_builds() -> str:
+    """Which distributions the probes know."""
+    rows = []
+    for spec in _in_tree().providers:
+        if (module := _probe_module(spec)) is None:
+            continue
+        for name, versions in module.DISTRIBUTIONS.items():
+            rows.append((code(spec.name), code(f"{name}{versions}"), code(spec.name)))
+        for name, path in module.VENDORED.items():
+            rows.append((code(spec.name), f"{code(name)}, which brings a copy", code(path)))
+    return table(("provider", "distribution", "module"), sorted(rows, key=lambda row: row[0]))
+
+
+def native_listings() -> str:
+    """What ``list`` printed with each release line installed, as kept."""
+    shown = []
+    for path in sorted((ROOT / "docs" / "results").glob("*-native-list-*.txt")):
+        gpu, _, line = path.stem.partition("-native-list-")
+        text = path.read_text(encoding="utf-8").strip()
+        shown.append(f"With the {line} builds, {gpu.upper()}:\n\n```console\n$ dsv4-backends list\n{text}\n```")
+    return "\n\n".join(shown) or "Not kept yet."
+
+
+def native_conformance() -> str:
+    """What the conformance suite said of each release line, as kept."""
+    rows, header = [], ""
+    for path in sorted((ROOT / "docs" / "results").glob("*-native-conformance-*.json")):
+        result = _results(path.name)
+        header = header or f"{_measured_on(result)}\n\n"
+        refused = sum(count for reason, count in result["skips"].items() if reason.startswith("refused"))
+        counts = result["counts"]
+        cells = (str(counts["passed"]), str(counts["failed"]), str(refused), str(counts["skipped"] - refused))
+        rows.append((", ".join(result["libraries"].values()), result["level"], *cells))
+    names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
+    return f"{header}{table(names, rows)}" if rows else "Not run yet."
+
+
+def native_overhead() -> str:
+    """What the adapters add, worst row of each op and mode, by release line."""
+    rows, header = [], ""
+    for path in sorted((ROOT / "docs" / "results").glob("*-native-overhead-*.json")):
+        result = _results(path.name)
+        line = path.stem.partition("-native-overhead-")[2]
+        header = header or f"{_measured_on(result)}\n\n"
+        measured = [row for row in result["rows"] if "error" not in row]
+        for op in CONTRACTS:
+            for mode in ("step", "call"):
+                found = [row for row in measured if (row["op"], row["mode"]) == (op, mode)]
+                if found:
+                    gpu = max(found, key=lambda row: float(row["gpu_added_percent"]))
+                    host = max(float(row["host_added_us"]) for row in found)
+                    cells = (f"{gpu['gpu_added_percent']:.1f}", gpu["case"], f"{host:.1f}")
+                    rows.append((line, code(op), mode, str(len(found)), *cells))
+    names = ("builds", "op", "mode", "sizes", "GPU time added at worst, %", "at", "host time added at worst, µs")
+    return f"{header}{table(names, rows)}" if rows else "Not measured yet."
+
+
+def build_fields() -> str:
+    return fields(provider.Build)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
+        build_fields,
         cases,
         checks,
         commands,
@@ -385,6 +463,10 @@ PARTS: dict[str, Callable[[], str]] = {
         implementation_fields,
         layouts,
         listing,
+        native_builds,
+        native_conformance,
+        native_listings,
+        native_overhead,
         ops,
         overhead,
         provider_fields,

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import machine, plugins, policy
+from .. import builds, machine, plugins, policy
 from ..contract import CONTRACTS, Case, OpContract
 from ..contract.op import TensorArg
 from ..errors import NoProviderError
 from ..machine import Installed
 from ..ops import load_implementation, signature_mismatch
 from ..provider import Implementation, Reason
-from ..resolve import resolve
 from . import numerics, oracle
 
 
@@ -68,7 +67,8 @@ def subject(provider: str, op: str, device: torch.device | str) -> Subject:
         device = torch.device("cuda", torch.cuda.current_device())
     loaded = plugins.load(policy.from_environment().deny)
     wishes = policy.Policy(pins={op: provider}).validate(loaded.names)
-    resolution = resolve(op, machine.device_of(device), Installed(), loaded.providers, wishes)
+    where = machine.device_of(device)
+    resolution = builds.choose(op, where, Installed(), loaded.providers, wishes, builds.load)
     selected = resolution.selected
     if selected is None:
         raise NoProviderError(resolution.explain(), resolution)
@@ -84,17 +84,17 @@ def default_device() -> torch.device:
 
 
 @functools.lru_cache(maxsize=4)
-def _drawn(op: str, case_name: str, device: torch.device, variant: int) -> dict[str, Any]:
-    # A large case takes seconds to draw, and a dozen checks need it.
+def drawn(op: str, case_name: str, device: torch.device, variant: int) -> dict[str, Any]:
+    """A case's arguments, to be read only: a large case takes seconds to draw, and a dozen checks need it."""
     contract = CONTRACTS[op]
     return contract.inputs(next(case for case in contract.cases if case.name == case_name), device, variant)
 
 
 def _inputs(target: Subject, case: Case, variant: int = 0) -> dict[str, Any]:
     """The arguments of a case in memory of their own, gaps between rows included."""
-    drawn = _drawn(target.contract.name, case.name, target.device, variant)
-    own: dict[str, Any] = dict(drawn)
-    for name, value in _tensors(drawn):
+    found = drawn(target.contract.name, case.name, target.device, variant)
+    own: dict[str, Any] = dict(found)
+    for name, value in _tensors(found):
         copy = torch.empty(0, dtype=value.dtype, device=value.device)
         storage = _storage(value).clone().untyped_storage()
         own[name] = copy.set_(storage, value.storage_offset(), value.shape, value.stride())
@@ -104,7 +104,7 @@ def _inputs(target: Subject, case: Case, variant: int = 0) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _expected(op: str, case_name: str, device: torch.device, variant: int) -> tuple[Tensor, ...]:
     # Several checks of one case need it, and it is the slowest thing here.
-    return oracle.expected(op, _drawn(op, case_name, device, variant))
+    return oracle.expected(op, drawn(op, case_name, device, variant))
 
 
 def errors(
@@ -204,7 +204,11 @@ def check_refusal(target: Subject, case: Case) -> None:
     answer = target.refusal(arguments)
     if answer is not None and not isinstance(answer, Reason):
         raise CheckFailed("refusal", f"{target.name}: {case.name}: refuses() gave {answer!r}, expected Reason or None")
-    without_values = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    # Tensor.to would close the gaps between rows.
+    without_values = {
+        k: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta") if isinstance(v, Tensor) else v
+        for k, v in arguments.items()
+    }
     try:
         again = target.refusal(without_values)
     except Exception as error:

@@ -119,7 +119,8 @@ class ProviderConformance:
         if check in checks.NEEDS_GPU and subject.device.type != "cuda":
             pytest.skip(f"{check} needs a GPU")
         case = next(case for case in CONTRACTS[op].cases if case.name == case_name)
-        if check != "refusal" and (reason := subject.refusal(CONTRACTS[op].inputs(case, subject.device))) is not None:
+        drawn = checks.drawn(op, case_name, subject.device, 0)
+        if check != "refusal" and (reason := subject.refusal(drawn)) is not None:
             pytest.skip(f"refused: {reason}")
         checks.CHECKS[check](subject, case)
 

@@ -1,0 +1,37 @@
+"""The provider over DeepGEMM: the indexer's logits and two GEMMs, whichever release line is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dsv4_backends import Implementation, ProviderSpec, Tier, hookimpl
+
+_HOMES = {
+    "mqa_logits": "indexer",
+    "paged_mqa_logits": "indexer",
+    "fp8_einsum": "projection",
+    "hc_prenorm_gemm": "hyper_connection",
+}
+
+
+@hookimpl
+def dsv4_providers() -> Iterable[ProviderSpec]:
+    yield ProviderSpec(
+        name="deep_gemm",
+        summary="DeepSeek's DeepGEMM, from any of the distributions that carry it",
+        tier=Tier.NATIVE,
+        requires=("triton>=3.6",),
+        hint="pip install 'dsv4-backends[triton]'",
+        probe="dsv4_backend_deep_gemm.probe:probe",
+        implementations=tuple(
+            Implementation(
+                op=op,
+                target=f"dsv4_backend_deep_gemm.{module}:{op}",
+                refuses=f"dsv4_backend_deep_gemm.{module}:{op}_refuses",
+                # What the adapter is written for; the probe says what the installed build has.
+                capability=(">=9.0",),
+                note="passed on compute capability 9.0; other architectures not run on hardware",
+            )
+            for op, module in _HOMES.items()
+        ),
+    )

@@ -1,0 +1,69 @@
+"""``hc_prenorm_gemm`` by DeepGEMM's ``tf32_hc_prenorm_gemm``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_backends import Reason
+
+from .probe import deep_gemm
+
+_BLOCK = 64
+_MAX_N = 32
+"""SM90's; SM100 takes 128, which no model asks for."""
+_ALIGNMENT = 16
+
+
+def hc_prenorm_gemm_refuses(
+    x: Tensor,
+    fn: Tensor,
+    *,
+    num_splits: int | None = None,
+    out: Tensor | None = None,
+    sqr_sum: Tensor | None = None,
+) -> Reason | None:
+    """Sizes that the kernel does not have."""
+    k, n = x.shape[1], fn.shape[0]
+    if k == 0 or k % _BLOCK:
+        return Reason("shape", f"needs k to be a multiple of 64 and not 0, this call has {k}")
+    if n == 0 or n % 8 or n > _MAX_N:
+        return Reason("shape", f"needs n to be 8, 16, 24 or 32, this call has {n}")
+    return None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    fits = x.stride(0) * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
+    return x if fits and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def hc_prenorm_gemm(
+    x: Tensor,
+    fn: Tensor,
+    *,
+    num_splits: int | None = None,
+    out: Tensor | None = None,
+    sqr_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``dsv4_backends.contract.hyper_connection``. Splits beyond the blocks of k are 0."""
+    m, k = x.shape
+    n = fn.shape[0]
+    lead = () if num_splits is None else (num_splits,)
+    mixes = torch.empty((*lead, m, n), dtype=torch.float32, device=x.device) if out is None else out
+    squares = torch.empty((*lead, m), dtype=torch.float32, device=x.device) if sqr_sum is None else sqr_sum
+    if m == 0:
+        return mixes, squares
+    direct = mixes.is_contiguous() and squares.is_contiguous() and mixes.data_ptr() % _ALIGNMENT == 0
+    d = mixes if direct else torch.empty_like(mixes, memory_format=torch.contiguous_format)
+    s = squares if direct else torch.empty_like(squares, memory_format=torch.contiguous_format)
+    splits = num_splits
+    if num_splits is not None and num_splits > k // _BLOCK:  # the kernel must not have a split without a block
+        splits = k // _BLOCK
+        d[splits:].zero_()
+        s[splits:].zero_()
+    used = (d, s) if splits == num_splits else (d[:splits], s[:splits])
+    deep_gemm().prenorm_gemm(_aligned(x), _aligned(fn), *used, splits)
+    if not direct:
+        mixes.copy_(d)
+        squares.copy_(s)
+    return mixes, squares

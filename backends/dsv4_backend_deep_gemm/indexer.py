@@ -1,0 +1,198 @@
+"""``mqa_logits`` and ``paged_mqa_logits`` by DeepGEMM's kernels of these names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_backends import Reason
+from dsv4_backends.steps import once_a_step
+
+from ._finish import finish
+from .probe import DeepGEMM, deep_gemm
+
+_HEADS = (32, 64)
+_HEAD_DIMS = (32, 64, 128)
+_ALIGNMENT = 16
+"""Bytes: what the tensor memory accelerator wants of addresses and strides."""
+
+
+def _head_refusal(heads: int, dim: int) -> Reason | None:
+    if heads > _HEADS[-1]:
+        return Reason("shape", f"needs at most {_HEADS[-1]} indexer heads, this call has {heads}")
+    if dim not in _HEAD_DIMS:
+        return Reason("shape", f"needs a head dimension of 32, 64 or 128, this call has {dim}")
+    return None
+
+
+def _padded_heads(q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous q and weights with a head count that the kernels have; added heads have weight 0."""
+    *rows, heads, dim = q.shape
+    wanted = next(count for count in _HEADS if count >= heads)
+    if wanted == heads:
+        return q.contiguous(), weights.contiguous()
+    wide = torch.zeros((*rows, wanted, dim), dtype=torch.uint8, device=q.device)  # zero as e4m3
+    wide[..., :heads, :] = q.view(torch.uint8)
+    return wide.view(q.dtype), torch.nn.functional.pad(weights, (0, wanted - heads))
+
+
+def _tensor(result: Any) -> Tensor:
+    # SGLang's builds go through tvm-ffi.
+    return result if isinstance(result, Tensor) else torch.utils.dlpack.from_dlpack(result)
+
+
+# ------------------------------------------------------------------------------------------------- contiguous
+
+
+def mqa_logits_refuses(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Reason | None:
+    """Head counts and dimensions that the kernels do not have."""
+    return _head_refusal(q.shape[1], q.shape[2])
+
+
+def _bounds(row_starts: Tensor, row_ends: Tensor, keys: int, width: int) -> tuple[Tensor, Tensor]:
+    """Bounds that the kernels can take.
+
+    They read them as unsigned numbers, loop from the one to the other without asking which is larger, and do not
+    look at the width of what they write.
+    """
+    starts = row_starts.clamp(0, keys)
+    if width < keys:
+        return starts, torch.clamp(row_ends.clamp(max=keys), starts, starts + width)
+    return starts, torch.clamp(row_ends.clamp(max=keys), min=starts)
+
+
+def mqa_logits(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See ``dsv4_backends.contract.indexer``. Heads are padded to 32 or 64.
+
+    DeepGEMM 2.5 and 2.6 clean the full form themselves. The compressed form is cleaned here; from 2.8 on the full
+    form is made from it.
+    """
+    m, n = q.shape[0], k.shape[0]
+    width = n if max_seqlen_k is None else max_seqlen_k
+    if m == 0 or n == 0 or width == 0:
+        empty = torch.empty((m, width), dtype=torch.float32, device=q.device) if out is None else out
+        return empty.fill_(-torch.inf)
+    library = deep_gemm()
+    q, weights = _padded_heads(q, weights)
+    k = k.contiguous()
+    if k_scale.data_ptr() % _ALIGNMENT:
+        k_scale = k_scale.clone()
+    starts, ends = once_a_step(
+        ("mqa_logits", n, width), (row_starts, row_ends), lambda: _bounds(row_starts, row_ends, n, width)
+    )
+    if library.cleans:
+        full = max_seqlen_k is None
+        found = library.mqa_logits(q, (k, k_scale), weights, starts, ends, full, 0 if full else width)
+        logits = _tensor(found)
+        if full:
+            return logits if out is None else out.copy_(logits)
+        return finish(logits, starts, ends, width, out=out)
+    logits = _tensor(library.mqa_logits((q, None), (k, k_scale), weights, starts, ends, width))
+    return finish(logits, starts, ends, width, shifted=max_seqlen_k is None, out=out)
+
+
+# ------------------------------------------------------------------------------------------------------ paged
+
+
+def paged_mqa_logits_refuses(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    *,
+    out: Tensor | None = None,
+) -> Reason | None:
+    """Head counts, dimensions and pages that the kernels do not have."""
+    if (reason := _head_refusal(q.shape[2], q.shape[3])) is not None:
+        return reason
+    sizes = (64,) if deep_gemm().cleans else (32, 64)
+    if k_cache.shape[1] not in sizes:
+        wanted = " or ".join(map(str, sizes))
+        return Reason("shape", f"needs pages of {wanted} keys, this call has {k_cache.shape[1]}")
+    if k_cache.shape[0] > 1 and k_cache.stride(0) % _ALIGNMENT:
+        return Reason("shape", f"needs pages at a multiple of 16 bytes, these are {k_cache.stride(0)} apart")
+    return None
+
+
+def _schedule(
+    library: DeepGEMM, context_lens: Tensor, requests: int, tokens: int, page_size: int, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths of the rows, lengths as the kernels take them, and the schedule that is made from these.
+
+    The kernels read no length but the last of a request, and write as far as it says.
+    """
+    lens = context_lens.clamp(0, limit)
+    rows = lens.reshape(-1)
+    if tokens == 1:  # perhaps of requests that were taken apart
+        bounds = rows if rows.shape[0] == requests else rows.repeat_interleave(requests // rows.shape[0])
+        bounds = bounds.view(requests, 1)
+    else:
+        longest = lens.view(requests, 1) if lens.dim() == 1 else lens.amax(1, keepdim=True)
+        bounds = longest.expand(requests, tokens).contiguous()
+    return rows, bounds, _tensor(library.schedule(bounds, page_size, library.num_sms()))
+
+
+def paged_mqa_logits(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See ``dsv4_backends.contract.indexer``. Heads are padded to 32 or 64.
+
+    Requests whose count of tokens has no kernel are taken apart into requests of one token. DeepGEMM's schedule is
+    made anew in every call, or once in a ``dsv4_backends.step()`` block.
+    """
+    b, next_n, _, dim = q.shape
+    pages, page_size = k_cache.shape[:2]
+    if b == 0 or max_context_len == 0 or pages == 0:
+        shape = (b * next_n, max_context_len)
+        empty = torch.empty(shape, dtype=torch.float32, device=q.device) if out is None else out
+        return empty.fill_(-torch.inf)
+    library = deep_gemm()
+    q, weights = _padded_heads(q, weights)
+    requests, tokens = b, next_n
+    if next_n not in ((1, 2) if library.cleans else (1, 2, 4)):
+        requests, tokens = b * next_n, 1
+        q = q.view(requests, 1, *q.shape[2:])
+        block_table = block_table.repeat_interleave(next_n, 0)
+    rows, lens, schedule = once_a_step(
+        ("paged_mqa_logits", requests, tokens, page_size, max_context_len),
+        (context_lens,),
+        lambda: _schedule(library, context_lens, requests, tokens, page_size, max_context_len),
+    )
+    stride = k_cache.stride(0) if pages > 1 else page_size * (dim + 4)
+    cache = k_cache.as_strided((pages, page_size, 1, dim + 4), (stride, dim + 4, dim + 4, 1))
+    if library.cleans:
+        found = library.paged_mqa_logits(q, cache, weights, lens, block_table, schedule, max_context_len, False)
+    else:
+        found = library.paged_mqa_logits((q, None), cache, weights, lens, block_table, schedule, max_context_len)
+    return finish(_tensor(found), None, rows, max_context_len, out=out)

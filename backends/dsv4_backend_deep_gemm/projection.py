@@ -1,0 +1,90 @@
+"""``fp8_einsum`` by DeepGEMM's function of this name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_backends import Reason
+from dsv4_backends.contract import layouts
+
+from .probe import deep_gemm
+
+_EXPRESSION = "bhr,hdr->bhd"
+_BLOCK = 128
+_TOKENS = 4
+"""Scales stand with the tokens contiguous, padded to 16 bytes."""
+_ALIGNMENT = 16
+_BLOCKWISE = (1, 128, 128)
+_ROWWISE = (1, 1, 128)
+
+
+def _blackwell(x: Tensor) -> bool:
+    """Whether scales become exponents on the way into the tensor cores. Not run on hardware."""
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device)[0] >= 10
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
+
+
+def fp8_einsum_refuses(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: Tensor | None = None
+) -> Reason | None:
+    """Widths that are not whole blocks, and scales that the kernels of the architecture do not have."""
+    r, d = x.shape[2], w.shape[1]
+    if r % _BLOCK or d % _BLOCK:
+        return Reason("shape", f"needs r and d to be multiples of 128, this call has {r} and {d}")
+    rowwise = w_scale.shape[1] != d // _BLOCK
+    if not _blackwell(x):
+        return Reason("shape", "needs a scale for each 128 rows of w, this call has one for each") if rowwise else None
+    if torch.float32 in (x_scale.dtype, w_scale.dtype):
+        # They would be cut to their exponents.
+        return Reason("shape", "needs power-of-two scales on this GPU: e8m0, or packed in int32; these are float32")
+    if rowwise and not x_scale.dtype == w_scale.dtype == torch.int32:
+        return Reason("shape", "needs scales packed in int32 where each row of w has its own")
+    return None
+
+
+def _fp32(scale: Tensor, blocks: int) -> Tensor:
+    """A scale of the contract as fp32, one for each block. Exact, for code 0 (2^-127) and 255 (NaN) too."""
+    if scale.dtype == torch.int32:
+        codes = layouts.e8m0_unpack(scale.contiguous())[..., :blocks]
+        return layouts.e8m0_decode(codes)
+    return scale.float()
+
+
+def _tokens_contiguous(scale: Tensor) -> Tensor:
+    """``[b, h, blocks]`` with b contiguous and padded, as engines write it: the library then uses it as it is."""
+    b, h, blocks = scale.shape
+    padded = b + -b % _TOKENS
+    if scale.stride() == (1, blocks * padded, padded):
+        return scale
+    wide = torch.empty((h, blocks, padded), dtype=scale.dtype, device=scale.device)[..., :b].permute(2, 0, 1)
+    return wide.copy_(scale)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    fits = all(stride % _ALIGNMENT == 0 for stride in x.stride()[:2]) and x.data_ptr() % _ALIGNMENT == 0
+    return x if fits else x.contiguous()
+
+
+def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See ``dsv4_backends.contract.projection``."""
+    b, h, r = x.shape
+    d = w.shape[1]
+    wanted = torch.empty((b, h, d), dtype=torch.bfloat16, device=x.device) if out is None else out
+    if b == 0 or r == 0:
+        return wanted.zero_()
+    if w_scale.shape[1] == d // _BLOCK:
+        recipe = _BLOCKWISE
+        sfa = _tokens_contiguous(_fp32(x_scale, r // _BLOCK))
+        sfb = _fp32(w_scale, r // _BLOCK).contiguous()
+    else:  # packed, on Blackwell
+        recipe = _ROWWISE
+        sfa = _tokens_contiguous(x_scale)
+        # Rows of a group contiguous and padded, like the tokens.
+        sfb = _tokens_contiguous(w_scale.transpose(0, 1)).transpose(0, 1)
+    # The kernel stores through the tensor memory accelerator.
+    direct = all(stride % 8 == 0 for stride in wanted.stride()[:2]) and wanted.data_ptr() % _ALIGNMENT == 0
+    target = wanted if direct else torch.empty((b, h, d), dtype=torch.bfloat16, device=x.device)
+    deep_gemm().einsum(_EXPRESSION, (_aligned(x), sfa), (_aligned(w), sfb), target, None, recipe)
+    return wanted if direct else wanted.copy_(target)

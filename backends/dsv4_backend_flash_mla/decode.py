@@ -1,0 +1,126 @@
+"""``sparse_mla_decode`` by ``flash_mla_with_kvcache``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_backends import Reason
+from dsv4_backends.contract.layouts import KV_BYTES
+from dsv4_backends.steps import once_a_step
+
+from ._padding import ALIGNMENT, heads_for, padded_heads, padded_indices, padded_sink
+from .probe import flash_mla
+
+_TOPK_MULTIPLE = 64
+_BLACKWELL_PAGE = 576
+
+
+def refuses(
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    *,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Reason | None:
+    """Pages that do not begin where the kernels can read 16 bytes."""
+    for name, cache in (("k_cache", k_cache), ("extra_k_cache", extra_k_cache)):
+        if cache is not None and cache.shape[0] > 1:
+            # Not run on hardware: on SM100 the distance between pages must be a multiple of 576.
+            multiple = _BLACKWELL_PAGE if _major(cache) >= 10 else ALIGNMENT
+            if cache.stride(0) % multiple:
+                message = f"{name}: needs pages at a multiple of {multiple} bytes, these are {cache.stride(0)} apart"
+                return Reason("shape", message, "pad each page, e.g. to a multiple of 576 bytes")
+    return None
+
+
+def _major(cache: Tensor) -> int:
+    if cache.is_cuda:
+        return torch.cuda.get_device_capability(cache.device)[0]
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
+
+
+def _scope(cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """A cache and its indices as the kernels want them."""
+    pages, page_size = cache.shape[:2]
+    if pages == 0:  # an index of -1 still reads slot 0
+        cache, pages = cache.new_zeros((1, page_size, KV_BYTES)), 1
+    # Strides of dimensions of size 1 are free in torch, and FlashMLA looks at them.
+    stride = page_size * KV_BYTES if pages == 1 else cache.stride(0)
+    cache = cache.as_strided((pages, page_size, 1, KV_BYTES), (stride, KV_BYTES, KV_BYTES, 1))
+    return cache, padded_indices(indices, _TOPK_MULTIPLE)
+
+
+def sparse_mla_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    *,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``dsv4_backends.contract.sparse_mla``. Heads are padded to 64 or 128, indices to multiples of 64.
+
+    FlashMLA's schedule is made anew in every call, or once in a ``dsv4_backends.step()`` block.
+    """
+    b, s_q, count, _ = q.shape
+    if b == 0 or s_q == 0:
+        result = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out
+        return result, torch.empty((b, s_q, count), dtype=torch.float32, device=q.device)
+    library = flash_mla()
+    heads = heads_for(count)
+    k_cache, indices = _scope(k_cache, indices)
+    if extra_k_cache is not None and extra_indices is not None and extra_indices.shape[-1] > 0:
+        extra_k_cache, extra_indices = _scope(extra_k_cache, extra_indices)
+        shape: tuple[int, ...] = (extra_k_cache.shape[1], extra_indices.shape[-1])
+    else:  # a scope without entries adds nothing
+        extra_k_cache, extra_indices, extra_topk_length, shape = None, None, None, ()
+    schedule = once_a_step(
+        ("flash_mla", b, s_q, heads, k_cache.shape[1], indices.shape[-1], *shape, q.device),
+        (topk_length, extra_topk_length),
+        lambda: library.metadata()[0],  # empty; the first call with it fills it
+    )
+    options: dict[str, Any] = dict(library.decode_options)
+    direct = out is not None and library.decode_out and heads == count and out.is_contiguous()
+    if direct:
+        options["out"] = out
+    result, lse = library.decode(
+        padded_heads(q, heads),
+        k_cache,
+        None,
+        None,
+        512,
+        schedule,
+        None,
+        sm_scale,
+        False,
+        True,
+        indices,
+        padded_sink(attn_sink, heads),
+        extra_k_cache,
+        extra_indices,
+        topk_length,
+        extra_topk_length,
+        **options,
+    )
+    lse = lse.transpose(1, 2)
+    if heads != count:
+        result, lse = result[:, :, :count], lse[:, :, :count]
+    if lse.stride(-1) != 1:
+        lse = lse.contiguous()
+    if out is not None and not direct:
+        out.copy_(result)
+    return result if out is None else out, lse

@@ -1,0 +1,135 @@
+"""What is installed of the libraries that providers adapt: their probes run, here or in a child process.
+
+A probe without ``load`` reads metadata and files, so it runs in this process whenever a choice is made. With ``load``
+it imports the library, which can crash, print, take seconds or create a CUDA context. So that happens in this process
+only when a call is about to use the library, and in a child for the commands that tell people about it; and in neither
+case while anything cheaper speaks against the provider.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+from .contract.names import OPS
+from .libraries import words
+from .machine import Device
+from .policy import Policy
+from .provider import Build, ProviderSpec, Reason
+from .resolve import Resolution, resolve
+
+Builds = Mapping[str, Build]
+
+_TIMEOUT = 300
+_CHILD = f"from {__name__} import _child; _child()"
+
+
+def _failed(message: str) -> Builds:
+    """The same reason for every op: a probe that fails must not take the choice down with it."""
+    return {op: Build(reasons=(Reason("probe-failed", message),)) for op in OPS}
+
+
+@lru_cache(maxsize=32)
+def _probe(target: str, load: bool) -> Builds:
+    module, _, name = target.partition(":")
+    try:
+        found: Builds = getattr(importlib.import_module(module), name)(load)
+        if all(isinstance(build, Build) for build in found.values()):
+            return dict(found)
+        return _failed(f"the probe {target} did not return Build objects")
+    except (Exception, SystemExit) as error:
+        return _failed(f"the probe {target} raised {words(error)}")
+
+
+def look(provider: ProviderSpec) -> Builds:
+    """What metadata and files say. Nothing of the library is imported."""
+    return _probe(provider.probe, False) if provider.probe else {}
+
+
+def load(provider: ProviderSpec) -> Builds:
+    """What an import of the library in this process says."""
+    return _probe(provider.probe, True) if provider.probe else {}
+
+
+def load_apart(provider: ProviderSpec) -> Builds:
+    """What an import of the library in a child process says."""
+    return _ask_child(provider.probe) if provider.probe else {}
+
+
+def forget() -> None:
+    """The next question looks anew."""
+    _probe.cache_clear()
+    _ask_child.cache_clear()
+
+
+@lru_cache(maxsize=32)
+def _ask_child(target: str) -> Builds:
+    # The child sees what this process sees, also where sys.path was changed.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD, target], capture_output=True, text=True, timeout=_TIMEOUT, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return _failed(f"the library was not imported within {_TIMEOUT} s")
+    except OSError as error:
+        return _failed(f"no child process could be started: {words(error)}")
+    if child.returncode:
+        last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+        message = f"the process that imported the library ended with {how}: {last}"
+        return {op: Build(reasons=(Reason("library-load", message),)) for op in OPS}
+    try:
+        return {op: _from_json(build) for op, build in json.loads(child.stdout).items()}
+    except (ValueError, TypeError, KeyError) as error:
+        return _failed(f"the child process answered nonsense: {words(error)}")
+
+
+def _child() -> None:
+    # Libraries print, from C as well; only the answer may reach the pipe.
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    found = _probe(sys.argv[1], True)
+    os.write(pipe, json.dumps({op: asdict(build) for op, build in found.items()}).encode())
+    sys.stdout.flush()
+    # A library's own clean-up may crash, which is not what was asked.
+    os._exit(0)
+
+
+def _from_json(build: dict[str, Any]) -> Build:
+    claim = build["capability"]
+    return Build(
+        name=build["name"],
+        owners=tuple(build["owners"]),
+        capability=None if claim is None else tuple(claim),
+        reasons=tuple(Reason(**reason) for reason in build["reasons"]),
+    )
+
+
+def choose(
+    op: str,
+    device: Device,
+    installed: Mapping[str, str],
+    providers: Iterable[ProviderSpec],
+    policy: Policy,
+    ask: Callable[[ProviderSpec], Builds] | None = None,
+) -> Resolution:
+    """``resolve`` with what probes find out.
+
+    Args:
+        ask: ``load`` or ``load_apart``, for every provider that nothing cheaper refuses; None: import no library.
+    """
+    providers = tuple(providers)
+    builds = {provider.name: look(provider) for provider in providers if provider.probe}
+    resolution = resolve(op, device, installed, providers, policy, builds=builds)
+    if ask is None:
+        return resolution
+    asked = {c.name: ask(c.provider) for c in resolution.accepted if c.provider.probe}
+    return resolve(op, device, installed, providers, policy, builds=builds | asked) if asked else resolution

@@ -1,0 +1,46 @@
+"""Stand-ins for DeepGEMM and FlashMLA on a machine that cannot run them.
+
+Each has the parameters of one real release line, in the form in which that line has them (a Python function, a pybind11
+function, a ``torch.ops`` function), asserts what the real one asserts or silently counts on, computes with the oracle,
+and leaves garbage where the real one leaves memory as it was. ``install`` makes a distribution of one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def install(
+    place: Path,
+    distribution: str,
+    version: str,
+    package: str,
+    source: str,
+    *,
+    headers: tuple[str, ...] = (),
+    compiled: bytes | None = None,
+) -> None:
+    """Write a package and its metadata as pip would have, under ``place``.
+
+    Args:
+        package: Its import name, perhaps with dots.
+        source: Its ``__init__.py``.
+        headers: Names of the kernel headers that DeepGEMM ships.
+        compiled: Content of its compiled file.
+    """
+    folder = place.joinpath(*package.split("."))
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in folder.relative_to(place).parents:
+        if parent.name:
+            (place / parent / "__init__.py").touch()
+    (folder / "__init__.py").write_text(source)
+    impls = folder / "include" / "deep_gemm" / "impls"
+    impls.mkdir(parents=True, exist_ok=True)
+    for header in headers:
+        (impls / header).touch()
+    if compiled is not None:
+        (folder / "cuda.cpython-312-x86_64-linux-gnu.so").write_bytes(compiled)
+    if distribution:
+        info = place / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")

@@ -1,0 +1,275 @@
+"""The adapters over DeepGEMM and FlashMLA keep the contract, over stand-ins for every release line of the libraries."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import dsv4_backend_deep_gemm
+import dsv4_backend_flash_mla
+import pytest
+import torch
+from dsv4_backend_deep_gemm import probe as deep_gemm_probe
+from dsv4_backend_flash_mla import probe as flash_mla_probe
+from extremes import check_bounds, check_lengths
+from fakes import deep_gemm as fake_deep_gemm
+from fakes import flash_mla as fake_flash_mla
+
+from dsv4_backends import CONTRACTS, Reason, step
+from dsv4_backends.contract import layouts
+from dsv4_backends.contract.op import Case
+from dsv4_backends.ops import load_implementation
+from dsv4_backends.testing import checks, numerics, oracle
+
+CPU = torch.device("cpu")
+LINES = [("deep_gemm", line) for line in fake_deep_gemm.LINES] + [("flash_mla", line) for line in fake_flash_mla.LINES]
+PACKAGES = {"deep_gemm": dsv4_backend_deep_gemm, "flash_mla": dsv4_backend_flash_mla}
+FAKES: dict[str, Any] = {"deep_gemm": fake_deep_gemm, "flash_mla": fake_flash_mla}
+MORE_CASES = {
+    "sparse_mla_prefill": ("flash tp8",),
+    "sparse_mla_decode": ("flash tp8 mtp", "window page"),
+    "mqa_logits": ("v4", "v4 batch compressed"),
+    "paged_mqa_logits": ("v4 two tokens", "v4 four tokens", "v4 page 32"),
+    "fp8_einsum": ("flash tp8", "flash packed"),
+    "hc_prenorm_gemm": ("flash m=1", "flash m=1 splits=16"),
+}
+REFUSED = {"v4 page 32": ("tokenspeed", "sgl"), "flash packed": tuple(fake_deep_gemm.LINES)}
+"""What V4's sizes are refused by, on Hopper; everything else must be served."""
+CHECKS = ("refusal", "fake", "stride", "inputs", "written", "fresh")
+"""What they leave out is what they contain (the numbers), or about a real kernel (the same bits twice)."""
+
+
+def _forget() -> None:
+    deep_gemm_probe.deep_gemm.cache_clear()
+    flash_mla_probe.flash_mla.cache_clear()
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``use(library, line)``: the module of that name is the stand-in of that line."""
+
+    def put(library: str, line: str, **options: Any) -> None:
+        module = ModuleType(library)
+        module.__dict__.update(FAKES[library].LINES[line](**options))
+        monkeypatch.setitem(sys.modules, library, module)
+        _forget()
+
+    yield put
+    _forget()
+
+
+def subject(library: str, op: str) -> checks.Subject:
+    (spec,) = PACKAGES[library].dsv4_providers()
+    implementation = next(i for i in spec.implementations if i.op == op)
+    function = load_implementation(op, implementation.target)
+    refuses = None if implementation.refuses is None else load_implementation(op, implementation.refuses)
+    return checks.Subject(library, CONTRACTS[op], implementation, function, refuses, CPU)
+
+
+def ops_of(library: str) -> list[str]:
+    (spec,) = PACKAGES[library].dsv4_providers()
+    return [i.op for i in spec.implementations]
+
+
+def cases_of(op: str) -> list[Case]:
+    named = [case for case in CONTRACTS[op].cases if case.name in MORE_CASES[op]]
+    assert len(named) == len(MORE_CASES[op])
+    return [*CONTRACTS[op].at_level("smoke"), *named]
+
+
+ALL = [
+    pytest.param(library, line, op, case, id=f"{line}-{op}-{case.name}".replace(" ", "_"))
+    for library, line in LINES
+    for op in ops_of(library)
+    for case in cases_of(op)
+]
+
+
+@pytest.mark.parametrize(("library", "line", "op", "case"), ALL)
+def test_contract(use: Callable[..., None], library: str, line: str, op: str, case: Case) -> None:
+    """Every check on the cases of level smoke; the numbers alone on V4's own sizes."""
+    use(library, line)
+    target = subject(library, op)
+    smoke = case.level == "smoke"
+    if target.refusal(target.contract.inputs(case, CPU)) is not None:
+        assert smoke or line in REFUSED[case.name]
+        checks.check_refusal(target, case)
+        return
+    for name in CHECKS if smoke else ("numerics",):
+        checks.CHECKS[name](target, case)
+
+
+@pytest.mark.parametrize(("library", "line"), LINES)
+def test_enough_is_served(use: Callable[..., None], library: str, line: str) -> None:
+    """Refusals must not eat the tests: of each op most cases of level smoke with work in them are served."""
+    use(library, line)
+    for op in ops_of(library):
+        target = subject(library, op)
+        cases = target.contract.at_level("smoke")
+        served = [case.name for case in cases if target.refusal(target.contract.inputs(case, CPU)) is None]
+        assert len(served) * 2 >= len(cases), (op, served)
+
+
+@pytest.mark.parametrize("line", fake_deep_gemm.LINES)
+@pytest.mark.parametrize("compressed", [None, 7])
+def test_bounds_that_the_kernels_cannot_take(use: Callable[..., None], line: str, compressed: int | None) -> None:
+    use("deep_gemm", line)
+    check_bounds(subject("deep_gemm", "mqa_logits"), compressed)
+
+
+@pytest.mark.parametrize("line", fake_deep_gemm.LINES)
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5])
+def test_lengths_of_any_order(use: Callable[..., None], line: str, next_n: int) -> None:
+    use("deep_gemm", line)
+    check_lengths(subject("deep_gemm", "paged_mqa_logits"), next_n)
+
+
+def test_schedule_is_kept_in_a_step_and_never_stale(use: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    use("deep_gemm", "sgl")
+    calls = []
+    module = sys.modules["deep_gemm"]
+    made_by = module.get_paged_mqa_logits_metadata  # type: ignore[attr-defined]
+
+    def get_paged_mqa_logits_metadata(context_lens, block_kv, num_sms, indices=None):  # type: ignore[no-untyped-def]
+        calls.append(len(context_lens))
+        return made_by(context_lens, block_kv, num_sms, indices)
+
+    monkeypatch.setattr(module, "get_paged_mqa_logits_metadata", get_paged_mqa_logits_metadata)
+    _forget()
+    target = subject("deep_gemm", "paged_mqa_logits")
+    made = target.contract.inputs(next(c for c in target.contract.cases if c.name == "two tokens"), CPU)
+
+    def right() -> bool:
+        (want,) = oracle.paged_mqa_logits(**made)
+        return numerics.compare(target.run(made)[0], want, target.contract.tolerances["out"]).ok
+
+    assert right()
+    assert right()
+    assert len(calls) == 2  # nobody said that the lengths stay
+    with step():
+        assert right()
+        assert right()
+        assert len(calls) == 3
+        made["context_lens"] -= 1  # noticed although it breaks the promise
+        assert right()
+        assert len(calls) == 4
+        made["context_lens"] = made["context_lens"].clone()
+        assert right()
+        with step():  # a block of its own
+            assert right()
+        assert len(calls) == 6
+    assert right()
+    assert len(calls) == 7
+
+
+def test_flash_mla_schedule_in_a_step(use: Callable[..., None]) -> None:
+    """The stand-in asserts that shapes and lengths are those that the schedule was made for."""
+    use("flash_mla", "source")
+    target = subject("flash_mla", "sparse_mla_decode")
+    case = next(c for c in target.contract.cases if c.name == "lengths")
+    made = target.contract.inputs(case, CPU)
+    made_by, calls = sys.modules["flash_mla"].get_mla_metadata, []  # type: ignore[attr-defined]
+
+    def get_mla_metadata() -> Any:
+        calls.append(1)
+        return made_by()
+
+    sys.modules["flash_mla"].get_mla_metadata = get_mla_metadata  # type: ignore[attr-defined]
+    _forget()
+    with step():
+        target.run(made)
+        target.run(made)
+        assert len(calls) == 1
+        target.run({**made, "extra_topk_length": made["extra_topk_length"].clone()})
+        target.run({**made, "topk_length": made["topk_length"].clone()})
+        made["topk_length"] //= 2
+        target.run(made)
+        assert len(calls) == 4
+    target.run(made)
+    assert len(calls) == 5
+
+
+def test_blackwell_scales(use: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules of SM100, by stand-ins only: not run on hardware. Scales become exponents there."""
+    use("deep_gemm", "vllm", arch=10)
+    projection = importlib.import_module("dsv4_backend_deep_gemm.projection")
+    monkeypatch.setattr(projection, "_blackwell", lambda x: True)
+    target = subject("deep_gemm", "fp8_einsum")
+    served = set()
+    for case in target.contract.at_level("smoke"):
+        made = target.contract.inputs(case, CPU)
+        if (reason := target.refusal(made)) is not None:
+            assert isinstance(reason, Reason)
+            continue
+        served.add(case.name)
+        (want,) = oracle.fp8_einsum(**made)
+        assert numerics.compare(target.run(made)[0], want, target.contract.tolerances["out"]).ok, case.name
+    assert served == {"e8m0", "packed"}
+    made = target.contract.make(
+        CPU, torch.Generator().manual_seed(0), b=5, h=2, r=640, d=256, scales="packed", per_row=True
+    )
+    assert target.refusal(made) is None
+    (want,) = oracle.fp8_einsum(**made)
+    assert numerics.compare(target.run(made)[0], want, target.contract.tolerances["out"]).ok
+
+
+def test_blackwell_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = importlib.import_module("dsv4_backend_flash_mla.decode")
+    target = subject("flash_mla", "sparse_mla_decode")
+    made = target.contract.inputs(next(c for c in target.contract.cases if c.name == "small"), CPU)
+    assert target.refusal(made) is None
+    cache = torch.zeros((3, 4 * 584 + 16), dtype=torch.uint8).as_strided((3, 4, 584), (4 * 584 + 16, 584, 1))
+    assert target.refusal({**made, "k_cache": cache}) is None
+    monkeypatch.setattr(decode, "_major", lambda cache: 10)
+    assert target.refusal(made) is None
+    assert "multiple of 576" in str(target.refusal({**made, "k_cache": cache}))
+
+
+@pytest.mark.parametrize("line", fake_deep_gemm.LINES)
+def test_extreme_scale_codes(use: Callable[..., None], line: str) -> None:
+    """E8M0 code 0 is 2^-127 and 255 is NaN, in both dtypes that carry codes."""
+    use("deep_gemm", line)
+    target = subject("deep_gemm", "fp8_einsum")
+    made = target.contract.inputs(next(c for c in target.contract.cases if c.name == "small"), CPU)
+    codes = torch.zeros((3, 2, 2), dtype=torch.uint8)
+    codes[2, 1, 1] = 255
+    for pack in (lambda c: c.view(torch.float8_e8m0fnu), layouts.e8m0_pack):
+        scaled = {**made, "x_scale": pack(codes), "w_scale": pack(torch.full((2, 1, 2), 227, dtype=torch.uint8))}
+        (want,) = oracle.fp8_einsum(**scaled)
+        assert want.isnan().any()
+        assert want[0].abs().max() > 0
+        assert numerics.compare(target.run(scaled)[0], want, target.contract.tolerances["out"]).ok
+
+
+def test_finish_kernel_in_the_interpreter() -> None:
+    """The kernel that cleans agrees with the PyTorch code that stands in for it on a CPU."""
+    code = """
+import torch
+from dsv4_backend_deep_gemm import _finish
+assert _finish._INTERPRETED
+g = torch.Generator().manual_seed(0)
+for rows, groups, width in ((3, 3, 10), (4, 2, 5000), (6, 3, 300), (1, 1, 1)):
+    ends = torch.randint(0, width + 1, (groups,), generator=g).int()
+    starts = (ends * torch.rand(groups, generator=g)).int()
+    wide = torch.randn(rows, width + 7, generator=g)[:, :width]
+    for begin in (None, starts):
+        for shifted in (False, True):
+            for out in (False, True):
+                results = []
+                for interpreted in (True, False):
+                    _finish._INTERPRETED = interpreted
+                    buffer = torch.full((rows, width + 3), 7.0)[:, :width] if out else None
+                    source = wide.clone()
+                    made = _finish.finish(source, begin, ends, width, shifted=shifted, out=buffer)
+                    assert not out or made is buffer
+                    results.append(made)
+                assert torch.equal(*results), (rows, width, begin is None, shifted, out)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,104 @@
+"""Run tests/native_suite.py over the installed DeepGEMM and FlashMLA and keep what came of every test.
+
+Usage: python tools/native_conformance.py [--level full] [--jobs 8] [--only deep_gemm] [--json FILE]
+
+Needs a GPU and pytest; with --jobs also pytest-xdist. An interrupt (SIGINT) ends it early: the file then says that it
+is not complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4_backends import builds, plugins
+from dsv4_backends.machine import probe
+from dsv4_backends.report import machine_json
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {"deep_gemm": "DeepGemm or deep_gemm", "flash_mla": "FlashMla or flash_mla"}
+EVERY = 100
+
+
+class Kept:
+    """Every report of pytest, counted; failures with their messages, skips with their reasons."""
+
+    def __init__(self, result: dict[str, Any], file: Path | None) -> None:
+        self.result, self.file, self.start, self.seen = result, file, time.monotonic(), 0
+        self.counts: collections.Counter[str] = collections.Counter(passed=0, failed=0, skipped=0)
+        self.skips: collections.Counter[str] = collections.Counter()
+        self.failures: list[dict[str, str]] = []
+        self.slowest: list[tuple[float, str]] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call":
+            self.slowest = sorted([*self.slowest, (round(report.duration, 1), report.nodeid)], reverse=True)[:10]
+        if report.failed:
+            self.failed(report)
+        elif report.skipped:
+            self.counts["skipped"] += 1
+            said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self.skips[re.sub(r"\d+", "N", said.removeprefix("Skipped: "))] += 1
+        elif report.when == "call":
+            self.counts["passed"] += 1
+        self.seen += 1
+        if self.seen % EVERY == 0:
+            self.write()
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed(report)
+
+    def failed(self, report: Any) -> None:
+        self.counts["failed"] += 1
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = " ".join(str(crash.message if crash else report.longrepr).split())
+        self.failures.append({"test": report.nodeid, "message": message[:1000]})
+
+    def write(self, complete: bool = False) -> None:
+        self.result |= {"complete": complete, "seconds": round(time.monotonic() - self.start, 1)}
+        self.result |= {"counts": dict(self.counts), "failures": self.failures}
+        self.result |= {"skips": dict(self.skips.most_common()), "slowest": self.slowest}
+        if self.file:
+            self.file.write_text(json.dumps(self.result, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--level", default="full")
+    parser.add_argument("--jobs", type=int, default=0, help="processes; 0: this one")
+    parser.add_argument("--only", choices=TESTS, action="append", help="this provider; may be given twice")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    names = arguments.only or list(TESTS)
+    found = {spec.name: builds.look(spec) for spec in plugins.load().providers if spec.name in names}
+    result: dict[str, Any] = {
+        "command": f"python tools/native_conformance.py --level {arguments.level}",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine_json(probe()),
+        "libraries": {name: next(iter(by_op.values())).name for name, by_op in found.items()},
+        "level": arguments.level,
+    }
+    os.environ["DSV4_BACKENDS_LEVEL"] = arguments.level
+    options = ["-q", "-rfE", "-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+    if arguments.jobs:
+        options += ["-n", str(arguments.jobs), "--dist", "worksteal"]
+    kept = Kept(result, arguments.json)
+    chosen = " or ".join(TESTS[name] for name in names)
+    status = pytest.main([str(ROOT / "tests" / "native_suite.py"), "-k", chosen, *options], plugins=[kept])
+    kept.write(complete=status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
+    print(json.dumps({"libraries": result["libraries"], **kept.counts, "complete": result["complete"]}))
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

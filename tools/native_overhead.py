@@ -1,0 +1,234 @@
+"""What the adapters over DeepGEMM and FlashMLA add to calling the library directly, on a Hopper GPU.
+
+For V4's sizes, of whichever library is installed. Ways of using it are compared like with like: ``call``, where
+everything is made anew in every call (directly: metadata in the call), and for the ops that plan from lengths also
+``step``, where these are promised to stay (``dsv4_backends.step()``; directly: metadata made beforehand).
+
+GPU time: CUDA graphs of one and of nine calls, with the L2 flushed before each call; the difference between the two,
+over eight, without the flush. The flush reads: what it wrote would be written back while a call is timed. Host time:
+CPU time of the thread for eager calls, which other processes do not inflate. ``public`` is the same call through
+``dsv4_backends.ops``.
+
+Usage: python tools/native_overhead.py [--only PROVIDER] [--op OP] [--jobs N] [--json FILE]
+
+With --jobs, as many processes first make every call once, so that DeepGEMM compiles its kernels side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import native_calls
+
+from dsv4_backends import CONTRACTS, ops, step, use_providers
+from dsv4_backends.machine import probe
+from dsv4_backends.report import machine_json
+from dsv4_backends.testing import checks
+
+MORE, ROUNDS = 8, 21
+HOST_CALLS, HOST_REPEATS = 60, 5
+HOST_GPU_US = 20_000
+"""Of long kernels fewer calls are queued: what the host does for one does not depend on them."""
+PROVIDERS = {op: "flash_mla" if op.startswith("sparse_mla") else "deep_gemm" for op in CONTRACTS}
+PLANNED = ("mqa_logits", "paged_mqa_logits", "sparse_mla_decode")
+"""What depends on lengths, and so on ``step()``."""
+COMPILED = ("fp8_einsum", "hc_prenorm_gemm")
+"""Where DeepGEMM compiles a kernel for almost every size."""
+FLUSH_FLOATS = 64 << 20
+
+PREFILL = {"s_kv": 32768, "invalid": "none"}
+FLASH_ATTENTION, PRO_ATTENTION = {"h_q": 64, "topk": 640}, {"h_q": 128, "topk": 1152}
+DECODE = {"s_q": 1, "topk": 128, "invalid": "none"}
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "sparse_mla_prefill": {
+        f"{name} s_q={s_q}": {"s_q": s_q, **sizes, **PREFILL}
+        for name, sizes in (
+            ("flash", FLASH_ATTENTION),
+            ("pro", PRO_ATTENTION),
+            ("flash-swa", {"h_q": 64, "topk": 128}),
+        )
+        for s_q in (512, 4096)
+    },
+    "sparse_mla_decode": {
+        f"{name} b={b}": {"b": b, "h_q": heads, "extra_topk": extra, **DECODE}
+        for name, heads, extra in (("flash", 64, 512), ("pro", 128, 1024))
+        for b in (1, 8, 32, 128)
+    },
+    "mqa_logits": {f"s_q={m} s_kv={n}": {"m": m, "n": n} for m, n in ((1024, 8192), (4096, 16384), (4096, 65536))},
+    "paged_mqa_logits": {
+        f"b={b} ctx={context}": {"b": b, "context": context, "lens": "full"}
+        for b, context in ((1, 16384), (32, 16384), (128, 4096), (64, 65536))
+    },
+    "fp8_einsum": {
+        f"{name} b={b}": {"b": b, "h": h, "r": 4096, "d": 1024}
+        for name, h in (("flash", 8), ("pro", 16))
+        for b in (1, 8, 32, 128, 4096)
+    },
+    "hc_prenorm_gemm": {
+        f"{name} m={m} num_splits={splits}": {"m": m, "k": k, "num_splits": splits}
+        for name, k in (("flash", 16384), ("pro", 28672))
+        for m, splits in ((1, 32), (32, 32), (128, 32), (1024, 8), (8192, 1))
+    },
+}
+"""The sizes that were measured when the libraries were first compared."""
+
+
+def captured(run: Callable[[], Any], flush: torch.Tensor, count: int, mode: str) -> torch.cuda.CUDAGraph:
+    """A graph of ``count`` flushes and calls; what is made once a step is made in the first of them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), step() if mode == "step" else contextlib.nullcontext():
+        for _ in range(count):
+            flush.amax()
+            run()
+    return graph
+
+
+def gpu_times(runs: dict[str, Callable[[], Any]], flush: torch.Tensor, mode: str) -> dict[str, float]:
+    """Microseconds of one call of each, interleaved."""
+    runs = {**runs, "nothing": lambda: None}
+    graphs = {(name, count): captured(run, flush, count, mode) for name, run in runs.items() for count in (1, 1 + MORE)}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in graphs}
+    for round_ in range(ROUNDS + 3):
+        for key, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if round_ >= 3:
+                times[key].append(start.elapsed_time(end) * 1e3)
+    each = {
+        name: (statistics.median(times[name, 1 + MORE]) - statistics.median(times[name, 1])) / MORE for name in runs
+    }
+    return {name: each[name] - each["nothing"] for name in runs if name != "nothing"}
+
+
+def host_times(runs: dict[str, Callable[[], Any]], mode: str, calls: int) -> dict[str, float]:
+    """Microseconds of the calling thread for one eager call of each, interleaved."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(HOST_REPEATS + 1):
+        for name, run in runs.items():
+            with step() if mode == "step" else contextlib.nullcontext():
+                run()
+                torch.cuda.synchronize()
+                start = time.thread_time()
+                for _ in range(calls):
+                    run()
+                spent = time.thread_time() - start
+            torch.cuda.synchronize()
+            if repeat:
+                times[name].append(spent / calls * 1e6)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def closures(op: str, made: dict[str, Any], mode: str) -> tuple[str, dict[str, Callable[[], Any]]]:
+    """The library's name, and the call made directly and through the adapter."""
+    target = checks.subject(PROVIDERS[op], op, "cuda")
+    if (reason := target.refusal(made)) is not None:
+        raise native_calls.Unsupported(f"the adapter refuses: {reason}")
+    fresh = mode == "call" and op in ("sparse_mla_decode", "paged_mqa_logits")
+    direct = native_calls.prepare(op, made, fresh_metadata=fresh)
+    return direct.library, {"direct": direct.run, "adapter": lambda: target.function(**made)}
+
+
+def measure(op: str, made: dict[str, Any], mode: str, flush: torch.Tensor) -> dict[str, Any]:
+    library, runs = closures(op, made, mode)
+    for run in runs.values():  # what compiles, compiles here
+        run()
+        run()
+    torch.cuda.synchronize()
+    gpu = gpu_times(runs, flush, mode)
+    public = getattr(ops, op)
+    calls = max(10, min(HOST_CALLS, int(HOST_GPU_US / max(gpu.values()))))
+    with use_providers({op: PROVIDERS[op]}):
+        host = host_times({**runs, "public": lambda: public(**made)}, mode, calls)
+    return {
+        "library": library,
+        "gpu_direct_us": gpu["direct"],
+        "gpu_adapter_us": gpu["adapter"],
+        "gpu_added_percent": 100 * (gpu["adapter"] / gpu["direct"] - 1),
+        **{f"host_{name}_us": value for name, value in host.items()},
+        "host_added_us": host["adapter"] - host["direct"],
+    }
+
+
+def draw(op: str, params: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments, drawn on the GPU: the largest take a minute on a CPU, and no test compares the values."""
+    device = torch.device("cuda")
+    try:
+        with device:
+            return CONTRACTS[op].make(device, torch.Generator(device).manual_seed(0), **params)
+    except RuntimeError:  # something in it insists on the CPU
+        return CONTRACTS[op].make(device, torch.Generator().manual_seed(0), **params)
+
+
+def call_once(part: int, parts: int, rows: list[tuple[str, str]]) -> None:
+    """Make every ``parts``-th call once; what cannot be called is told when it is measured."""
+    for op, case in rows[part::parts]:
+        with contextlib.suppress(Exception):
+            for run in closures(op, draw(op, ROWS[op][case]), "call")[1].values():
+                run()
+            torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(set(PROVIDERS.values())), action="append", help="may be given twice")
+    parser.add_argument("--op", choices=ROWS, action="append")
+    parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    chosen = [op for op in arguments.op or ROWS if PROVIDERS[op] in (arguments.only or PROVIDERS.values())]
+    compiled = [(op, case) for op in chosen if op in COMPILED for case in ROWS[op]]
+    if arguments.part is not None:
+        call_once(arguments.part, arguments.jobs, compiled)
+        return
+    if arguments.jobs:
+        start = time.monotonic()
+        command = [sys.executable, *sys.argv, "--part"]
+        for child in [subprocess.Popen([*command, str(part)]) for part in range(arguments.jobs)]:
+            child.wait()
+        print(f"{len(compiled)} calls made once in {time.monotonic() - start:.0f} s", flush=True)
+    flush = torch.zeros(FLUSH_FLOATS, device="cuda")
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        shown = row.get("error") or " ".join(f"{k} {v:.2f}" for k, v in row.items() if isinstance(v, float))
+        print(f"{row['op']:20} {row['case']:30} {row['mode']:4} {shown}", flush=True)
+        if arguments.json:
+            result = {"command": "python tools/native_overhead.py", "date": time.strftime("%Y-%m-%d", time.gmtime())}
+            result |= {"machine": machine_json(probe()), "rows": rows}
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    for op in chosen:
+        for case, params in ROWS[op].items():
+            made: dict[str, Any] = {}
+            for mode in ("step", "call") if op in PLANNED else ("call",):
+                row: dict[str, Any] = {"op": op, "case": case, "mode": mode}
+                try:
+                    made = made or draw(op, params)
+                    row |= measure(op, made, mode, flush)
+                except Exception as error:  # one failing row must not lose the others
+                    row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                keep(row)
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
