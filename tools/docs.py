@@ -451,6 +451,76 @@ def build_fields() -> str:
     return fields(provider.Build)
 
 
+def _matrices() -> list[dict[str, Any]]:
+    names = sorted(path.name for path in (ROOT / "docs" / "results").glob("compile-matrix-*.json"))
+    return sorted((_results(name) for name in names), key=lambda result: Version(result["triton"]))
+
+
+def _by_capability(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["capability"], []).append(row)
+    return found
+
+
+def matrix_summary() -> str:
+    rows = []
+    for result in _matrices():
+        for capability, made in _by_capability(result["rows"]).items():
+            whole = [row for row in made if not row["error"]]
+            rows.append(
+                (
+                    f"sm_{capability.replace('.', '')}",
+                    result["triton"],
+                    str(len(made)),
+                    str(len(made) - len(whole)),
+                    f"{max(row['shared'] for row in whole) / 1024:.1f} of {whole[0]['shared_limit'] / 1024:.0f}",
+                    str(max(row["registers"] for row in whole)),
+                    str(sum(row["stack"] > 0 for row in whole)),
+                    str(max(row["stack"] for row in whole)),
+                )
+            )
+    rows.sort(key=lambda row: int(row[0].removeprefix("sm_")))
+    header = (
+        "architecture",
+        "Triton",
+        "kernels",
+        "bad",
+        "most shared memory, KiB",
+        "most registers",
+        "with any stack",
+        "most stack, bytes a thread",
+    )
+    commands = " and ".join(sorted({f"`{result['command']}`" for result in _matrices()}))
+    dates = ", ".join(sorted({result["date"] for result in _matrices()}))
+    return f"Compiled on {dates}. To redo it: {commands}.\n\n{table(header, rows)}"
+
+
+def matrix_rows() -> str:
+    """One row for each kernel and architecture; what differs between the releases of Triton stands side by side."""
+    results = _matrices()
+    merged: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
+    for place, result in enumerate(results):
+        for row in result["rows"]:
+            key = (row["capability"], f"{row['kernel']} warps={row['warps']}")
+            merged.setdefault(key, [None] * len(results))[place] = row
+
+    def each(rows: list[dict[str, Any] | None], name: str) -> str:
+        values = [str(row[name]) if row and not row["error"] else "-" for row in rows]
+        return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+    header = ("kernel and constants", "shared memory, bytes", "registers", "stack, bytes")
+    parts = [" / ".join(f"Triton {result['triton']}" for result in results) + ", where they differ."]
+    for capability in sorted({capability for capability, _ in merged}, key=Version):
+        lines = [
+            (kernel, each(rows, "shared"), each(rows, "registers"), each(rows, "stack"))
+            for (where, kernel), rows in merged.items()
+            if where == capability
+        ]
+        parts += [f"### sm_{capability.replace('.', '')}", table(header, lines)]
+    return "\n\n".join(parts)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -467,6 +537,8 @@ PARTS: dict[str, Callable[[], str]] = {
         native_conformance,
         native_listings,
         native_overhead,
+        matrix_rows,
+        matrix_summary,
         ops,
         overhead,
         provider_fields,

@@ -43,7 +43,7 @@ for step in $steps; do
       timeout "${LIST_S:-60}" python3 -m dsv4_backends doctor > "$out/doctor-$line.txt"
       cat "$out/list-$line.txt" ;;
     suite)
-      timeout -s INT -k 20 "${SUITE_S:-280}" python3 tools/native_conformance.py --level "${LEVEL:-full}" --jobs "$jobs" \
+      timeout -s INT -k 20 "${SUITE_S:-280}" python3 tools/conformance.py --level "${LEVEL:-full}" --jobs "$jobs" \
         "${only[@]}" --json "$out/conformance-$line.json" > "$out/conformance-$line.txt" 2>&1
       tail -25 "$out/conformance-$line.txt" ;;
     overhead)

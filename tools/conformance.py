@@ -1,6 +1,6 @@
-"""Run tests/native_suite.py over the installed DeepGEMM and FlashMLA and keep what came of every test.
+"""Run a provider's suite on a GPU and keep what came of every test.
 
-Usage: python tools/native_conformance.py [--level full] [--jobs 8] [--only deep_gemm] [--json FILE]
+Usage: python tools/conformance.py [--level full] [--jobs 8] [--only PROVIDER] [--json FILE]
 
 Needs a GPU and pytest; with --jobs also pytest-xdist. An interrupt (SIGINT) ends it early: the file then says that it
 is not complete.
@@ -25,7 +25,8 @@ from dsv4_backends.machine import probe
 from dsv4_backends.report import machine_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {"deep_gemm": "DeepGemm or deep_gemm", "flash_mla": "FlashMla or flash_mla"}
+NATIVE = {"deep_gemm": "DeepGemm or deep_gemm", "flash_mla": "FlashMla or flash_mla"}
+"""The tests of each in tests/native_suite.py, for whichever library is installed."""
 EVERY = 100
 
 
@@ -76,13 +77,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--level", default="full")
     parser.add_argument("--jobs", type=int, default=0, help="processes; 0: this one")
-    parser.add_argument("--only", choices=TESTS, action="append", help="this provider; may be given twice")
+    only = ("triton", *NATIVE)
+    parser.add_argument("--only", choices=only, action="append", help="may be given twice; default: the native ones")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    names = arguments.only or list(TESTS)
-    found = {spec.name: builds.look(spec) for spec in plugins.load().providers if spec.name in names}
+    names = arguments.only or list(NATIVE)
+    found = {s.name: builds.look(s) for s in plugins.load().providers if s.name in names and s.probe}
+    simulated = os.environ.get("DSV4_BACKENDS_DEVICE", "")
+    words = [f"DSV4_BACKENDS_DEVICE={simulated}"] if simulated else []
+    words += ["python tools/conformance.py", f"--level {arguments.level}", *(f"--only {n}" for n in names)]
     result: dict[str, Any] = {
-        "command": f"python tools/native_conformance.py --level {arguments.level}",
+        "command": " ".join(words),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine_json(probe()),
         "libraries": {name: next(iter(by_op.values())).name for name, by_op in found.items()},
@@ -93,8 +98,11 @@ def main() -> int:
     if arguments.jobs:
         options += ["-n", str(arguments.jobs), "--dist", "worksteal"]
     kept = Kept(result, arguments.json)
-    chosen = " or ".join(TESTS[name] for name in names)
-    status = pytest.main([str(ROOT / "tests" / "native_suite.py"), "-k", chosen, *options], plugins=[kept])
+    files = ["triton_suite.py"] if "triton" in names else []
+    if chosen := " or ".join(NATIVE[name] for name in names if name in NATIVE):
+        files.append("native_suite.py")
+        options += ["-k", f"{chosen} or triton_suite"]
+    status = pytest.main([*(str(ROOT / "tests" / file) for file in files), *options], plugins=[kept])
     kept.write(complete=status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
     print(json.dumps({"libraries": result["libraries"], **kept.counts, "complete": result["complete"]}))
     return int(status)
