@@ -18,6 +18,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
+from . import measured
 from .contract.names import OPS
 from .libraries import words
 from .machine import Device
@@ -121,15 +122,18 @@ def choose(
     policy: Policy,
     ask: Callable[[ProviderSpec], Builds] | None = None,
 ) -> Resolution:
-    """``resolve`` with what probes find out.
+    """``resolve`` with what probes find out and what was measured on the architecture.
 
     Args:
         ask: ``load`` or ``load_apart``, for every provider that nothing cheaper refuses; None: import no library.
     """
     providers = tuple(providers)
     builds = {provider.name: look(provider) for provider in providers if provider.probe}
-    resolution = resolve(op, device, installed, providers, policy, builds=builds)
+    known = measured.preferences(device)
+    resolution = resolve(op, device, installed, providers, policy, builds=builds, preferences=known)
     if ask is None:
         return resolution
     asked = {c.name: ask(c.provider) for c in resolution.accepted if c.provider.probe}
-    return resolve(op, device, installed, providers, policy, builds=builds | asked) if asked else resolution
+    if not asked:
+        return resolution
+    return resolve(op, device, installed, providers, policy, builds=builds | asked, preferences=known)

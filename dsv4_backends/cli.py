@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -97,24 +98,31 @@ def _doctor(args: argparse.Namespace) -> int:
     return OK if all(f.ok for f in findings) else FINDING
 
 
+def _progress(line: str, *, log: bool = True) -> None:
+    """One line that rewrites itself for a person, and goes away when it is empty; for a log, those that it asks for."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}")
+    elif line and log:
+        sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _known_providers(names: Sequence[str]) -> None:
+    from . import plugins, policy
+
+    loaded = plugins.load(policy.from_environment().deny)
+    policy.Policy(order=tuple(names)).validate({p.name for p in loaded.providers})
+
+
 def _verify(args: argparse.Namespace) -> int:
-    from . import machine, plugins, policy, verify
+    from . import machine, verify
 
-    wishes = policy.from_environment()
-    policy.Policy(order=tuple(args.provider)).validate({p.name for p in plugins.load(wishes.deny).providers})
-    tty = sys.stderr.isatty()
-
-    def progress(line: str) -> None:
-        # One line that rewrites itself for a person; a line per op for a log.
-        if tty:
-            sys.stderr.write(f"\r\x1b[K{line}")
-        elif " 1/" in line:
-            sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-
-    rows = verify.verify(args.op or OPS, args.provider, args.level, args.torch_device, progress)
-    if tty:
-        sys.stderr.write("\r\x1b[K")
+    _known_providers(args.provider)
+    # A line per op is enough for a log.
+    rows = verify.verify(
+        args.op or OPS, args.provider, args.level, args.torch_device, lambda line: _progress(line, log=" 1/" in line)
+    )
+    _progress("")
     _print(args, lambda: verify.json(rows, args.level, machine.probe()), lambda: verify.text(rows))
     return OK if rows and verify.passed(rows) else FINDING
 
@@ -147,6 +155,57 @@ def _warmup(args: argparse.Namespace) -> int:
     return OK
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import plot, report, run
+
+    if args.plot:
+        plot.require()
+    _known_providers(args.provider)
+
+    def save(result: dict[str, Any]) -> None:
+        if args.json not in (None, "-"):
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    try:
+        result = run.bench(
+            args.op or OPS, args.provider, args.model, args.tp, args.torch_device, _progress, save, args.also_as
+        )
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"bench: {error}") from error
+    finally:
+        _progress("")
+    print(json.dumps(result, indent=1) if args.json == "-" else report.text(result))
+    if args.plot:
+        plot.plot(result, args.plot)
+    return FINDING if report.failed(result) else OK
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .bench import compare
+
+    before, after = compare.read(args.before), compare.read(args.after)
+    changes = compare.compare(before, after)
+    _print(args, lambda: compare.as_json(before, after, changes), lambda: compare.text(before, after, changes))
+    return OK if compare.passed(changes) else FINDING
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from .bench import compare, plot
+
+    plot.plot(compare.read(args.result), args.file)
+    return OK
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .bench import compare, tune
+
+    table = tune.tune([compare.read(path) for path in args.results])
+    if args.output:
+        Path(args.output).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    _print(args, lambda: table, lambda: tune.text(table))
+    return OK
+
+
 def parser() -> argparse.ArgumentParser:
     from .contract.op import LEVELS
     from .serving import Limits
@@ -164,7 +223,8 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--json", action="store_true", help="print JSON with a schema_version")
+        if name != "bench":  # it writes a file, since the text is wanted as well
+            sub.add_argument("--json", action="store_true", help="print JSON with a schema_version")
         sub.set_defaults(run=run)
         return sub
 
@@ -209,6 +269,48 @@ def parser() -> argparse.ArgumentParser:
     warmup.add_argument(
         "--torch-device", metavar="DEVICE", help="a torch device (default: the current GPU, else the CPU)"
     )
+    bench = command("bench", _bench, "time the providers on the shapes of a deployment, each result judged first")
+    bench.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
+    bench.add_argument(
+        "--provider",
+        action="append",
+        default=[],
+        help="this provider; may be repeated; default: all that run here but the slow reference",
+    )
+    bench.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help="flash, pro, or the path of a config.json; may be repeated; default: flash and pro",
+    )
+    bench.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
+    bench.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON there; without FILE print it, not the text"
+    )
+    bench.add_argument("--torch-device", metavar="DEVICE", help="a torch device (default: the first GPU, else the CPU)")
+    bench.add_argument(
+        "--also-as",
+        action="append",
+        default=[],
+        metavar="SM",
+        help="measure providers once more, by the code that they would run on this architecture; may be repeated",
+    )
+    bench.add_argument("--plot", metavar="FILE", help="draw a roofline of each op: FILE.svg, .png or .pdf")
+    about = "what got slower, or lost its time, from one result of bench to another; exit 1 if anything did"
+    inner = bench.add_subparsers(metavar="")
+    compare = inner.add_parser("compare", help=about, description=about)
+    compare.add_argument("before", metavar="BEFORE", help="a file that bench --json wrote")
+    compare.add_argument("after", metavar="AFTER", help="another")
+    compare.add_argument("--json", action="store_true", help="print JSON with a schema_version")
+    compare.set_defaults(run=_compare)
+    about = "draw what another run measured"
+    plot = inner.add_parser("plot", help=about, description=about)
+    plot.add_argument("result", metavar="RESULT", help="a file that bench --json wrote")
+    plot.add_argument("file", metavar="FILE", help="FILE.svg, .png or .pdf")
+    plot.set_defaults(run=_plot)
+    tune = command("tune", _tune, "make the table of the measured choice from results of bench")
+    tune.add_argument("results", nargs="+", metavar="RESULT", help="files that bench --json wrote, of one architecture")
+    tune.add_argument("--output", metavar="FILE", help="write the table there")
     return top
 
 

@@ -12,14 +12,14 @@ import importlib
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 
-from . import builds, machine, plugins, policy
+from . import builds, machine, measured, plugins, policy
 from .contract import CONTRACTS, OpContract
 from .contract import hyper_connection as _hyper_connection
 from .contract import indexer as _indexer
@@ -63,8 +63,21 @@ class _Chain:
         self.told: set[tuple[str, str]] = set()
         if (first := self.at(0)) is None:
             raise self.failure("no provider can serve")
-        # The usual case pays for nothing but this: a first candidate that takes every shape.
+        # Who serves whatever the shapes are, or None.
         self.head = first if first.refuses is None else None
+        # The usual case pays for nothing but this: what a call goes to without a look at whom it reaches.
+        self.entry = self.head
+        self.by_shape: dict[tuple[torch.Size, torch.Size], _Bound] = {}
+        self.measured: tuple[measured.Preference, ...] = ()
+        if resolution.measured:
+            while self.at(len(self.bound)) is not None:  # nothing is imported while serving
+                pass
+            names = [bound.provider for bound in self.bound]
+            self.measured = tuple(p for p in resolution.measured if {p.prefer, p.over} <= set(names))
+            if self.measured:
+                self.head = self.entry = None
+                if all(bound.refuses is None for bound in self.bound):
+                    self.entry = _Bound("", first.implementation, self.choosing(), None)
 
     def at(self, index: int) -> _Bound | None:
         """The index-th candidate that imports, or None when there are no more."""
@@ -84,6 +97,28 @@ class _Chain:
                     self.bound.append(bound)
         return self.bound[index]
 
+    def preferred(self, shapes: tuple[torch.Size, torch.Size]) -> _Bound:
+        """The candidate that measurements put first for these shapes, else the first one. A pure function of them."""
+        found = measured.preferred(self.measured, self.contract.name, shapes)
+        bound = self.bound[0] if found is None else next(b for b in self.bound if b.provider == found.prefer)
+        if len(self.by_shape) >= 4096:  # more than a server meets in a day; but memory has a bound
+            self.by_shape.clear()
+        self.by_shape[shapes] = bound
+        return bound
+
+    def choosing(self) -> Callable[..., Any]:
+        """A function that calls the candidate for the call's shapes, where no candidate refuses any."""
+        by_shape, preferred = self.by_shape, self.preferred
+        one, two = measured.CLASSES[self.contract.name].tensors
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            shapes = args[one].shape, args[two].shape
+            bound = by_shape.get(shapes) or preferred(shapes)
+            bound.calls += 1
+            return bound.function(*args, **kwargs)
+
+        return call
+
     def reject(self, candidate: Candidate, reasons: tuple[Reason, ...]) -> None:
         for reason in reasons:
             self.tell(candidate.name, reason)
@@ -101,6 +136,15 @@ class _Chain:
     def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
         """The first candidate that takes these shapes."""
         refusals = []
+        if self.measured:
+            names = list(self.contract.args)
+            one, two = (args[i] if args else kwargs[names[i]] for i in measured.CLASSES[self.contract.name].tensors)
+            shapes = one.shape, two.shape
+            best = self.by_shape.get(shapes) or self.preferred(shapes)
+            reason = best.refuses(*args, **kwargs) if best.refuses is not None else None
+            if reason is None:
+                return best
+            self.tell(best.provider, reason)
         index = 0
         while (bound := self.at(index)) is not None:
             reason = bound.refuses(*args, **kwargs) if bound.refuses is not None else None
@@ -169,13 +213,15 @@ class _Bindings:
         self.installed = machine.Installed()
         self.chains: dict[tuple[str, torch.device], _Chain] = {}
 
+    def resolve(self, op: str, where: machine.Device) -> Resolution:
+        return builds.choose(op, where, self.installed, self.plugins.providers, self.policy)
+
     def bind(self, contract: OpContract, device: torch.device) -> _Chain:
         with _lock:
             key = (contract.name, device)
             if (chain := self.chains.get(key)) is None:
                 where = machine.device_of(device)
-                providers = self.plugins.providers
-                resolution = builds.choose(contract.name, where, self.installed, providers, self.policy)
+                resolution = self.resolve(contract.name, where)
                 chain = self.chains[key] = _Chain(contract, resolution)
             return chain
 
@@ -247,14 +293,19 @@ def resolution(op: str, device: torch.device | str | None = None) -> Resolution:
         if (chain := bindings.chains.get((op, device))) is not None:
             return chain.resolution  # with what its imports met
         where = machine.device_of(device)
-    return builds.choose(op, where, bindings.installed, bindings.plugins.providers, bindings.policy)
+    return bindings.resolve(op, where)
+
+
+def resolution_under(wishes: policy.Policy, op: str, device: torch.device) -> Resolution:
+    """What ``resolution`` would be under these wishes and no others; for tools."""
+    return _Bindings(wishes).resolve(op, machine.device_of(device))
 
 
 def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[..., Any]]:
     """The provider's name and the function that a call of ``op`` on ``device`` would reach, bound on the way.
 
     For those who have checked their arguments and want the last microsecond, and for tools. A function that refuses
-    some shapes is returned all the same.
+    some shapes is returned all the same; where measurements choose by shape, it is the one for all other shapes.
     """
     chain = _bindings().bind(CONTRACTS[op], torch.empty(0, device=device).device)
     first = chain.at(0)
@@ -352,6 +403,20 @@ def warmup(
     return ready
 
 
+def who_serves(op: str, arguments: Mapping[str, Any]) -> str:
+    """The provider that a call of ``op`` with these arguments reaches under the present settings, bound on the way.
+
+    Args:
+        op: One of ``dsv4_backends.OPS``.
+        arguments: By name, as the contract wants them.
+
+    Raises:
+        ContractError: an argument breaks the contract.
+        NoProviderError: nobody serves it.
+    """
+    return _serving(op, CONTRACTS[op].check(**arguments), dict(arguments)).provider
+
+
 def load_implementation(op: str, target: str) -> Callable[..., Any]:
     """Import one ``package.module:function`` and check its signature; for ``verify`` and the conformance suite.
 
@@ -377,11 +442,11 @@ def _define(function: _F) -> _F:
     def choose(where: int | torch.device, device: torch.device, *args: Any, **kwargs: Any) -> _Bound:
         bindings = _bindings()
         chain = bindings.chains.get((contract.name, device)) or bindings.bind(contract, device)
-        if chain.head is None:
+        if chain.entry is None:
             return chain.choose(args, kwargs)
         if bindings is _default:
-            heads[where] = chain.head
-        return chain.head
+            heads[where] = chain.entry
+        return chain.entry
 
     # The usual call passes through the check and these lines only: a provider bound under the default policy, whose
     # first choice takes every shape.
@@ -465,4 +530,5 @@ __all__ = [
     "sparse_mla_decode",
     "sparse_mla_prefill",
     "stats",
+    "who_serves",
 ]

@@ -26,6 +26,7 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "*=triton pins every op",
         "DSV4_BACKENDS_DEVICE": "choose as if the GPU were this one: sm_86, sm_120, cpu",
         "DSV4_BACKENDS_EXPERIMENTAL": "1: experimental providers take part in the automatic choice",
+        "DSV4_BACKENDS_MEASURED": "0: the choice ignores on which shapes a provider was measured to be faster",
         "DSV4_BACKENDS_STRICT": "1: a broken plugin raises instead of being listed",
         "DSV4_BACKENDS_BATCH_INVARIANT": "1: in the Triton provider a query's result does not depend on its batch",
         "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
@@ -44,6 +45,7 @@ class Policy:
         deny: These do not take part.
         pins: Op name to provider. A pin that cannot be met is an error, never a fallback.
         experimental: Experimental providers take part in the automatic choice.
+        measured: Measurements on a call's shapes may change the automatic choice.
         strict: A broken plugin raises.
         batch_invariant: Read by providers that have such a mode when they are imported.
     """
@@ -53,6 +55,7 @@ class Policy:
     deny: frozenset[str] = frozenset()
     pins: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     experimental: bool = False
+    measured: bool = True
     strict: bool = False
     batch_invariant: bool = False
 
@@ -95,18 +98,19 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         deny=frozenset(names("DENY")),
         pins=_pins(pairs),
         experimental=switch("EXPERIMENTAL", environ),
+        measured=switch("MEASURED", environ, default=True),
         strict=switch("STRICT", environ),
         batch_invariant=switch("BATCH_INVARIANT", environ),
     )
 
 
-def switch(key: str, environ: Mapping[str, str]) -> bool:
+def switch(key: str, environ: Mapping[str, str], *, default: bool = False) -> bool:
     """A variable of the family that is 0 or 1.
 
     Raises:
         PolicyError: it is something else.
     """
-    text = environ.get(PREFIX + key, "0").strip() or "0"
+    text = environ.get(PREFIX + key, "").strip() or str(int(default))
     if text not in ("0", "1"):
         raise PolicyError(f"{PREFIX}{key}: expected 0 or 1, got {text!r}")
     return text == "1"

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def _reason(reason: Reason) -> dict[str, str]:
     return {"code": reason.code, "message": reason.message, "hint": reason.hint}
 
 
-def _device(device: Device) -> dict[str, Any]:
+def device_json(device: Device) -> dict[str, Any]:
+    """One device."""
     return {
         "type": device.type,
         "index": device.index,
@@ -68,6 +69,7 @@ def resolution_json(resolution: Resolution) -> dict[str, Any]:
         "selected": None if selected is None else selected.name,
         "tier": None if selected is None else selected.provider.tier.label,
         "pinned": resolution.pinned,
+        "measured": [asdict(preference) for preference in resolution.measured],
         "candidates": [_candidate(c) for c in resolution.candidates],
     }
 
@@ -105,7 +107,7 @@ class Listing:
             "simulated": self.machine.simulated,
             "note": self.machine.note,
             "devices": [
-                {"device": _device(device), "ops": [resolution_json(r) for r in resolutions]}
+                {"device": device_json(device), "ops": [resolution_json(r) for r in resolutions]}
                 for device, resolutions in self.resolutions
             ],
             "plugins": [p for p in plugins_json(self.plugins) if p["problems"]],
@@ -129,6 +131,7 @@ class Listing:
                     why.insert(0, f"pinned to {resolution.pinned}")
                 if selected.warning is not None:
                     why.insert(0, f"untested: {selected.warning}")
+                why += map(str, resolution.measured)
                 rows.append((resolution.op, selected.name, selected.provider.tier.label, "\n".join(why) or "-"))
             chosen = (r.selected.build for r in resolutions if r.selected is not None)
             names = dict.fromkeys(build.name for build in chosen if build is not None and build.name)
@@ -146,7 +149,7 @@ def explain_json(resolutions: Sequence[Resolution]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "op": resolutions[0].op,
-        "devices": [{"device": _device(r.device), **resolution_json(r)} for r in resolutions],
+        "devices": [{"device": device_json(r.device), **resolution_json(r)} for r in resolutions],
     }
 
 
@@ -173,6 +176,9 @@ def explain_text(resolution: Resolution) -> str:
         lines += [f"   [{r.code}] {_hinted(r, resolution)}" for r in candidate.reasons]
     if not resolution.candidates:
         lines.append("no installed provider implements it")
+    if resolution.measured:
+        lines += ["", "measured on this architecture; DSV4_BACKENDS_MEASURED=0 turns it off:"]
+        lines += [f"   {preference}" for preference in resolution.measured]
     return "\n".join(lines)
 
 
@@ -316,7 +322,7 @@ def machine_json(machine: Machine) -> Mapping[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {n: v for n in ("dsv4-backends", "torch", "triton") if (v := machine.installed.get(n))},
-        "devices": [_device(d) for d in machine.devices],
+        "devices": [device_json(d) for d in machine.devices],
         "note": machine.note,
         "executable": Path(sys.executable).name,
         "ops": list(OPS),

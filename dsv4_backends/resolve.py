@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from . import capability as cc
 from .machine import Device
+from .measured import Preference
 from .policy import ESSENTIAL, Policy
 from .provider import Build, Implementation, ProviderSpec, Reason, Tier
 
@@ -46,6 +47,8 @@ class Resolution:
     device: Device
     candidates: tuple[Candidate, ...]
     pinned: str | None = None
+    measured: tuple[Preference, ...] = ()
+    """Where the shapes of a call change the choice: among the accepted, one provider goes before another."""
 
     @property
     def accepted(self) -> tuple[Candidate, ...]:
@@ -105,6 +108,7 @@ def resolve(
     providers: Iterable[ProviderSpec],
     policy: Policy,
     *,
+    preferences: Iterable[Preference] = (),
     builds: Mapping[str, Mapping[str, Build]] | None = None,
     findable: Callable[[str], bool] = _findable,
 ) -> Resolution:
@@ -113,7 +117,8 @@ def resolve(
     ``builds`` is what the providers' probes found, by provider and op; a provider that is not in it is judged by its
     own claims alone.
 
-    Rank: the user's order, tested before untested, tier, priority, name. A pin removes all other candidates.
+    Rank: the user's order, tested before untested, tier, priority, name. A pin removes all other candidates. Of
+    ``preferences``, those are kept that change this ranking and no wish of the user.
     """
     pinned = policy.pins.get(op)
     judged = []
@@ -137,7 +142,18 @@ def resolve(
             implementation.target,
         )
 
-    return Resolution(op, device, tuple(sorted(judged, key=rank)), pinned)
+    ranked = tuple(sorted(judged, key=rank))
+    # Batch invariance ends where the size of the batch chooses the kernel.
+    wanted = policy.measured and not policy.batch_invariant and pinned is None
+    kept = tuple(p for p in preferences if p.op == op and _changes(p, ranked, policy)) if wanted else ()
+    return Resolution(op, device, ranked, pinned, kept)
+
+
+def _changes(preference: Preference, ranked: Iterable[Candidate], policy: Policy) -> bool:
+    """Whether both providers serve, tested, in the other order, which is not the user's own."""
+    names = [c.name for c in ranked if c.accepted and c.warning is None and c.name not in policy.order]
+    prefer, over = preference.prefer, preference.over
+    return prefer in names and over in names and names.index(over) < names.index(prefer)
 
 
 def _judge(

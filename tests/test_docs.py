@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench_results import result_of, row_of
 
 from dsv4_backends import cli, ops, policy, provider
 from dsv4_backends.contract import CONTRACTS, LEVELS
@@ -91,6 +93,20 @@ def test_check_finds_a_stale_page(
     monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
     assert DOCS.main() == 0
     assert capsys.readouterr().out == "README.md is not current\nREADME.md written\n"
+
+
+def test_performance_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row_of("mqa_logits", "one", a=10.0, b=20.0), row_of("fp8_einsum", "two", auto="b", a=None, b=7.5)]
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    monkeypatch.setattr(DOCS, "ROOT", tmp_path)
+    assert DOCS.performance() == "No run is kept yet."
+    (tmp_path / "docs" / "results" / DOCS.BENCH).write_text(json.dumps(result_of(*rows)))
+    made = DOCS.performance()
+    assert "| one | 10.0 (50%) | 20.0 (25%) | 100, 100 | `a` (1.00) |" in made
+    assert "| two | - | 7.5 (67%) | 133.3, 133 | `b` |" in made
+    assert "GPU X" in made
+    assert "`a` with a-kernels 1" in made
+    assert "within 3% of the best provider on 100% of 1 rows" in made
 
 
 # ----------------------------------------------------------------------------------------------- completeness

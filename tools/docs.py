@@ -20,7 +20,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from dsv4_backends import cli, machine, plugins, policy, provider, report, resolve
+from dsv4_backends import cli, machine, measured, plugins, policy, provider, report, resolve
 from dsv4_backends.capability import describe
 from dsv4_backends.contract import CONTRACTS, LEVELS, OpContract, Tolerance
 from dsv4_backends.contract.op import Form, ScalarArg
@@ -31,6 +31,9 @@ MARK = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end of generat
 SAMPLE_GPU = "8.6"
 SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
 """The machine of the README's listing: fixed, so that the page is the same wherever it is made."""
+
+BENCH = "h200-bench.json"
+"""The run of ``dsv4-backends bench`` whose figures stand in the docs."""
 
 ADVICE = {
     "capability": "Nothing, if another provider serves the op: `list` names it. Otherwise look for one that "
@@ -265,10 +268,15 @@ def commands() -> str:
     top = cli.parser()
     (subs,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
     rows = []
-    for name, sub in subs.choices.items():
+    parsers = list(subs.choices.items())
+    for name, sub in parsers:
         words = [f"dsv4-backends {name}"]
         for action in sub._actions:
             if action.dest == "help":
+                continue
+            if isinstance(action, argparse._SubParsersAction):  # a command of a command: in a row of its own
+                at = parsers.index((name, sub)) + 1
+                parsers[at:at] = [(f"{name} {inner}", choice) for inner, choice in action.choices.items()]
                 continue
             shown = str(action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper())
             flag = action.option_strings[0] if action.option_strings else ""
@@ -388,6 +396,67 @@ def verified() -> str:
     ]
     header = ("op", "passed", "result", "worst error, share of the tolerance", "worst calc_diff")
     return f"{_measured_on(result)}\n\n{table(header, rows)}"
+
+
+def performance() -> str:
+    """The tables of a kept run of ``bench``, one for each op: a column for each provider."""
+    if not (ROOT / "docs" / "results" / BENCH).exists():
+        return "No run is kept yet."
+    from dsv4_backends.bench import report as bench
+
+    result = _results(BENCH)
+    rates = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in result["rates"].items())
+    made_of = "; ".join(
+        f"`{name}` with {', '.join(f'{n} {v}' for n, v in versions.items())}"
+        for name, versions in result["providers"].items()
+        if versions
+    )
+    parts = [_measured_on(result), f"Measured in the same run: {rates}. Providers: {made_of or 'see above'}."]
+    if (ROOT / "docs" / "results" / BENCH).with_suffix(".svg").exists():
+        parts.append(f"![What each row reaches, and its roof](results/{BENCH.removesuffix('.json')}.svg)")
+    for op in CONTRACTS:
+        rows = [row for row in result["rows"] if row["op"] == op]
+        names = list(dict.fromkeys(entry["provider"] for row in rows for entry in row["results"]))
+        if not names:
+            continue
+        lines = []
+        for row in rows:
+            times, rivals = bench.timed(row), bench.rivals(row)
+            cells = []
+            for name in names:
+                us = times.get(name)
+                share = f"{bench.rated(row, us)['floor_share']:.0%}" if us else ""
+                cells.append(f"{us:.1f} ({share})" if us else "-")
+            best = min(rivals, key=lambda name: rivals[name], default="")
+            reached = bench.rated(row, times[best]) if best else {}
+            speed = f"{reached['tflops']:.4g}, {reached['gbps']:.0f}" if best else "-"
+            auto = row.get("auto") or "-"
+            ratio = f" ({times[best] / times[auto]:.2f})" if auto in times and len(rivals) > 1 else ""
+            lines.append((row["row"], *cells, speed, code(auto) + ratio))
+        header = ("row", *(f"`{name}`, µs" for name in names), "best: TFLOP/s, GB/s", "auto (best time / its time)")
+        parts += [f"#### {op}", table(header, lines)]
+    return "\n\n".join([*parts, bench.verdict_text(bench.verdict(result["rows"])) + "."])
+
+
+def measured_choice() -> str:
+    """The tables that are shipped."""
+    parts = []
+    for path in sorted(measured.FOLDER.glob("*.json")):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        told = [
+            f"{source['device']}, {source['date']}, {', '.join(f'{n} {v}' for n, v in source['packages'].items())}: "
+            f"`{source['command']}`"
+            for source in made["sources"]
+        ]
+        rows = [
+            (code(p.op), p.where.replace("<", "&lt;"), code(p.prefer), code(p.over), f"{p.ratio:.2f}")
+            for p in measured.parse(made)
+        ]
+        header = ("op", "where", "prefer", "over", "at least so many times as fast")
+        parts.append(
+            f"Compute capability {made['capability']}, measured on {'; '.join(told)}:\n\n{table(header, rows)}"
+        )
+    return "\n\n".join(parts) or "No table comes with this version: the order of the tiers holds everywhere."
 
 
 def native_builds() -> str:
@@ -533,6 +602,7 @@ PARTS: dict[str, Callable[[], str]] = {
         implementation_fields,
         layouts,
         listing,
+        measured_choice,
         native_builds,
         native_conformance,
         native_listings,
@@ -541,6 +611,7 @@ PARTS: dict[str, Callable[[], str]] = {
         matrix_summary,
         ops,
         overhead,
+        performance,
         provider_fields,
         providers,
         reasons,

@@ -60,8 +60,9 @@ def main() -> None:
         scope: dict[str, Any] = {}
         exec(f"def stub{inspect.Signature(parameters)}: return None", scope)
         stub = scope["stub"]
-        (bound,) = ops._default_heads[op].values()
-        bound.function = stub
+        (chain,) = (c for (name, _), c in ops._bindings().chains.items() if name == op)
+        for bound in chain.bound:
+            bound.function = stub
         args = [made[name] for name in contract.args if not contract.is_keyword(name)]
         kwargs = {name: value for name, value in made.items() if contract.is_keyword(name)}
         direct, call = microseconds(stub, args, kwargs), microseconds(public, args, kwargs)

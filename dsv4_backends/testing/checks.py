@@ -312,8 +312,8 @@ def check_deterministic(target: Subject, case: Case) -> None:
                 raise CheckFailed("deterministic", f"{target.name}: {case.name}: {name} differs between two calls")
 
 
-def _rows(contract: OpContract, arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
-    """The same call for some rows of its batch (the first dimension of its first tensor)."""
+def some_rows(contract: OpContract, arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """A call's arguments for some rows of its batch (the first dimension of its first tensor)."""
     batch = next(arg for arg in contract.args.values() if isinstance(arg, TensorArg)).forms[0].dims[0]
     cut = dict(arguments)
     for name, value in _tensors(arguments):
@@ -339,7 +339,7 @@ def check_batch_invariant(target: Subject, case: Case) -> None:
     whole = target.run(arguments)
     partials = int(arguments.get("num_splits") is not None)
     for row in {0, count // 2, count - 1}:
-        alone = target.run(_rows(contract, arguments, slice(row, row + 1)))
+        alone = target.run(some_rows(contract, arguments, slice(row, row + 1)))
         for name, a, b in zip(contract.returns, whole, alone, strict=True):
             per_row = a.shape[partials] // count
             if not numerics.same_bits(a.narrow(partials, row * per_row, per_row), b):

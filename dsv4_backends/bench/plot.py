@@ -1,0 +1,114 @@
+"""Draw a benchmark's result: a roofline for each op. Needs matplotlib, the extra ``plot``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import PolicyError
+from .report import timed
+
+COLOURS = ("#0b6e99", "#d1672b", "#4c8c3b", "#8a4fa3", "#6b6b6b")
+MARKERS = ("o", "s", "^", "D", "v")
+
+
+def require() -> None:
+    """Find out before an hour of measuring that there is nothing to draw with.
+
+    Raises:
+        PolicyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise PolicyError(f"--plot needs matplotlib: pip install 'dsv4-backends[plot]' ({error})") from error
+
+
+def plot(result: Mapping[str, Any], path: str | Path) -> None:
+    """Write a figure with a panel for each op; the suffix of ``path`` decides the format.
+
+    A panel is a roofline, unrolled: TFLOP/s across (logarithmic), a line of its own for each row, a mark for each
+    provider, and as a bar the roof at that row's arithmetic intensity. On a common axis of intensity the rows of one
+    op would hide each other, since a batch has the intensity of its requests. What lies between a mark and the bar can
+    still be won.
+
+    Raises:
+        PolicyError: matplotlib is not installed, or no row has a time.
+    """
+    require()
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if timed(row)]
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    if not ops:
+        raise PolicyError("--plot: no row has a time")
+    panels = [[row for row in rows if row["op"] == op] for op in ops]
+    columns = 2 if len(ops) > 1 else 1
+    tall = [max(map(len, panels[i : i + columns])) + 3 for i in range(0, len(ops), columns)]
+    names = list(dict.fromkeys(entry["provider"] for row in rows for entry in row["results"]))
+    with matplotlib.rc_context({"svg.hashsalt": "dsv4-backends", "svg.fonttype": "none", "font.size": 9}):
+        size = (7.5 * columns, 0.24 * sum(tall) + 0.9)
+        figure, axes = pyplot.subplots(len(tall), columns, figsize=size, squeeze=False, height_ratios=tall)
+        for axis in axes.flat[len(ops) :]:
+            axis.set_axis_off()
+        for axis, panel in zip(axes.flat, panels, strict=False):
+            _panel(axis, panel, names, result["rates"])
+        shown: dict[str, Any] = {}
+        for axis in axes.flat:
+            handles, labels = axis.get_legend_handles_labels()
+            shown.update(zip(labels, handles, strict=True))
+        order = [name for name in (*names, *_ROOFS) if name in shown]
+        figure.legend([shown[name] for name in order], order, loc="upper right", ncols=len(order), frameon=False)
+        packages = ", ".join(f"{name} {version}" for name, version in result["machine"]["packages"].items())
+        figure.suptitle(f"{result['device']['name']}, {result['date']}\n{packages}", x=0.01, ha="left", fontsize=9)
+        figure.tight_layout(rect=(0, 0, 1, 0.99))
+        figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None, dpi=100)
+        pyplot.close(figure)
+
+
+_ROOFS = {"roof: memory": "#8c8c8c", "roof: arithmetic": "black"}
+
+
+def _panel(axis: Any, rows: list[Mapping[str, Any]], names: list[str], rates: Mapping[str, float]) -> None:
+    from matplotlib import ticker
+
+    places = range(len(rows))
+    roofs = [row["flops"] / row["floor_us"] / 1e6 for row in rows]
+    for place, row, roof in zip(places, rows, roofs, strict=True):
+        best = max(row["flops"] / us / 1e6 for us in timed(row).values())
+        axis.plot([best, roof], [place, place], color="#dddddd", linewidth=1, zorder=1)
+    by_memory = [math.isclose(row["floor_us"], row["bytes"] / rates["copy_gbps"] / 1e3) for row in rows]
+    for label, colour in _ROOFS.items():
+        at = [place for place in places if by_memory[place] == (label == "roof: memory")]
+        axis.scatter([roofs[i] for i in at], at, marker="|", s=120, linewidths=2.2, color=colour, label=label, zorder=2)
+    for index, name in enumerate(names):
+        points = [(row["flops"] / timed(row)[name] / 1e6, i) for i, row in enumerate(rows) if name in timed(row)]
+        if points:
+            axis.scatter(
+                *zip(*points, strict=True),
+                s=30,
+                marker=MARKERS[index % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                label=name,
+                linewidths=0,
+                alpha=0.9,
+                zorder=3,
+            )
+    axis.set_yticks(places, [row["row"] for row in rows], fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set(xscale="log", xlabel="TFLOP/s")
+    lowest = min(row["flops"] / max(timed(row).values()) / 1e6 for row in rows)
+    span = max(roofs) / lowest
+    steps = (1, 1.5, 2, 3, 5, 7) if span < 4 else (1, 2, 5) if span < 50 else (1,)
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=steps))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.set_title(rows[0]["op"], loc="left", fontsize=10, fontweight="bold")
+    axis.grid(True, axis="x", which="major", color="#eeeeee", linewidth=0.8, zorder=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)

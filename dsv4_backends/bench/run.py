@@ -1,0 +1,322 @@
+"""Measure rows by providers: judge the result on that very shape, then time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import builds, machine, ops, plugins, policy
+from .. import capability as cc
+from ..contract import CONTRACTS, OPS
+from ..contract.models import MODELS
+from ..errors import NoProviderError
+from ..provider import ProviderSpec, Tier
+from ..report import SCHEMA_VERSION, device_json, machine_json
+from . import inputs, shapes
+
+CHECKED_ROWS = 256
+"""Rows of a result that are compared with the oracle, spread over all of them."""
+
+
+class DeviceLost(Exception):
+    """The GPU answers no more (an illegal access, say): nothing can be measured in this process after it."""
+
+
+def bench(
+    wanted_ops: Sequence[str],
+    providers: Sequence[str],
+    models: Sequence[str],
+    tp: int,
+    device: str | None,
+    progress: Callable[[str], None],
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+    also_as: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure and return what ``--json`` writes.
+
+    Args:
+        wanted_ops: Op names.
+        providers: Provider names; empty: all that can run here but the reference, which is slow; on a CPU all.
+        models: See ``shapes.rows``.
+        tp: Tensor parallel size.
+        device: A torch device; None: the first GPU, or the CPU.
+        progress: Gets a line of text for each row.
+        save: Gets the result so far after each row, so that a run that is cut off leaves what it has measured.
+        also_as: Architectures such as ``sm_80``: providers are measured once more for each, by the code that they
+            would run there.
+
+    Raises:
+        PolicyError: not an architecture.
+        NoProviderError: a provider was named and cannot run any of the ops here.
+        ValueError: not a model, or its heads do not divide by ``tp``.
+    """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch
+
+    from ..testing import checks
+    from .timing import Timer, rates
+
+    where = torch.device(device) if device else checks.default_device()
+    on_gpu = where.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(where)
+    subjects, absent = _subjects(wanted_ops, providers, where, [cc.sm(cc.parse_capability(text)) for text in also_as])
+    rows = shapes.rows(models, tp, wanted_ops)
+    rows = rows if on_gpu else shapes.tiny(wanted_ops)
+    started = time.perf_counter()
+    progress("measuring the machine's own rates")
+    timer = Timer(where)
+    measured = rates(timer)
+    names = {entry.subject.provider for found in subjects.values() for entry in found}
+    done: list[dict[str, Any]] = []
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "command": _command(wanted_ops, providers, models, tp, also_as),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": dict(machine_json(machine.probe())),
+        "device": device_json(machine.device_of(where)),
+        "providers": {spec.name: _versions(spec) for spec in _specs() if spec.name in names},
+        "absent": absent,
+        "order": {op: _order(op, where) for op in wanted_ops},
+        "rates": measured,
+        "seconds": 0.0,
+        "rows": done,
+    }
+    lost = ""
+    for index, row in enumerate(rows, 1):
+        progress(f"{index}/{len(rows)} {row.op} {row.name}")
+        try:
+            if lost:
+                raise DeviceLost(lost)
+            done.append(_row(row, subjects[row.op], timer, measured))
+        except DeviceLost as error:
+            done.append(_empty(row) | {"error": f"not measured, the device was lost: {error}"})
+            lost = str(error)
+        except Exception as error:  # one row must not lose the others
+            done.append(_empty(row) | {"error": _words(error)})
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        save(result)
+        gc.collect()
+        if on_gpu and not lost:
+            torch.cuda.empty_cache()
+    return result
+
+
+def _command(
+    wanted_ops: Sequence[str], providers: Sequence[str], models: Sequence[str], tp: int, also_as: Sequence[str]
+) -> str:
+    """What to type to measure the same again, without where results are put."""
+    settings = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(policy.PREFIX)]
+    words = [f"--op {op}" for op in wanted_ops] if tuple(wanted_ops) != OPS else []
+    words += [f"--provider {name}" for name in providers]
+    words += [f"--model {model if model in MODELS else Path(model).name}" for model in models]
+    words += [f"--tp {tp}"] if tp != 1 else []
+    words += [f"--also-as {text}" for text in also_as]
+    return " ".join([*settings, "dsv4-backends bench", *words])
+
+
+def _specs() -> tuple[ProviderSpec, ...]:
+    return plugins.load(policy.from_environment().deny).providers
+
+
+def _versions(spec: ProviderSpec) -> dict[str, str]:
+    """The versions of what a provider is made of."""
+    from packaging.requirements import Requirement
+
+    installed = machine.Installed()
+    needed = [Requirement(text).name for text in spec.requires]
+    adapted = {build.name for build in builds.load(spec).values() if build.name}
+    return {name: installed[name] for name in needed if name in installed} | {
+        name: version for name, _, version in (text.partition(" ") for text in sorted(adapted))
+    }
+
+
+def _order(op: str, where: Any) -> list[str]:
+    """The providers that can serve ``op`` here, as the automatic choice ranks them without measurements."""
+    found = ops.resolution_under(policy.Policy(experimental=True), op, where)
+    return list(dict.fromkeys(candidate.name for candidate in found.accepted))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A provider to measure: as it serves here, or by its code for another architecture."""
+
+    subject: Any
+    simulated: str = ""
+
+    @property
+    def label(self) -> str:
+        return _label(self.subject.provider, self.simulated)
+
+    def result(self) -> dict[str, Any]:
+        return {"provider": self.label, "simulated": self.simulated, "us": None, "error": ""}
+
+    def refusal(self, arguments: dict[str, Any]) -> Any:
+        with _as(self.simulated):
+            return self.subject.refusal(arguments)
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        with _as(self.simulated):
+            return self.subject.run(arguments)
+
+
+def _label(provider: str, simulated: str) -> str:
+    return f"{provider} as {simulated}" if simulated else provider
+
+
+@contextlib.contextmanager
+def _as(simulated: str) -> Iterator[None]:
+    """Within the block this machine's GPUs are of another architecture; without one, what they are."""
+    if not simulated:
+        yield
+        return
+    name = f"{policy.PREFIX}DEVICE"
+    before = os.environ.get(name)
+    os.environ[name] = simulated
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _subjects(
+    wanted_ops: Sequence[str], providers: Sequence[str], where: Any, also_as: Sequence[str]
+) -> tuple[dict[str, list[_Entry]], dict[str, dict[str, str]]]:
+    """What is measured for each op, and for each op and provider that is not, why."""
+    from ..testing import checks
+
+    subjects: dict[str, list[_Entry]] = {op: [] for op in wanted_ops}
+    absent: dict[str, dict[str, str]] = {}
+    for spec in _specs():
+        served = {implementation.op for implementation in spec.implementations}
+        for op in wanted_ops:
+            if op not in served or (providers and spec.name not in providers):
+                continue
+            if not providers and where.type == "cuda" and spec.tier is Tier.REFERENCE:
+                absent.setdefault(op, {})[spec.name] = f"the reference is slow; --provider {spec.name} measures it"
+                continue
+            for simulated in ("", *also_as):
+                try:
+                    with _as(simulated):
+                        subjects[op].append(_Entry(checks.subject(spec.name, op, where), simulated))
+                except NoProviderError as error:
+                    reasons = error.resolution.candidates if error.resolution is not None else ()
+                    told = [str(r) for c in reasons if c.name == spec.name for r in c.reasons if r.code != "not-pinned"]
+                    absent.setdefault(op, {})[_label(spec.name, simulated)] = "; ".join(told) or str(error)
+    if not any(subjects.values()):
+        why = "\n".join(f"  {op}: {name}: {text}" for op, all_ in absent.items() for name, text in all_.items())
+        raise NoProviderError(f"nothing to measure on {where}:\n{why}" if why else f"nothing to measure on {where}")
+    return subjects, absent
+
+
+def _empty(row: shapes.Row) -> dict[str, Any]:
+    return {"op": row.op, "row": row.name, "params": dict(row.params), "results": []}
+
+
+def _row(row: shapes.Row, entries: Sequence[_Entry], timer: Any, measured: dict[str, float]) -> dict[str, Any]:
+    from .timing import Captured, floor_us
+
+    contract = CONTRACTS[row.op]
+    arguments = inputs.draw(row, timer.device)
+    contract.check(**arguments)
+    cost = contract.cost(**arguments)
+    judge = _Judge(row.op, arguments)
+    calls: dict[str, Captured] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        result = results[entry.label] = entry.result()
+        try:
+            if (refusal := entry.refusal(arguments)) is not None:
+                result["error"] = f"refused: {refusal}"
+                continue
+            call = Captured(functools.partial(entry.run, arguments), timer.device)
+            result["error"] = judge(call)
+            if not result["error"]:
+                calls[entry.label] = call
+        except Exception as error:
+            result["error"] = _words(error)
+            _require_alive(timer, result["error"])
+    try:
+        for provider, taken in (timer.interleaved(calls) if calls else {}).items():
+            results[provider] |= asdict(taken)
+    except Exception as error:
+        _require_alive(timer, _words(error))
+        raise
+    return _empty(row) | {
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "math": cost.math,
+        "floor_us": floor_us(cost.flops, cost.bytes, cost.math, measured),
+        "auto": _auto(row.op, arguments),
+        "results": list(results.values()),
+    }
+
+
+def _auto(op: str, arguments: dict[str, Any]) -> str | None:
+    """Who serves this call when nobody says who should."""
+    try:
+        return ops.who_serves(op, arguments)
+    except NoProviderError:
+        return None
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}"
+
+
+def _require_alive(timer: Any, after: str) -> None:
+    if timer.on_gpu:
+        import torch
+
+        try:
+            torch.cuda.synchronize(timer.device)
+        except Exception:
+            raise DeviceLost(after) from None
+
+
+class _Judge:
+    """Compares what a replay gives with the oracle in fp64, over rows spread evenly over the batch."""
+
+    def __init__(self, op: str, arguments: dict[str, Any]) -> None:
+        from ..testing import checks
+
+        self.op, self.contract, self.arguments = op, CONTRACTS[op], arguments
+        self.batch = len(next(value for value in arguments.values() if hasattr(value, "shape")))
+        # An odd step meets every place within a tile; the last row is always among them.
+        step = -(-self.batch // CHECKED_ROWS) | 1
+        self.rows = slice((self.batch - 1) % step, self.batch, step)
+        self.some = checks.some_rows(self.contract, arguments, self.rows)
+        self.expected: tuple[Any, ...] | None = None
+
+    def __call__(self, call: Any) -> str:
+        """What is wrong with the results of ``call``; empty where nothing is."""
+        from ..testing import numerics, oracle
+
+        if self.expected is None:  # once for all providers
+            self.expected = oracle.expected(self.op, self.some)
+        if call.results is not None:  # a graph's own buffers: what it does not write shows
+            for result in call.results:
+                result.fill_(float("nan"))
+        call.replay()
+        finished = oracle.finished(self.op, self.arguments, call.results)
+        for name, result, reference in zip(self.contract.returns, finished, self.expected, strict=True):
+            if result.shape[0] != self.batch:  # several rows of the result for each of the batch
+                result = result.unflatten(0, (self.batch, -1))[self.rows].flatten(0, 1)
+            else:
+                result = result[self.rows]
+            error = numerics.compare(result, reference, self.contract.tolerances[name])
+            if not error.ok:
+                return f"wrong: {name}: {error.note or f'error {error.ratio:.3g} times what is allowed'}"
+        return ""

@@ -1,0 +1,173 @@
+"""Time calls against each other, and the machine's own rates in the same way.
+
+On a GPU every call is captured once in a CUDA graph on its own tensors. Replays alternate, A B C A B C, so that a
+clock that drifts drifts for all. Before each replay a buffer larger than the L2 cache is read, and two events enclose
+the replay alone. Read, not written: the cache writes dirty lines back when others need the place, which would be inside
+the timed window. On a CPU the wall clock encloses the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..steps import step
+
+FLUSH_BYTES = 256 << 20
+SAMPLES = 50
+"""Replays of each call; a tenth of it on a CPU."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds of one call: median, and first and third quartile over ``samples`` of it."""
+
+    us: float
+    q1: float
+    q3: float
+    samples: int
+
+    @classmethod
+    def of(cls, seen: Sequence[float]) -> Time:
+        q1, us, q3 = statistics.quantiles(seen, n=4, method="inclusive")
+        return cls(us, q1, q3, len(seen))
+
+
+class Captured:
+    """A call that can be replayed: a CUDA graph on a GPU, the call itself elsewhere. ``results`` are the last ones.
+
+    A graph has the call as a later layer of a ``dsv4_backends.step()`` makes it.
+    """
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        self.results: Any = None
+        if device.type != "cuda":
+
+            def replay() -> None:
+                self.results = call()
+
+            self.replay: Callable[[], None] = replay
+            return
+        # What compiles or allocates on first use does it here, on a stream of its own as PyTorch asks.
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream(device).wait_stream(aside)
+        torch.cuda.synchronize(device)
+        with contextlib.ExitStack() as layers:
+            # The first layer of a step: what depends on lengths alone is made here, and lives as long as this graph.
+            self.before = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.before):
+                layers.enter_context(step())
+                call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.results = call()
+        self.before.replay()
+        self.replay = graph.replay
+
+
+class Timer:
+    """Times calls on one device; holds the buffer that flushes its cache."""
+
+    def __init__(self, device: torch.device, samples: int | None = None) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.samples = samples or (SAMPLES if self.on_gpu else SAMPLES // 10)
+        if self.on_gpu:
+            cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.zeros(max(4 * cache, FLUSH_BYTES) // 4, device=device)
+
+    def interleaved(self, calls: Mapping[str, Captured]) -> dict[str, Time]:
+        """The time of each call, its samples taken in turn with the others'."""
+        seen = self._on_gpu(calls) if self.on_gpu else self._on_cpu(calls)
+        return {name: Time.of(values) for name, values in seen.items()}
+
+    def _on_gpu(self, calls: Mapping[str, Captured]) -> dict[str, list[float]]:
+        def event() -> torch.cuda.Event:
+            return torch.cuda.Event(enable_timing=True)
+
+        spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+        for _ in range(self.samples):
+            for name, call in calls.items():
+                start, end = event(), event()
+                self.flush.amax()
+                start.record()
+                call.replay()
+                end.record()
+                spans[name].append((start, end))
+        torch.cuda.synchronize(self.device)
+        return {name: [start.elapsed_time(end) * 1e3 for start, end in pairs] for name, pairs in spans.items()}
+
+    def _on_cpu(self, calls: Mapping[str, Captured]) -> dict[str, list[float]]:
+        seen: dict[str, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            call.replay()
+        for _ in range(self.samples):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call.replay()
+                seen[name].append((time.perf_counter() - start) * 1e6)
+        return seen
+
+
+def rates(timer: Timer) -> dict[str, float]:
+    """What this machine reaches: the rates from which floors are made.
+
+    Returns:
+        ``copy_gbps``: bytes read and written by a copy; ``bf16_tflops``, ``fp8_tflops`` and ``tf32_tflops``: PyTorch's
+        matrix products, fp8 only where it has them; ``launch_us``: the time of a graph that does next to nothing, as
+        it is seen by the events.
+    """
+    device = timer.device
+    n = 8192 if timer.on_gpu else 256
+    words = (1 << 28) if timer.on_gpu else (1 << 20)
+    source, target = (torch.empty(words, dtype=torch.float32, device=device).fill_(1) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    one = torch.zeros(1, device=device)
+    calls: dict[str, Callable[[], Any]] = {
+        "copy_gbps": lambda: target.copy_(source),
+        # A CPU computes in fp32 whatever the operands are.
+        "bf16_tflops": (lambda: a16 @ b16) if timer.on_gpu else (lambda: a @ b),
+        "tf32_tflops": lambda: a @ b,
+        "launch_us": one.zero_,
+    }
+    if timer.on_gpu:
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        unit = torch.ones((), device=device)
+
+        def fp8() -> Tensor:
+            return torch._scaled_mm(a8, b8, unit, unit, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+        calls["fp8_tflops"] = fp8
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    captured = {}
+    try:
+        for name, call in calls.items():
+            # Not every GPU has FP8 products, and PyTorch says so when asked.
+            with contextlib.suppress(*([RuntimeError] if name == "fp8_tflops" else [])):
+                captured[name] = Captured(call, device)
+        times = timer.interleaved(captured)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    found = {"copy_gbps": 8.0 * words / times["copy_gbps"].us / 1e3, "launch_us": times["launch_us"].us}
+    for name in times.keys() - found.keys():
+        found[name] = 2.0 * n**3 / times[name].us / 1e6
+    return dict(sorted(found.items()))
+
+
+def floor_us(flops: float, moved: float, math: str, measured: Mapping[str, float]) -> float:
+    """The least time of a call at the measured rates. Without FP8 products the bf16 rate counts for FP8."""
+    rate = measured.get(f"{math}_tflops", measured["bf16_tflops"])
+    return max(flops / rate / 1e6, moved / measured["copy_gbps"] / 1e3)
