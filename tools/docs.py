@@ -32,7 +32,7 @@ SAMPLE_GPU = "8.6"
 SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
 """The machine of the README's listing: fixed, so that the page is the same wherever it is made."""
 
-BENCH = "h200-bench.json"
+BENCH = "h100-bench.json"
 """The run of ``dsv4-backends bench`` whose figures stand in the docs."""
 
 ADVICE = {
@@ -482,18 +482,29 @@ def native_listings() -> str:
     return "\n\n".join(shown) or "Not kept yet."
 
 
-def native_conformance() -> str:
-    """What the conformance suite said of each release line, as kept."""
+def _conformance(pattern: str) -> str:
+    """What the conformance suite said, as kept: a row for each file."""
     rows, header = [], ""
-    for path in sorted((ROOT / "docs" / "results").glob("*-native-conformance-*.json")):
+    for path in sorted((ROOT / "docs" / "results").glob(pattern)):
         result = _results(path.name)
         header = header or f"{_measured_on(result)}\n\n"
         refused = sum(count for reason, count in result["skips"].items() if reason.startswith("refused"))
         counts = result["counts"]
         cells = (str(counts["passed"]), str(counts["failed"]), str(refused), str(counts["skipped"] - refused))
-        rows.append((", ".join(result["libraries"].values()), result["level"], *cells))
+        simulated = result["machine"]["devices"][0]["name"]
+        rows.append((", ".join(result["libraries"].values()) or simulated, result["level"], *cells))
     names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
     return f"{header}{table(names, rows)}" if rows else "Not run yet."
+
+
+def native_conformance() -> str:
+    """What the conformance suite said of each release line."""
+    return _conformance("*-native-conformance-*.json")
+
+
+def triton_conformance() -> str:
+    """What it said of the Triton provider: with its kernels for the GPU, and with those of other architectures."""
+    return _conformance("*-triton-conformance*.json")
 
 
 def native_overhead() -> str:
@@ -616,6 +627,7 @@ PARTS: dict[str, Callable[[], str]] = {
         providers,
         reasons,
         tiers,
+        triton_conformance,
         verified,
     )
 }
