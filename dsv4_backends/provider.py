@@ -55,6 +55,7 @@ REASONS: dict[str, str] = {
     "not-allowed": "DSV4_BACKENDS_ALLOW (or use_providers(allow=...)) is set and does not name the provider.",
     "not-pinned": "The op is pinned to another provider.",
     "shape": "The implementation refuses this call's shapes; the next provider serves the call.",
+    "shape-unknown": "`check` could not ask the implementation about the shapes. Not a refusal: the call itself will.",
     "plugin-import": "The plugin's module raised while it was imported.",
     "plugin-hook": "The plugin has no hook that we know, a misspelt one, or one with wrong arguments.",
     "plugin-failed": "The plugin's hook raised.",

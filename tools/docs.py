@@ -59,6 +59,7 @@ ADVICE = {
     "not-allowed": "Add the name to `DSV4_BACKENDS_ALLOW`, or unset it.",
     "not-pinned": "Nothing: the pin asks for it.",
     "shape": "Nothing: the next provider serves the call. The log says once that this happens.",
+    "shape-unknown": "Run `check` on the machine with the GPU.",
     "plugin-import": "Read the message; repair or uninstall the package, or deny it.",
     "plugin-hook": "Report it to the plugin's author, or deny it.",
     "plugin-failed": "Report it to the plugin's author, or deny it.",
