@@ -227,6 +227,15 @@ def _check(args: argparse.Namespace) -> int:
     return FINDING if any(c.uncovered for c in checks) else OK
 
 
+def _engine(args: argparse.Namespace) -> int:
+    from . import report
+    from .engines import vllm
+
+    made = vllm.plan(args.device)
+    _print(args, lambda: report.engine_json(made), lambda: report.engine_text(made))
+    return OK if made.ok else FINDING
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -277,6 +286,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-num-seqs", type=_positive, default=256, metavar="B", help="sequences of a decode step (default: 256)"
     )
     check.add_argument("--device", **device)
+    engine = command("engine", _engine, "what an engine's hook replaces, where, by whom, and why not")
+    engine.add_argument("engine", choices=("vllm",), metavar="ENGINE", help="vllm")
+    engine.add_argument("--device", **device)
     verify = command("verify", _verify, "run the contracts' cases here and compare with the definition in fp64")
     verify.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
     verify.add_argument(
