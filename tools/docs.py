@@ -339,6 +339,28 @@ def listing() -> str:
     return f"```console\n$ dsv4-backends list --device sm_{version.major}{version.minor}\n{shown}\n```"
 
 
+# --------------------------------------------------------------------------------------------------- engines
+
+
+def targets() -> str:
+    from dsv4_backends.engines import vllm
+
+    rows = ((code(t.key.replace(":", ".")), t.about, code(t.op)) for t in vllm.TARGETS)
+    return table(("replaced", "what it is to vLLM", "op"), rows)
+
+
+def compat() -> str:
+    from dsv4_backends import compat as package  # needs torch
+
+    rows = []
+    for library in package.LIBRARIES:
+        ours = getattr(package, library)
+        for name in ours.__all__:
+            text = inspect.cleandoc(getattr(ours, name).__doc__ or "").split("\n\n")[0].replace("``", "`")
+            rows.append((code(f"{library}.{name}"), " ".join(text.split()).rstrip(".")))
+    return table(("name", "what it does"), rows)
+
+
 # ----------------------------------------------------------------------------------------- writing a provider
 
 
@@ -606,6 +628,7 @@ PARTS: dict[str, Callable[[], str]] = {
         cases,
         checks,
         commands,
+        compat,
         contracts,
         environment,
         implementation_fields,
@@ -624,6 +647,7 @@ PARTS: dict[str, Callable[[], str]] = {
         provider_fields,
         providers,
         reasons,
+        targets,
         tiers,
         verified,
     )
