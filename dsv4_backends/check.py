@@ -6,25 +6,21 @@ shapes is asked with tensors that have no storage.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import report
+from . import report, serving
 from .contract import CONTRACTS
 from .contract.models import Model, Rank
 from .machine import Device, Machine
 from .provider import Reason, Tier
 from .resolve import Candidate, Resolution
+from .serving import Limits
 
 PREFILL_TOKENS = 8192
 """Tokens of one prefill step; engines cut longer prompts into chunks of about this size."""
-WINDOW_PAGE = 64
-"""Tokens in a page of the window's cache, and of the indexer's keys."""
-BLOCK = 256
-"""Tokens of context that one page of a compressed cache stands for: 64 keys at ratio 4, 2 at ratio 128."""
-TOPK_MULTIPLE = 128
-"""Engines round the number of indices of a row up to this."""
 
 
 @dataclass(frozen=True)
@@ -48,148 +44,52 @@ class Need:
         return ", ".join(f"{name} {size}" for name, size in self.sizes.items())
 
 
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
-def _meta(dtype: str, *shape: int) -> Any:
-    import torch
-
-    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-
-
-def _decode(role: str, rank: Rank, seqs: int, extra: tuple[int, int] | None) -> Need:
-    window = rank.model.window
-    sizes = {"b": seqs, "h_q": rank.heads, "topk": window, "page_size": WINDOW_PAGE}
-    if extra is not None:
-        sizes |= {"extra_topk": extra[0], "extra_page_size": extra[1]}
-
-    def arguments() -> dict[str, Any]:
-        made = {
-            "q": _meta("bfloat16", seqs, 1, rank.heads, 512),
-            "k_cache": _meta("uint8", 1024, WINDOW_PAGE, 1, 584),
-            "indices": _meta("int32", seqs, 1, window),
-            "sm_scale": 512**-0.5,
-            "attn_sink": _meta("float32", rank.heads),
-            "topk_length": _meta("int32", seqs),
-        }
-        if extra is not None:
-            made["extra_k_cache"] = _meta("uint8", 1024, extra[1], 1, 584)
-            made["extra_indices"] = _meta("int32", seqs, 1, extra[0])
-            made["extra_topk_length"] = _meta("int32", seqs)
-        return made
-
-    return Need("sparse_mla_decode", role, sizes, arguments)
-
-
-def _prefill(role: str, rank: Rank, tokens: int, keys: int, topk: int) -> Need:
-    def arguments() -> dict[str, Any]:
-        return {
-            "q": _meta("bfloat16", tokens, rank.heads, 512),
-            "kv": _meta("bfloat16", keys, 1, 512),
-            "indices": _meta("int32", tokens, 1, topk),
-            "sm_scale": 512**-0.5,
-            "attn_sink": _meta("float32", rank.heads),
-            "topk_length": _meta("int32", tokens),
-        }
-
-    return Need("sparse_mla_prefill", role, {"s_q": tokens, "h_q": rank.heads, "topk": topk}, arguments)
-
-
-def _mqa(rank: Rank, tokens: int, keys: int) -> Need:
-    h, d = rank.model.index_heads, rank.model.index_dim
-
-    def arguments() -> dict[str, Any]:
-        return {
-            "q": _meta("float8_e4m3fn", tokens, h, d),
-            "k": _meta("float8_e4m3fn", keys, d),
-            "k_scale": _meta("float32", keys),
-            "weights": _meta("float32", tokens, h),
-            "row_starts": _meta("int32", tokens),
-            "row_ends": _meta("int32", tokens),
-            "max_seqlen_k": keys,
-        }
-
-    return Need("mqa_logits", "indexer, prefill", {"m": tokens, "h": h, "d": d, "n": keys}, arguments)
-
-
-def _paged(rank: Rank, seqs: int, keys: int) -> Need:
-    h, d = rank.model.index_heads, rank.model.index_dim
-
-    def arguments() -> dict[str, Any]:
-        blocks = -(-keys // WINDOW_PAGE)
-        return {
-            "q": _meta("float8_e4m3fn", seqs, 1, h, d),
-            "k_cache": _meta("uint8", 1024, WINDOW_PAGE, 1, d + 4),
-            "weights": _meta("float32", seqs, h),
-            "context_lens": _meta("int32", seqs, 1),
-            "block_table": _meta("int32", seqs, blocks),
-            "max_context_len": keys,
-        }
-
-    sizes = {"b": seqs, "next_n": 1, "h": h, "d": d, "page_size": WINDOW_PAGE, "n": keys}
-    return Need("paged_mqa_logits", "indexer, decode", sizes, arguments)
-
-
-def _einsum(role: str, rank: Rank, tokens: int, packed: bool) -> Need:
-    groups, inner, width = rank.o_groups, rank.o_in, rank.model.o_lora_rank
-
-    def arguments() -> dict[str, Any]:
-        dtype, blocks = ("int32", -(-inner // 512)) if packed else ("float32", -(-inner // 128))
-        return {
-            "x": _meta("float8_e4m3fn", tokens, groups, inner),
-            "x_scale": _meta(dtype, tokens, groups, blocks),
-            "w": _meta("float8_e4m3fn", groups, width, inner),
-            "w_scale": _meta(dtype, groups, width if packed else -(-width // 128), blocks),
-        }
-
-    return Need("fp8_einsum", role, {"b": tokens, "h": groups, "r": inner, "d": width}, arguments)
-
-
-def _hyper_connection(role: str, rank: Rank, tokens: int, k: int) -> Need:
-    def arguments() -> dict[str, Any]:
-        return {"x": _meta("bfloat16", tokens, k), "fn": _meta("float32", rank.hc_n, k)}
-
-    return Need("hc_prenorm_gemm", role, {"m": tokens, "k": k, "n": rank.hc_n}, arguments)
-
-
-def needs(rank: Rank, max_model_len: int, max_num_seqs: int, device: Device) -> tuple[Need, ...]:
+def needs(rank: Rank, limits: Limits, device: Device) -> tuple[Need, ...]:
     """Every op, in the largest shapes, that serving asks for on one rank.
 
     Args:
         rank: The model and its tensor parallelism.
-        max_model_len: Longest context in tokens.
-        max_num_seqs: Sequences of one decode step.
+        limits: How far the server goes.
         device: Engines pack scales for compute capability 10 and newer.
 
-    A model of layers of one kind asks for that kind only. Speculative decoding is not counted.
+    A model of layers of one kind asks for that kind only. Speculative decoding is counted with ``limits.next_n``.
     """
     model = rank.model
-    tokens = min(PREFILL_TOKENS, max_model_len)
+    tokens, seqs, s_q, heads = limits.max_tokens, limits.max_requests, limits.next_n, limits.heads or rank.heads
     packed = device.capability is not None and device.capability.major >= 10
-    kinds = {  # by compression ratio: a name, and how many compressed keys a row may see
-        0: ("window layers", 0),
-        4: ("ratio 4 layers", model.index_topk),
-        128: ("ratio 128 layers", _up(-(-max_model_len // 128), TOPK_MULTIPLE)),
-    }
-    found = []
-    for ratio, (name, keys) in kinds.items():
-        if ratio in model.compress_ratios:
-            # A step gathers what its requests can see: the compressed keys, the window, and its own tokens.
-            gathered = (-(-max_model_len // ratio) if ratio else 0) + model.window + tokens
-            topk = _up(model.window + keys, TOPK_MULTIPLE)
-            extra = (keys, BLOCK // ratio) if ratio else None
-            found.append(_prefill(f"{name}, prefill", rank, tokens, gathered, topk))
-            found.append(_decode(f"{name}, decode", rank, max_num_seqs, extra))
+    found: list[Need] = []
+
+    def need(op: str, role: str, sizes: Mapping[str, int], make: Callable[..., serving.Arguments], *args: Any) -> None:
+        found.append(Need(op, role, sizes, functools.partial(make, *args)))
+
+    for ratio in (0, 4, 128):
+        if ratio not in model.compress_ratios:
+            continue
+        name = f"ratio {ratio} layers" if ratio else "window layers"
+        extra = serving.second_scope(rank, ratio, limits.max_context)
+        width, page_size = extra or (0, 0)
+        keys, topk = limits.max_context, serving.round_up(model.window + width, serving.TOPK_MULTIPLE)
+        sizes = {"s_q": tokens, "h_q": heads, "topk": topk}
+        need("sparse_mla_prefill", f"{name}, prefill", sizes, serving.prefill, heads, tokens, keys, topk)
+        sizes = {"b": seqs, "s_q": s_q, "h_q": heads, "topk": model.window, "page_size": serving.WINDOW_PAGE}
+        sizes |= {"extra_topk": width, "extra_page_size": page_size} if extra else {}
+        need("sparse_mla_decode", f"{name}, decode", sizes, serving.decode, heads, seqs, s_q, model.window, extra)
     if 4 in model.compress_ratios:
-        compressed = -(-max_model_len // 4)
-        found += [_mqa(rank, tokens, compressed), _paged(rank, max_num_seqs, compressed)]
-    for step, count in (("prefill", tokens), ("decode", max_num_seqs)):
-        found.append(_einsum(f"output projection, {step}", rank, count, packed))
-        found.append(_hyper_connection(f"hyper-connections, {step}", rank, count, rank.hc_k))
-    found.append(_hyper_connection("first layer's streams", rank, tokens, model.hidden))
+        keys = -(-limits.max_context // 4)
+        sizes = {"h": model.index_heads, "d": model.index_dim, "n": keys}
+        need("mqa_logits", "indexer, prefill", {"m": tokens, **sizes}, serving.mqa, rank, tokens, keys)
+        sizes = {"b": seqs, "next_n": s_q, **sizes, "page_size": serving.WINDOW_PAGE}
+        need("paged_mqa_logits", "indexer, decode", sizes, serving.paged, rank, seqs, s_q, keys)
+    inner, width = rank.o_in, model.o_lora_rank
+    for step, count in (("prefill", tokens), ("decode", seqs * s_q)):
+        einsum = functools.partial(serving.einsum, packed=packed)
+        sizes = {"b": count, "h": rank.o_groups, "r": inner, "d": width}
+        need("fp8_einsum", f"output projection, {step}", sizes, einsum, rank, count)
+        for role, k, n in serving.connections(rank):
+            sizes = {"m": count, "k": k, "n": n}
+            need("hc_prenorm_gemm", f"{role}, {step}", sizes, serving.hyper_connection, count, k, n)
     order = list(CONTRACTS)
-    return tuple(sorted(found, key=lambda need: order.index(need.op)))
+    return tuple(sorted(found, key=lambda one: order.index(one.op)))
 
 
 @dataclass(frozen=True)
@@ -198,14 +98,13 @@ class Check:
 
     Attributes:
         rank: The model and its tensor parallelism.
-        max_model_len, max_num_seqs: As asked.
+        limits: How far the server goes.
         machine, device: Where.
         served: Each need with the choice for its shapes.
     """
 
     rank: Rank
-    max_model_len: int
-    max_num_seqs: int
+    limits: Limits
     machine: Machine
     device: Device
     served: tuple[tuple[Need, Resolution], ...]
@@ -249,11 +148,12 @@ def check(
     length = model.max_positions if max_model_len is None else max_model_len
     if length > model.max_positions:
         raise ValueError(f"max-model-len: {model.name} has {model.max_positions} positions, got {length}")
+    limits = Limits(min(PREFILL_TOKENS, length), max_num_seqs, length)
     checks = []
     for device, choices in resolutions:
         by_op = {resolution.op: resolution for resolution in choices}
-        served = tuple((need, _judge(need, by_op[need.op])) for need in needs(rank, length, max_num_seqs, device))
-        checks.append(Check(rank, length, max_num_seqs, machine, device, served))
+        served = tuple((need, _judge(need, by_op[need.op])) for need in needs(rank, limits, device))
+        checks.append(Check(rank, limits, machine, device, served))
     return checks
 
 
@@ -292,8 +192,8 @@ def json(checks: Sequence[Check]) -> dict[str, Any]:
         "schema_version": report.SCHEMA_VERSION,
         "model": model.name,
         "tp": rank.tp,
-        "max_model_len": first.max_model_len,
-        "max_num_seqs": first.max_num_seqs,
+        "max_model_len": first.limits.max_context,
+        "max_num_seqs": first.limits.max_requests,
         "rank": {"heads": rank.heads, "o_groups": rank.o_groups, "index_heads": model.index_heads},
         "devices": [
             {
@@ -315,7 +215,7 @@ def text(checks: Sequence[Check]) -> str:
     first = checks[0]
     rank, model = first.rank, first.rank.model
     groups = f"{rank.o_groups} output group{'s' * (rank.o_groups != 1)}"
-    limits = f"contexts up to {first.max_model_len} tokens, {first.max_num_seqs} sequences"
+    limits = f"contexts up to {first.limits.max_context} tokens, {first.limits.max_requests} sequences"
     shares = f"{rank.heads} heads, {groups} and {model.index_heads} index heads on a rank"
     parts = [f"{model.name}, tensor parallel {rank.tp}: {shares}; {limits}"]
     for check in checks:

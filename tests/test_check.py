@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsv4_backends import OPS, check, cli, machine
+from dsv4_backends import OPS, Limits, check, cli, machine
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.models import FLASH, PRO, Model
 
@@ -72,7 +72,7 @@ def test_answers(model: Model, tp: int, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_needs_keep_the_contracts(model: Model, sm: str) -> None:
     """Every need is a call that the contract takes, of the shapes of the model."""
     (gpu,) = machine.simulate(sm).gpus
-    needs = check.needs(model.rank(4), model.max_positions, 64, gpu)
+    needs = check.needs(model.rank(4), Limits(8192, 64, model.max_positions), gpu)
     for need in needs:
         CONTRACTS[need.op].check(**need.arguments())
     roles = {(need.op, need.role) for need in needs}
@@ -83,7 +83,7 @@ def test_needs_keep_the_contracts(model: Model, sm: str) -> None:
     assert four["extra_topk"] == model.index_topk
     assert (four["extra_page_size"], many["extra_page_size"]) == (64, 2)
     assert many["extra_topk"] == 8192
-    (broadcast,) = (need for need in needs if need.role == "first layer's streams")
+    (broadcast,) = (need for need in needs if need.role == "first layer's streams, prefill")
     assert broadcast.sizes["k"] == model.hidden
     (logits,) = (need for need in needs if need.op == "paged_mqa_logits")
     assert logits.sizes["n"] == model.max_positions // 4
@@ -93,7 +93,7 @@ def test_needs_keep_the_contracts(model: Model, sm: str) -> None:
 
 
 def test_what_the_limits_change() -> None:
-    needs = check.needs(FLASH.rank(1), 1000, 7, machine.CPU)
+    needs = check.needs(FLASH.rank(1), Limits(1000, 7, 1000), machine.CPU)
     sizes = {(need.op, need.role): need.sizes for need in needs}
     assert sizes["sparse_mla_decode", "ratio 128 layers, decode"]["extra_topk"] == 128
     assert sizes["sparse_mla_decode", "window layers, decode"]["b"] == 7
@@ -126,12 +126,12 @@ def test_what_nothing_serves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     (row,) = (line for line in out.splitlines() if line.startswith("mqa_logits "))
     assert row.rstrip().endswith("none")
     assert "mqa_logits: triton: runs on an NVIDIA GPU, this is CPU" in out
-    assert "NOT SERVED: 1 of 11" in out
+    assert "NOT SERVED: 1 of 14" in out
 
 
 def test_a_model_of_one_kind_of_layer() -> None:
     window = Model(**{**vars(FLASH), "compress_ratios": (0, 0)})
-    ops = {need.op for need in check.needs(window.rank(1), 4096, 1, machine.CPU)}
+    ops = {need.op for need in check.needs(window.rank(1), Limits(4096, 1, 4096), machine.CPU)}
     assert ops == set(OPS) - {"mqa_logits", "paged_mqa_logits"}
 
 
@@ -160,7 +160,7 @@ def test_a_folder_with_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, out, _ = run(capsys, "--model", str(tmp_path), "--tp", "2", "--device", "sm_90")
     assert code == 0
     assert "4 heads, 1 output group and 32 index heads on a rank; contexts up to 8192 tokens, 256 sequences" in out
-    assert "warning: only the reference serves 13 of 13, which is slow" in out
+    assert "warning: only the reference serves 16 of 16, which is slow" in out
 
 
 @pytest.mark.parametrize(
