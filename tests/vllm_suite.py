@@ -1,13 +1,14 @@
 """The real vLLM over the ops, without its compiled parts: ``FAKE_SM=9.0 pytest tests/vllm_suite.py``.
 
 Not part of the usual suite: vLLM needs an environment of its own. The plugin is loaded the way vLLM loads it, vLLM's
-own functions are called, and their results are compared with the oracle. ``TEST_PIN`` is what ``DSV4_BACKENDS_PIN``
-shall be; tensors are on the first GPU where there is one.
+own functions are called, and their results are compared with the oracle. ``TEST_PIN`` and ``TEST_ORDER`` are what
+``DSV4_BACKENDS_PIN`` and ``_ORDER`` shall be; tensors are on the first GPU where there is one.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,13 @@ from dsv4_backends.testing import checks, numerics, oracle
 pytestmark = pytest.mark.filterwarnings("default")
 
 SM = os.environ.setdefault("FAKE_SM", "9.0")
-PIN = os.environ.get("TEST_PIN", "")
+WISHES = {key: os.environ[f"TEST_{key}"] for key in ("PIN", "ORDER") if os.environ.get(f"TEST_{key}")}
 MAJOR = int(SM.partition(".")[0])
 DEVICE = checks.default_device()
 
 # What a user's environment would say, before vLLM starts.
-os.environ[f"{policy.PREFIX}ENGINE"] = "1"
-if PIN:
-    os.environ[f"{policy.PREFIX}PIN"] = PIN
+SETTINGS = {f"{policy.PREFIX}{key}": value for key, value in {"ENGINE": "1", **WISHES}.items()}
+os.environ.update(SETTINGS)
 fake_cuda.install(Path(tempfile.mkdtemp()))
 
 with warnings.catch_warnings():
@@ -69,9 +69,8 @@ COMPRESSED = "max_seqlen_k" in (dg.fp8_fp4_mqa_logits.__code__.co_varnames)
 
 @pytest.fixture(autouse=True)
 def settings(clean_settings: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv(f"{policy.PREFIX}ENGINE", "1")
-    if PIN:
-        monkeypatch.setenv(f"{policy.PREFIX}PIN", PIN)
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
     yield
     if not engine._rows:
         engine.apply()
@@ -457,3 +456,20 @@ def test_undo_leaves_what_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     flashmla.flash_mla_sparse_fwd = source.flash_mla_sparse_fwd
     engine.apply()
     assert flashmla.flash_mla_sparse_fwd is not ours
+
+
+# --------------------------------------------------------------------------------------------------- who served
+
+
+def test_who_served(record_property: Callable[[str, object], None]) -> None:
+    """For every op the first of the order that has it, or the pinned one; others only what that one refuses."""
+    served = ops.stats()
+    record_property("served", json.dumps(served))
+    order = policy.from_environment().order
+    for op in CONTRACTS:
+        resolution = ops.resolution(op, DEVICE)
+        names = [candidate.name for candidate in resolution.candidates]
+        wanted = resolution.pinned or next((name for name in order if name in names), "")
+        if wanted:
+            assert served[op].get(wanted), f"{op}: {wanted} has not served: {resolution.explain()}"
+        assert sum(served[op].values()) > 0
