@@ -6,6 +6,7 @@ import importlib
 import inspect
 import logging
 import math
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -406,6 +407,7 @@ from . import utils
 __version__ = "2.6.1"
 calls = []
 def get_num_sms(): return 11
+def use_deterministic_algorithms(on): calls.append(("deterministic", on))
 def set_num_sms(n): calls.append(("set_num_sms", n))
 def set_pdl(on): calls.append(("set_pdl", on))
 def fp8_gemm_nt(a): return ("gemm", a)
@@ -436,8 +438,10 @@ def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """Two libraries of the real names, which say that they were called."""
     files = {
         "deep_gemm/__init__.py": DEEP_GEMM,
-        "deep_gemm/utils/__init__.py": "def ceil_div(a, b): return -(-a // b)\n",
-        "deep_gemm/testing/__init__.py": "def calc_diff(a, b): return 0.0\n",
+        "deep_gemm/utils/__init__.py": "from .math import *\n",
+        "deep_gemm/utils/math.py": "def ceil_div(a, b): return -(-a // b)\n",
+        "deep_gemm/testing/__init__.py": "from .bench import *\ndef calc_diff(a, b): return 0.0\n",
+        "deep_gemm/testing/bench.py": "def bench_kineto(fn, names): return fn()\n",
         "flash_mla/__init__.py": FLASH_MLA,
         "flash_mla/flash_mla_interface.py": INTERFACE,
     }
@@ -528,6 +532,102 @@ def test_what_no_op_stands_for_goes_to_the_library(libraries: Path, caplog: pyte
         dg.set_pdl(True)
         assert compat.native("deep_gemm").calls == [("set_num_sms", 9), ("set_pdl", True)]
     deep_gemm._num_sms, deep_gemm._pdl = None, False
+
+
+SCRIPT = """
+import torch
+import deep_gemm
+import flash_mla
+from deep_gemm.testing import bench_kineto, calc_diff
+from deep_gemm.utils.math import ceil_div
+from flash_mla.flash_mla_interface import get_mla_metadata
+
+if __name__ == "__main__":
+    print(deep_gemm.__path__)
+    deep_gemm.use_deterministic_algorithms(False)
+    o = given["mqa_logits"]
+    named = dict(q=(o["q"], None), kv=(o["k"], o["k_scale"]), weights=o["weights"],
+                 cu_seq_len_k_start=o["row_starts"], cu_seq_len_k_end=o["row_ends"])
+    got["mqa_logits"] = [deep_gemm.fp8_fp4_mqa_logits(**named, max_seqlen_k=o["max_seqlen_k"]),
+                         deep_gemm.fp8_fp4_mqa_logits(**named, max_seqlen_k=o["max_seqlen_k"], schedule_meta=None)]
+    positional = (o["q"], (o["k"], o["k_scale"]), o["weights"], o["row_starts"], o["row_ends"])
+    got["mqa_logits"].append(
+        deep_gemm.fp8_mqa_logits(*positional, max_seqlen_k=o["max_seqlen_k"], clean_logits=False))
+
+    o = given["paged_mqa_logits"]
+    cache = o["k_cache"].unsqueeze(2) if o["k_cache"].dim() == 3 else o["k_cache"]
+    plan = deep_gemm.get_paged_mqa_logits_metadata(
+        context_lens=o["context_lens"], block_kv=cache.shape[1], num_sms=deep_gemm.get_num_sms(), indices=None)
+    named = dict(q=(o["q"], None), kv_cache=cache, weights=o["weights"], context_lens=o["context_lens"],
+                 block_table=o["block_table"], schedule_meta=plan, max_context_len=o["max_context_len"])
+    got["paged_mqa_logits"] = [deep_gemm.fp8_fp4_paged_mqa_logits(**named, indices=None),
+                               deep_gemm.fp8_fp4_paged_mqa_logits(**named, clean_logits=False)]
+
+    o = given["fp8_einsum"]
+    z = torch.empty((*o["x"].shape[:2], o["w"].shape[1]), dtype=torch.bfloat16, device=o["x"].device)
+    deep_gemm.fp8_einsum("bhr,hdr->bhd", (o["x"], o["x_scale"]), (o["w"], o["w_scale"]), z)
+    got["fp8_einsum"] = [z]
+
+    o = given["hc_prenorm_gemm"]
+    d = torch.empty((16, len(o["x"]), len(o["fn"])), device=o["x"].device)
+    s = torch.empty((16, len(o["x"])), device=o["x"].device)
+    bench_kineto(lambda: deep_gemm.tf32_hc_prenorm_gemm(o["x"], o["fn"], d, s, num_splits=16), "tf32_hc_prenorm_gemm")
+    got["hc_prenorm_gemm"] = [(d.sum(0), s.sum(0))]
+
+    o = given["sparse_mla_prefill"]
+    kv, indices = (t.unsqueeze(1) if t.dim() == 2 else t for t in (o["kv"], o["indices"]))
+    got["sparse_mla_prefill"] = [flash_mla.flash_mla_sparse_fwd(
+        o["q"], kv, indices, sm_scale=o["sm_scale"], attn_sink=o.get("attn_sink"), topk_length=o.get("topk_length"))]
+
+    o = given["sparse_mla_decode"]
+    caches = [c.unsqueeze(2) if c is not None and c.dim() == 3 else c for c in (o["k_cache"], o.get("extra_k_cache"))]
+    plan, splits = flash_mla.get_mla_metadata()
+    assert type(plan) is type(get_mla_metadata()[0])
+    out, lse = flash_mla.flash_mla_with_kvcache(
+        o["q"], caches[0], None, None, 512, plan, splits, o["sm_scale"], False, True, o["indices"], o.get("attn_sink"),
+        caches[1], o.get("extra_indices"), o.get("topk_length"), o.get("extra_topk_length"))
+    got["sparse_mla_decode"] = [(out, lse.transpose(1, 2))]
+    assert ceil_div(7, 2) == 4 and calc_diff(out, out) == 0
+"""
+"""The imports and the forms of call that the libraries' own test scripts have, each op once."""
+
+
+def test_a_script_by_the_libraries_names(libraries: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {"mqa_logits": "compressed", "paged_mqa_logits": "two tokens", "sparse_mla_decode": "two scopes"}
+    given = {}
+    for op, contract in CONTRACTS.items():
+        cases = contract.at_level("smoke")
+        case = next((case for case in cases if case.name == made.get(op)), cases[0])
+        given[op] = contract.inputs(case, DEVICE)
+    given["mqa_logits"].setdefault("max_seqlen_k", 7)
+    (libraries / "script.py").write_text(SCRIPT)
+    got: dict[str, list[Any]] = {}
+    with compat.install():
+        runpy.run_path(str(libraries / "script.py"), {"given": given, "got": got}, "__main__")
+        assert compat.native("deep_gemm").calls == [("deterministic", False)]
+    assert str(libraries) in capsys.readouterr().out
+    assert set(got) == set(CONTRACTS)
+    for op, several in got.items():
+        given[op].pop("num_splits", None)
+        for results in several:
+            results = results if isinstance(results, tuple) else (results,)
+            expected = oracle.expected(op, given[op])
+            for result, want, key in zip(results, expected, CONTRACTS[op].returns, strict=True):
+                error = numerics.compare(result, want.to(result.device), CONTRACTS[op].tolerances[key])
+                assert error.ok, f"{op}: {key}: {error}"
+
+
+def test_the_command_that_runs_a_script(libraries: Path) -> None:
+    (libraries / "beside.py").write_text("word = 'beside'")
+    script = libraries / "script.py"
+    script.write_text(
+        "import sys, deep_gemm, beside; print(sys.argv[1:], deep_gemm.fp8_einsum.__module__, beside.word)"
+    )
+    command = [sys.executable, "-m", "dsv4_backends.compat"]
+    result = subprocess.run([*command, str(script), "--x"], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["['--x']", "dsv4_backends.compat.deep_gemm", "beside"]
+    missing = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (missing.returncode, "SCRIPT" in missing.stderr) == (1, True)
 
 
 def test_without_a_library() -> None:
