@@ -173,8 +173,8 @@ def _ask(need: Need, candidate: Candidate) -> Candidate:
     from .ops import _bind
 
     bound = _bind(CONTRACTS[need.op], candidate)
-    if isinstance(bound, Reason):
-        return replace(candidate, reasons=(bound,))
+    if isinstance(bound, tuple):
+        return replace(candidate, reasons=bound)
     if bound.refuses is None:
         return candidate
     try:
