@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import report, serving
+from . import measured, report, serving
 from .contract import CONTRACTS
 from .contract.models import Model, Rank
 from .machine import Device, Machine
@@ -158,10 +158,16 @@ def check(
 
 
 def _judge(need: Need, resolution: Resolution) -> Resolution:
-    """A choice by capability as a choice for these shapes: candidates that refuse them, or do not import, are out."""
+    """A choice by capability as one for these shapes: the measured candidate first, without those that refuse them."""
     judged = []
     decided = False
-    for candidate in resolution.candidates:
+    candidates = list(resolution.candidates)
+    if resolution.measured:
+        made, names = need.arguments(), list(CONTRACTS[need.op].args)
+        one, two = (made[names[position]].shape for position in measured.CLASSES[need.op].tensors)
+        if (found := measured.preferred(resolution.measured, need.op, (one, two))) is not None:
+            candidates.sort(key=lambda candidate: candidate.name != found.prefer)
+    for candidate in candidates:
         if candidate.accepted and not decided:
             candidate = _ask(need, candidate)
             decided = candidate.accepted  # what comes after it need not be imported
@@ -197,7 +203,7 @@ def json(checks: Sequence[Check]) -> dict[str, Any]:
         "rank": {"heads": rank.heads, "o_groups": rank.o_groups, "index_heads": model.index_heads},
         "devices": [
             {
-                "device": report._device(check.device),
+                "device": report.device_json(check.device),
                 "needs": [
                     {"role": need.role, "sizes": dict(need.sizes), **report.resolution_json(resolution)}
                     for need, resolution in check.served

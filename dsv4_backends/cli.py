@@ -22,8 +22,11 @@ from .policy import VARIABLES
 OK, FINDING, USAGE, INTERNAL = 0, 1, 2, 3
 
 
-def _listing(device: str | None, problem: list[PolicyError] | None = None) -> Any:
-    """A ``report.Listing``; with ``problem``, settings that cannot be understood are put there and left out."""
+def _listing(device: str | None, problem: list[PolicyError] | None = None, *, load: bool = True) -> Any:
+    """A ``report.Listing``; with ``problem``, settings that cannot be understood are put there and left out.
+
+    Without ``load``, native libraries are judged by their metadata and files, and no child process imports them.
+    """
     from . import builds, machine, plugins, policy
     from .report import Listing
 
@@ -38,15 +41,14 @@ def _listing(device: str | None, problem: list[PolicyError] | None = None) -> An
         problem.append(error)
         wishes = policy.Policy()
         loaded = plugins.load()
+    ask = builds.load_apart if load else None
     return Listing(
         here,
         loaded,
         tuple(
             (
                 where,
-                tuple(
-                    builds.choose(op, where, here.installed, loaded.providers, wishes, builds.load_apart) for op in OPS
-                ),
+                tuple(builds.choose(op, where, here.installed, loaded.providers, wishes, ask) for op in OPS),
             )
             for where in here.devices
         ),

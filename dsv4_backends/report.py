@@ -326,7 +326,7 @@ def engine_json(plan: Plan) -> dict[str, Any]:
         "engine": "vllm",
         "version": plan.version,
         "enabled": plan.enabled,
-        "device": _device(plan.device),
+        "device": device_json(plan.device),
         "targets": [
             {
                 "module": row.target.module,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsv4_backends import OPS, Limits, check, cli, machine
+from dsv4_backends import OPS, Limits, check, cli, machine, measured
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.models import FLASH, PRO, Model
 
@@ -45,7 +45,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("model", [FLASH, PRO], ids=lambda model: model.name)
 def test_answers(model: Model, tp: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On every architecture Triton serves all of it once it is asked for, and the reference before."""
+    """On every architecture Triton serves all of it, and the reference where it may not."""
     name = "flash" if model is FLASH else "pro"
     if model.o_groups % tp:
         code, out, err = run(capsys, "--model", name, "--tp", str(tp), "--device", "sm_90")
@@ -53,8 +53,8 @@ def test_answers(model: Model, tp: int, monkeypatch: pytest.MonkeyPatch, capsys:
         assert err.strip().endswith("8 output groups cannot be divided over tensor parallel size 16")
         return
     for sm in SMS:
-        for experimental, provider in (("1", "triton"), ("0", "torch")):
-            monkeypatch.setenv("DSV4_BACKENDS_EXPERIMENTAL", experimental)
+        for deny, provider in (("", "triton"), ("triton", "torch")):
+            monkeypatch.setenv("DSV4_BACKENDS_DENY", deny)
             code, out, _ = run(capsys, "--model", name, "--tp", str(tp), "--device", sm, "--json")
             data = json.loads(out)
             assert code == 0
@@ -106,7 +106,7 @@ def test_shapes_are_asked_about(
     """A provider that refuses a rank's shapes is passed over with its reason; one that cannot be asked is not."""
     (tmp_path / "acme_kernels.py").write_text(KERNELS)
     fake_plugin("acme", REFUSING)
-    for tp, decode in ((1, "acme"), (2, "torch")):
+    for tp, decode in ((1, "acme"), (2, "triton")):
         code, out, _ = run(capsys, "--model", "flash", "--tp", str(tp), "--device", "sm_90", "--json")
         assert code == 0
         needs = json.loads(out)["devices"][0]["needs"]
@@ -117,6 +117,26 @@ def test_shapes_are_asked_about(
     code, out, _ = run(capsys, "--model", "flash", "--tp", "2", "--device", "sm_90")
     assert "sparse_mla_decode: acme: acme takes 64 or 128 heads, got 32" in out
     assert "no GPU to ask" in out
+
+
+def test_what_was_measured_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for a call: by the need's own shapes."""
+    entry = {"op": "hc_prenorm_gemm", "shapes": "n=24 k=16384", "low": 1, "high": 256, "prefer": "torch"}
+    table = {
+        "schema_version": measured.SCHEMA_VERSION,
+        "sources": [{"device": "somewhere", "date": "2026-11-25"}],
+        "preferences": [entry | {"over": "triton", "ratio": 2.0, "source": 0}],
+    }
+    (tmp_path / "sm_90.json").write_text(json.dumps(table))
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    code, out, _ = run(capsys, "--model", "flash", "--device", "sm_90", "--json")
+    assert code == 0
+    needs = json.loads(out)["devices"][0]["needs"]
+    by_role = {need["role"]: need["selected"] for need in needs if need["op"] == "hc_prenorm_gemm"}
+    assert {role for role, name in by_role.items() if name == "torch"} == {"hyper-connections, decode"}
+    assert len(by_role) == 6
 
 
 def test_what_nothing_serves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +175,10 @@ def config(**change: Any) -> dict[str, Any]:
     return base | change
 
 
-def test_a_folder_with_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
     (tmp_path / "config.json").write_text(json.dumps(config()))
     code, out, _ = run(capsys, "--model", str(tmp_path), "--tp", "2", "--device", "sm_90")
     assert code == 0

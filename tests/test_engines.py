@@ -281,9 +281,10 @@ def test_by_architecture(fake_vllm: Callable[..., Path], monkeypatch: pytest.Mon
         plan = engine.plan(sm)
         assert plan.ok
         assert "does not serve DeepSeek V4 on compute capability 8.x" in plan.notes[0]
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
     slow = {row.target.attribute: [r.code for r in row.reasons] for row in engine.plan("sm_90").rows}
     assert slow["_fp8_einsum_impl"] == ["engine-reference"]
-    monkeypatch.setenv("DSV4_BACKENDS_EXPERIMENTAL", "1")
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "")
     for sm, logits, attention in (
         ("sm_90", patching.PLANNED, patching.PLANNED),
         ("sm_100", patching.REFUSED, patching.PLANNED),
@@ -293,7 +294,6 @@ def test_by_architecture(fake_vllm: Callable[..., Path], monkeypatch: pytest.Mon
         assert found["_fp8_einsum_impl"] == patching.PLANNED
         assert found["_fp8_fp4_mqa_logits_impl"] == found["_fp8_fp4_paged_mqa_logits_impl"] == logits
         assert found["flash_mla_with_kvcache"] == found["flash_mla_sparse_fwd"] == attention
-    monkeypatch.setenv("DSV4_BACKENDS_EXPERIMENTAL", "0")
     monkeypatch.setenv("DSV4_BACKENDS_PIN", "fp8_einsum=torch")
     assert states(engine.plan("sm_90"))["_fp8_einsum_impl"] == patching.PLANNED
     monkeypatch.setenv("DSV4_BACKENDS_PIN", "fp8_einsum=triton")
@@ -440,8 +440,11 @@ def test_the_entry_point_is_declared() -> None:
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def test_command(fake_vllm: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake_vllm()
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
     assert cli.main(["engine", "vllm"]) == 0
     out = capsys.readouterr().out
     assert "vllm 0.33.0 on CPU; not enabled: set DSV4_BACKENDS_ENGINE=1" in out

@@ -134,10 +134,10 @@ def _version_reason(found: str, force: bool) -> Reason | None:
     return Reason("engine-version", f"vllm {found} is installed, tested with {SUPPORTED}", hint)
 
 
-def _choices(device: str | None) -> tuple[Device, Mapping[str, Resolution]]:
+def _choices(device: str | None, load: bool) -> tuple[Device, Mapping[str, Resolution]]:
     from ..cli import _listing
 
-    where, resolutions = _listing(device).resolutions[0]
+    where, resolutions = _listing(device, load=load).resolutions[0]
     return where, {resolution.op: resolution for resolution in resolutions}
 
 
@@ -208,9 +208,13 @@ def plan(device: str | None = None, *, force: bool = False) -> Plan:
     Raises:
         PolicyError: the settings cannot be understood.
     """
+    return _plan(device, force, load=not _rows)
+
+
+def _plan(device: str | None, force: bool, load: bool) -> Plan:
     mode = policy.engine()
     found = version()
-    where, choices = _choices(device)
+    where, choices = _choices(device, load)
     rows = _rows
     if not rows:
         rows = tuple(Row(target) for target in TARGETS)
@@ -254,7 +258,8 @@ def apply(*, force: bool = False) -> Plan:
         PolicyError: the settings cannot be understood.
     """
     global _rows
-    made = plan(force=force)
+    # An engine's start does not wait for a child that imports libraries; a call says if one does not load.
+    made = _plan(None, force, load=False)
     if _rows:
         return made
     _rows = made.rows
