@@ -59,6 +59,15 @@ ADVICE = {
     "not-allowed": "Add the name to `DSV4_BACKENDS_ALLOW`, or unset it.",
     "not-pinned": "Nothing: the pin asks for it.",
     "shape": "Nothing: the next provider serves the call. The log says once that this happens.",
+    "shape-unknown": "Run `check` on the machine with the GPU.",
+    "no-provider": "Read the message: it has every provider's reason.",
+    "engine-missing": "Install the engine in the same environment.",
+    "engine-version": "Use a version that the message names, or set `DSV4_BACKENDS_ENGINE=force` and test.",
+    "engine-target": "Report it: a release of the engine has changed.",
+    "engine-arch": "Nothing: the engine's own function stays in place.",
+    "engine-reference": "Let a faster provider serve (the hint says what keeps it), or pin the reference to insist.",
+    "engine-served": "Nothing.",
+    "engine-failed": "Report it with the message.",
     "plugin-import": "Read the message; repair or uninstall the package, or deny it.",
     "plugin-hook": "Report it to the plugin's author, or deny it.",
     "plugin-failed": "Report it to the plugin's author, or deny it.",
@@ -328,6 +337,28 @@ def listing() -> str:
     )
     shown = report.Listing(here, loaded, ((gpu, choices),)).text()
     return f"```console\n$ dsv4-backends list --device sm_{version.major}{version.minor}\n{shown}\n```"
+
+
+# --------------------------------------------------------------------------------------------------- engines
+
+
+def targets() -> str:
+    from dsv4_backends.engines import vllm
+
+    rows = ((code(t.key.replace(":", ".")), t.about, code(t.op)) for t in vllm.TARGETS)
+    return table(("replaced", "what it is to vLLM", "op"), rows)
+
+
+def compat() -> str:
+    from dsv4_backends import compat as package  # needs torch
+
+    rows = []
+    for library in package.LIBRARIES:
+        ours = getattr(package, library)
+        for name in ours.__all__:
+            text = inspect.cleandoc(getattr(ours, name).__doc__ or "").split("\n\n")[0].replace("``", "`")
+            rows.append((code(f"{library}.{name}"), " ".join(text.split()).rstrip(".")))
+    return table(("name", "what it does"), rows)
 
 
 # ----------------------------------------------------------------------------------------- writing a provider
@@ -608,6 +639,7 @@ PARTS: dict[str, Callable[[], str]] = {
         cases,
         checks,
         commands,
+        compat,
         contracts,
         environment,
         implementation_fields,
@@ -626,6 +658,7 @@ PARTS: dict[str, Callable[[], str]] = {
         provider_fields,
         providers,
         reasons,
+        targets,
         tiers,
         triton_conformance,
         verified,
