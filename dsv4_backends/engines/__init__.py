@@ -1,1 +1,1 @@
-"""Where engines meet the ops: one module for each engine, imported by those who use it."""
+"""Engines that reach the ops through their own door. Importing this package imports no engine and no torch."""
