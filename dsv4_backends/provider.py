@@ -61,7 +61,7 @@ REASONS: dict[str, str] = {
     "plugin-type": "The plugin's hook returned something that is not ProviderSpec objects.",
     "plugin-duplicate": "Another plugin already provides a provider of that name.",
     "plugin-api": "The plugin was written for a later version of the provider interface.",
-    "engine-version": "The installed engine's code is not that which the integration knows.",
+    "engine-source": "The installed engine's code is not that which the integration knows.",
     "engine-model": "The model is not one that the integration knows.",
     "engine-dtype": "No op takes this part of the model in its dtype, or with these settings.",
     "engine-mode": "The engine asks for something that the ops do not do.",

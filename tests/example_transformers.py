@@ -15,7 +15,7 @@ from dsv4_backends.engines import transformers as engine
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = tiny(torch.bfloat16).to(device)
-prompt = tokens(2, 300).to(device)
+prompt = tokens(2, 140).to(device)
 before = model.generate(prompt, max_new_tokens=4, do_sample=False)
 
 print("what serves each part:")
@@ -24,7 +24,7 @@ for part in engine.enable(model):
 
 for name, cache in (("bf16 cache", None), ("packed cache", engine.packed_cache(model))):
     reset()
-    made = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    made = model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
     print(f"{name}: new tokens {made[:, prompt.shape[1] :].tolist()}")
     for op, providers in stats().items():
         print(f"  {op}: {providers}")

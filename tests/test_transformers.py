@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
-from transformers.masking_utils import create_sliding_window_causal_mask, eager_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import create_sliding_window_causal_mask, eager_mask
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers_model import tiny, tokens
 
@@ -108,8 +109,7 @@ def test_prefill_in_chunks(eager: Any, ours: Any, rows: int, monkeypatch: pytest
     same(result[mask.bool()], reference[mask.bool()])
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("length", [1, 126, 255, 510])
+@pytest.mark.parametrize(("length", "padded"), [(1, False), (126, True), (255, False), (510, True)])
 def test_cached(eager: Any, ours: Any, length: int, padded: bool) -> None:
     """A prefill, single tokens, several at once as a draft's verification brings them, and single ones again."""
     steps = [length, 1, 1, 3, 1, 2, 9, 1, 140, 1]
@@ -136,19 +136,19 @@ def test_cached(eager: Any, ours: Any, length: int, padded: bool) -> None:
         at += count
 
 
-@pytest.mark.parametrize("length", [60, 260, 520])
+@pytest.mark.parametrize("length", [60, 250, 505])
 def test_generate(eager: Any, ours: Any, length: int) -> None:
     ids = tokens(2, length, seed=length)
     mask = torch.ones_like(ids)
     mask[0, :33] = 0
-    kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(ids, **kwargs), eager.generate(ids, **kwargs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_disable_gives_back_the_same_bits(dtype: torch.dtype) -> None:
     model = tiny(dtype)
-    ids = tokens(2, 150)
+    ids = tokens(1, 140)
     before, state = model(ids).logits, copy.deepcopy(model.state_dict())
     engine.enable(model)
     assert not torch.equal(model(ids).logits, before)  # it was in
@@ -158,38 +158,45 @@ def test_disable_gives_back_the_same_bits(dtype: torch.dtype) -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-class _Largest(TorchDispatchMode):
-    """The largest number of elements in a tensor that a call makes."""
+class _Made(TorchDispatchMode):
+    """The shapes of all tensors that a call makes, and the ops that would wait for a GPU."""
 
-    size = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+        self.waits: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor._base is None and 0 not in tensor.stride():
-                self.size = max(self.size, tensor.numel())
+            if isinstance(tensor, Tensor):
+                self.shapes.add(tuple(tensor.shape))
+        masks = [i for i in args[1] if i is not None and i.dtype is torch.bool] if "index" in func.__name__ else []
+        if masks or func.__name__.startswith(("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.waits.append(func.__name__)
         return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_of_the_size_queries_by_keys(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    length = 1536
+    length = 772
     for chunked in (exact, importlib.import_module("dsv4_backend_torch.memory")):
-        monkeypatch.setattr(chunked, "CHUNK_BYTES", 2**20)
+        monkeypatch.setattr(chunked, "CHUNK_BYTES", 2**19)
     model = tiny(dtype, num_attention_heads=1, o_groups=1, index_n_heads=4)
     hidden = torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    keys = {length, length // 4, length + length // 4}
 
-    def largest(layer: int) -> int:
-        with _Largest() as largest:
+    def large(layer: int) -> list[tuple[int, ...]]:
+        with _Made() as made:
             attend(model.model, layer, hidden, None, None)
-        return largest.size
+        return [shape for shape in made.shapes if length in shape and sum(n in keys for n in shape) > 1]
 
-    queries = length * 512  # eager attention has these too
+    if dtype is torch.float32:  # eager attention makes them
+        assert large(0)
+        assert large(1)
     engine.enable(model)
     for layer in range(3):
-        assert largest(layer) <= queries < length * length // 2
-    engine.disable(model)
-    assert largest(0) >= length * length
+        assert not large(layer)
 
 
 # ------------------------------------------------------------------------------ bf16: each layer, on the same inputs
@@ -369,7 +376,7 @@ def test_indexer_of_a_layer(packed: bool, monkeypatch: pytest.MonkeyPatch) -> No
             k, k_scale = layouts.read_indexer_keys(pages, slots.flatten())
             result = result.view(2, count, total)
         else:
-            (q, k, k_scale, w, starts, ends), kwargs, result = prefill.pop()
+            (q, k, k_scale, w, starts, ends), _, result = prefill.pop()
             q, counts = q.view(2, count, *q.shape[1:]), (ends - starts).view(2, count)
             assert starts.view(2, count).tolist() == [[0] * count, [total] * count]
             result = result.view(2, count, total)
@@ -414,6 +421,20 @@ def test_the_operands_of_the_indexer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((result - reference)[seen].norm() / reference[seen].norm()) < 0.05
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 20])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
+def test_doubly_stochastic(iterations: int, spread: float) -> None:
+    """Against transformers' loop in fp64, one-sided matrices included: the smallest sums of columns are eps."""
+    logits = torch.randn(5000, 4, 4, generator=torch.Generator().manual_seed(9)) * spread
+    logits[0, :, 0] += 1e4
+    comb, eps = logits.double().softmax(-1) + 1e-6, 1e-6
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        comb = comb / (comb.sum(-1, keepdim=True) + eps)
+        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    torch.testing.assert_close(engine._doubly_stochastic(logits, eps, iterations).double(), comb, rtol=0, atol=1e-5)
+
+
 def test_hyper_connections() -> None:
     model = tiny(torch.bfloat16)
     engine.enable(model)
@@ -444,8 +465,10 @@ def test_output_projection(shape: tuple[int, int]) -> None:
     blocks = scales.repeat_interleave(128, 1)[:, :200].repeat_interleave(128, 2)
     module.weight.data = (values.float() * blocks).view(400, 1024).bfloat16()
     again = engine._quantise_weight(module)
-    assert torch.equal(again[0].float() * again[1].repeat_interleave(128, 1)[:, :200].repeat_interleave(128, 2),
-                       values.float() * blocks)
+    assert torch.equal(
+        again[0].float() * again[1].repeat_interleave(128, 1)[:, :200].repeat_interleave(128, 2),
+        values.float() * blocks,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the packed cache
@@ -456,39 +479,35 @@ def test_page_bytes() -> None:
     model = tiny(torch.bfloat16)
     engine.enable(model)
     cache, plain = engine.packed_cache(model), DynamicCache(config=model.config)
-    hidden = torch.randn(2, 530, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
-    for start, stop in ((0, 500), (500, 501), (501, 504), (504, 530)):
+    hidden = torch.randn(2, 390, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
+    for start, stop in ((0, 370), (370, 371), (371, 374), (374, 390)):
         for each in (cache, plain):
-            for layer in range(4):
+            for layer in range(3):
                 attend(model.model, layer, hidden[:, start:stop], None, each)
-    total = 530
-    for layer, kind in enumerate(model.config.layer_types):
+    total = 390
+    for layer, kind in enumerate(model.config.layer_types[:3]):
         own, dense = cache.layers[layer], plain.layers[layer]
         ring = own.window.capacity
         assert ring == 192
-        for position in range(total - 127, total):
-            expected = dense.keys[:, 0, position - total + 127]
-            check_kv(own.window.cache, 2, 64, position % ring, expected)
+        recent = range(total - 127, total)
+        check_kv(own.window.cache, 2, 64, [position % ring for position in recent], dense.keys[:, 0])
         if kind == "sliding_attention":
             continue
         page_size, rate = (64, 4) if kind == "compressed_sparse_attention" else (2, 128)
         pages = own.compressed["compressor"]
         assert pages.length == own.entry_count["compressor"] == total // rate
-        for position in range(pages.length):
-            check_kv(pages.cache, 2, page_size, position, dense.compressed_kv["compressor"][:, position])
+        check_kv(pages.cache, 2, page_size, range(pages.length), dense.compressed_kv["compressor"])
         if kind == "compressed_sparse_attention":
-            for position in range(total // rate):
-                keys = dense.compressed_kv["indexer"][:, position]
-                values, scale = layouts.quantize_e4m3(keys.float(), 128)
-                for b in range(2):
+            keys = dense.compressed_kv["indexer"]
+            for b in range(2):
+                values, scales = layouts.quantize_e4m3(keys[b].float(), 128)
+                for position in range(total // rate):
                     raw, offset = page_of(own.compressed["indexer"].cache, 2, 64, position, b)
-                    at = offset * 128
-                    assert raw[at : at + 128].tolist() == values[b].view(torch.uint8).tolist()
-                    at = 64 * 128 + offset * 4
-                    assert raw[at : at + 4].tolist() == scale[b].view(torch.uint8).tolist()
+                    assert torch.equal(raw[offset * 128 :][:128], values[position].view(torch.uint8))
+                    assert torch.equal(raw[64 * 128 + offset * 4 :][:4], scales[position].view(torch.uint8))
     assert cache.nbytes == sum(
         pages.cache.untyped_storage().nbytes()
-        for own in cache.layers
+        for own in cache.layers[:3]
         for pages in (own.window, *own.compressed.values())
     )
 
@@ -502,15 +521,17 @@ def page_of(cache: Tensor, batch: int, page_size: int, position: int, b: int) ->
     return raw[start : start + stride], position % page_size
 
 
-def check_kv(cache: Tensor, batch: int, page_size: int, position: int, expected: Tensor) -> None:
+def check_kv(cache: Tensor, batch: int, page_size: int, positions: Sequence[int], expected: Tensor) -> None:
     for b in range(batch):
-        raw, offset = page_of(cache, batch, page_size, position, b)
-        values, scale = layouts.quantize_e4m3(expected[b, :448].float(), 64)
-        data = raw[offset * 576 : offset * 576 + 576]
-        assert data[:448].tolist() == values.view(torch.uint8).tolist()
-        assert data[448:].tolist() == expected[b, 448:].contiguous().view(torch.uint8).tolist()
-        codes = raw[page_size * 576 + offset * 8 :][:8]
-        assert codes.tolist() == [*(int(s.log2()) + 127 for s in scale), 0]
+        values, scale = layouts.quantize_e4m3(expected[b, :, :448].float(), 64)
+        codes = torch.nn.functional.pad(scale.log2().int() + 127, (0, 1)).to(torch.uint8)
+        rope = expected[b, :, 448:].contiguous().view(torch.uint8)
+        for i, position in enumerate(positions):
+            raw, offset = page_of(cache, batch, page_size, position, b)
+            data = raw[offset * 576 :][:576]
+            assert torch.equal(data[:448], values[i].view(torch.uint8))
+            assert torch.equal(data[448:], rope[i])
+            assert torch.equal(raw[page_size * 576 + offset * 8 :][:8], codes[i])
 
 
 def test_pages_grow_and_reset() -> None:
@@ -525,10 +546,10 @@ def test_pages_grow_and_reset() -> None:
     everything = torch.cat(kept, 1)
     rounded = layouts.unpack_kv(*layouts.pack_kv(everything.flatten(0, 1))).view_as(everything)
     assert torch.equal(pages.read_kv(torch.arange(pages.length)), rounded)
-    ids = tokens(1, 200)
+    ids = tokens(1, 140)
     first = model(ids, past_key_values=cache_of(model)).logits
     used = cache_of(model)
-    model(tokens(1, 300, seed=9), past_key_values=used)
+    model(tokens(1, 150, seed=9), past_key_values=used)
     used.reset()
     assert torch.equal(model(ids, past_key_values=used).logits, first)
     with pytest.raises(NotImplementedError, match="neither be reordered"):
@@ -537,6 +558,30 @@ def test_pages_grow_and_reset() -> None:
 
 def cache_of(model: Any) -> Any:
     return engine.packed_cache(model)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_decoding_waits_for_nothing(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step of the integration reads a value back, which on a GPU would stop the host."""
+    model = tiny(torch.bfloat16)
+    engine.enable(model)
+    cache = cache_of(model) if packed else DynamicCache(config=model.config)
+    model(tokens(2, 140), past_key_values=cache)
+    for op in CONTRACTS:  # what happens inside the reference is its own matter
+        monkeypatch.setattr(ops, op, _outside(getattr(ops, op)))
+    with _Made() as made:
+        model.model(tokens(2, 1), past_key_values=cache)
+        model.model(tokens(2, 3), past_key_values=cache)
+    assert not made.waits
+    assert made.shapes
+
+
+def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def test_the_packed_layers_replace_nothing_in_transformers() -> None:
@@ -566,7 +611,8 @@ def test_parts_say_what_serves() -> None:
     assert stats().keys() == {"sparse_mla_prefill", "mqa_logits", "hc_prenorm_gemm", "fp8_einsum"}
     engine.disable(model)
     for fp8, dtype, told in ((False, torch.bfloat16, "fp8=False"), (None, torch.float32, "float32")):
-        parts = {part.name: part for part in engine.enable(other := tiny(dtype), fp8=fp8)}
+        other = tiny(dtype)
+        parts = {part.name: part for part in engine.enable(other, fp8=fp8)}
         for name in ("indexer", "output projection"):
             assert parts[name].ops == ()
             assert told in str(parts[name])
@@ -584,7 +630,7 @@ def test_a_changed_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     engine._unknown.cache_clear()
     try:
         for function in (lambda: engine.enable(model), engine.register):
-            refusal(function, "engine-version", "its DeepseekV4Indexer, DeepseekV4IndexerScorer differ from those of")
+            refusal(function, "engine-source", "its DeepseekV4Indexer, DeepseekV4IndexerScorer differ from those of")
     finally:
         engine._unknown.cache_clear()
     assert "forward" not in vars(model.model.hc_head)
@@ -673,9 +719,13 @@ def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
         assert hasattr(engine, name)
 
 
-def test_the_benchmark_runs() -> None:
-    command = [sys.executable, "tools/transformers_bench.py", "--small", "--only", "dsv4_backends/decode b=1"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert shown.returncode == 0, shown.stderr
-    assert '"outcome": "ran"' in shown.stdout
-    assert '"finite": true' in shown.stdout
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    bench = importlib.import_module("transformers_bench")
+    monkeypatch.setattr(bench, "DECODE_STEPS", 1)
+    bench.child("packed", ["decode b=1", "prefill 0"], small=True)
+    started, ran, failed = map(json.loads, capsys.readouterr().out.splitlines())
+    assert len(started["parts"]) == 4
+    assert (ran["outcome"], ran["finite"], ran["context"]) == ("ran", True, 512)
+    assert {op: list(served) for op, served in ran["served"].items()}["sparse_mla_decode"] == ["torch"]
+    assert failed["outcome"] == "error"  # and is told, where the others go on

@@ -226,9 +226,7 @@ def child(side: str, rows: list[str], small: bool) -> None:
         except Exception as error:
             result = {"outcome": "error", "message": f"{type(error).__name__}: {error}"[:600]}
         result["row_seconds"] = time.perf_counter() - start
-        calls = {
-            op: {p: n - before.get(op, {}).get(p, 0) for p, n in counts.items()} for op, counts in stats().items()
-        }
+        calls = {op: {p: n - before.get(op, {}).get(p, 0) for p, n in counts.items()} for op, counts in stats().items()}
         result["served"] = {op: {p: n for p, n in counts.items() if n} for op, counts in calls.items()}
         print(json.dumps({"side": side, "row": name, **result}), flush=True)
         gc.collect()  # what a failed row's frames held

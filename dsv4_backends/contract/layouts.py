@@ -40,8 +40,7 @@ AMAX_FLOOR = 1e-4
 def ceil_pow2(x: Tensor) -> Tensor:
     """The least power of two that is not below x, for positive normal fp32 x, by its bits: exact everywhere."""
     bits = x.float().contiguous().view(torch.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
-    return (exponent << 23).view(torch.float32)
+    return ((bits + 0x7FFFFF) & -0x800000).view(torch.float32)  # any mantissa carries into the exponent
 
 
 def e8m0_decode(codes: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ class _PackedWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
     # A class with a `_layer_type` would replace transformers' own for every model.
     _layer_type = None
     is_croppable = False
+    cumulative_length: int
 
     def _start(self, hand_over: HandOver) -> None:
         self.hand_over = hand_over

@@ -61,7 +61,8 @@ _SOURCES = {
     },
     "masking_utils": {
         "create_sliding_window_causal_mask": "1df4553adac5b299",
-        "_preprocess_mask_arguments": "df23eb733c6e49fa"},
+        "_preprocess_mask_arguments": "df23eb733c6e49fa",
+    },
     "cache_utils": {"DynamicSlidingWindowLayer": "ea27db942c137843"},
 }
 """What the integration replaces or relies on, with a digest of its source as transformers 5.17.0 has it."""
@@ -115,13 +116,13 @@ def _unknown() -> Reason | None:
         import transformers
         from transformers.models import deepseek_v4  # noqa: F401
     except ImportError as error:
-        return Reason("engine-version", f"transformers with DeepSeek V4 cannot be imported: {error}", _hint())
+        return Reason("engine-source", f"transformers with DeepSeek V4 cannot be imported: {error}", _hint())
     changed = [
         name for module, names in _SOURCES.items() for name, known in names.items() if _digest(module, name) != known
     ]
     if changed:
         told = f"transformers {transformers.__version__} is not known: its {', '.join(changed)} differ"
-        return Reason("engine-version", f"{told} from those of {_TESTED}", _hint())
+        return Reason("engine-source", f"{told} from those of {_TESTED}", _hint())
     return None
 
 
@@ -129,7 +130,7 @@ def _hint() -> str:
     return f"pip install transformers=={_TESTED}"
 
 
-def _check_model(model: Any) -> nn.Module:
+def _check_model(model: Any) -> None:
     if (reason := _unknown()) is not None:
         raise EngineError(reason)
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
@@ -139,13 +140,14 @@ def _check_model(model: Any) -> nn.Module:
         raise EngineError(Reason("engine-model", f"expected a DeepSeek V4 model of transformers, got {kind!r}"))
     config = model.config
     if config.head_dim != HEAD_DIM:
-        raise EngineError(Reason("engine-model", f"head_dim: the ops are defined for {HEAD_DIM}, got {config.head_dim}"))
+        raise EngineError(
+            Reason("engine-model", f"head_dim: the ops are defined for {HEAD_DIM}, got {config.head_dim}")
+        )
     if not 1 <= config.num_attention_heads <= MAX_HEADS:
         message = f"num_attention_heads: expected 1 to {MAX_HEADS}, got {config.num_attention_heads}"
         raise EngineError(Reason("engine-model", message))
     if (dtype := _dtype(model)) not in (torch.bfloat16, torch.float32):
         raise EngineError(Reason("engine-model", f"dtype: expected bfloat16 or float32, got {dtype}"))
-    return model
 
 
 def _dtype(model: Any) -> torch.dtype:
@@ -190,7 +192,8 @@ def enable(model: Any, *, fp8: bool | None = None) -> tuple[Part, ...]:
     """Let the ops serve a DeepSeek V4 model of transformers, in place.
 
     Args:
-        model: A ``DeepseekV4ForCausalLM`` or ``DeepseekV4Model`` in bfloat16, or in float32 (then no op serves it).
+        model: A ``DeepseekV4ForCausalLM`` or ``DeepseekV4Model`` in bfloat16, or in float32 (then no op serves it),
+            with its weights, on its device.
         fp8: Whether FP8 ops serve the indexer and the output projection, whose weights are then quantised in blocks
             of 128 x 128 (exact for weights that came from such a checkpoint). Default: for bfloat16 models.
 
@@ -213,14 +216,14 @@ def enable(model: Any, *, fp8: bool | None = None) -> tuple[Part, ...]:
     register()
     mode = _Mode(fp8, model.config._attn_implementation)
     plans: list[_Replaced] = []
+    functions: dict[type, Callable[..., Any]] = {
+        modeling.DeepseekV4HCACompressor: _compress_heavily,
+        modeling.DeepseekV4CSACompressor: _compress_and_select,
+        modeling.DeepseekV4HyperConnection: _hyper_connection,
+        modeling.DeepseekV4HyperHead: _hyper_head,
+    }
     for module in model.modules():
-        function = {
-            modeling.DeepseekV4HCACompressor: _compress_heavily,
-            modeling.DeepseekV4CSACompressor: _compress_and_select,
-            modeling.DeepseekV4HyperConnection: _hyper_connection,
-            modeling.DeepseekV4HyperHead: _hyper_head,
-        }.get(type(module))
-        if function is not None:
+        if (function := functions.get(type(module))) is not None:
             plans.append(_Replaced(function, module, mode))
         elif type(module) is modeling.DeepseekV4GroupedLinear and fp8 and module.weight.dtype is torch.bfloat16:
             plans.append(_Replaced(_grouped_linear, module, mode, *_quantise_weight(module)))
@@ -229,7 +232,7 @@ def enable(model: Any, *, fp8: bool | None = None) -> tuple[Part, ...]:
             kind = type(plan.module).__name__
             raise EngineError(Reason("engine-state", f"the forward of a {kind} has been replaced by somebody else"))
     for plan in plans:
-        plan.module.forward = plan  # type: ignore[assignment]
+        plan.module.forward = plan
     model.set_attn_implementation(NAME)
     return _parts(model, mode, modeling)
 
@@ -473,7 +476,7 @@ def _attention(
         raise EngineError(Reason("engine-state", "the model's compressors are transformers' own", "enable(model)"))
     if dropout or (torch.is_grad_enabled() and query.requires_grad):
         raise EngineError(Reason("engine-mode", "the ops have no backward and no dropout", "use torch.no_grad()"))
-    sinks = module.sinks.float()
+    sinks: Tensor = module.sinks.float()  # type: ignore[assignment]
     size: int = module.sliding_window  # type: ignore[assignment]
     if pages is not None:
         return _attend_pages(pages, query, window, selected, size, scaling, sinks), None
@@ -575,7 +578,7 @@ def _new_entries(module: Any, cache: Any, name: str, hidden: Tensor, *, overlap:
         kv, gate, start = cache.store_compression_weights(name, kv, gate)
     count = kv.shape[1] // rate
     if count == 0:
-        return kv.new_zeros((batch, 0, d))
+        return hidden.new_zeros((batch, 0, d), dtype=kv.dtype)
     kv = kv.reshape(batch, count, rate, -1)
     gate = gate.reshape(batch, count, rate, -1) + module.position_bias
     if overlap:
@@ -703,7 +706,7 @@ def _select(
 def _scorer(
     indexer: Any, mode: _Mode, cache: Any, keys: Tensor, pages: Any, total: int, length: int
 ) -> Callable[[slice, Tensor, Tensor, Tensor], Tensor]:
-    """A function of sequences, q ``[b, n, h, d]``, weights ``[b, n, h]`` and counts ``[b, n]`` to scores ``[b n, T]``."""
+    """A function of sequences, q ``[b, n, h, d]``, weights ``[b, n, h]`` and counts ``[b, n]``: scores ``[b n, T]``."""
     from ._transformers_cache import DIRECT_TOKENS
 
     def exact_scores(sequences: slice, q: Tensor, weights: Tensor, count: Tensor) -> Tensor:
@@ -779,6 +782,23 @@ def _collapse(pre: Tensor, streams: Tensor) -> Tensor:
     return out.view(batch, length, d)
 
 
+def _doubly_stochastic(logits: Tensor, eps: float, iterations: int) -> Tensor:
+    """Rows of ``[..., n, n]`` to 1 by softmax, then columns and rows by turns, columns last.
+
+    transformers divides by each sum plus ``eps``, three kernels at a time, 39 times a module: most of what a decoding
+    step launches. After the first division no sum is far below 1 (each row and column has kept an entry that is not
+    small), so that ``eps`` no longer matters, and without it a division is a log-softmax: one kernel.
+    """
+    comb = torch.softmax(logits, -1) + eps
+    comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    if iterations == 1:
+        return comb
+    logs = torch.log_softmax(comb.log(), -1)
+    for _ in range(iterations - 2):
+        logs = torch.log_softmax(torch.log_softmax(logs, -2), -1)
+    return torch.softmax(logs, -2)
+
+
 def _hyper_connection(self: Any, mode: _Mode, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``DeepseekV4HyperConnection.forward``."""
     n, eps = self.hc_mult, self.hc_eps
@@ -787,11 +807,8 @@ def _hyper_connection(self: Any, mode: _Mode, hidden_streams: Tensor) -> tuple[T
     pre_base, post_base, comb_base = self.base.split([n, n, n * n])
     pre = torch.sigmoid(pre * self.scale[0] + pre_base) + eps
     post = 2 * torch.sigmoid(post * self.scale[1] + post_base)
-    comb = torch.softmax((comb * self.scale[2] + comb_base).unflatten(-1, (n, n)), -1) + eps
-    comb = comb / (comb.sum(-2, keepdim=True) + eps)
-    for _ in range(self.hc_sinkhorn_iters - 1):
-        comb = comb / (comb.sum(-1, keepdim=True) + eps)
-        comb = comb / (comb.sum(-2, keepdim=True) + eps)
+    comb = (comb * self.scale[2] + comb_base).unflatten(-1, (n, n))
+    comb = _doubly_stochastic(comb, eps, self.hc_sinkhorn_iters)
     return post, comb, _collapse(pre, hidden_streams)
 
 
