@@ -722,7 +722,6 @@ def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(ROOT / "tools")
     bench = importlib.import_module("transformers_bench")
-    monkeypatch.setattr(bench, "DECODE_STEPS", 1)
     bench.child("packed", ["decode b=1", "prefill 0"], small=True)
     started, ran, failed = map(json.loads, capsys.readouterr().out.splitlines())
     assert len(started["parts"]) == 4

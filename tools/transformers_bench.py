@@ -2,7 +2,8 @@
 
 Flash dimensions with six layers (two sliding, two of ratio 4, two of ratio 128), random weights, bf16. The experts are
 few and narrow (8 of width 512, 6 a token), so that they fit and do not dominate; both sides run the same ones. The
-cache of the decode rows is drawn at random rather than filled by a prefill.
+cache of the decode rows is drawn at random rather than filled by a prefill. Besides times and memory, some rows say
+where the time goes (`kernels of ...`), and one compares each layer's attention block with eager (`check`).
 
 Each side runs in a process of its own, and each row by itself: one that runs out of memory is a result like any other,
 and after a crash the rows that are left go on in a new process. Usage:
@@ -22,15 +23,28 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIDES = ("eager", "dsv4_backends", "packed")
-ROWS = ("prefill 8192", "prefill 65536", "decode b=1", "decode b=32")
-WANTED = [f"{side}/{row}" for side in SIDES for row in ROWS if side != "packed" or row.startswith("decode")]
-CHILD_SECONDS = 240
-DECODE_STEPS, PREFILL_REPEATS = 16, 3
+ROWS = {
+    "eager": ("decode b=1", "decode b=32", "prefill 8192", "kernels of prefill 8192", "prefill 65536"),
+    "dsv4_backends": (
+        "check 1024",
+        "decode b=1",
+        "decode b=32",
+        "prefill 8192",
+        "prefill 65536",
+        "kernels of prefill 8192",
+        "kernels of decode b=1",
+    ),
+    "packed": ("decode b=1", "decode b=32"),
+}
+WANTED = [f"{side}/{row}" for side, rows in ROWS.items() for row in rows]
+CHILD_SECONDS = 150
+PREFILL_REPEATS = 3
+GO_ON = 3  # exit code: a row failed and was told, but it may have broken CUDA for this process
 
 
 def make_config(small: bool) -> Any:
@@ -61,6 +75,8 @@ class Bench:
         self.torch, self.side, self.small = torch, side, small
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.config = make_config(small)
+        self.context = 512 if small else 32768
+        self.decode_steps = 1 if small else 16
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
@@ -95,35 +111,100 @@ class Bench:
     def tokens(self, batch: int, length: int) -> Any:
         return self.torch.randint(0, self.config.vocab_size, (batch, length), device=self.device)
 
-    def prefill(self, length: int) -> dict[str, Any]:
+    def one_prefill(self, length: int) -> Any:
         from transformers import DynamicCache
 
-        torch = self.torch
-        length = length // 32 if self.small else length
+        cache = DynamicCache(config=self.config)
+        ids = self.tokens(1, min(length // 128, 128) if self.small else length)
+        return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
-        def run(count: int) -> Any:
-            cache = DynamicCache(config=self.config)
-            ids = self.tokens(1, count)
-            return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-
-        first = self.timed(lambda: run(length))  # compiles kernels, and runs out of memory if it has to
+    def prefill(self, length: int) -> dict[str, Any]:
+        torch, run = self.torch, lambda: self.one_prefill(length)
+        first = self.timed(run)  # compiles kernels, and runs out of memory if it has to
         base = peak = 0
         if self.device.type == "cuda":
             base = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        seconds = sorted(self.timed(lambda: run(length)) for _ in range(PREFILL_REPEATS))
+        seconds = sorted(self.timed(run) for _ in range(PREFILL_REPEATS))
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        finite = bool(torch.isfinite(run(length)).all())
         return {
-            "tokens": length,
             "seconds": seconds[len(seconds) // 2],
             "all_seconds": seconds,
             "first_seconds": first,
             "peak_extra_bytes": peak - base,
             "model_bytes": base,
-            "finite": finite,
+            "finite": bool(torch.isfinite(run()).all()),
         }
+
+    def kernels(self, row: str) -> dict[str, Any]:
+        """Which kernels take the time of one call, by the profiler."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kind, _, value = row.partition(" ")
+        cache = self.cache(1, self.context) if kind == "decode" else None
+
+        def run() -> None:
+            if cache is None:
+                self.one_prefill(int(value))
+            else:
+                self.model(self.tokens(1, 1), past_key_values=cache, use_cache=True)
+
+        run()
+        activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
+        with profile(activities=[activity]) as profiler:
+            run()
+            self.synchronise()
+        attribute = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        found = [(getattr(event, attribute), event.count, event.key[:100]) for event in profiler.key_averages()]
+        top = sorted(found, reverse=True)[:25]
+        return {
+            "milliseconds": sum(time for time, _, _ in found) / 1000,
+            "launches": sum(count for _, count, _ in found),
+            "kernels": [{"milliseconds": t / 1000, "launches": count, "name": name} for t, count, name in top],
+        }
+
+    def check(self, length: int) -> dict[str, Any]:
+        """Each layer's attention block against eager's, on the inputs that eager gave it; without FP8, as eager is.
+
+        Few enough tokens for the indexer to select everything: else a tie could select another key.
+        """
+        from dsv4_backends.engines import transformers as engine
+
+        ids = self.tokens(1, 48 if self.small else length)
+        blocks = [layer.self_attn for layer in self.model.model.layers]
+        inputs: list[Any] = []
+        results: list[list[Any]] = [[], []]
+
+        def keep(into: list[Any]) -> Callable[..., None]:
+            def hook(module: Any, args: Any, result: Any) -> None:
+                into.append(result[0])
+                inputs.append(args[0])
+
+            return hook
+
+        def feed(module: Any, args: Any) -> Any:
+            return (inputs[blocks.index(module)], *args[1:])
+
+        for enabled in (False, True):
+            engine.disable(self.model)
+            if enabled:
+                engine.enable(self.model, fp8=False)
+            hooks = [block.register_forward_hook(keep(results[enabled])) for block in blocks]
+            if enabled:
+                hooks += [block.register_forward_pre_hook(feed) for block in blocks]
+            self.model(ids, use_cache=False)
+            for hook in hooks:
+                hook.remove()
+            if not enabled:
+                engine.enable(self.model)
+        engine.disable(self.model)
+        engine.enable(self.model)
+        errors = [
+            float((ours.float() - eager.float()).norm() / eager.float().norm())
+            for eager, ours in zip(*results, strict=True)
+        ]
+        return {"relative_errors": errors, "worst_relative_error": max(errors)}
 
     def cache(self, batch: int, context: int) -> Any:
         """A cache that has seen ``context`` tokens, with random keys."""
@@ -168,11 +249,10 @@ class Bench:
                     layer.overlap_gate[name] = draw(batch, rate, d)
         return cache
 
-    def decode(self, batch: int, context: int) -> dict[str, Any]:
+    def decode(self, batch: int) -> dict[str, Any]:
         torch = self.torch
-        context = context // 64 if self.small else context
         base = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
-        cache = self.cache(batch, context)
+        cache = self.cache(batch, self.context)
         held = (torch.cuda.memory_allocated() - base) if self.device.type == "cuda" else 0
         ids = self.tokens(batch, 1)
 
@@ -185,24 +265,43 @@ class Bench:
         steps(4)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = sorted(self.timed(lambda: steps(DECODE_STEPS)) / DECODE_STEPS for _ in range(3))
+        seconds = sorted(self.timed(lambda: steps(self.decode_steps)) / self.decode_steps for _ in range(3))
         peak = torch.cuda.max_memory_allocated() - base if self.device.type == "cuda" else 0
         return {
             "batch": batch,
-            "context": context,
+            "context": self.context,
             "seconds_per_step": seconds[1],
             "all_seconds_per_step": seconds,
             "first_seconds": first,
             "cache_bytes": held,
             "peak_extra_bytes": peak,
+            "host_waits_per_step": self.waits(lambda: steps(1)),
             "finite": bool(torch.isfinite(steps(1)).all()),
         }
 
+    def waits(self, function: Callable[[], Any]) -> int:
+        """How often a call makes the host wait for the GPU."""
+        if self.device.type != "cuda":
+            return 0
+        self.synchronise()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            self.torch.cuda.set_sync_debug_mode("warn")
+            try:
+                function()
+            finally:
+                self.torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing" in str(warning.message) for warning in told)
+
     def row(self, name: str) -> dict[str, Any]:
         kind, _, value = name.partition(" ")
+        if kind == "kernels":
+            return self.kernels(value.removeprefix("of "))
+        if kind == "check":
+            return self.check(int(value))
         if kind == "prefill":
             return self.prefill(int(value))
-        return self.decode(int(value.removeprefix("b=")), 32768)
+        return self.decode(int(value.removeprefix("b=")))
 
 
 def child(side: str, rows: list[str], small: bool) -> None:
@@ -227,8 +326,11 @@ def child(side: str, rows: list[str], small: bool) -> None:
             result = {"outcome": "error", "message": f"{type(error).__name__}: {error}"[:600]}
         result["row_seconds"] = time.perf_counter() - start
         calls = {op: {p: n - before.get(op, {}).get(p, 0) for p, n in counts.items()} for op, counts in stats().items()}
-        result["served"] = {op: {p: n for p, n in counts.items() if n} for op, counts in calls.items()}
+        served = {op: {p: n for p, n in counts.items() if n} for op, counts in calls.items()}
+        result["served"] = {op: counts for op, counts in served.items() if counts}
         print(json.dumps({"side": side, "row": name, **result}), flush=True)
+        if result["outcome"] == "error" and bench.device.type == "cuda":
+            sys.exit(GO_ON)
         gc.collect()  # what a failed row's frames held
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -240,7 +342,7 @@ def run_side(side: str, rows: list[str], small: bool) -> tuple[list[dict[str, An
     told: dict[str, Any] = {}
     while rows:
         command = [sys.executable, __file__, "--child", side, *rows, *(["--small"] if small else [])]
-        env = {"DSV4_BACKENDS_EXPERIMENTAL": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**env, **os.environ}
         )
@@ -259,7 +361,7 @@ def run_side(side: str, rows: list[str], small: bool) -> tuple[list[dict[str, An
                     rows = [row for row in rows if row != found["row"]]
                 else:
                     told = found
-        if rows and (process.returncode or not out):
+        if rows and process.returncode != GO_ON and (process.returncode or not out):
             lost, *rows = rows
             tail = " | ".join(errors.strip().splitlines()[-4:])
             done.append({"side": side, "row": lost, "outcome": "crashed", "message": f"{why}: {tail}"[:1200]})
@@ -284,6 +386,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for side in ("dsv4_backends", "packed"):
         for row in ("decode b=1", "decode b=32"):
             ratio(f"{row}, {side}: times as fast as eager", row, "seconds_per_step", side)
+    if check := ran.get(("dsv4_backends", "check 1024")):
+        figures["worst relative error of an attention block"] = check["worst_relative_error"]
     return figures
 
 
@@ -303,13 +407,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     parts: list[str] = []
     start = time.perf_counter()
-    for side in SIDES:
+    for side in ROWS:
         wanted = [name.partition("/")[2] for name in args.only if name.startswith(f"{side}/")]
         done, told = run_side(side, wanted, args.small)
         rows += done
         parts = told.get("parts") or parts
         for row in done:
-            shown = {k: v for k, v in row.items() if k not in ("side", "row") and not k.startswith("all_")}
+            shown = {k: v for k, v in row.items() if k not in ("side", "row", "kernels") and not k.startswith("all_")}
             print(f"{row['side']}/{row['row']}: {json.dumps(shown)}", flush=True)
     result = {
         "command": "python tools/transformers_bench.py",
