@@ -70,6 +70,11 @@ REASONS: dict[str, str] = {
     "plugin-type": "The plugin's hook returned something that is not ProviderSpec objects.",
     "plugin-duplicate": "Another plugin already provides a provider of that name.",
     "plugin-api": "The plugin was written for a later version of the provider interface.",
+    "engine-source": "The installed engine's code is not that which the integration knows.",
+    "engine-model": "The model is not one that the integration knows.",
+    "engine-dtype": "No op takes this part of the model in its dtype, or with these settings.",
+    "engine-mode": "The engine asks for something that the ops do not do.",
+    "engine-state": "The model is enabled already, or not yet, or somebody else has changed it.",
 }
 """Every reason code of the layer. A provider's own ``refuses`` function may use further codes."""
 

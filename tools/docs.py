@@ -74,6 +74,11 @@ ADVICE = {
     "plugin-type": "Report it to the plugin's author. Good objects from the same hook still serve.",
     "plugin-duplicate": "Uninstall one of the two packages. The one that the message names keeps the name.",
     "plugin-api": "Upgrade dsv4-backends.",
+    "engine-source": "Install the version that the hint names, or look for a newer dsv4-backends.",
+    "engine-model": "Nothing: the engine's own code serves the model.",
+    "engine-dtype": "Nothing, or use a bf16 model, and do not turn FP8 off.",
+    "engine-mode": "Follow the hint, or disable the integration for that call.",
+    "engine-state": "Follow the hint. What else replaces a module's `forward` has to go first.",
 }
 """What a user does about each reason code."""
 
