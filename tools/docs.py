@@ -563,6 +563,34 @@ def native_overhead() -> str:
     return f"{header}{table(names, rows)}" if rows else "Not measured yet."
 
 
+def transformers_bench() -> str:
+    """A model of transformers with and without the integration; the figures first, which compare two rows each."""
+    parts = []
+    for path in sorted((ROOT / "docs" / "results").glob("*-transformers.json")):
+        result = _results(path.name)
+        figures = [(name, f"{value:.3g}") for name, value in result["figures"].items()]
+        rows = []
+        for row in result["rows"]:
+            if not row["row"].startswith(("prefill", "decode")):
+                continue
+            cells: tuple[str, ...] = (row["outcome"], "-", "-")
+            if row["outcome"] == "ran":
+                seconds = row.get("seconds", row.get("seconds_per_step"))
+                cells = (
+                    f"{seconds * 1e3:.1f}",
+                    f"{row['peak_extra_bytes'] / 2**30:.2f}",
+                    str(row.get("host_waits_per_step", "-")),
+                )
+            served = {name for counts in row.get("served", {}).values() for name in counts}
+            rows.append((row["side"], row["row"], *cells, ", ".join(map(code, sorted(served))) or "-"))
+        names = ("side", "row", "ms", "extra memory at most, GiB", "waits of the host in a step", "providers")
+        told = f"The model: {result['model']}. transformers {result['transformers']}."
+        parts.append(
+            f"{_measured_on(result)}\n\n{told}\n\n{table(names, rows)}\n\n{table(('figure', 'value'), figures)}"
+        )
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def build_fields() -> str:
     return fields(provider.Build)
 
@@ -665,6 +693,7 @@ PARTS: dict[str, Callable[[], str]] = {
         reasons,
         targets,
         tiers,
+        transformers_bench,
         triton_conformance,
         verified,
     )
