@@ -55,8 +55,8 @@ def finish(
     Args:
         logits: fp32 ``[m, width]``. Column j of row i is key ``starts[i] + j``, and undefined where that is
             not below ``ends[i]``. Without ``out`` and shift it is changed in place.
-        starts, ends: int32, one for each row or for each group of as many rows; ``0 <= starts <= ends``. Without
-            starts they are 0.
+        starts, ends: int32, one for each row or for each group of as many rows; ``0 <= starts <= ends`` where there are
+            starts. Without them they are 0, and ends may be any numbers.
         width: Columns of the result.
         shifted: Key n belongs in column n of the result; otherwise columns stay.
         out: fp32 ``[m, width]`` to write to.

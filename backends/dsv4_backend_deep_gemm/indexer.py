@@ -140,20 +140,24 @@ def paged_mqa_logits_refuses(
 
 def _schedule(
     library: DeepGEMM, context_lens: Tensor, requests: int, tokens: int, page_size: int, limit: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Lengths of the rows, lengths as the kernels take them, and the schedule that is made from these.
+) -> tuple[Tensor, Tensor]:
+    """Lengths as the kernels take them, and the schedule that is made from these.
 
-    The kernels read no length but the last of a request, and write as far as it says.
+    The kernels read no length but the last of a request, and write as far as it says. None of them is 0: 2.8 skips a
+    request without keys but not its queries, so that keys of the next request would meet these; 2.5 may read beyond
+    its table where every length is 0. A length of 1 costs one block, and what it finds is cleaned away.
     """
-    lens = context_lens.clamp(0, limit)
-    rows = lens.reshape(-1)
+    lens = context_lens.clamp(1, limit)
     if tokens == 1:  # perhaps of requests that were taken apart
+        rows = lens.reshape(-1)
         bounds = rows if rows.shape[0] == requests else rows.repeat_interleave(requests // rows.shape[0])
         bounds = bounds.view(requests, 1)
     else:
         longest = lens.view(requests, 1) if lens.dim() == 1 else lens.amax(1, keepdim=True)
         bounds = longest.expand(requests, tokens).contiguous()
-    return rows, bounds, _tensor(library.schedule(bounds, page_size, library.num_sms()))
+    # Requests of four tokens run on pairs of multiprocessors.
+    sms = library.num_sms() // (2 if tokens == 4 else 1)
+    return bounds, _tensor(library.schedule(bounds, page_size, sms))
 
 
 def paged_mqa_logits(
@@ -173,7 +177,7 @@ def paged_mqa_logits(
     """
     b, next_n, _, dim = q.shape
     pages, page_size = k_cache.shape[:2]
-    if b == 0 or max_context_len == 0 or pages == 0:
+    if b == 0 or max_context_len == 0 or pages == 0 or block_table.shape[1] == 0:
         shape = (b * next_n, max_context_len)
         empty = torch.empty(shape, dtype=torch.float32, device=q.device) if out is None else out
         return empty.fill_(-torch.inf)
@@ -184,7 +188,7 @@ def paged_mqa_logits(
         requests, tokens = b * next_n, 1
         q = q.view(requests, 1, *q.shape[2:])
         block_table = block_table.repeat_interleave(next_n, 0)
-    rows, lens, schedule = once_a_step(
+    lens, schedule = once_a_step(
         ("paged_mqa_logits", requests, tokens, page_size, max_context_len),
         (context_lens,),
         lambda: _schedule(library, context_lens, requests, tokens, page_size, max_context_len),
@@ -195,4 +199,4 @@ def paged_mqa_logits(
         found = library.paged_mqa_logits(q, cache, weights, lens, block_table, schedule, max_context_len, False)
     else:
         found = library.paged_mqa_logits((q, None), cache, weights, lens, block_table, schedule, max_context_len)
-    return finish(_tensor(found), None, rows, max_context_len, out=out)
+    return finish(_tensor(found), None, context_lens.reshape(-1), max_context_len, out=out)
