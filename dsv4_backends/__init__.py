@@ -23,6 +23,7 @@ _HOMES = {
     "Reason": "provider",
     "Tier": "provider",
     "Limits": "serving",
+    "UnsupportedError": "errors",
     "hookimpl": "hookspecs",
     "reset": "ops",
     "resolution": "ops",
@@ -36,7 +37,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from . import ops
     from .contract import CONTRACTS, OPS
-    from .errors import ContractError, DSV4Error, NoProviderError, PluginError, PolicyError
+    from .errors import ContractError, DSV4Error, NoProviderError, PluginError, PolicyError, UnsupportedError
     from .hookspecs import hookimpl
     from .ops import reset, resolution, stats, warmup, workspace_bytes
     from .policy import use_providers
@@ -58,6 +59,7 @@ __all__ = [
     "ProviderSpec",
     "Reason",
     "Tier",
+    "UnsupportedError",
     "hookimpl",
     "ops",
     "reset",

@@ -22,8 +22,11 @@ from .policy import VARIABLES
 OK, FINDING, USAGE, INTERNAL = 0, 1, 2, 3
 
 
-def _listing(device: str | None, problem: list[PolicyError] | None = None) -> Any:
-    """A ``report.Listing``; with ``problem``, settings that cannot be understood are put there and left out."""
+def _listing(device: str | None, problem: list[PolicyError] | None = None, *, load: bool = True) -> Any:
+    """A ``report.Listing``; with ``problem``, settings that cannot be understood are put there and left out.
+
+    Without ``load``, native libraries are judged by their metadata and files, and no child process imports them.
+    """
     from . import builds, machine, plugins, policy
     from .report import Listing
 
@@ -38,15 +41,14 @@ def _listing(device: str | None, problem: list[PolicyError] | None = None) -> An
         problem.append(error)
         wishes = policy.Policy()
         loaded = plugins.load()
+    ask = builds.load_apart if load else None
     return Listing(
         here,
         loaded,
         tuple(
             (
                 where,
-                tuple(
-                    builds.choose(op, where, here.installed, loaded.providers, wishes, builds.load_apart) for op in OPS
-                ),
+                tuple(builds.choose(op, where, here.installed, loaded.providers, wishes, ask) for op in OPS),
             )
             for where in here.devices
         ),
@@ -206,6 +208,43 @@ def _tune(args: argparse.Namespace) -> int:
     return OK
 
 
+def _check(args: argparse.Namespace) -> int:
+    from . import check
+    from .contract import models
+
+    try:
+        model = models.from_config(args.model)
+    except (OSError, ValueError) as error:
+        print(f"dsv4-backends: --model: {error}", file=sys.stderr)
+        return USAGE
+    listing = _listing(args.device)
+    try:
+        checks = check.check(
+            model, args.tp, args.max_model_len, args.max_num_seqs, listing.machine, listing.resolutions
+        )
+    except ValueError as error:  # the model cannot be served like this, on any machine
+        print(f"dsv4-backends: {error}", file=sys.stderr)
+        return FINDING
+    _print(args, lambda: check.json(checks), lambda: check.text(checks))
+    return FINDING if any(c.uncovered for c in checks) else OK
+
+
+def _engine(args: argparse.Namespace) -> int:
+    from . import report
+    from .engines import vllm
+
+    made = vllm.plan(args.device)
+    _print(args, lambda: report.engine_json(made), lambda: report.engine_text(made))
+    return OK if made.ok else FINDING
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     from .contract.op import LEVELS
     from .serving import Limits
@@ -237,6 +276,21 @@ def parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "look for everything that can be wrong on this machine").add_argument(
         "--device", **device
     )
+    check = command("check", _check, "whether a DeepSeek V4 model will run here and who serves it, before it is loaded")
+    check.add_argument(
+        "--model", required=True, metavar="MODEL", help="a config.json, the folder it is in, or flash or pro"
+    )
+    check.add_argument("--tp", type=_positive, default=1, metavar="N", help="tensor parallel size (default: 1)")
+    check.add_argument(
+        "--max-model-len", type=_positive, metavar="L", help="longest context in tokens (default: the model's)"
+    )
+    check.add_argument(
+        "--max-num-seqs", type=_positive, default=256, metavar="B", help="sequences of a decode step (default: 256)"
+    )
+    check.add_argument("--device", **device)
+    engine = command("engine", _engine, "what an engine's hook replaces, where, by whom, and why not")
+    engine.add_argument("engine", choices=("vllm",), metavar="ENGINE", help="vllm")
+    engine.add_argument("--device", **device)
     verify = command("verify", _verify, "run the contracts' cases here and compare with the definition in fp64")
     verify.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
     verify.add_argument(

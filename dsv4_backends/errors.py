@@ -16,6 +16,10 @@ class ContractError(DSV4Error, ValueError):
     """An argument breaks an op's contract; the message names op, argument, what was expected and what came."""
 
 
+class UnsupportedError(ContractError):
+    """A native library's function was asked for something that no op means; names the function and the argument."""
+
+
 class PolicyError(DSV4Error, ValueError):
     """The user's settings cannot be understood: an unknown variable, provider, op or device."""
 

@@ -29,6 +29,7 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "DSV4_BACKENDS_MEASURED": "0: the choice ignores on which shapes a provider was measured to be faster",
         "DSV4_BACKENDS_STRICT": "1: a broken plugin raises instead of being listed",
         "DSV4_BACKENDS_BATCH_INVARIANT": "1: in the Triton provider a query's result does not depend on its batch",
+        "DSV4_BACKENDS_ENGINE": "1 or vllm: vLLM runs over these ops; force: any version of it, untested",
         "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
     }
 )
@@ -86,6 +87,7 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
     def names(key: str) -> tuple[str, ...]:
         return tuple(word.strip() for word in environ.get(PREFIX + key, "").split(",") if word.strip())
 
+    engine(environ)
     pairs = []
     for word in names("PIN"):
         op, equals, provider = (part.strip() for part in word.partition("="))
@@ -114,6 +116,20 @@ def switch(key: str, environ: Mapping[str, str], *, default: bool = False) -> bo
     if text not in ("0", "1"):
         raise PolicyError(f"{PREFIX}{key}: expected 0 or 1, got {text!r}")
     return text == "1"
+
+
+def engine(environ: Mapping[str, str] | None = None) -> str:
+    """What ``DSV4_BACKENDS_ENGINE`` asks for: ``"vllm"``, ``"force"``, or nothing.
+
+    Raises:
+        PolicyError: it is something else.
+    """
+    text = (os.environ if environ is None else environ).get(PREFIX + "ENGINE", "").strip().lower()
+    if text in ("", "0"):
+        return ""
+    if text not in ("1", "vllm", "force"):
+        raise PolicyError(f"{PREFIX}ENGINE: expected 1, vllm or force, got {text!r}")
+    return "force" if text == "force" else "vllm"
 
 
 _active: ContextVar[Policy | None] = ContextVar("dsv4_backends_policy", default=None)

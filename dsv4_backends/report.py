@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, policy
 from .contract.names import OPS
@@ -18,6 +18,9 @@ from .machine import Device, Machine
 from .plugins import Plugins
 from .provider import Reason, Tier
 from .resolve import Candidate, Resolution
+
+if TYPE_CHECKING:
+    from .engines.vllm import Plan
 
 SCHEMA_VERSION = 1
 
@@ -315,6 +318,43 @@ def doctor_json(findings: Sequence[Finding]) -> dict[str, Any]:
         "findings": [{"check": f.check, "ok": f.ok, "message": f.message.replace(home, "~")} for f in findings],
         "ok": all(f.ok for f in findings),
     }
+
+
+def engine_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "engine": "vllm",
+        "version": plan.version,
+        "enabled": plan.enabled,
+        "device": device_json(plan.device),
+        "targets": [
+            {
+                "module": row.target.module,
+                "attribute": row.target.attribute,
+                "op": row.target.op,
+                "provider": row.provider,
+                "state": row.state,
+                "reasons": [_reason(r) for r in row.reasons],
+                "calls": row.calls,
+                "passed_on": row.passed_on,
+            }
+            for row in plan.rows
+        ],
+        "notes": list(plan.notes),
+        "ok": plan.ok,
+    }
+
+
+def engine_text(plan: Plan) -> str:
+    """Every target of an engine's hook, and why any of them would not be replaced."""
+    asked = "enabled" if plan.enabled else f"not enabled: set {policy.PREFIX}ENGINE=1 in the engine's environment"
+    parts = [f"vllm {plan.version or 'not installed'} on {plan.device.label}; {asked}"]
+    rows = [
+        (row.target.key, row.target.about, row.provider or "-", row.state, "\n".join(map(str, row.reasons)) or "-")
+        for row in plan.rows
+    ]
+    parts.append(table(("REPLACED IN VLLM", "FOR", "PROVIDER", "STATE", "WHY NOT"), rows))
+    return "\n\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
 
 
 def machine_json(machine: Machine) -> Mapping[str, Any]:

@@ -143,14 +143,35 @@ def _counts(most: int) -> list[int]:
     return sorted(n for n in {*range(1, 65), *edges, *(edge + 1 for edge in edges), most} if n <= most)
 
 
+def second_scope(rank: Rank, ratio: int, max_context: int) -> tuple[int, int] | None:
+    """Most indices, and page size, of the second scope of decode in a layer that compresses ``ratio`` keys to one.
+
+    A layer of ratio 0 has no second scope.
+    """
+    if ratio == 0:
+        return None
+    width = rank.model.index_topk if ratio == 4 else round_up(-(-max_context // ratio), TOPK_MULTIPLE)
+    return width, BLOCK // ratio
+
+
 def compressed_widths(rank: Rank, max_context: int) -> Iterator[tuple[int, int]]:
     """Indices and page size of the second scope of decode, for each kind of layer that the model has."""
-    ratios = rank.model.compress_ratios
-    if 4 in ratios:
-        yield rank.model.index_topk, BLOCK // 4
-    if 128 in ratios:
-        most = round_up(-(-max_context // 128), TOPK_MULTIPLE)
-        yield from ((width, BLOCK // 128) for width in range(TOPK_MULTIPLE, most + 1, TOPK_MULTIPLE))
+    for ratio in (4, 128):
+        if ratio in rank.model.compress_ratios and (scope := second_scope(rank, ratio, max_context)) is not None:
+            most, page_size = scope
+            # Of ratio 4 an engine takes all; of ratio 128 as many as the longest context of the step has.
+            widths = range(most if ratio == 4 else TOPK_MULTIPLE, most + 1, TOPK_MULTIPLE)
+            yield from ((width, page_size) for width in widths)
+
+
+def connections(rank: Rank) -> tuple[tuple[str, int, int], ...]:
+    """What asks for ``hc_prenorm_gemm``, with its k and n."""
+    streams, hidden = rank.hc_k, rank.model.hidden
+    return (
+        ("hyper-connections", streams, rank.hc_n),
+        ("first layer's streams", hidden, rank.hc_n),
+        ("head's streams", streams, rank.model.hc_mult),
+    )
 
 
 def calls(op: str, rank: Rank, limits: Limits, *, packed_scales: bool = False) -> Iterator[Arguments]:
@@ -194,10 +215,9 @@ def calls(op: str, rank: Rank, limits: Limits, *, packed_scales: bool = False) -
             for minor in (True, False)
             for t in tokens
         ),
-        # The streams, the first layer's before they differ, and the head's.
         "hc_prenorm_gemm": lambda: (
             hyper_connection(t, k, n, splits)
-            for k, n in ((rank.hc_k, rank.hc_n), (model.hidden, rank.hc_n), (rank.hc_k, model.hc_mult))
+            for _, k, n in connections(rank)
             for splits in (None, 2, 8, 32)
             for t in tokens
         ),

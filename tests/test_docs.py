@@ -212,7 +212,9 @@ def test_every_page_is_linked() -> None:
 # --------------------------------------------------------------------------------------------- code that runs
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/contract.md", "docs/selection.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/quickstart.md", "docs/contract.md", "docs/selection.md", "docs/engines.md"]
+)
 def test_python_examples_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     source = blocks(ROOT / page, "python")
     assert source

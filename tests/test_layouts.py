@@ -142,3 +142,16 @@ def test_empty() -> None:
     nothing = torch.empty(0, dtype=torch.long)
     layouts.write_kv(cache, nothing, torch.empty(0, 512, dtype=torch.bfloat16))
     assert layouts.read_kv(cache, nothing).shape == (0, 512)
+
+
+@pytest.mark.parametrize("block", [1, 64])
+def test_bf16_is_quantised_as_fp32_is(block: int) -> None:
+    """Every finite bf16, among neighbours of all magnitudes, by the path that makes no fp32 copy."""
+    shuffled = FINITE[torch.randperm(len(FINITE), generator=torch.Generator().manual_seed(0))]
+    quiet = shuffled * 2.0 ** torch.randint(-120, 0, shuffled.shape, generator=torch.Generator().manual_seed(1))
+    for values in (shuffled, quiet.bfloat16(), FINITE):  # FINITE is in order: blocks of one magnitude
+        values = values[: len(values) // block * block].view(-1, block)
+        fast, fast_scale = layouts.quantize_e4m3(values, block)
+        slow, slow_scale = layouts.quantize_e4m3(values.float(), block)
+        assert torch.equal(fast.view(torch.uint8), slow.view(torch.uint8))
+        assert torch.equal(fast_scale, slow_scale)

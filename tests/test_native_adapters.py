@@ -20,7 +20,7 @@ from extremes import check_bounds, check_lengths
 from fakes import deep_gemm as fake_deep_gemm
 from fakes import flash_mla as fake_flash_mla
 
-from dsv4_backends import CONTRACTS, Reason, step
+from dsv4_backends import CONTRACTS, Reason, compat, step
 from dsv4_backends.contract import layouts
 from dsv4_backends.contract.op import Case
 from dsv4_backends.ops import load_implementation
@@ -330,3 +330,14 @@ for ends_from, ends_to in ((-5, 40), (60, 90)):
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_behind_its_own_name(use: Callable[..., None]) -> None:
+    """With our functions behind the libraries' names, the adapters still get the libraries."""
+    use("deep_gemm", "tokenspeed")
+    use("flash_mla", "source")
+    real = {name: sys.modules[name] for name in PACKAGES}
+    with compat.install():
+        assert sys.modules["deep_gemm"] is not real["deep_gemm"]
+        assert deep_gemm_probe.deep_gemm().einsum is real["deep_gemm"].fp8_einsum
+        assert flash_mla_probe.flash_mla().decode is real["flash_mla"].flash_mla_with_kvcache

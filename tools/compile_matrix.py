@@ -141,8 +141,10 @@ def main() -> int:
     seconds = time.perf_counter() - start
     print(f"Triton {triton.__version__}: {len(rows)} kernels in {seconds:.0f} s, {len(bad)} bad")
     if args.json:
+        chosen = [] if tuple(args.capability) == CAPABILITIES else ["--capability", *args.capability]
+        chosen += [] if args.every == 1 else ["--every", str(args.every)]
         result = {
-            "command": " ".join(["python tools/compile_matrix.py", *sys.argv[1:]]),
+            "command": " ".join(["python tools/compile_matrix.py", *chosen, "--json FILE"]),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "triton": triton.__version__,
             "rows": rows,

@@ -32,7 +32,7 @@ SAMPLE_GPU = "8.6"
 SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
 """The machine of the README's listing: fixed, so that the page is the same wherever it is made."""
 
-BENCH = "h200-bench.json"
+BENCH = "h100-bench.json"
 """The run of ``dsv4-backends bench`` whose figures stand in the docs."""
 
 ADVICE = {
@@ -59,12 +59,26 @@ ADVICE = {
     "not-allowed": "Add the name to `DSV4_BACKENDS_ALLOW`, or unset it.",
     "not-pinned": "Nothing: the pin asks for it.",
     "shape": "Nothing: the next provider serves the call. The log says once that this happens.",
+    "shape-unknown": "Run `check` on the machine with the GPU.",
+    "no-provider": "Read the message: it has every provider's reason.",
+    "engine-missing": "Install the engine in the same environment.",
+    "engine-version": "Use a version that the message names, or set `DSV4_BACKENDS_ENGINE=force` and test.",
+    "engine-target": "Report it: a release of the engine has changed.",
+    "engine-arch": "Nothing: the engine's own function stays in place.",
+    "engine-reference": "Let a faster provider serve (the hint says what keeps it), or pin the reference to insist.",
+    "engine-served": "Nothing.",
+    "engine-failed": "Report it with the message.",
     "plugin-import": "Read the message; repair or uninstall the package, or deny it.",
     "plugin-hook": "Report it to the plugin's author, or deny it.",
     "plugin-failed": "Report it to the plugin's author, or deny it.",
     "plugin-type": "Report it to the plugin's author. Good objects from the same hook still serve.",
     "plugin-duplicate": "Uninstall one of the two packages. The one that the message names keeps the name.",
     "plugin-api": "Upgrade dsv4-backends.",
+    "engine-source": "Install the version that the hint names, or look for a newer dsv4-backends.",
+    "engine-model": "Nothing: the engine's own code serves the model.",
+    "engine-dtype": "Nothing, or use a bf16 model, and do not turn FP8 off.",
+    "engine-mode": "Follow the hint, or disable the integration for that call.",
+    "engine-state": "Follow the hint. What else replaces a module's `forward` has to go first.",
 }
 """What a user does about each reason code."""
 
@@ -330,6 +344,28 @@ def listing() -> str:
     return f"```console\n$ dsv4-backends list --device sm_{version.major}{version.minor}\n{shown}\n```"
 
 
+# --------------------------------------------------------------------------------------------------- engines
+
+
+def targets() -> str:
+    from dsv4_backends.engines import vllm
+
+    rows = ((code(t.key.replace(":", ".")), t.about, code(t.op)) for t in vllm.TARGETS)
+    return table(("replaced", "what it is to vLLM", "op"), rows)
+
+
+def compat() -> str:
+    from dsv4_backends import compat as package  # needs torch
+
+    rows = []
+    for library in package.LIBRARIES:
+        ours = getattr(package, library)
+        for name in ours.__all__:
+            text = inspect.cleandoc(getattr(ours, name).__doc__ or "").split("\n\n")[0].replace("``", "`")
+            rows.append((code(f"{library}.{name}"), " ".join(text.split()).rstrip(".")))
+    return table(("name", "what it does"), rows)
+
+
 # ----------------------------------------------------------------------------------------- writing a provider
 
 
@@ -482,18 +518,29 @@ def native_listings() -> str:
     return "\n\n".join(shown) or "Not kept yet."
 
 
-def native_conformance() -> str:
-    """What the conformance suite said of each release line, as kept."""
+def _conformance(pattern: str) -> str:
+    """What the conformance suite said, as kept: a row for each file."""
     rows, header = [], ""
-    for path in sorted((ROOT / "docs" / "results").glob("*-native-conformance-*.json")):
+    for path in sorted((ROOT / "docs" / "results").glob(pattern)):
         result = _results(path.name)
         header = header or f"{_measured_on(result)}\n\n"
         refused = sum(count for reason, count in result["skips"].items() if reason.startswith("refused"))
         counts = result["counts"]
         cells = (str(counts["passed"]), str(counts["failed"]), str(refused), str(counts["skipped"] - refused))
-        rows.append((", ".join(result["libraries"].values()), result["level"], *cells))
+        simulated = result["machine"]["devices"][0]["name"]
+        rows.append((", ".join(result["libraries"].values()) or simulated, result["level"], *cells))
     names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
     return f"{header}{table(names, rows)}" if rows else "Not run yet."
+
+
+def native_conformance() -> str:
+    """What the conformance suite said of each release line."""
+    return _conformance("*-native-conformance-*.json")
+
+
+def triton_conformance() -> str:
+    """What it said of the Triton provider: with its kernels for the GPU, and with those of other architectures."""
+    return _conformance("*-triton-conformance*.json")
 
 
 def native_overhead() -> str:
@@ -597,6 +644,7 @@ PARTS: dict[str, Callable[[], str]] = {
         cases,
         checks,
         commands,
+        compat,
         contracts,
         environment,
         implementation_fields,
@@ -615,7 +663,9 @@ PARTS: dict[str, Callable[[], str]] = {
         provider_fields,
         providers,
         reasons,
+        targets,
         tiers,
+        triton_conformance,
         verified,
     )
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_backends import Build, Reason
+from dsv4_backends.compat import native
 from dsv4_backends.libraries import Library, accepts, find_library, words
 
 DISTRIBUTIONS = {"deep-gemm": ">=2.5", "tokenspeed-deepgemm": ">=2.5", "sgl-deep-gemm": ">=0.1"}
@@ -122,7 +122,7 @@ def _no_kernels(library: Library, op: str, headers: list[str]) -> Reason:
 
 def _loaded_reasons(library: Library) -> dict[str, tuple[Reason, ...]]:
     try:
-        module = importlib.import_module(library.module)
+        module = native(library.module)
     # Loaders raise OSError; DeepGEMM asserts that it finds CUDA.
     except (Exception, SystemExit) as error:
         message = f"{library.build} does not load: {words(error)}"
@@ -169,7 +169,7 @@ class DeepGEMM:
 @functools.cache
 def deep_gemm() -> DeepGEMM:
     """The installed DeepGEMM, imported."""
-    module = importlib.import_module(find().module or "deep_gemm")
+    module = native(find().module or "deep_gemm")
     cleans = hasattr(module, "fp8_mqa_logits")
 
     def get(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import mmap
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_backends import Build, Reason
+from dsv4_backends.compat import native
 from dsv4_backends.libraries import Library, accepts, find_library, words
 
 DISTRIBUTIONS = {"flash-mla": ">=1.0", "tokenspeed-flashmla": ">=1.0", "sgl-flash-mla": ">=1.0"}
@@ -100,7 +100,7 @@ def probe(load: bool) -> Mapping[str, Build]:
 
 def _loaded_reasons(library: Library) -> dict[str, tuple[Reason, ...]]:
     try:
-        module = importlib.import_module(_INTERFACE.get(library.module, library.module))
+        module = native(_INTERFACE.get(library.module, library.module))
     except (Exception, SystemExit) as error:
         message = f"{library.build} does not load: {words(error)}"
         reason = Reason("library-load", message, "install a build made for this torch, CUDA and Python")
@@ -146,7 +146,7 @@ def flash_mla() -> FlashMLA:
     from dsv4_backends.libraries import parameters
 
     library = find()
-    module = importlib.import_module(_INTERFACE.get(library.module, library.module or "flash_mla"))
+    module = native(_INTERFACE.get(library.module, library.module or "flash_mla"))
     functions = (module.flash_mla_sparse_fwd, module.flash_mla_with_kvcache)
     names = [{p.name for p in parameters(function) or ()} for function in functions]
     # SGLang's wheel keeps the Hopper kernels and the 584-byte cache under this switch.

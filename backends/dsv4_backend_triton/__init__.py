@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from dsv4_backends import Implementation, ProviderSpec, Tier, hookimpl
+from dsv4_backends import Implementation, ProviderSpec, Tier, hookimpl, policy
 
 HOMES = {
     "sparse_mla_prefill": "prefill",
@@ -39,6 +39,7 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
                 workspace="dsv4_backend_triton.ahead:workspace",
                 devices=("cuda", "cpu") if interpreted else ("cuda",),
                 capability=(">=8.0",),
+                batch_invariant=op == "sparse_mla_decode" and policy.switch("BATCH_INVARIANT", os.environ),
             )
             for op, module in HOMES.items()
         ),

@@ -1,0 +1,235 @@
+"""The native libraries' own names and signatures, over the ops.
+
+``compat.deep_gemm`` and ``compat.flash_mla`` have the functions that engines call for DeepSeek V4, with the arguments
+of every release line and the results that the callers of that line expect. ``install()`` puts them behind ``import
+deep_gemm`` and ``import flash_mla``. Importing this package imports neither torch nor a library.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any, cast
+
+from ..errors import UnsupportedError
+
+LIBRARIES = ("deep_gemm", "flash_mla")
+
+_log = logging.getLogger("dsv4_backends")
+_lock = threading.RLock()
+_FRONTS = {
+    "deep_gemm": "deep_gemm",
+    "flash_mla": "flash_mla",
+    # Some callers go past the package to the module that defines the functions.
+    "flash_mla.flash_mla_interface": "flash_mla",
+}
+"""Module name to the module of this package that stands for it."""
+_before: dict[str, ModuleType | None] = {}
+"""What ``sys.modules`` held for the names that are installed."""
+_native: dict[str, ModuleType] = {}
+"""The libraries that were imported past an installed front."""
+_told: set[tuple[str, str]] = set()
+
+
+def __getattr__(name: str) -> Any:
+    if name in LIBRARIES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def native(name: str) -> ModuleType:
+    """The installed library behind a name, past what ``install()`` put in front of it.
+
+    A provider that serves an op with a native library imports it through this function: ``import deep_gemm`` would
+    give it the front, whose functions call the provider.
+
+    Args:
+        name: ``"deep_gemm"``, ``"flash_mla"``, or a module inside one of them.
+
+    Raises:
+        ImportError: no such library is installed, or its import failed.
+    """
+    with _lock:
+        if name not in _before:
+            return importlib.import_module(name)
+        if (library := _native.get(name)) is None:
+            package = name.partition(".")[0]
+            hidden = {front: sys.modules.pop(front) for front in list(_before) if front.partition(".")[0] == package}
+            try:
+                for front in hidden:  # as they were, so that nothing is imported twice
+                    if (module := _before[front]) is not None:
+                        sys.modules[front] = module
+                library = _native[name] = importlib.import_module(name)
+            finally:
+                for front, module in hidden.items():
+                    _before[front] = sys.modules.get(front)
+                    sys.modules[front] = module
+        return library
+
+
+def loaded(name: str) -> ModuleType | None:
+    """The library behind a name if it has been imported already."""
+    module = _native.get(name) or sys.modules.get(name)
+    return None if isinstance(module, _Front) else module
+
+
+def or_native(
+    function: Callable[..., Any], find: Callable[[], Callable[..., Any] | None], library: str
+) -> Callable[..., Any]:
+    """``function``, and where it raises ``UnsupportedError``, the library's own function instead.
+
+    Args:
+        function: One of ours. It raises ``UnsupportedError`` before it has done anything.
+        find: Gives the library's function, or None where there is none.
+        library: Its name, for the log: each thing that is passed on is logged once.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except UnsupportedError as error:
+            if (own := find()) is None:
+                raise
+            if (library, str(error)) not in _told:
+                _told.add((library, str(error)))
+                _log.warning("%s; passed on to %s itself", error, library)
+        return own(*args, **kwargs)
+
+    return call
+
+
+def _search_locations(name: str) -> list[str]:
+    """Where the installed package has its modules; they are importable even where its ``__init__`` fails."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    return list(spec.submodule_search_locations or ()) if spec is not None else []
+
+
+class _Front(ModuleType):
+    """A module with our functions that has every other attribute of the library behind it."""
+
+    def __init__(self, name: str, locations: list[str]) -> None:
+        ours = importlib.import_module(f"{__name__}.{_FRONTS[name]}")
+        super().__init__(name, ours.__doc__)
+        spec = importlib.machinery.ModuleSpec(name, None, origin=__name__, is_package="." not in name)
+        if "." not in name:
+            spec.submodule_search_locations = self.__path__ = locations
+            self.__package__ = name
+        else:
+            self.__package__ = name.rpartition(".")[0]
+        self.__spec__ = spec
+        for public in ours.__all__:
+            value = getattr(ours, public)
+            if not isinstance(value, type):
+                value = or_native(value, functools.partial(_own, ours, name, public), name)
+            setattr(self, public, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__version__":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        where = f"module {self.__name__!r}, put there by dsv4_backends.compat, has no attribute {name!r}, and"
+        try:
+            library = native(self.__name__)
+        except ModuleNotFoundError as error:
+            if error.name != self.__name__:
+                raise AttributeError(f"{where} the import of the library behind it raised {error!r}") from error
+            raise AttributeError(f"{where} no {self.__name__} is installed behind it") from None
+        except Exception as error:  # a library that does not load says so in many ways
+            raise AttributeError(f"{where} the import of the library behind it raised {error!r}") from error
+        return getattr(library, name)
+
+    def __dir__(self) -> list[str]:
+        library = _native.get(self.__name__)
+        return sorted({*super().__dir__(), *(dir(library) if library is not None else ())})
+
+
+def _own(ours: ModuleType, name: str, public: str) -> Callable[..., Any] | None:
+    """The library's function for what ours cannot serve, prepared for metadata of ours; None without a library."""
+    try:
+        library = native(name)
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError):
+            _log.warning("%s is installed but its import raised %r", name, error)
+        return None
+    if not hasattr(library, public):
+        return None
+    return cast("Callable[..., Any]", ours.own(library, public))
+
+
+class Installed:
+    """What ``install()`` did. As a context manager it takes that back at the end of the block."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        uninstall(*self.names)
+
+
+def install(*names: str) -> Installed:
+    """Put our functions behind ``import deep_gemm`` and ``import flash_mla``.
+
+    Every other attribute, and every submodule, is still that of the library, where one is installed; so is a call
+    that no op stands for (``UnsupportedError``), which the log says once. Code that has imported the library before
+    keeps what it has.
+
+    Args:
+        names: ``"deep_gemm"``, ``"flash_mla"``, or both; default: both.
+
+    Returns:
+        A context manager that undoes what this call did: ``with compat.install(): ...``. Without ``with`` it stays.
+
+    Raises:
+        ValueError: another name.
+    """
+    for name in names:
+        if name not in LIBRARIES:
+            raise ValueError(f"compat.install: expected {' or '.join(LIBRARIES)}, got {name!r}")
+    done = []
+    with _lock:
+        for package in names or LIBRARIES:
+            if isinstance(sys.modules.get(package), _Front):
+                continue
+            locations = _search_locations(package)
+            for front in (name for name in _FRONTS if name.partition(".")[0] == package):
+                _before[front] = sys.modules.get(front)
+                if (module := _before[front]) is not None:
+                    _native[front] = module
+                sys.modules[front] = _Front(front, locations)
+                if "." in front:
+                    setattr(sys.modules[package], front.rpartition(".")[2], sys.modules[front])
+            done.append(package)
+    return Installed(tuple(done))
+
+
+def uninstall(*names: str) -> None:
+    """Take back ``install()``: the names mean again what they meant before, unless somebody else has replaced them.
+
+    Args:
+        names: As for ``install``; default: both.
+    """
+    with _lock:
+        for package in names or LIBRARIES:
+            for front in [name for name in _before if name.partition(".")[0] == package]:
+                module = _before.pop(front)
+                library = _native.pop(front, None) or module
+                if not isinstance(sys.modules.get(front), _Front):
+                    continue
+                del sys.modules[front]
+                if library is not None:
+                    sys.modules[front] = library

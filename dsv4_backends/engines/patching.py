@@ -1,0 +1,183 @@
+"""What is to be replaced in an engine, what has been, and the way back."""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..provider import Reason
+
+PLANNED, REPLACED, REFUSED, FAILED, NOT_NEEDED, UNDONE = (
+    "planned",
+    "replaced",
+    "refused",
+    "failed",
+    "not needed",
+    "undone",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One name in an engine's module.
+
+    Attributes:
+        module: The module that looks it up when it is called.
+        attribute: The name.
+        op: The op behind the replacement; empty where there is none.
+        about: What it is to the engine, for people.
+        caller: A function of the module that calls it, and ``signatures``: the parameters it may have. A version of
+            the engine whose caller has others is not guessed at.
+    """
+
+    module: str
+    attribute: str
+    op: str
+    about: str
+    caller: str = ""
+    signatures: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.module}:{self.attribute}"
+
+
+@dataclass
+class Row:
+    """One target and how it stands in this process.
+
+    Attributes:
+        target: What is replaced.
+        provider: Who serves its op; empty where there is no op or no provider.
+        state: planned, replaced, refused, failed, not needed, or undone.
+        reasons: Why it is not replaced.
+        calls: Calls of the replacement in this process.
+        passed_on: Calls that no op stands for, and that the engine's own function got.
+    """
+
+    target: Target
+    provider: str = ""
+    state: str = PLANNED
+    reasons: tuple[Reason, ...] = ()
+    calls: int = 0
+    passed_on: int = 0
+
+    def refuse(self, *reasons: Reason, state: str = REFUSED) -> None:
+        self.state, self.reasons = state, reasons
+
+
+@dataclass
+class Patches:
+    """Attributes that have been replaced in this process, each with what stood there."""
+
+    done: list[tuple[ModuleType, str, Any, Any]] = field(default_factory=list)
+
+    def replace(self, module: ModuleType, attribute: str, replacement: Any) -> None:
+        self.done.append((module, attribute, getattr(module, attribute), replacement))
+        setattr(module, attribute, replacement)
+
+    def put_back(self, module: ModuleType, attribute: str) -> bool:
+        """Put back what stood there; False where somebody else has replaced it since, and then it is left alone."""
+        index = next(i for i, done in enumerate(self.done) if done[0] is module and done[1] == attribute)
+        _, _, original, replacement = self.done.pop(index)
+        if getattr(module, attribute, None) is not replacement:
+            return False
+        setattr(module, attribute, original)
+        return True
+
+    def undo(self) -> list[str]:
+        """Put back everything; the names that somebody else has replaced since, which are left alone."""
+        names = [(module, attribute) for module, attribute, _, _ in reversed(self.done)]
+        return [f"{module.__name__}:{attribute}" for module, attribute in names if not self.put_back(module, attribute)]
+
+
+def source_of(module: str) -> Path | None:
+    """The file of a module that need not be imported, found from its top-level package; None where there is none."""
+    package, _, rest = module.partition(".")
+    loaded = sys.modules.get(package)
+    spec = getattr(loaded, "__spec__", None)
+    if loaded is None:
+        try:
+            spec = importlib.util.find_spec(package)  # imports nothing: it has no parents
+        except (ImportError, ValueError):
+            return None
+    for place in (spec.submodule_search_locations or ()) if isinstance(spec, importlib.machinery.ModuleSpec) else ():
+        base = Path(place, *rest.split(".")) if rest else Path(place)
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                return path
+    return None
+
+
+def structure(path: Path) -> dict[str, tuple[str, ...] | None]:
+    """The names that a module's source defines at its top level; for a function, its parameters.
+
+    Read without running it, so it can be asked about an engine whose import would need a GPU.
+    """
+    names: dict[str, tuple[str, ...] | None] = {}
+
+    def visit(statements: list[ast.stmt]) -> None:
+        for statement in statements:
+            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                arguments = statement.args
+                parts = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+                parts += [a for a in (arguments.vararg, arguments.kwarg) if a is not None]
+                names[statement.name] = tuple(a.arg for a in parts)
+            elif isinstance(statement, ast.ClassDef):
+                names[statement.name] = None
+            elif isinstance(statement, (ast.Import, ast.ImportFrom)):
+                names.update(dict.fromkeys((a.asname or a.name.partition(".")[0]) for a in statement.names))
+            elif isinstance(statement, ast.Assign):
+                found = (t.id for t in statement.targets if isinstance(t, ast.Name))
+                names.update(dict.fromkeys(found))
+            elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                names[statement.target.id] = None
+            elif isinstance(statement, (ast.If, ast.Try)):
+                visit(statement.body)
+                visit(statement.orelse)
+                for handler in getattr(statement, "handlers", ()):
+                    visit(handler.body)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body)
+    return names
+
+
+def misfit(target: Target) -> Reason | None:
+    """Why a target cannot be where it is expected, by the source of its module; None where it can."""
+    path = source_of(target.module)
+    if path is None:
+        return Reason("engine-target", f"there is no module {target.module}")
+    names = structure(path)
+    if target.attribute not in names:
+        return Reason("engine-target", f"{target.module} has no {target.attribute}")
+    if not target.caller:
+        return None
+    parameters = names.get(target.caller)
+    if parameters is None or parameters not in target.signatures:
+        known = " or ".join("(" + ", ".join(signature) + ")" for signature in target.signatures)
+        got = "no such function" if parameters is None else "(" + ", ".join(parameters) + ")"
+        return Reason("engine-target", f"{target.module}.{target.caller}: expected {known}, got {got}")
+    return None
+
+
+def takes(function: Callable[..., Any], ours: Callable[..., Any]) -> Reason | None:
+    """Why ours cannot stand for a function: a parameter that it does not know; None where it can."""
+    try:
+        theirs = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None  # nothing to compare: its callers decide
+    known = inspect.signature(ours).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    unknown = [p.name for p in theirs if p.kind not in variadic and p.name not in known]
+    if unknown:
+        name = f"{function.__module__}.{function.__qualname__}"
+        return Reason("engine-target", f"{name} has parameters that we do not know: {', '.join(unknown)}")
+    return None

