@@ -9,6 +9,7 @@ Only the caller knows that lengths keep their values from layer to layer, so onl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,10 +34,17 @@ class _Step:
 _current: ContextVar[_Step | None] = ContextVar("dsv4_backends_step", default=None)
 
 
+@functools.cache
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _capturing() -> bool:
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return _has_cuda() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
@@ -65,15 +73,16 @@ def once_a_step(key: Hashable, lengths: Sequence[Tensor | None], make: Callable[
     current = _current.get()
     if current is None:
         return make()
-    import torch
-
-    device = next((t.device for t in lengths if t is not None and t.is_cuda), None)
     stream = 0
-    if torch.cuda.is_available():
+    if _has_cuda():
+        import torch
+
         # A graph must not read what was computed outside it: its memory may be gone at the replay, and is stale then.
-        if _capturing() is not current.capturing:
+        if torch.cuda.is_current_stream_capturing() is not current.capturing:
             return make()
-        stream = torch.cuda.current_stream(device).cuda_stream
+        index = next((t.get_device() for t in lengths if t is not None and t.is_cuda), -1)
+        # What torch.cuda.current_stream() gives, without the object around it.
+        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if index < 0 else index)
     whole = (key, stream, *map(_identity, lengths))
     found = current.kept.get(whole)
     if found is None:
@@ -86,5 +95,5 @@ def once_a_step(key: Hashable, lengths: Sequence[Tensor | None], make: Callable[
 def _identity(t: Tensor | None) -> Hashable:
     if t is None:
         return None
-    version = -1 if t.is_inference() else t._version
-    return t.data_ptr(), t.shape, t.stride(), t.device, version
+    # An address is of one device.
+    return t.data_ptr(), t.shape, t.stride(), -1 if t.is_inference() else t._version

@@ -246,29 +246,86 @@ def test_extreme_scale_codes(use: Callable[..., None], line: str) -> None:
         assert numerics.compare(target.run(scaled)[0], want, target.contract.tolerances["out"]).ok
 
 
-def test_finish_kernel_in_the_interpreter() -> None:
-    """The kernel that cleans agrees with the PyTorch code that stands in for it on a CPU."""
+@pytest.mark.parametrize("known", [True, False])
+def test_a_kernel_is_looked_up_by_what_compiles_it(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """Triton's launcher runs once for each device, set of flags and alignment; the compiled kernel runs after that."""
+    finish = importlib.import_module("dsv4_backend_deep_gemm._finish")
+    monkeypatch.setattr(finish, "_KNOWN", known)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
+    told: list[Any] = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name, self.fn = name, object()
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
+            def launch(*arguments: Any) -> Any:
+                told.append((self.name, grid, arguments))
+                return Kernel("compiled")
+
+            return launch
+
+        function, packed_metadata = "function", "metadata"
+
+        def run(self, x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
+            assert arguments[:5] == ("function", "metadata", None, None, None)
+            told.append((self.name, (x, y, z), arguments[5:]))
+            assert stream == 70 + device
+
+    kernel = Kernel("jit")
+    for device, rows, flags, aligned, expected in (
+        (0, 3, (True, 4), True, "jit"),
+        (0, 5, (True, 4), True, "compiled"),
+        (0, 5, (False, 4), True, "jit"),
+        (0, 5, (True, 4), False, "jit"),
+        (1, 5, (True, 4), True, "jit"),
+        (1, 6, (True, 4), True, "compiled"),
+    ):
+        finish._launch(kernel, device, (rows, 1, 1), ("x", rows), flags, aligned)
+        assert told.pop() == (expected, (rows, 1, 1), ("x", rows, *flags))
+    for made in [key for key in finish._compiled if key[0] is kernel.fn]:
+        del finish._compiled[made]
+
+
+def test_kernels_in_the_interpreter() -> None:
+    """The kernels agree with the PyTorch code that stands in for them on a CPU."""
     code = """
 import torch
 from dsv4_backend_deep_gemm import _finish
 assert _finish._INTERPRETED
 g = torch.Generator().manual_seed(0)
-for rows, groups, width in ((3, 3, 10), (4, 2, 5000), (6, 3, 300), (1, 1, 1)):
+
+def both(run):
+    results = []
+    for interpreted in (True, False):
+        _finish._INTERPRETED = interpreted
+        results.append(run())
+    return results
+
+_finish._MOVED_BLOCK = 64
+for rows, groups, width in ((3, 3, 10), (4, 2, 5000), (6, 3, 300), (4, 4, 512), (1, 1, 1)):
     ends = torch.randint(0, width + 1, (groups,), generator=g).int()
     starts = (ends * torch.rand(groups, generator=g)).int()
-    wide = torch.randn(rows, width + 7, generator=g)[:, :width]
-    for begin in (None, starts):
-        for shifted in (False, True):
-            for out in (False, True):
-                results = []
-                for interpreted in (True, False):
-                    _finish._INTERPRETED = interpreted
-                    buffer = torch.full((rows, width + 3), 7.0)[:, :width] if out else None
-                    source = wide.clone()
-                    made = _finish.finish(source, begin, ends, width, shifted=shifted, out=buffer)
-                    assert not out or made is buffer
-                    results.append(made)
-                assert torch.equal(*results), (rows, width, begin is None, shifted, out)
+    for padding in (7, 8):
+        wide = torch.randn(rows, width + padding, generator=g)[:, :width]
+        for begin in (None, starts):
+            for shifted in (False, True) if rows == groups and begin is not None else (False,):
+                for out in (False, True):
+                    for few in (0, 100):
+                        _finish._ROWS_TO_MOVE = few
+                        buffer = torch.full((rows, width + padding), 7.0) if out else None
+                        target = buffer[:, :width] if out else None
+                        options = {'shifted': shifted, 'out': target}
+                        made = both(lambda: _finish.finish(wide.clone(), begin, ends, width, **options))
+                        assert torch.equal(*made), (rows, width, begin is None, shifted, out)
+                        assert not out or made[0] is target and (buffer[:, width:] == 7).all()
+for ends_from, ends_to in ((-5, 40), (60, 90)):
+    starts, ends = torch.randint(-20, 90, (33,), generator=g).int(), torch.randint(ends_from, ends_to, (33,)).int()
+    starts[:2] = ends[1:3] = torch.tensor([-(2**31), 2**31 - 1])
+    for keys, width in ((70, 70), (70, 9)):
+        (a, b), (c, d) = both(lambda: _finish.bounds(starts, ends, keys, width))
+        assert torch.equal(a, c) and torch.equal(b, d)
+        assert ((a >= 0) & (a <= b) & (b <= keys) & (b - a <= width)).all()
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -269,15 +269,16 @@ def _paged_mqa_logits(
     _check_indexer(q)
     b, next_n = q.shape[:2]
     page_size = k_cache.shape[1]
-    _need(b > 0 and max_context_len > 0, "an empty call")
+    _need(b > 0 and max_context_len > 0 and block_table.shape[1] > 0, "an empty call")
     old = hasattr(module, "fp8_paged_mqa_logits")
     _need(page_size in ((64,) if old else (32, 64)), f"a page size of {page_size}")
     _need(next_n in ((1, 2) if old else (1, 2, 4)), f"{next_n} tokens a request")
     cache = k_cache.unsqueeze(2) if k_cache.dim() == 3 else k_cache
     q, weights = q.contiguous(), weights.contiguous()
     lens = context_lens.unsqueeze(1).expand(b, next_n) if context_lens.dim() == 1 else context_lens
-    lens = lens.clamp(max=max_context_len).contiguous()
-    sms = module.get_num_sms()
+    # At least 1: release 2.8 gives the keys after a request without keys to that request's queries.
+    valid, lens = lens, lens.clamp(1, max_context_len).contiguous()
+    sms = module.get_num_sms() // (2 if next_n == 4 else 1)  # four tokens run on pairs of multiprocessors
 
     def schedule() -> Tensor:
         return module.get_paged_mqa_logits_metadata(lens, page_size, sms)
@@ -291,7 +292,7 @@ def _paged_mqa_logits(
         return module.fp8_fp4_paged_mqa_logits((q, None), cache, weights, lens, block_table, meta, max_context_len)
 
     def view(result: Any) -> tuple[Tensor, ...]:
-        inside = torch.arange(max_context_len, device=q.device) < lens.reshape(-1, 1)
+        inside = torch.arange(max_context_len, device=q.device) < valid.reshape(-1, 1)
         return (_tensor(result).where(inside, -torch.inf),)
 
     return NativeCall(_label(module), run, view)

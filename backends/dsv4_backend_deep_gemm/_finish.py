@@ -1,8 +1,10 @@
-"""What DeepGEMM leaves undefined becomes -inf, and compressed rows go to their places, in one pass."""
+"""Bounds that DeepGEMM can take, and its logits as the contract wants them: one small kernel each."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import triton
@@ -10,41 +12,152 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096
+_MOVED_BLOCK = 2048
+_ROWS_TO_MOVE = 256
+"""One program moves a row within itself. With fewer rows than this, more programs copy to new memory in less time."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+# One compiled variant for each set of flags, whatever the sizes: `_launch` keeps it by flags alone.
+_SIZES = ["width", "row_stride", "source_stride", "rows_per_length"]
+_LENGTHS = ["starts", "ends", "safe_starts", "safe_ends"]
 
-# One compiled variant for each set of flags, whatever the sizes.
-@triton.jit(do_not_specialize=["width", "row_stride", "source_stride", "rows_per_length"])
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["source", *_LENGTHS[:2]])
 def _finish_kernel(
     target,
     source,
     starts,
     ends,
     width,
-    row_stride,
-    source_stride,
+    row_stride: tl.int64,
+    source_stride: tl.int64,
     rows_per_length,
     STARTS: tl.constexpr,
     SHIFTED: tl.constexpr,
     COPIES: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.program_id(1) * BLOCK
+    column = begin + tl.arange(0, BLOCK)
+    width = width * UNIT
     last = tl.load(ends + row // rows_per_length)
     first = 0
     if STARTS:
         start = tl.load(starts + row // rows_per_length)
         first = start if SHIFTED else first
         last = last if SHIFTED else last - start
-    inside = (column >= first) & (column < last)
     here = column < width
-    if COPIES:
+    place = target + row * row_stride * UNIT + column
+    if (last <= begin) | (first >= begin + BLOCK):
+        tl.store(place, float("-inf"), mask=here)  # 16 bytes a time where rows are aligned
+    elif COPIES:
+        inside = (column >= first) & (column < last)
         values = tl.load(source + row * source_stride + (column - first), mask=inside & here, other=float("-inf"))
-        tl.store(target + row * row_stride + column, values, mask=here)
-    else:
+        tl.store(place, values, mask=here)
+    elif (first > begin) | (last < begin + BLOCK):
         # Nothing inside is read or written.
-        tl.store(target + row * row_stride + column, float("-inf"), mask=here & (inside == 0))
+        tl.store(place, float("-inf"), mask=here & ((column < first) | (column >= last)))
+
+
+@triton.jit(do_not_specialize=_SIZES[:2], do_not_specialize_on_alignment=_LENGTHS[:2])
+def _move_kernel(
+    logits,
+    starts,
+    ends,
+    width,
+    row_stride: tl.int64,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    width = width * UNIT
+    place = logits + row * row_stride * UNIT
+    first = tl.load(starts + row)
+    last = tl.load(ends + row)
+    column = tl.arange(0, BLOCK)
+    if first > 0:
+        # To the right, so from the right; all of a block is read before any of it is written.
+        blocks = tl.cdiv(last - first, BLOCK)
+        for i in range(blocks):
+            at = (blocks - 1 - i) * BLOCK + column
+            inside = at < last - first
+            values = tl.load(place + at, mask=inside)
+            tl.debug_barrier()
+            tl.store(place + first + at, values, mask=inside)
+            tl.debug_barrier()
+        for i in range(tl.cdiv(first, BLOCK)):
+            tl.store(place + i * BLOCK + column, float("-inf"), mask=i * BLOCK + column < first)
+    edge = last // BLOCK * BLOCK + column
+    tl.store(place + edge, float("-inf"), mask=(edge >= last) & (edge < width))
+    for i in range(last // BLOCK + 1, tl.cdiv(width, BLOCK)):
+        tl.store(place + i * BLOCK + column, float("-inf"), mask=i * BLOCK + column < width)
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "width"], do_not_specialize_on_alignment=_LENGTHS)
+def _bounds_kernel(starts, ends, safe_starts, safe_ends, rows, keys, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = row < rows
+    start = tl.minimum(tl.maximum(tl.load(starts + row, mask=here, other=0), 0), keys)
+    end = tl.minimum(tl.maximum(tl.load(ends + row, mask=here, other=0), 0), keys)
+    end = tl.maximum(tl.minimum(end - start, width), 0) + start
+    tl.store(safe_starts + row, start, mask=here)
+    tl.store(safe_ends + row, end, mask=here)
+
+
+_compiled: dict[Hashable, Callable[..., Any]] = {}
+_KNOWN = triton.__version__.startswith("3.6.")
+"""Whether a compiled kernel can be run as ``_runner`` does. Others get the slower form of Triton's tutorials."""
+
+
+def _runner(compiled: Any, device: int) -> Callable[..., Any]:
+    if not _KNOWN:
+        return lambda grid, *arguments: compiled[grid](*arguments)
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream = torch._C._cuda_getCurrentRawStream
+    # No metadata and hooks, whose preparation takes longer than the launch.
+    return lambda grid, *arguments: run(*grid, stream(device), function, metadata, None, None, None, *arguments)
+
+
+def _launch(
+    kernel: Any, device: int, grid: tuple[int, int, int], arguments: tuple[Any, ...], flags: Any, aligned: bool = True
+) -> None:
+    """Launch a kernel without Triton's own look at every argument, which takes longer than the kernel.
+
+    Args:
+        flags: The values of its ``constexpr`` parameters.
+        aligned: Whether the pointer that it is specialised on is a multiple of 16.
+    """
+    key = (kernel.fn, device, flags, aligned)
+    found = _compiled.get(key)
+    if found is not None:
+        found(grid, *arguments, *flags)
+        return
+    compiled = kernel[grid](*arguments, *flags)
+    if not _INTERPRETED:
+        _compiled[key] = _runner(compiled, device)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda or _INTERPRETED
+
+
+def bounds(row_starts: Tensor, row_ends: Tensor, keys: int, width: int) -> tuple[Tensor, Tensor]:
+    """Bounds that the kernels can take: ``0 <= start <= end <= keys``, and no more than ``width`` keys between them.
+
+    The kernels read them as unsigned numbers, loop from the one to the other without asking which is larger, and do
+    not look at the width of what they write.
+    """
+    if _on_gpu(row_starts):
+        rows = row_starts.shape[0]
+        row_starts, row_ends = row_starts.contiguous(), row_ends.contiguous()
+        starts, ends = torch.empty_like(row_starts), torch.empty_like(row_ends)
+        arguments = (row_starts, row_ends, starts, ends, rows, keys, width)
+        _launch(_bounds_kernel, row_starts.get_device(), (-(-rows // 1024), 1, 1), arguments, (1024,))
+        return starts, ends
+    starts = row_starts.clamp(0, keys)
+    return starts, starts + (row_ends.clamp(0, keys) - starts).clamp(0, width)
 
 
 def finish(
@@ -54,29 +167,44 @@ def finish(
 
     Args:
         logits: fp32 ``[m, width]``. Column j of row i is key ``starts[i] + j``, and undefined where that is
-            not below ``ends[i]``. Without ``out`` and shift it is changed in place.
-        starts, ends: int32, one for each row or for each group of as many rows; ``0 <= starts <= ends``. Without
-            starts they are 0.
+            not below ``ends[i]``. Changed in place, unless ``out`` or few rows have memory of their own.
+        starts, ends: int32, contiguous, one for each row or for each group of as many rows; ``0 <= starts <= ends``
+            where there are starts. Without them they are 0, and ends may be any numbers.
         width: Columns of the result.
-        shifted: Key n belongs in column n of the result; otherwise columns stay.
+        shifted: Key n belongs in column n of the result, and there is one start for each row; otherwise columns stay.
         out: fp32 ``[m, width]`` to write to.
     """
     rows = logits.shape[0]
-    copies = shifted or out is not None
-    if out is None:
-        target = torch.empty((rows, width), dtype=logits.dtype, device=logits.device) if shifted else logits
-    else:
-        target = out
     if rows == 0 or width == 0:
-        return target
-    group = rows // ends.shape[0]
-    if logits.is_cuda or _INTERPRETED:
-        grid = (rows, -(-width // _BLOCK))
-        strides = target.stride(0), logits.stride(0)
-        begin = ends if starts is None else starts
-        flags = {"STARTS": starts is not None, "SHIFTED": shifted, "COPIES": copies}
-        _finish_kernel[grid](target, logits, begin, ends, width, *strides, group, **flags, BLOCK=_BLOCK)
-        return target
+        return logits if out is None else out
+    if not _on_gpu(logits):
+        return _finish_on_cpu(logits, starts, ends, width, shifted, out)
+    if out is None and shifted and rows < _ROWS_TO_MOVE:
+        out = logits.new_empty((rows, width))
+    target = logits if out is None else out
+    stride = target.stride(0)
+    # In units of 16 bytes where rows allow it, so that Triton can see that it may store as many at once.
+    aligned = target.data_ptr() % 16 == 0
+    unit = 4 if aligned and (stride | width) % 4 == 0 else 1
+    device = logits.get_device()
+    if out is None and shifted:
+        arguments: tuple[Any, ...] = (logits, starts, ends, width // unit, stride // unit)
+        _launch(_move_kernel, device, (rows, 1, 1), arguments, (unit, _MOVED_BLOCK), aligned)
+        return logits
+    begin = ends if starts is None else starts
+    group = rows // ends.numel()
+    arguments = (target, logits, begin, ends, width // unit, stride // unit, logits.stride(0), group)
+    flags = (starts is not None, shifted, out is not None, unit, _BLOCK)
+    _launch(_finish_kernel, device, (rows, -(-width // _BLOCK), 1), arguments, flags, aligned)
+    return target
+
+
+def _finish_on_cpu(
+    logits: Tensor, starts: Tensor | None, ends: Tensor, width: int, shifted: bool, out: Tensor | None
+) -> Tensor:
+    target = logits if out is None else out
+    group = logits.shape[0] // ends.numel()
+    ends = ends.reshape(-1)
     start = torch.zeros_like(ends) if starts is None else starts
     first, last = (bound.repeat_interleave(group).unsqueeze(1) for bound in (start, ends))
     column = torch.arange(width, device=logits.device)

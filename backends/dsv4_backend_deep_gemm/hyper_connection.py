@@ -49,9 +49,20 @@ def hc_prenorm_gemm(
     m, k = x.shape
     n = fn.shape[0]
     lead = () if num_splits is None else (num_splits,)
-    mixes = torch.empty((*lead, m, n), dtype=torch.float32, device=x.device) if out is None else out
-    squares = torch.empty((*lead, m), dtype=torch.float32, device=x.device) if sqr_sum is None else sqr_sum
+    mixes = fn.new_empty((*lead, m, n)) if out is None else out
+    squares = fn.new_empty((*lead, m)) if sqr_sum is None else sqr_sum
     if m == 0:
+        return mixes, squares
+    if (
+        not (x.data_ptr() | fn.data_ptr() | mixes.data_ptr()) % _ALIGNMENT
+        and x.stride(0) >= k
+        and not x.stride(0) % 8
+        and fn.is_contiguous()
+        and mixes.is_contiguous()
+        and squares.is_contiguous()
+        and (num_splits is None or num_splits * _BLOCK <= k)
+    ):
+        deep_gemm().prenorm_gemm(x, fn, mixes, squares, num_splits)
         return mixes, squares
     direct = mixes.is_contiguous() and squares.is_contiguous() and mixes.data_ptr() % _ALIGNMENT == 0
     d = mixes if direct else torch.empty_like(mixes, memory_format=torch.contiguous_format)

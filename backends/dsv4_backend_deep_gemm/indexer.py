@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv4_backends import Reason
 from dsv4_backends.steps import once_a_step
 
-from ._finish import finish
+from ._finish import bounds, finish
 from .probe import DeepGEMM, deep_gemm
 
 _HEADS = (32, 64)
@@ -29,10 +29,11 @@ def _head_refusal(heads: int, dim: int) -> Reason | None:
 
 def _padded_heads(q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous q and weights with a head count that the kernels have; added heads have weight 0."""
+    heads = q.shape[-2]
+    if heads in _HEADS:
+        return q.contiguous(), weights.contiguous()
     *rows, heads, dim = q.shape
     wanted = next(count for count in _HEADS if count >= heads)
-    if wanted == heads:
-        return q.contiguous(), weights.contiguous()
     wide = torch.zeros((*rows, wanted, dim), dtype=torch.uint8, device=q.device)  # zero as e4m3
     wide[..., :heads, :] = q.view(torch.uint8)
     return wide.view(q.dtype), torch.nn.functional.pad(weights, (0, wanted - heads))
@@ -59,18 +60,6 @@ def mqa_logits_refuses(
 ) -> Reason | None:
     """Head counts and dimensions that the kernels do not have."""
     return _head_refusal(q.shape[1], q.shape[2])
-
-
-def _bounds(row_starts: Tensor, row_ends: Tensor, keys: int, width: int) -> tuple[Tensor, Tensor]:
-    """Bounds that the kernels can take.
-
-    They read them as unsigned numbers, loop from the one to the other without asking which is larger, and do not
-    look at the width of what they write.
-    """
-    starts = row_starts.clamp(0, keys)
-    if width < keys:
-        return starts, torch.clamp(row_ends.clamp(max=keys), starts, starts + width)
-    return starts, torch.clamp(row_ends.clamp(max=keys), min=starts)
 
 
 def mqa_logits(
@@ -100,17 +89,16 @@ def mqa_logits(
     if k_scale.data_ptr() % _ALIGNMENT:
         k_scale = k_scale.clone()
     starts, ends = once_a_step(
-        ("mqa_logits", n, width), (row_starts, row_ends), lambda: _bounds(row_starts, row_ends, n, width)
+        ("mqa_logits", n, width), (row_starts, row_ends), lambda: bounds(row_starts, row_ends, n, width)
     )
-    if library.cleans:
-        full = max_seqlen_k is None
-        found = library.mqa_logits(q, (k, k_scale), weights, starts, ends, full, 0 if full else width)
-        logits = _tensor(found)
+    full = max_seqlen_k is None
+    if not library.cleans:
+        logits = _tensor(library.mqa_logits((q, None), (k, k_scale), weights, starts, ends, width))
+    else:
+        logits = _tensor(library.mqa_logits(q, (k, k_scale), weights, starts, ends, full, 0 if full else width))
         if full:
             return logits if out is None else out.copy_(logits)
-        return finish(logits, starts, ends, width, out=out)
-    logits = _tensor(library.mqa_logits((q, None), (k, k_scale), weights, starts, ends, width))
-    return finish(logits, starts, ends, width, shifted=max_seqlen_k is None, out=out)
+    return finish(logits, starts, ends, width, shifted=full, out=out)
 
 
 # ------------------------------------------------------------------------------------------------------ paged
@@ -140,20 +128,24 @@ def paged_mqa_logits_refuses(
 
 def _schedule(
     library: DeepGEMM, context_lens: Tensor, requests: int, tokens: int, page_size: int, limit: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Lengths of the rows, lengths as the kernels take them, and the schedule that is made from these.
+) -> tuple[Tensor, Tensor]:
+    """Lengths as the kernels take them, and the schedule that is made from these.
 
-    The kernels read no length but the last of a request, and write as far as it says.
+    The kernels read no length but the last of a request, and write as far as it says. None of them is 0: 2.8 skips a
+    request without keys but not its queries, so that keys of the next request would meet these; 2.5 may read beyond
+    its table where every length is 0. A length of 1 costs one block, and what it finds is cleaned away.
     """
-    lens = context_lens.clamp(0, limit)
-    rows = lens.reshape(-1)
-    if tokens == 1:  # perhaps of requests that were taken apart
-        bounds = rows if rows.shape[0] == requests else rows.repeat_interleave(requests // rows.shape[0])
-        bounds = bounds.view(requests, 1)
-    else:
+    lens = context_lens.clamp(1, limit)
+    if tokens == 1 and (lens.shape != (requests, 1) or not lens.is_contiguous()):  # perhaps requests taken apart
+        rows = lens.reshape(-1)
+        lens = rows if rows.shape[0] == requests else rows.repeat_interleave(requests // rows.shape[0])
+        lens = lens.view(requests, 1)
+    elif tokens > 1:
         longest = lens.view(requests, 1) if lens.dim() == 1 else lens.amax(1, keepdim=True)
-        bounds = longest.expand(requests, tokens).contiguous()
-    return rows, bounds, _tensor(library.schedule(bounds, page_size, library.num_sms()))
+        lens = longest.expand(requests, tokens).contiguous()
+    # Requests of four tokens run on pairs of multiprocessors.
+    sms = library.num_sms() // (2 if tokens == 4 else 1)
+    return lens, _tensor(library.schedule(lens, page_size, sms))
 
 
 def paged_mqa_logits(
@@ -172,8 +164,8 @@ def paged_mqa_logits(
     made anew in every call, or once in a ``dsv4_backends.step()`` block.
     """
     b, next_n, _, dim = q.shape
-    pages, page_size = k_cache.shape[:2]
-    if b == 0 or max_context_len == 0 or pages == 0:
+    pages, page_size, *_ = k_cache.shape
+    if b == 0 or max_context_len == 0 or pages == 0 or block_table.shape[1] == 0:
         shape = (b * next_n, max_context_len)
         empty = torch.empty(shape, dtype=torch.float32, device=q.device) if out is None else out
         return empty.fill_(-torch.inf)
@@ -184,15 +176,19 @@ def paged_mqa_logits(
         requests, tokens = b * next_n, 1
         q = q.view(requests, 1, *q.shape[2:])
         block_table = block_table.repeat_interleave(next_n, 0)
-    rows, lens, schedule = once_a_step(
+    lens, schedule = once_a_step(
         ("paged_mqa_logits", requests, tokens, page_size, max_context_len),
         (context_lens,),
         lambda: _schedule(library, context_lens, requests, tokens, page_size, max_context_len),
     )
-    stride = k_cache.stride(0) if pages > 1 else page_size * (dim + 4)
-    cache = k_cache.as_strided((pages, page_size, 1, dim + 4), (stride, dim + 4, dim + 4, 1))
+    row = dim + 4
+    stride = k_cache.stride(0) if pages > 1 else page_size * row
+    # Strides of dimensions of size 1 are free in torch, and DeepGEMM looks at them.
+    cache = k_cache
+    if k_cache.stride() != (stride, row, row, 1):
+        cache = k_cache.as_strided((pages, page_size, 1, row), (stride, row, row, 1))
     if library.cleans:
         found = library.paged_mqa_logits(q, cache, weights, lens, block_table, schedule, max_context_len, False)
     else:
         found = library.paged_mqa_logits((q, None), cache, weights, lens, block_table, schedule, max_context_len)
-    return finish(_tensor(found), None, rows, max_context_len, out=out)
+    return finish(_tensor(found), None, context_lens.contiguous(), max_context_len, out=out)

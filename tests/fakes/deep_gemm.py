@@ -111,7 +111,7 @@ def schedule(context_lens: Tensor, block_kv: int, num_sms: int, indices: Tensor 
     assert context_lens.dim() == 2
     assert context_lens.dtype == torch.int32
     assert context_lens.is_contiguous()
-    assert num_sms == NUM_SMS
+    assert num_sms > 0
     assert indices is None
     made = torch.zeros((num_sms + 1, 2), dtype=torch.int32)
     # Which SM begins where is the kernel's affair; this much of the lengths is in it.
@@ -146,11 +146,22 @@ def paged_mqa_logits(
     assert table.shape[0] == b
     assert table.stride(1) == 1
     assert lens.shape == (b, next_n), "two dimensions"
-    assert torch.equal(meta, schedule(lens, page_size, NUM_SMS)), "a stale schedule"
+    # On Hopper a pair of multiprocessors shares the keys of four tokens.
+    sms = NUM_SMS // (2 if next_n == 4 else 1)
+    assert meta.shape == (sms + 1, 2)
+    assert torch.equal(meta, schedule(lens, page_size, sms)), "a stale schedule"
     last = lens[:, -1]
     assert ((last >= 0) & (last <= width)).all(), "the kernel would write into the next row"
+    assert table.shape[1] > 0, "the kernel would read beyond the table"
     assert (lens <= last[:, None]).all(), "the last column is the bound of the loop"
+    if 4 in tokens:  # 2.8 goes from a request without keys to the next, and keeps its queries
+        for i in (last == 0).nonzero().flatten().tolist():
+            if i + 1 < b:
+                q = q.clone()
+                q[i + 1] = q[i]
     full = last[:, None].expand(b, next_n)
+    # A page that is not there reads as 0.
+    table = torch.where((table >= 0) & (table < len(cache)), table, 0)
     (found,) = oracle.paged_mqa_logits(q, cache[:, :, 0], weights, full, table, width)
     # The kernel writes whole pages, whatever the lengths say, of what it has read.
     return torch.where(found.isinf(), GARBAGE, found.float()) + _canvas(b * next_n, width) * 0
