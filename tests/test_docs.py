@@ -174,7 +174,7 @@ def test_the_readme_names_the_two_commands() -> None:
     (torch_needed,) = [need for need in project["dependencies"] if need.startswith("torch")]
     quickstart = TEXTS[ROOT / "docs" / "quickstart.md"]
     assert f"the package accepts {torch_needed.removeprefix('torch>=')} and newer" in quickstart
-    assert second.endswith(" && .venv/bin/pytest\n")
+    assert second.endswith(" && .venv/bin/pytest -n auto --dist worksteal\n")
 
 
 # ------------------------------------------------------------------------------------------------------ links
