@@ -41,6 +41,9 @@ class Launch:
         return {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
 
 
+# Said at every launch: Triton 3.9 warns where it is not, and from 3.10 on the default is to multiply and add apart.
+_FUSED = {"enable_fp_fusion": True}
+
 _recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("dsv4_backend_triton_recorder", default=None)
 
 
@@ -48,11 +51,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     """``kernel[grid](*args, **kwargs)``, or a record of it."""
     record = _recorder.get()
     if record is None:
-        kernel[grid](*args, **kwargs)
+        kernel[grid](*args, **kwargs, **_FUSED)
         return
     names = kernel.arg_names
     arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-    record(Launch(kernel, grid, arguments, {k: v for k, v in kwargs.items() if k not in names}))
+    record(Launch(kernel, grid, arguments, {k: v for k, v in kwargs.items() if k not in names} | _FUSED))
 
 
 @contextmanager
