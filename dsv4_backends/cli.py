@@ -139,8 +139,7 @@ def _warmup(args: argparse.Namespace) -> int:
         model.rank(args.tp)
         limits = Limits(args.max_tokens, args.max_requests, args.max_context, args.next_n, args.heads)
     except (OSError, ValueError) as error:
-        print(f"dsv4-backends: {error}", file=sys.stderr)
-        return USAGE
+        raise PolicyError(f"warmup: {error}") from error
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -215,8 +214,7 @@ def _check(args: argparse.Namespace) -> int:
     try:
         model = models.from_config(args.model)
     except (OSError, ValueError) as error:
-        print(f"dsv4-backends: --model: {error}", file=sys.stderr)
-        return USAGE
+        raise PolicyError(f"--model: {error}") from error
     listing = _listing(args.device)
     try:
         checks = check.check(

@@ -73,7 +73,8 @@ class _Chain:
             while self.at(len(self.bound)) is not None:  # nothing is imported while serving
                 pass
             names = [bound.provider for bound in self.bound]
-            self.measured = tuple(p for p in resolution.measured if {p.prefer, p.over} <= set(names))
+            # An import may have failed since, and left another provider first.
+            self.measured = tuple(p for p in resolution.measured if p.over == names[0] and p.prefer in names)
             if self.measured:
                 self.head = self.entry = None
                 if all(bound.refuses is None for bound in self.bound):

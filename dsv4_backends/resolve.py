@@ -150,10 +150,14 @@ def resolve(
 
 
 def _changes(preference: Preference, ranked: Iterable[Candidate], policy: Policy) -> bool:
-    """Whether both providers serve, tested, in the other order, which is not the user's own."""
-    names = [c.name for c in ranked if c.accepted and c.warning is None and c.name not in policy.order]
-    prefer, over = preference.prefer, preference.over
-    return prefer in names and over in names and names.index(over) < names.index(prefer)
+    """Whether the provider that would be called was measured to be slower than another, and no wish put either there.
+
+    Where a third comes first, the user's or a stranger's, nothing was measured against it.
+    """
+    accepted = [c for c in ranked if c.accepted]
+    free = [c.name for c in accepted if c.warning is None and c.name not in policy.order]
+    first = accepted[0].name if accepted else ""
+    return first == preference.over and {first, preference.prefer} <= set(free)
 
 
 def _judge(

@@ -73,16 +73,18 @@ def prefill(heads: int, tokens: int, keys: int, topk: int, *, lengths: bool = Tr
 
 def decode(heads: int, b: int, s_q: int, window: int, extra: tuple[int, int] | None) -> Arguments:
     """``sparse_mla_decode``; ``extra`` has the indices and the page size of the second scope."""
+    from .contract.layouts import KV_BYTES
+
     made = {
         "q": _meta("bfloat16", b, s_q, heads, 512),
-        "k_cache": _meta("uint8", 1024, WINDOW_PAGE, 1, 584),
+        "k_cache": _meta("uint8", 1024, WINDOW_PAGE, 1, KV_BYTES),
         "indices": _meta("int32", b, s_q, window),
         "sm_scale": 512**-0.5,
         "attn_sink": _meta("float32", heads),
         "topk_length": _meta("int32", b),
     }
     if extra is not None:
-        made["extra_k_cache"] = _meta("uint8", 1024, extra[1], 1, 584)
+        made["extra_k_cache"] = _meta("uint8", 1024, extra[1], 1, KV_BYTES)
         made["extra_indices"] = _meta("int32", b, s_q, extra[0])
         made["extra_topk_length"] = _meta("int32", b)
     return made
@@ -104,10 +106,12 @@ def mqa(rank: Rank, tokens: int, keys: int, *, compressed: bool = True) -> Argum
 
 def paged(rank: Rank, b: int, next_n: int, keys: int) -> Arguments:
     """``paged_mqa_logits``."""
+    from .contract.layouts import INDEXER_SCALE_BYTES
+
     h, d = rank.model.index_heads, rank.model.index_dim
     return {
         "q": _meta("float8_e4m3fn", b, next_n, h, d),
-        "k_cache": _meta("uint8", 1024, WINDOW_PAGE, 1, d + 4),
+        "k_cache": _meta("uint8", 1024, WINDOW_PAGE, 1, d + INDEXER_SCALE_BYTES),
         "weights": _meta("float32", b * next_n, h),
         "context_lens": _meta("int32", b, next_n),
         "block_table": _meta("int32", b, -(-keys // WINDOW_PAGE)),

@@ -22,8 +22,12 @@ def clean_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     path = list(sys.path)
     yield
     assert policy.active() is None, "a test left a policy active"
-    if sys.path != path:  # a fake distribution was on it
+    if gone := [folder for folder in sys.path if folder not in path]:  # fake distributions were there
         sys.path[:] = path
+        # Another test's fake of the same name must not find this one's code.
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(tuple(gone)):
+                del sys.modules[name]
         ops.reset()
 
 

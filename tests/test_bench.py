@@ -16,7 +16,7 @@ from bench_results import result_of, row_of
 from dsv4_backends import OPS, cli
 from dsv4_backends.bench import compare, inputs, plot, report, run, shapes, timing
 from dsv4_backends.contract import CONTRACTS
-from dsv4_backends.contract.layouts import read_kv
+from dsv4_backends.contract.layouts import PAGE_ALIGNMENT, read_kv
 from dsv4_backends.testing import oracle
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def test_decode_inputs_are_of_a_deployment() -> None:
         assert read_kv(made[cache], slots.flatten()).float().std() > 0.9
         pages = [set((request // inputs.PAGE).flatten().tolist()) for request in slots]
         assert not pages[0] & pages[1]  # requests share no page
-        assert made[cache].stride(0) % inputs.PAGE_ALIGNMENT == 0
+        assert made[cache].stride(0) % PAGE_ALIGNMENT == 0
     # The next token's window is this one's, moved on by one.
     assert torch.equal(made["indices"][:, 0, 1:], made["indices"][:, 1, :-1])
 

@@ -101,15 +101,11 @@ def test_what_the_limits_change() -> None:
 
 
 def test_shapes_are_asked_about(
-    fake_plugin: Callable[..., None],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    fake_plugin: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A provider that refuses a rank's shapes is passed over with its reason; one that cannot be asked is not."""
     (tmp_path / "acme_kernels.py").write_text(KERNELS)
     fake_plugin("acme", REFUSING)
-    monkeypatch.setenv("DSV4_BACKENDS_MEASURED", "0")
     for tp, decode in ((1, "acme"), (2, "triton")):
         code, out, _ = run(capsys, "--model", "flash", "--tp", str(tp), "--device", "sm_90", "--json")
         assert code == 0

@@ -179,8 +179,8 @@ def test_tables_are_read_by_architecture(tmp_path: Path, monkeypatch: pytest.Mon
 # ---------------------------------------------------------------------------------------------------------- resolve
 
 
-def spec(name: str, tier: Tier, capability: str = ">=9.0") -> ProviderSpec:
-    made = Implementation(op="hc_prenorm_gemm", target="json:dumps", capability=(capability,))
+def spec(name: str, tier: Tier, capability: str = ">=9.0", priority: int = 0) -> ProviderSpec:
+    made = Implementation(op="hc_prenorm_gemm", target="json:dumps", capability=(capability,), priority=priority)
     return ProviderSpec(name=name, summary="fake", tier=tier, implementations=(made,))
 
 
@@ -191,7 +191,7 @@ SPECS = (spec("a", Tier.NATIVE), spec("b", Tier.PORTABLE), spec("c", Tier.REFERE
     ("wishes", "kept"),
     [
         (policy.Policy(), True),
-        (policy.Policy(order=("c",)), True),
+        (policy.Policy(order=("c",)), False),
         (policy.Policy(measured=False), False),
         (policy.Policy(batch_invariant=True), False),
         (policy.Policy(pins={"hc_prenorm_gemm": "a"}), False),
@@ -217,6 +217,8 @@ def test_a_preference_needs_both_tested_and_to_change_something() -> None:
     assert not kept(SPECS, prefer="a", over="b")  # that is the order anyway
     assert not kept(SPECS, op="mqa_logits")
     assert not kept(SPECS[1:])
+    assert not kept((spec("acme", Tier.NATIVE, priority=1), *SPECS))  # ranks first, and nobody measured it
+    assert kept((*SPECS, spec("zeta", Tier.NATIVE)))  # would not have been called anyway
     newer = Device("cuda", 0, "GPU Y", Version("9.1"))
     untested = (spec("a", Tier.NATIVE), spec("b", Tier.PORTABLE, "==9.0"))
     known = [preference()]

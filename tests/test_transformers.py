@@ -552,7 +552,7 @@ def test_pages_grow_and_reset() -> None:
     model(tokens(1, 150, seed=9), past_key_values=used)
     used.reset()
     assert torch.equal(model(ids, past_key_values=used).logits, first)
-    with pytest.raises(NotImplementedError, match="neither be reordered"):
+    with pytest.raises(DSV4Error, match="neither be reordered"):
         used.reorder_cache(torch.tensor([0]))
 
 

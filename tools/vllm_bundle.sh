@@ -30,22 +30,7 @@ fetch --no-deps "vllm==$version" xgrammar==0.2.8
 for wheel in "$work"/*.whl; do
   if [[ $(basename "$wheel") =~ ^($theirs)- ]]; then continue; fi
   case $(basename "$wheel") in
-    vllm-*)
-      python3 - "$wheel" "$out" << 'PYTHON'
-import sys, zipfile
-from pathlib import Path
-
-wheel = Path(sys.argv[1])
-with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(Path(sys.argv[2]) / wheel.name, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as part:
-    (record,) = (name for name in whole.namelist() if name.endswith(".dist-info/RECORD"))
-    info = record.removesuffix("RECORD")
-    kept = [n for n in whole.namelist() if n.endswith(".py") or n.startswith(info) and n != record]
-    for name in kept:
-        part.writestr(name, whole.read(name))
-    lines = whole.read(record).decode().splitlines()
-    part.writestr(record, "".join(f"{line}\n" for line in lines if line.rsplit(",", 2)[0] in {*kept, record}))
-PYTHON
-      ;;
+    vllm-*) python3 tools/part_of_wheel.py "$wheel" '*.py' --into "$out" ;;
     *) cp "$wheel" "$out" ;;
   esac
 done

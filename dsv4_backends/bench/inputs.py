@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PAGE_ALIGNMENT = 576
-"""Engines pad pages to a multiple of this."""
 PIECE = 1 << 17
 """Tokens that are quantised at a time: half a GiB of temporaries."""
 
@@ -86,7 +84,7 @@ def _kv_cache(draw: _Draw, pages: int) -> Tensor:
 
     from ..contract import layouts
 
-    stride = round_up(PAGE * layouts.KV_BYTES, PAGE_ALIGNMENT)
+    stride = round_up(PAGE * layouts.KV_BYTES, layouts.PAGE_ALIGNMENT)
     raw = torch.zeros((pages, stride), dtype=torch.uint8, device=draw.device)
     cache = raw.as_strided((pages, PAGE, layouts.KV_BYTES), (stride, layouts.KV_BYTES, 1))
     for slots in torch.arange(pages * PAGE, device=draw.device).split(PIECE):
@@ -148,7 +146,7 @@ def _paged(draw: _Draw, *, b: int, keys: int, h: int, d: int) -> dict[str, Any]:
     from ..contract import layouts
 
     table = draw.pages(b, -(-keys // PAGE))
-    stride = round_up(PAGE * (d + layouts.INDEXER_SCALE_BYTES), PAGE_ALIGNMENT)
+    stride = round_up(PAGE * (d + layouts.INDEXER_SCALE_BYTES), layouts.PAGE_ALIGNMENT)
     raw = torch.zeros((table.numel(), stride), dtype=torch.uint8, device=draw.device)
     cache = raw.as_strided((table.numel(), PAGE, d + 4), (stride, d + 4, 1))
     for slots in torch.arange(table.numel() * PAGE, device=draw.device).split(4 * PIECE):

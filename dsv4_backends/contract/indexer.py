@@ -202,7 +202,7 @@ def _make_paged(
     blocks = -(-context // page_size)
     pages = 2 * b * blocks + 1  # half of them unused, and page 0 among those
     stride = page_size * (d + layouts.INDEXER_SCALE_BYTES)
-    stride += (-stride % 576) if layout != "packed" else 0
+    stride += (-stride % layouts.PAGE_ALIGNMENT) if layout != "packed" else 0
     raw = torch.full((pages, stride), draw.POISON, dtype=torch.uint8)
     cache = raw.as_strided((pages, page_size, d + 4), (stride, d + 4, 1))
     table = (1 + torch.randperm(pages - 1, generator=generator)[: b * blocks]).view(b, blocks)

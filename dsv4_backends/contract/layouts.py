@@ -33,6 +33,8 @@ KV_DATA_BYTES = NOPE_DIM + 2 * ROPE_DIM
 KV_SCALE_BYTES = 8
 KV_BYTES = KV_DATA_BYTES + KV_SCALE_BYTES
 INDEXER_SCALE_BYTES = 4
+PAGE_ALIGNMENT = 576
+"""Engines pad pages to a multiple of this many bytes; some libraries want it. The contract does not."""
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
 

@@ -192,7 +192,7 @@ def _make_scope(
 
     pages = max(3, -(-2 * min(topk * rows, 2048) // page_size))
     stride = page_size * layouts.KV_BYTES
-    stride += pad * (-stride % 576)
+    stride += pad * (-stride % layouts.PAGE_ALIGNMENT)
     raw = torch.full((pages, stride), draw.POISON, dtype=torch.uint8)
     cache = raw.as_strided((pages, page_size, layouts.KV_BYTES), (stride, layouts.KV_BYTES, 1))
     size = pages * page_size

@@ -6,6 +6,8 @@ a compressing layer has pages of compressed keys, and a ratio-4 layer has pages 
 
 A call with few tokens (decode, or the verification of a draft) reads the pages. A longer one attends over the same
 values unpacked to bf16, so that both see what the pages hold.
+
+The layers subclass transformers' own, so this module imports it. It is imported itself where a model is enabled only.
 """
 
 from __future__ import annotations
@@ -20,14 +22,12 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACa
 
 from ..contract import layouts
 from ..errors import DSV4Error
+from ..serving import BLOCK, WINDOW_PAGE
 
 DIRECT_TOKENS = 8
 """A call with at most this many tokens reads the pages themselves."""
-WINDOW_PAGE = 64
-COMPRESSED_PAGE = {"compressed_sparse_attention": 64, "heavily_compressed_attention": 2}
-"""Tokens in a page: an engine's block of 256 tokens has 64 keys of ratio 4 and 2 of ratio 128."""
-_STRIDE_UNIT = 576
-"""FlashMLA wants the stride between pages to be a multiple of this many bytes."""
+COMPRESSED_PAGE = {"compressed_sparse_attention": BLOCK // 4, "heavily_compressed_attention": BLOCK // 128}
+"""Keys in a page, as engines have them."""
 
 
 class Pages:
@@ -46,7 +46,7 @@ class Pages:
     def _allocate(self, capacity: int, device: torch.device) -> Tensor:
         pages = -(-capacity // self.page_size) * self.batch
         stride = self.page_size * self.token_bytes
-        stride += -stride % _STRIDE_UNIT
+        stride += -stride % layouts.PAGE_ALIGNMENT
         raw = torch.empty((pages, stride), dtype=torch.uint8, device=device)
         return raw.as_strided((pages, self.page_size, self.token_bytes), (stride, self.token_bytes, 1))
 
@@ -181,7 +181,7 @@ class _PackedWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
         raise DSV4Error("a packed cache serves an enabled model only; this one runs transformers' own compressor")
 
     def _unsupported(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("a packed cache can neither be reordered, cropped, offloaded nor split by sequence")
+        raise DSV4Error("a packed cache can neither be reordered, cropped, offloaded nor split by sequence")
 
     reorder_cache = crop = offload = prefetch = _unsupported
     batch_repeat_interleave = batch_select_indices = activate_past_recording = _unsupported
