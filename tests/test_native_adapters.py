@@ -246,9 +246,12 @@ def test_extreme_scale_codes(use: Callable[..., None], line: str) -> None:
         assert numerics.compare(target.run(scaled)[0], want, target.contract.tolerances["out"]).ok
 
 
-def test_a_kernel_is_looked_up_by_what_compiles_it() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_a_kernel_is_looked_up_by_what_compiles_it(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     """Triton's launcher runs once for each device, set of flags and alignment; the compiled kernel runs after that."""
     finish = importlib.import_module("dsv4_backend_deep_gemm._finish")
+    monkeypatch.setattr(finish, "_KNOWN", known)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
     told: list[Any] = []
 
     class Kernel:
@@ -261,6 +264,13 @@ def test_a_kernel_is_looked_up_by_what_compiles_it() -> None:
                 return Kernel("compiled")
 
             return launch
+
+        function, packed_metadata = "function", "metadata"
+
+        def run(self, x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
+            assert arguments[:5] == ("function", "metadata", None, None, None)
+            told.append((self.name, (x, y, z), arguments[5:]))
+            assert stream == 70 + device
 
     kernel = Kernel("jit")
     for device, rows, flags, aligned, expected in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -106,7 +106,18 @@ def _bounds_kernel(starts, ends, safe_starts, safe_ends, rows, keys, width, BLOC
     tl.store(safe_ends + row, end, mask=here)
 
 
-_compiled: dict[Hashable, Any] = {}
+_compiled: dict[Hashable, Callable[..., Any]] = {}
+_KNOWN = triton.__version__.startswith("3.6.")
+"""Whether a compiled kernel can be run as ``_runner`` does. Others get the slower form of Triton's tutorials."""
+
+
+def _runner(compiled: Any, device: int) -> Callable[..., Any]:
+    if not _KNOWN:
+        return lambda grid, *arguments: compiled[grid](*arguments)
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream = torch._C._cuda_getCurrentRawStream
+    # No metadata and hooks, whose preparation takes longer than the launch.
+    return lambda grid, *arguments: run(*grid, stream(device), function, metadata, None, None, None, *arguments)
 
 
 def _launch(
@@ -121,11 +132,11 @@ def _launch(
     key = (kernel.fn, device, flags, aligned)
     found = _compiled.get(key)
     if found is not None:
-        found[grid](*arguments, *flags)
+        found(grid, *arguments, *flags)
         return
-    found = kernel[grid](*arguments, *flags)
+    compiled = kernel[grid](*arguments, *flags)
     if not _INTERPRETED:
-        _compiled[key] = found
+        _compiled[key] = _runner(compiled, device)
 
 
 def _on_gpu(x: Tensor) -> bool:
