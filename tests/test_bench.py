@@ -186,7 +186,7 @@ def test_every_op_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
     assert result["device"]["type"] == "cpu"
     assert result["command"] == "dsv4-backends bench --provider torch --tp 2"
     assert result["order"]["mqa_logits"] == ["torch"]
-    assert set(result["rates"]) == {"copy_gbps", "bf16_tflops", "tf32_tflops", "launch_us"}
+    assert set(result["rates"]) == {"copy_gbps", "read_gbps", "bf16_tflops", "tf32_tflops", "launch_us"}
 
 
 def test_a_provider_is_measured_by_its_code_for_another_architecture_too(
@@ -313,7 +313,7 @@ def test_the_judge_sees_every_part_of_a_large_result() -> None:
 def test_times_and_floors() -> None:
     taken = timing.Time.of([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (taken.us, taken.q1, taken.q3, taken.samples) == (3.0, 2.0, 4.0, 5)
-    rates = {"copy_gbps": 1000.0, "bf16_tflops": 100.0, "fp8_tflops": 200.0}
+    rates = {"copy_gbps": 900.0, "read_gbps": 1000.0, "bf16_tflops": 100.0, "fp8_tflops": 200.0}
     assert timing.floor_us(1e9, 1e3, "fp8", rates) == pytest.approx(5.0)
     assert timing.floor_us(1e9, 1e3, "bf16", rates) == pytest.approx(10.0)
     assert timing.floor_us(1e9, 1e8, "bf16", rates) == pytest.approx(100.0)

@@ -32,7 +32,7 @@ SAMPLE_GPU = "8.6"
 SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
 """The machine of the README's listing: fixed, so that the page is the same wherever it is made."""
 
-BENCH = "h100-bench.json"
+BENCH = "h200-bench.json"
 """The run of ``dsv4-backends bench`` whose figures stand in the docs."""
 
 ADVICE = {
@@ -563,6 +563,24 @@ def native_overhead() -> str:
     return f"{header}{table(names, rows)}" if rows else "Not measured yet."
 
 
+def vllm_runs() -> str:
+    """What the tests over the real vLLM said on a GPU, as kept: a row for each choice of providers."""
+    parts = []
+    for path in sorted((ROOT / "docs" / "results").glob("*-vllm.json")):
+        result = _results(path.name)
+        rows = []
+        for name, run in result["runs"].items():
+            bad = run["failures"] + run["errors"]
+            calls = [
+                f"{code(op)} {', '.join(f'{who} {count}' for who, count in sorted(by.items()))}"
+                for op, by in run["served"].items()
+            ]
+            rows.append((name, str(run["tests"] - run["skipped"] - bad), str(bad), str(run["skipped"]), "; ".join(calls)))
+        names = ("providers", "passed", "failed", "skipped", "calls of each op, and who served them")
+        parts.append(f"{_measured_on(result)} vLLM {result['vllm']}.\n\n{table(names, rows)}")
+    return "\n\n".join(parts) or "Not run yet."
+
+
 def transformers_bench() -> str:
     """A model of transformers with and without the integration; the figures first, which compare two rows each."""
     parts = []
@@ -694,6 +712,7 @@ PARTS: dict[str, Callable[[], str]] = {
         targets,
         tiers,
         transformers_bench,
+        vllm_runs,
         triton_conformance,
         verified,
     )

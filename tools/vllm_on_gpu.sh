@@ -41,10 +41,14 @@ for run in $runs; do
   esac
 done
 wait
-python3 - "$out" $runs << 'PYTHON'
-import json, sys
+PYTHONPATH="$here/self:$here/vllm${PYTHONPATH:+:$PYTHONPATH}" python3 - "$out" $runs << 'PYTHON'
+import json, sys, time
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
+
+from dsv4_backends.machine import probe
+from dsv4_backends.report import machine_json
 
 out, failed = Path(sys.argv[1]), False
 results = {}
@@ -60,7 +64,14 @@ for run in sys.argv[2:]:
     row["served"] = next((json.loads(p.get("value")) for p in suite.iter("property") if p.get("name") == "served"), None)
     results[run] = row
     failed = failed or bool(row["failed"]) or not row["tests"]
-(out / "vllm.json").write_text(json.dumps(results, indent=1) + "\n")
+kept = {
+    "command": "tools/vllm_on_gpu.sh WHEELS OUT",
+    "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    "machine": machine_json(probe()),
+    "vllm": version("vllm"),
+    "runs": results,
+}
+(out / "vllm.json").write_text(json.dumps(kept, indent=1) + "\n")
 print(json.dumps(results, indent=1))
 sys.exit(failed)
 PYTHON

@@ -15,6 +15,14 @@ from ._arch import Arch, arch_of
 from ._launch import launch
 from ._sizes import cdiv, pow2
 
+try:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    from .hyper_connection_hopper import hc_hopper_kernel
+except ImportError:  # a Triton without Gluon: the plain kernel serves every shape
+    hc_hopper_kernel = None
+
 _SIZES = [
     "M",
     "N",
@@ -196,7 +204,20 @@ class HcConfig:
     provenance: str
 
 
+@dataclass(frozen=True)
+class HopperConfig:
+    """Launch configuration of the warp-specialised kernel."""
+
+    block_k: int
+    stages: int  # of tiles of x and fn
+    ring: int  # of tiles of split fn
+    provenance: str
+    block_m: int = 64
+    blocks: int = 1  # for each multiprocessor
+
+
 _MEASURED = "H100, Triton 3.6.0, torch 2.11, 2026-11-25: the fastest of a sweep at the split counts that vLLM asks for"
+_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-27: the fastest of a sweep at the split counts that vLLM asks for"
 _DERIVED = "derived: no measurement; as on SM90, fewer stages for 99 KiB of shared memory"
 
 # Keyed by compute capability, then the largest row count of the class. Few rows: launch and latency bound, so little
@@ -204,6 +225,7 @@ _DERIVED = "derived: no measurement; as on SM90, fewer stages for 99 KiB of shar
 _TABLE: dict[Any, list[tuple[int, HcConfig]]] = {
     90: [
         (64, HcConfig(16, 128, 16, True, "tf32", 2, 3, 2, True, _MEASURED)),
+        (128, HcConfig(16, 128, 32, True, "tf32", 2, 3, 2, True, _H200)),
         (256, HcConfig(64, 64, 32, False, "bf16", 4, 4, 2, True, _MEASURED)),
         (4096, HcConfig(64, 128, 32, False, "bf16", 4, 5, 1, True, _MEASURED)),
         (1 << 62, HcConfig(64, 128, 32, False, "bf16", 4, 3, 2, True, _MEASURED)),
@@ -215,14 +237,22 @@ _TABLE: dict[Any, list[tuple[int, HcConfig]]] = {
 }
 
 
-def _config(arch: Arch, m: int) -> HcConfig:
+# The warp-specialised kernel, from this many rows on.
+_HOPPER_ROWS = 129
+_HOPPER = HopperConfig(128, 4, 3, _H200)
+
+
+def _config(arch: Arch, m: int, n: int, k: int, aligned: bool) -> HcConfig | HopperConfig:
+    usable = arch.cc == 90 and not arch.interpret and hc_hopper_kernel is not None
+    if usable and aligned and m >= _HOPPER_ROWS and n <= 32 and k % _HOPPER.block_k == 0:
+        return _HOPPER
     for limit, config in _TABLE.get(arch.cc, _TABLE["any"]):
         if m <= limit:
             return config
     raise AssertionError("the last class has no limit")
 
 
-def default_splits(arch: Arch, m: int, k: int, config: HcConfig) -> int:
+def default_splits(arch: Arch, m: int, k: int, config: HcConfig | HopperConfig) -> int:
     """Pieces of k that keep the machine busy, of at least two k steps each."""
     wanted = config.blocks * arch.sms // cdiv(m, config.block_m)
     return max(1, min(wanted, 32, k // (2 * config.block_k)))
@@ -242,6 +272,12 @@ def _constants(config: HcConfig, n: int, k: int, mode: str, aligned: bool, pdl: 
         STAGES=config.stages,
         PDL=pdl,
     )
+
+
+def _boxes(t: torch.Tensor, rows: int, columns: int, bits: int) -> Any:
+    """A tensor map over ``t`` [rows, k] for the Gluon kernel."""
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    return GluonDescriptor(t, list(t.shape), [max(t.stride(0), t.shape[1]), 1], [rows, columns], layout)
 
 
 def _reduce_constants(m: int, n: int, group: int) -> dict[str, Any]:
@@ -284,16 +320,15 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
         torch.sum(x.float().square(), dim=1, out=sqr_sum if num_splits is None else sqr_sum[0])
         return out, sqr_sum
     arch = arch_of(x.device)
+    aligned = x.stride(0) % 8 == 0 and fn.stride(0) % 4 == 0
+    aligned = aligned and x.data_ptr() % 16 == 0 and fn.data_ptr() % 16 == 0
     if config is None:
-        config = _config(arch, m)
-    mode = "fp32" if arch.interpret else config.mode
+        config = _config(arch, m, n, k, aligned)
     results = num_splits or 1
     if splits is None:
         # A caller that asks for few partials gets the sums of more of them: cheaper than an idle machine.
         group = max(1, default_splits(arch, m, k, config) // results)
         splits = results * group
-    block_n = min(config.block_n, pow2(n, 16))
-    grid = (cdiv(m, config.block_m), splits, max(1, cdiv(n, block_n)))
     per = cdiv(cdiv(k, config.block_k), splits) * config.block_k
     out_strides = (0, *out.stride())[-3:-1]
     sqr_strides = (0, *sqr_sum.stride())[-2:]
@@ -303,32 +338,46 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
         work = torch.empty(splits * m * (n + 1), dtype=torch.float32, device=x.device)
         target, target_sqr, o_strides, s_strides = work, work[splits * m * n :], (m * n, n), (m, 1)
     pdl = reduce and arch.major >= 9 and not arch.interpret
-    aligned = x.stride(0) % 8 == 0 and fn.stride(0) % 4 == 0
-    aligned = aligned and x.data_ptr() % 16 == 0 and fn.data_ptr() % 16 == 0
-    constants = _constants(config, n, k, mode, aligned, pdl)
-    x_src, fn_src = x, fn
-    if constants["TMA"]:
-        # a single row may have any stride
-        x_src = TensorDescriptor(x, [m, k], [max(x.stride(0), k), 1], [config.block_m, config.block_k])
-        fn_src = TensorDescriptor(fn, [n, k], [max(fn.stride(0), k), 1], [block_n, config.block_k])
-    launch(
-        _hc_kernel,
-        grid,
-        x_src,
-        fn_src,
-        target,
-        target_sqr,
-        m,
-        n,
-        k,
-        x.stride(0),
-        fn.stride(0),
-        *o_strides,
-        *s_strides,
-        per,
-        **constants,
-        num_warps=config.warps,
-    )
+    tiles = cdiv(m, config.block_m)
+    common = (target, target_sqr, m, n, k)
+    strides = (*o_strides, *s_strides)
+    if isinstance(config, HopperConfig):
+        launch(
+            hc_hopper_kernel,
+            (tiles, splits),
+            _boxes(x, config.block_m, config.block_k, 16),
+            _boxes(fn, 32, config.block_k, 32),
+            *common,
+            *strides,
+            per,
+            STEP=config.block_k,
+            STAGES=config.stages,
+            RING=config.ring,
+            PDL=pdl,
+            num_warps=4,
+        )
+    else:
+        mode = "fp32" if arch.interpret else config.mode
+        constants = _constants(config, n, k, mode, aligned, pdl)
+        block_n: int = constants["BLOCK_N"]
+        x_src, fn_src = x, fn
+        if constants["TMA"]:
+            # a single row may have any stride
+            x_src = TensorDescriptor(x, [m, k], [max(x.stride(0), k), 1], [config.block_m, config.block_k])
+            fn_src = TensorDescriptor(fn, [n, k], [max(fn.stride(0), k), 1], [block_n, config.block_k])
+        launch(
+            _hc_kernel,
+            (tiles, splits, max(1, cdiv(n, block_n))),
+            x_src,
+            fn_src,
+            *common,
+            x.stride(0),
+            fn.stride(0),
+            *strides,
+            per,
+            **constants,
+            num_warps=config.warps,
+        )
     if reduce:
         constants = _reduce_constants(m, n, splits // results)
         launch(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError
-from .report import timed
+from .report import memory_gbps, timed
 
 COLOURS = ("#0b6e99", "#d1672b", "#4c8c3b", "#8a4fa3", "#6b6b6b")
 MARKERS = ("o", "s", "^", "D", "v")
@@ -82,7 +82,7 @@ def _panel(axis: Any, rows: list[Mapping[str, Any]], names: list[str], rates: Ma
     for place, row, roof in zip(places, rows, roofs, strict=True):
         best = max(row["flops"] / us / 1e6 for us in timed(row).values())
         axis.plot([best, roof], [place, place], color="#dddddd", linewidth=1, zorder=1)
-    by_memory = [math.isclose(row["floor_us"], row["bytes"] / rates["copy_gbps"] / 1e3) for row in rows]
+    by_memory = [math.isclose(row["floor_us"], row["bytes"] / memory_gbps(rates) / 1e3) for row in rows]
     for label, colour in _ROOFS.items():
         at = [place for place in places if by_memory[place] == (label == "roof: memory")]
         axis.scatter([roofs[i] for i in at], at, marker="|", s=120, linewidths=2.2, color=colour, label=label, zorder=2)

@@ -77,10 +77,15 @@ def verdict_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_gbps(rates: Mapping[str, float]) -> float:
+    """The rate at which memory was seen to move: most ops mostly read."""
+    return max(rates["copy_gbps"], rates["read_gbps"])
+
+
 def text(result: Mapping[str, Any]) -> str:
     """One table per op, then what could not be measured and why, then the automatic choice."""
     rates = result["rates"]
-    reached = [f"copy {rates['copy_gbps']:.0f} GB/s"]
+    reached = [f"copy {rates['copy_gbps']:.0f} GB/s", f"read {rates['read_gbps']:.0f} GB/s"]
     reached += [
         f"{name} {rates[f'{name}_tflops']:.4g} TFLOP/s" for name in ("bf16", "fp8", "tf32") if f"{name}_tflops" in rates
     ]
