@@ -12,7 +12,7 @@ import importlib
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -65,8 +65,7 @@ class _Chain:
             raise self.failure("no provider can serve")
         # Who serves whatever the shapes are, or None.
         self.head = first if first.refuses is None else None
-        # The usual case pays for nothing but this: what a call goes to without a look at whom it reaches.
-        self.entry = self.head
+        self.known: dict[Hashable, _Bound] = {}
         self.by_shape: dict[tuple[torch.Size, torch.Size], _Bound] = {}
         self.measured: tuple[measured.Preference, ...] = ()
         if resolution.measured:
@@ -76,9 +75,7 @@ class _Chain:
             # An import may have failed since, and left another provider first.
             self.measured = tuple(p for p in resolution.measured if p.over == names[0] and p.prefer in names)
             if self.measured:
-                self.head = self.entry = None
-                if all(bound.refuses is None for bound in self.bound):
-                    self.entry = _Bound("", first.implementation, self.choosing(), None)
+                self.head = None
 
     def at(self, index: int) -> _Bound | None:
         """The index-th candidate that imports, or None when there are no more."""
@@ -107,19 +104,6 @@ class _Chain:
         self.by_shape[shapes] = bound
         return bound
 
-    def choosing(self) -> Callable[..., Any]:
-        """A function that calls the candidate for the call's shapes, where no candidate refuses any."""
-        by_shape, preferred = self.by_shape, self.preferred
-        one, two = measured.CLASSES[self.contract.name].tensors
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            shapes = args[one].shape, args[two].shape
-            bound = by_shape.get(shapes) or preferred(shapes)
-            bound.calls += 1
-            return bound.function(*args, **kwargs)
-
-        return call
-
     def reject(self, candidate: Candidate, reasons: tuple[Reason, ...]) -> None:
         for reason in reasons:
             self.tell(candidate.name, reason)
@@ -134,8 +118,17 @@ class _Chain:
             self.told.add((provider, reason.code))
             _log.warning("%s: %s: %s [%s]", self.contract.name, provider, reason, reason.code)
 
-    def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
-        """The first candidate that takes these shapes."""
+    def choose(self, known: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
+        """The candidate for a call: asked for once where the contract has a name for calls like it, ``known``."""
+        bound = self.known.get(known)
+        if bound is None:
+            bound = self.first(args, kwargs)
+            if known is not None:
+                _keep(self.known, known, bound)
+        return bound
+
+    def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
+        """The first candidate that takes these shapes. A pure function of what makes a call known."""
         refusals = []
         if self.measured:
             names = list(self.contract.args)
@@ -158,6 +151,12 @@ class _Chain:
 
     def failure(self, what: str, more: str = "") -> NoProviderError:
         return NoProviderError(f"{what} {self.resolution.explain()}{more}", self.resolution)
+
+
+def _keep(kept: dict[Any, _Bound], key: Hashable, bound: _Bound) -> None:
+    if len(kept) >= 256:  # far more than a contract knows at a time; but those that it forgot stay here
+        kept.clear()
+    kept[key] = bound
 
 
 def _bind(contract: OpContract, candidate: Candidate) -> _Bound | tuple[Reason, ...]:
@@ -228,13 +227,16 @@ class _Bindings:
 
 
 _default: _Bindings | None = None
-_default_heads: dict[str, dict[int | torch.device, _Bound]] = {}
-"""By op and device: what a call under the environment's policy reaches without a further look."""
+_default_heads: dict[str, dict[Hashable, _Bound]] = {}
+"""What a call under the environment's policy reaches without a further look: by op, then by device, or where shapes
+decide by the contract's name for calls like it."""
 _scoped: dict[policy.Policy, _Bindings] = {}
+_last_scoped: tuple[policy.Policy, _Bindings] | None = None
+"""The same for the policy object that was last active: to compare two policies takes longer than a call may."""
 
 
 def _bindings() -> _Bindings:
-    global _default
+    global _default, _last_scoped
     wishes = policy.active()
     if wishes is None:
         if _default is None:
@@ -242,17 +244,20 @@ def _bindings() -> _Bindings:
                 if _default is None:
                     _default = _Bindings(policy.from_environment())
         return _default
+    if (last := _last_scoped) is not None and last[0] is wishes:
+        return last[1]
     with _lock:
         if wishes not in _scoped:
             _scoped[wishes] = _Bindings(wishes)
-        return _scoped[wishes]
+        _last_scoped = wishes, _scoped[wishes]
+        return _last_scoped[1]
 
 
 def reset() -> None:
     """Forget every binding, plugin and counter: the next call resolves anew, for a changed environment."""
-    global _default
+    global _default, _last_scoped
     with _lock:
-        _default = None
+        _default = _last_scoped = None
         _scoped.clear()
         for heads in _default_heads.values():
             heads.clear()
@@ -318,7 +323,7 @@ def _serving(op: str, device: torch.device, arguments: dict[str, Any]) -> _Bound
     """Whom a call with these arguments (tensors perhaps on the meta device) would reach on ``device``."""
     contract = CONTRACTS[op]
     chain = _bindings().bind(contract, device)
-    return chain.head or chain.choose((), arguments)
+    return chain.head or chain.first((), arguments)
 
 
 def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> int | None:
@@ -440,21 +445,22 @@ def _define(function: _F) -> _F:
     passed = ", ".join(f"{n}={n}" if contract.is_keyword(n) else n for n in names)
     heads = _default_heads[contract.name] = {}
 
-    def choose(where: int | torch.device, device: torch.device, *args: Any, **kwargs: Any) -> _Bound:
+    def choose(where: Hashable, known: Hashable, device: torch.device, *args: Any, **kwargs: Any) -> _Bound:
         bindings = _bindings()
         chain = bindings.chains.get((contract.name, device)) or bindings.bind(contract, device)
-        if chain.entry is None:
-            return chain.choose(args, kwargs)
-        if bindings is _default:
-            heads[where] = chain.entry
-        return chain.entry
+        bound, key = (chain.choose(known, args, kwargs), known) if chain.head is None else (chain.head, where)
+        if key is not None:
+            with _lock:
+                if bindings is _default:  # neither of a block's policy, nor forgotten by `reset` meanwhile
+                    _keep(heads, key, bound)
+        return bound
 
-    # The usual call passes through the check and these lines only: a provider bound under the default policy, whose
-    # first choice takes every shape.
+    # The usual call passes through the check and these lines only: a provider bound under the default policy, which
+    # takes every shape or was asked about a call like this one.
     dispatch = (
-        "bound = heads.get(where)",
+        "bound = heads.get(where) or heads.get(known)",
         "if bound is None or scope() is not None:",
-        f"    bound = choose(where, {names[0]}.device, {passed})",
+        f"    bound = choose(where, known, {names[0]}.device, {passed})",
         "bound.calls += 1",
         f"return bound.function({passed})",
     )

@@ -131,7 +131,8 @@ class Implementation:
         devices: Device types it runs on, a subset of ``("cuda", "cpu")``.
         capability: Claim over compute capability, any of which may match (see ``capability.py``); ignored on CPU.
         refuses: Optional ``"package.module:function"`` with the same signature that returns a ``Reason`` for a call
-            it cannot serve, else None. It may look at shapes, dtypes and strides, never at values.
+            it cannot serve, else None. It may look at shapes, dtypes and strides, never at values or addresses: its
+            answer is kept for calls that differ in nothing else.
         warmup: Optional ``"package.module:function"``, called as ``function(op, calls, device)`` with an iterable of
             the op's arguments whose tensors are on the meta device; compiles and loads on ``device`` what these calls
             would, and returns the number of kernels.

@@ -35,16 +35,22 @@ _current: ContextVar[_Step | None] = ContextVar("dsv4_backends_step", default=No
 
 
 @functools.cache
-def _has_cuda() -> bool:
+def _cuda() -> tuple[Callable[[], bool], Callable[[], int], Callable[[int], int]] | None:
+    """What tells whether the current stream is captured, the current device, and a device's current stream.
+
+    They are what functions of torch.cuda call: the Python around them takes longer than they do. None without CUDA.
+    """
     import torch
 
-    return torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        return None
+    c = torch._C
+    return c._cuda_isCurrentStreamCapturing, c._cuda_getDevice, c._cuda_getCurrentRawStream
 
 
 def _capturing() -> bool:
-    import torch
-
-    return _has_cuda() and torch.cuda.is_current_stream_capturing()
+    cuda = _cuda()
+    return cuda is not None and cuda[0]()
 
 
 @contextmanager
@@ -73,27 +79,27 @@ def once_a_step(key: Hashable, lengths: Sequence[Tensor | None], make: Callable[
     current = _current.get()
     if current is None:
         return make()
-    stream = 0
-    if _has_cuda():
-        import torch
-
+    index = -1
+    for t in lengths:
+        if t is None:
+            key = key, None
+            continue
+        # An address is of one device.
+        key = key, t.data_ptr(), t.shape, t.is_contiguous() or t.stride(), -1 if t.is_inference() else t._version
+        if index < 0:
+            index = t.get_device()
+    if (cuda := _cuda()) is not None:
+        is_capturing, device, stream_of = cuda
+        here = device()
+        stream = stream_of(here if index < 0 else index)
         # A graph must not read what was computed outside it: its memory may be gone at the replay, and is stale then.
-        if torch.cuda.is_current_stream_capturing() is not current.capturing:
+        # Stream 0 is never captured, so that a call on it need not ask.
+        if ((stream != 0 or 0 <= index != here) and is_capturing()) is not current.capturing:
             return make()
-        index = next((t.get_device() for t in lengths if t is not None and t.is_cuda), -1)
-        # What torch.cuda.current_stream() gives, without the object around it.
-        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if index < 0 else index)
-    whole = (key, stream, *map(_identity, lengths))
-    found = current.kept.get(whole)
+        key = key, stream
+    found = current.kept.get(key)
     if found is None:
         # The tensors are kept too, so that no other tensor takes their memory while the block lasts.
-        found = current.kept[whole] = (make(), lengths)
+        found = current.kept[key] = (make(), lengths)
     result: _T = found[0]
     return result
-
-
-def _identity(t: Tensor | None) -> Hashable:
-    if t is None:
-        return None
-    # An address is of one device.
-    return t.data_ptr(), t.shape, t.stride(), -1 if t.is_inference() else t._version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import subprocess
@@ -194,6 +195,73 @@ def test_flash_mla_schedule_in_a_step(use: Callable[..., None]) -> None:
     assert len(calls) == 5
 
 
+PLAIN = {
+    "sparse_mla_decode": (
+        "flash_mla_with_kvcache",
+        {"b": 2, "s_q": 1, "h_q": 64, "topk": 64, "extra_topk": 128, "length": "random", "layout": "heads"},
+    ),
+    "sparse_mla_prefill": ("flash_mla_sparse_fwd", {"s_q": 3, "h_q": 64, "s_kv": 40, "topk": 128, "layout": "heads"}),
+    "mqa_logits": ("fp8_mqa_logits", {"m": 5, "n": 70}),
+    "paged_mqa_logits": ("fp8_paged_mqa_logits", {"b": 3, "context": 100, "layout": "heads"}),
+    "fp8_einsum": ("fp8_einsum", {"b": 4, "h": 2, "r": 256, "d": 128}),
+    "hc_prenorm_gemm": ("tf32_hc_prenorm_gemm", {"m": 4, "k": 256}),
+}
+"""By op: the library's function, and a case that needs nothing made for it but a schedule and safe lengths."""
+COPIED = {
+    "sparse_mla_decode": ("q", "indices", "extra_indices"),
+    "sparse_mla_prefill": ("q", "kv", "indices"),
+    "fp8_einsum": ("x", "w"),
+    "hc_prenorm_gemm": ("x", "fn"),
+}
+"""By op: what is copied where its address is not a multiple of 16."""
+
+
+def reaching(use: Callable[..., None], op: str) -> tuple[checks.Subject, dict[str, Any], list[Any]]:
+    """The adapter, the case's arguments, and what the library will have been given."""
+    called, params = PLAIN[op]
+    library, line = ("flash_mla", "source") if op.startswith("sparse") else ("deep_gemm", "tokenspeed")
+    use(library, line)
+    module = sys.modules[library]
+    real, got = getattr(module, called), []
+
+    @functools.wraps(real)
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            got.extend(value if isinstance(value, tuple) else (value,))
+        return real(*args, **kwargs)
+
+    setattr(module, called, spy)
+    _forget()
+    target = subject(library, op)
+    return target, target.contract.make(CPU, torch.Generator().manual_seed(0), **params), got
+
+
+@pytest.mark.parametrize("op", [op for op in PLAIN if "gemm" not in op and op != "fp8_einsum"])
+def test_what_the_library_takes_reaches_it(use: Callable[..., None], op: str) -> None:
+    """The tensors themselves: to make another, if only a view, takes longer than the rest of an adapter."""
+    target, made, got = reaching(use, op)
+    target.run(made)
+    reached, own = set(map(id, got)), {"row_starts", "row_ends", "context_lens"}
+    wanted = {name for name, value in made.items() if isinstance(value, torch.Tensor)} - own
+    assert {name for name in wanted if id(made[name]) not in reached} == set()
+
+
+@pytest.mark.parametrize(("op", "names"), COPIED.items())
+def test_contiguous_at_an_odd_address(use: Callable[..., None], op: str, names: tuple[str, ...]) -> None:
+    """What the library reads 16 bytes at a time begins at a multiple of 16."""
+    target, made, got = reaching(use, op)
+    for name in names:
+        whole = made[name].new_empty(made[name].numel() + 1)
+        made[name] = whole[1:].view(made[name].shape).copy_(made[name])
+        assert made[name].is_contiguous()
+        assert made[name].data_ptr() % 16
+    results = target.run(made)
+    assert {t.data_ptr() % 16 for t in got if isinstance(t, torch.Tensor) and t.dim() > 1} == {0}
+    wanted = oracle.expected(op, made)
+    for name, result, want in zip(target.contract.returns, results, wanted, strict=True):
+        assert numerics.compare(result, want, target.contract.tolerances[name]).ok
+
+
 def test_blackwell_scales(use: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules of SM100, by stand-ins only: not run on hardware. Scales become exponents there."""
     use("deep_gemm", "vllm", arch=10)
@@ -246,8 +314,8 @@ def test_extreme_scale_codes(use: Callable[..., None], line: str) -> None:
         assert numerics.compare(target.run(scaled)[0], want, target.contract.tolerances["out"]).ok
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_kernel_is_looked_up_by_what_compiles_it(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+@pytest.mark.parametrize(("known", "scratch"), [(True, 0), (True, 8), (False, 0)])
+def test_a_kernel_is_looked_up_by_what_compiles_it(monkeypatch: pytest.MonkeyPatch, known: bool, scratch: int) -> None:
     """Triton's launcher runs once for each device, set of flags and alignment; the compiled kernel runs after that."""
     finish = importlib.import_module("dsv4_backend_deep_gemm._finish")
     monkeypatch.setattr(finish, "_KNOWN", known)
@@ -267,11 +335,26 @@ def test_a_kernel_is_looked_up_by_what_compiles_it(monkeypatch: pytest.MonkeyPat
 
         function, packed_metadata = "function", "metadata"
 
-        def run(self, x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
-            assert arguments[:5] == ("function", "metadata", None, None, None)
-            told.append((self.name, (x, y, z), arguments[5:]))
-            assert stream == 70 + device
+        @property
+        def run(self) -> Any:
+            return Launcher
 
+    class Launcher:
+        """Of Triton 3.6: the C function behind it takes addresses for tensors."""
+
+        global_scratch_size, profile_scratch_size = scratch, 0
+        launch_cooperative_grid, launch_pdl = "cooperative", "pdl"
+
+        @staticmethod
+        def launch(x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
+            assert arguments[:9] == ("function", "cooperative", "pdl", None, None, "metadata", None, None, None)
+            told.append(("compiled", (x, y, z), (tensor, *arguments[10:])))
+            assert arguments[9] == tensor.data_ptr()
+            assert stream == 70 + device
+            launched.append(device)
+
+    tensor = torch.zeros(3)
+    launched: list[int] = []
     kernel = Kernel("jit")
     for device, rows, flags, aligned, expected in (
         (0, 3, (True, 4), True, "jit"),
@@ -281,8 +364,11 @@ def test_a_kernel_is_looked_up_by_what_compiles_it(monkeypatch: pytest.MonkeyPat
         (1, 5, (True, 4), True, "jit"),
         (1, 6, (True, 4), True, "compiled"),
     ):
-        finish._launch(kernel, device, (rows, 1, 1), ("x", rows), flags, aligned)
-        assert told.pop() == (expected, (rows, 1, 1), ("x", rows, *flags))
+        finish._launch(kernel, device, (rows, 1, 1), (tensor,), (rows,), flags, aligned)
+        name, grid, (first, *rest) = told.pop()
+        assert (name, grid, rest) == (expected, (rows, 1, 1), [rows, *flags])
+        assert first is tensor
+    assert launched == ([0, 1] if known and not scratch else [])
     for made in [key for key in finish._compiled if key[0] is kernel.fn]:
         del finish._compiled[made]
 

@@ -104,6 +104,117 @@ def test_refusal_of_a_pinned_provider_raises(fake_plugin: Callable[..., None]) -
         ops.mqa_logits(**arguments("mqa_logits"))
 
 
+# Counts the questions, and takes neither strided keys nor a scale of 3.
+ASKED = """
+import dsv4_backends as d
+import torch
+asked = []
+@d.hookimpl
+def dsv4_providers():
+    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=(
+        d.Implementation(op="sparse_mla_prefill", target="acme_plugin:run", devices=("cpu",),
+            refuses="acme_plugin:refuses"),))
+def run(q, kv, indices, sm_scale, *, attn_sink=None, topk_length=None, out=None):
+    return q.new_full((1, 1, 1), 7.0).expand(q.shape), None, None
+def refuses(q, kv, indices, sm_scale, *, attn_sink=None, topk_length=None, out=None):
+    asked.append((q.shape[0], kv.stride(0), sm_scale, attn_sink is None))
+    if kv.stride(0) != 512 or sm_scale == 3:
+        return d.Reason("keys", "wants other keys")
+"""
+
+
+def prefill(rows: int) -> dict[str, Any]:
+    """Each test has rows of its own: what the contract knows stays from test to test."""
+    q, kv = torch.zeros(rows, 1, 512).bfloat16(), torch.zeros(9, 512).bfloat16()
+    return {"q": q, "kv": kv, "indices": torch.zeros(rows, 5, dtype=torch.int32), "sm_scale": 1.0}
+
+
+@pytest.fixture
+def asking(fake_plugin: Callable[..., None]) -> Callable[[dict[str, Any]], tuple[bool, int]]:
+    """Makes a call, and says whether acme served it and how often acme was asked about it."""
+    fake_plugin("acme", ASKED)
+
+    def call(made: dict[str, Any]) -> tuple[bool, int]:
+        asked = sys.modules["acme_plugin"].asked if "acme_plugin" in sys.modules else []
+        before = len(asked)
+        out, *_ = ops.sparse_mla_prefill(**made)
+        return bool(out[0, 0, 0] == 7), len(sys.modules["acme_plugin"].asked) - before
+
+    return call
+
+
+def test_a_known_call_does_not_ask_again(asking: Callable[[dict[str, Any]], tuple[bool, int]]) -> None:
+    """What a call is known by is what a refusal may look at: everything but the values and addresses of tensors."""
+    made = prefill(11)
+    strided = {**made, "kv": torch.zeros(9, 1024).bfloat16()[:, :512]}
+    changes = ({**made, "sm_scale": 3.0}, strided, {**made, "attn_sink": torch.zeros(1)}, prefill(12))
+    # The contract has a name for calls like this one from the second on.
+    assert [asking(made) for _ in range(4)] == [(True, 1), (True, 1), (True, 0), (True, 0)]
+    assert asking(prefill(11)) == (True, 0)
+    for change, served in zip(changes, (False, False, True, True), strict=True):
+        assert asking(change) == (served, 1)
+        assert asking(made) == (True, 0)
+    assert [asking(strided) for _ in range(3)] == [(False, 1), (False, 1), (False, 0)]
+    assert dsv4_backends.stats() == {"sparse_mla_prefill": {"acme": 11, "torch": 5}}
+
+
+def test_no_answer_outlives_its_settings(asking: Callable[[dict[str, Any]], tuple[bool, int]]) -> None:
+    made = prefill(13)
+    for _ in range(3):
+        asking(made)
+    assert asking(made) == (True, 0)
+    with use_providers(deny=["acme"]):
+        assert [asking(made) for _ in range(2)] == [(False, 0)] * 2
+    with use_providers({"sparse_mla_prefill": "acme"}):
+        # A chain of its own, which is asked once: the contract knows the call already.
+        assert [asking(made) for _ in range(2)] == [(True, 1), (True, 0)]
+        with use_providers({"sparse_mla_prefill": "torch"}):
+            assert asking(made) == (False, 0)
+        assert asking(made) == (True, 0)
+        with pytest.raises(NoProviderError, match="wants other keys"):
+            asking({**made, "sm_scale": 3.0})
+        ops.reset()
+        assert [asking(made) for _ in range(2)] == [(True, 1), (True, 0)]
+    with use_providers({"sparse_mla_prefill": "acme"}):  # equal to a policy before, and another object
+        assert asking(made) == (True, 0)
+    assert [asking(made) for _ in range(2)] == [(True, 1), (True, 0)]
+    ops.reset()
+    assert [asking(made) for _ in range(2)] == [(True, 1), (True, 0)]
+
+
+def test_no_answer_outlives_a_reset_that_came_while_it_was_made(
+    asking: Callable[[dict[str, Any]], tuple[bool, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prefill(14)
+    for _ in range(3):
+        asking(made)
+    first = ops._Chain.first
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        bound = first(self, *args)
+        ops.reset()
+        return bound
+
+    ops.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(ops._Chain, "first", interrupted)
+        assert asking(made) == (True, 1)
+    assert dsv4_backends.stats() == {}
+    assert asking(made) == (True, 1)
+    assert dsv4_backends.stats() == {"sparse_mla_prefill": {"acme": 1}}
+
+
+def test_memory_of_known_calls_is_bounded(asking: Callable[[dict[str, Any]], tuple[bool, int]]) -> None:
+    for rows in range(101, 401):
+        made = prefill(rows)
+        asking(made)
+        assert asking(made) == (True, 1)
+    (chain,) = ops._bindings().chains.values()
+    for kept in (chain.known, ops._default_heads["sparse_mla_prefill"]):
+        assert 0 < len(kept) <= 256
+    assert asking(prefill(400)) == (True, 0)
+
+
 def test_import_that_fails_goes_to_the_next(fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
     fake_plugin("acme", PLUGIN.format(target="absent", refuses=None))
     with caplog.at_level(logging.WARNING, "dsv4_backends"):

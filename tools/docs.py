@@ -575,7 +575,8 @@ def vllm_runs() -> str:
                 f"{code(op)} {', '.join(f'{who} {count}' for who, count in sorted(by.items()))}"
                 for op, by in run["served"].items()
             ]
-            rows.append((name, str(run["tests"] - run["skipped"] - bad), str(bad), str(run["skipped"]), "; ".join(calls)))
+            passed = run["tests"] - run["skipped"] - bad
+            rows.append((name, str(passed), str(bad), str(run["skipped"]), "; ".join(calls)))
         names = ("providers", "passed", "failed", "skipped", "calls of each op, and who served them")
         parts.append(f"{_measured_on(result)} vLLM {result['vllm']}.\n\n{table(names, rows)}")
     return "\n\n".join(parts) or "Not run yet."

@@ -8,7 +8,8 @@ GPU time: CUDA graphs of one and of nine calls, with the L2 flushed before each 
 over eight, without the flush. The flush reads: what it wrote would be written back while a call is timed. Host time:
 CPU time of the thread for eager calls, in many short batches, direct calls and the adapter's in turn; the median of
 the batches. ``public`` is the same call through ``dsv4_backends.ops``. Both sides are given what an engine has ready:
-result buffers for the two GEMMs, scales with the tokens contiguous, pages with their dimension for the head.
+result buffers for the two GEMMs, scales with the tokens contiguous, caches, keys and indices with the dimension for
+the head that the libraries want.
 
 What the adapter does and the direct call does not: it cleans paged and compressed logits, and full ones of DeepGEMM
 2.8, which no direct call can get cleaned (the full ones of 2.5 are cleaned by the library on both sides); and in a
@@ -144,8 +145,12 @@ def host_times(runs: dict[str, Callable[[], Any]], mode: str, calls: int) -> dic
 
 def as_engines_have_it(op: str, made: dict[str, Any]) -> dict[str, Any]:
     """The same arguments in the layouts, and with the buffers, that an engine has before the step."""
-    if op == "paged_mqa_logits" and made["k_cache"].dim() == 3:
-        return made | {"k_cache": made["k_cache"].unsqueeze(2)}
+    if op in ("paged_mqa_logits", "sparse_mla_decode"):
+        caches = {name: made[name] for name in ("k_cache", "extra_k_cache") if made.get(name) is not None}
+        return made | {name: cache.unsqueeze(2) for name, cache in caches.items() if cache.dim() == 3}
+    if op == "sparse_mla_prefill":
+        both = {name: made[name] for name in ("kv", "indices")}
+        return made | {name: tensor.unsqueeze(1) for name, tensor in both.items() if tensor.dim() == 2}
     if op == "fp8_einsum":
         scale = made["x_scale"]
         b, h, blocks = scale.shape

@@ -2,7 +2,9 @@
 
 Every op is called with real tensors, all optional ones given, while the implementation is replaced by a function that
 returns at once; the same function called directly is the base. A call whose shapes were seen lately is recognised;
-`whole check` is what the check costs where they were not. Usage: python tools/overhead.py [--json FILE]
+`check` is what the check costs where they were not. `may_refuse` and `block` are the call where the provider has
+a function that may refuse shapes, under the environment's policy and in a block of `use_providers`.
+Usage: python tools/overhead.py [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from dsv4_backends import CONTRACTS, ops
+from dsv4_backends import CONTRACTS, ops, use_providers
 from dsv4_backends.machine import probe
 from dsv4_backends.report import machine_json
 
@@ -45,6 +47,19 @@ def microseconds(function: Any, args: list[Any], kwargs: dict[str, Any]) -> floa
     return statistics.median(times)
 
 
+def replaced(chain: Any, stub: Any) -> None:
+    """Every candidate of a chain does nothing."""
+    for bound in chain.bound:
+        bound.function = stub
+
+
+def refusing(chain: Any, stub: Any) -> None:
+    """Every candidate of a chain has a function that may refuse shapes, which takes them all."""
+    chain.head = None
+    for bound in chain.bound:
+        bound.refuses = stub
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
@@ -61,16 +76,25 @@ def main() -> None:
         exec(f"def stub{inspect.Signature(parameters)}: return None", scope)
         stub = scope["stub"]
         (chain,) = (c for (name, _), c in ops._bindings().chains.items() if name == op)
-        for bound in chain.bound:
-            bound.function = stub
+        replaced(chain, stub)
         args = [made[name] for name in contract.args if not contract.is_keyword(name)]
         kwargs = {name: value for name, value in made.items() if contract.is_keyword(name)}
         direct, call = microseconds(stub, args, kwargs), microseconds(public, args, kwargs)
+        ops._default_heads[op].clear()
+        refusing(chain, stub)
+        may_refuse = microseconds(public, args, kwargs)
+        with use_providers(order=["torch"]):
+            public(*args, **kwargs)
+            (scoped,) = (c for (name, _), c in ops._bindings().chains.items() if name == op)
+            replaced(scoped, stub)
+            refusing(scoped, stub)
+            block = microseconds(public, args, kwargs)
         with mock.patch.dict(sys.modules, {"torch._C._dynamo.guards": None}):  # nothing is recognised
             whole = contract.checked_function((), ("return None",), {})
         check = microseconds(whole, args, kwargs) - direct
         tensors = sum(isinstance(value, torch.Tensor) for value in made.values())
         row = {"direct_us": direct, "call_us": call, "added_us": call - direct, "check_us": check}
+        row |= {"may_refuse_us": may_refuse - direct, "block_us": block - direct}
         rows.append({"op": op, "tensors": tensors, **row})
         print(f"{op:20} {tensors} tensors, us:", *(f"{name[:-3]} {value:.2f}" for name, value in row.items()))
     if target:

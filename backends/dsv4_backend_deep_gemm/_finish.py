@@ -111,32 +111,44 @@ _KNOWN = triton.__version__.startswith("3.6.")
 """Whether a compiled kernel can be run as ``_runner`` does. Others get the slower form of Triton's tutorials."""
 
 
-def _runner(compiled: Any, device: int) -> Callable[..., Any]:
-    if not _KNOWN:
-        return lambda grid, *arguments: compiled[grid](*arguments)
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    stream = torch._C._cuda_getCurrentRawStream
-    # No metadata and hooks, whose preparation takes longer than the launch.
-    return lambda grid, *arguments: run(*grid, stream(device), function, metadata, None, None, None, *arguments)
+def _runner(compiled: Any, device: int, flags: tuple[Any, ...]) -> Callable[..., Any]:
+    """What runs a compiled kernel: ``run(grid, tensors, numbers)``."""
+    if not _KNOWN or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
+        return lambda grid, tensors, numbers: compiled[grid](*tensors, *numbers, *flags)
+    run, stream, address = compiled.run, torch._C._cuda_getCurrentRawStream, Tensor.data_ptr
+    launch, function, metadata = run.launch, compiled.function, compiled.packed_metadata
+    # No scratch memory, and no hooks and their metadata, whose preparation takes longer than the launch. Addresses
+    # instead of tensors, about which the launcher would ask the driver.
+    fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
+    return lambda grid, tensors, numbers: launch(
+        *grid, stream(device), *fixed, *map(address, tensors), *numbers, *flags
+    )
 
 
 def _launch(
-    kernel: Any, device: int, grid: tuple[int, int, int], arguments: tuple[Any, ...], flags: Any, aligned: bool = True
+    kernel: Any,
+    device: int,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    flags: tuple[Any, ...],
+    aligned: bool = True,
 ) -> None:
     """Launch a kernel without Triton's own look at every argument, which takes longer than the kernel.
 
     Args:
+        tensors, numbers: Its first arguments, all of these on ``device``, and those that follow.
         flags: The values of its ``constexpr`` parameters.
         aligned: Whether the pointer that it is specialised on is a multiple of 16.
     """
     key = (kernel.fn, device, flags, aligned)
     found = _compiled.get(key)
     if found is not None:
-        found(grid, *arguments, *flags)
+        found(grid, tensors, numbers)
         return
-    compiled = kernel[grid](*arguments, *flags)
+    compiled = kernel[grid](*tensors, *numbers, *flags)
     if not _INTERPRETED:
-        _compiled[key] = _runner(compiled, device)
+        _compiled[key] = _runner(compiled, device, flags)
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -153,8 +165,9 @@ def bounds(row_starts: Tensor, row_ends: Tensor, keys: int, width: int) -> tuple
         rows = row_starts.shape[0]
         row_starts, row_ends = row_starts.contiguous(), row_ends.contiguous()
         starts, ends = torch.empty_like(row_starts), torch.empty_like(row_ends)
-        arguments = (row_starts, row_ends, starts, ends, rows, keys, width)
-        _launch(_bounds_kernel, row_starts.get_device(), (-(-rows // 1024), 1, 1), arguments, (1024,))
+        tensors = (row_starts, row_ends, starts, ends)
+        grid = (-(-rows // 1024), 1, 1)
+        _launch(_bounds_kernel, row_starts.get_device(), grid, tensors, (rows, keys, width), (1024,))
         return starts, ends
     starts = row_starts.clamp(0, keys)
     return starts, starts + (row_ends.clamp(0, keys) - starts).clamp(0, width)
@@ -182,20 +195,22 @@ def finish(
     if out is None and shifted and rows < _ROWS_TO_MOVE:
         out = logits.new_empty((rows, width))
     target = logits if out is None else out
-    stride = target.stride(0)
+    stride, _ = target.stride()
     # In units of 16 bytes where rows allow it, so that Triton can see that it may store as many at once.
     aligned = target.data_ptr() % 16 == 0
     unit = 4 if aligned and (stride | width) % 4 == 0 else 1
     device = logits.get_device()
     if out is None and shifted:
-        arguments: tuple[Any, ...] = (logits, starts, ends, width // unit, stride // unit)
-        _launch(_move_kernel, device, (rows, 1, 1), arguments, (unit, _MOVED_BLOCK), aligned)
+        assert starts is not None
+        numbers: tuple[int, ...] = (width // unit, stride // unit)
+        _launch(_move_kernel, device, (rows, 1, 1), (logits, starts, ends), numbers, (unit, _MOVED_BLOCK), aligned)
         return logits
     begin = ends if starts is None else starts
-    group = rows // ends.numel()
-    arguments = (target, logits, begin, ends, width // unit, stride // unit, logits.stride(0), group)
+    source_stride = stride if out is None else logits.stride(0)
+    numbers = (width // unit, stride // unit, source_stride, rows // ends.numel())
     flags = (starts is not None, shifted, out is not None, unit, _BLOCK)
-    _launch(_finish_kernel, device, (rows, -(-width // _BLOCK), 1), arguments, flags, aligned)
+    grid = (rows, -(-width // _BLOCK), 1)
+    _launch(_finish_kernel, device, grid, (target, logits, begin, ends), numbers, flags, aligned)
     return target
 
 

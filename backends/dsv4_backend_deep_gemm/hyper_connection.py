@@ -34,7 +34,8 @@ def hc_prenorm_gemm_refuses(
 
 def _aligned(x: Tensor) -> Tensor:
     fits = x.stride(0) * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
-    return x if fits and x.stride(0) >= x.shape[1] else x.contiguous()
+    # In new memory, which is aligned: `contiguous` gives back what is contiguous at an odd address.
+    return x if fits and x.stride(0) >= x.shape[1] else x.clone(memory_format=torch.contiguous_format)
 
 
 def hc_prenorm_gemm(

@@ -29,9 +29,6 @@ def _head_refusal(heads: int, dim: int) -> Reason | None:
 
 def _padded_heads(q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Contiguous q and weights with a head count that the kernels have; added heads have weight 0."""
-    heads = q.shape[-2]
-    if heads in _HEADS:
-        return q.contiguous(), weights.contiguous()
     *rows, heads, dim = q.shape
     wanted = next(count for count in _HEADS if count >= heads)
     wide = torch.zeros((*rows, wanted, dim), dtype=torch.uint8, device=q.device)  # zero as e4m3
@@ -78,13 +75,14 @@ def mqa_logits(
     DeepGEMM 2.5 and 2.6 clean the full form themselves. The compressed form is cleaned here; from 2.8 on the full
     form is made from it.
     """
-    m, n = q.shape[0], k.shape[0]
+    m, heads, _ = q.shape
+    n = k.shape[0]
     width = n if max_seqlen_k is None else max_seqlen_k
     if m == 0 or n == 0 or width == 0:
         empty = torch.empty((m, width), dtype=torch.float32, device=q.device) if out is None else out
         return empty.fill_(-torch.inf)
     library = deep_gemm()
-    q, weights = _padded_heads(q, weights)
+    q, weights = (q.contiguous(), weights.contiguous()) if heads in _HEADS else _padded_heads(q, weights)
     k = k.contiguous()
     if k_scale.data_ptr() % _ALIGNMENT:
         k_scale = k_scale.clone()
@@ -163,14 +161,15 @@ def paged_mqa_logits(
     Requests whose count of tokens has no kernel are taken apart into requests of one token. DeepGEMM's schedule is
     made anew in every call, or once in a ``dsv4_backends.step()`` block.
     """
-    b, next_n, _, dim = q.shape
-    pages, page_size, *_ = k_cache.shape
-    if b == 0 or max_context_len == 0 or pages == 0 or block_table.shape[1] == 0:
-        shape = (b * next_n, max_context_len)
-        empty = torch.empty(shape, dtype=torch.float32, device=q.device) if out is None else out
+    b, next_n, heads, dim = q.shape
+    shape, strides = k_cache.shape, k_cache.stride()
+    pages, page_size = shape[0], shape[1]
+    if b == 0 or max_context_len == 0 or pages == 0 or block_table.numel() == 0:
+        size = (b * next_n, max_context_len)
+        empty = torch.empty(size, dtype=torch.float32, device=q.device) if out is None else out
         return empty.fill_(-torch.inf)
     library = deep_gemm()
-    q, weights = _padded_heads(q, weights)
+    q, weights = (q.contiguous(), weights.contiguous()) if heads in _HEADS else _padded_heads(q, weights)
     requests, tokens = b, next_n
     if next_n not in ((1, 2) if library.cleans else (1, 2, 4)):
         requests, tokens = b * next_n, 1
@@ -182,10 +181,10 @@ def paged_mqa_logits(
         lambda: _schedule(library, context_lens, requests, tokens, page_size, max_context_len),
     )
     row = dim + 4
-    stride = k_cache.stride(0) if pages > 1 else page_size * row
+    stride = strides[0] if pages > 1 else page_size * row
     # Strides of dimensions of size 1 are free in torch, and DeepGEMM looks at them.
     cache = k_cache
-    if k_cache.stride() != (stride, row, row, 1):
+    if strides != (stride, row, row, 1):
         cache = k_cache.as_strided((pages, page_size, 1, row), (stride, row, row, 1))
     if library.cleans:
         found = library.paged_mqa_logits(q, cache, weights, lens, block_table, schedule, max_context_len, False)

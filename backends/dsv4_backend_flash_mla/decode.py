@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,15 +46,20 @@ def _major(cache: Tensor) -> int:
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
 
 
-def _scope(cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """A cache and its indices as the kernels want them."""
-    pages, page_size = cache.shape[:2]
+def _scope(cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """A cache and its indices as the kernels want them, with the page size and the count of indices."""
+    shape, strides, topk = cache.shape, cache.stride(), indices.shape[-1]
+    pages, page_size = shape[0], shape[1]
     if pages == 0:  # an index of -1 still reads slot 0
-        cache, pages = cache.new_zeros((1, page_size, KV_BYTES)), 1
+        cache, pages, strides = cache.new_zeros((1, page_size, KV_BYTES)), 1, ()
     # Strides of dimensions of size 1 are free in torch, and FlashMLA looks at them.
-    stride = page_size * KV_BYTES if pages == 1 else cache.stride(0)
-    cache = cache.as_strided((pages, page_size, 1, KV_BYTES), (stride, KV_BYTES, KV_BYTES, 1))
-    return cache, padded_indices(indices, _TOPK_MULTIPLE)
+    stride = page_size * KV_BYTES if pages == 1 else strides[0]
+    if strides != (stride, KV_BYTES, KV_BYTES, 1):
+        cache = cache.as_strided((pages, page_size, 1, KV_BYTES), (stride, KV_BYTES, KV_BYTES, 1))
+    if topk % _TOPK_MULTIPLE or not topk or not indices.is_contiguous() or indices.data_ptr() % ALIGNMENT:
+        indices = padded_indices(indices, _TOPK_MULTIPLE)
+        topk = indices.shape[-1]
+    return cache, indices, (page_size, topk)
 
 
 def sparse_mla_decode(
@@ -82,23 +85,25 @@ def sparse_mla_decode(
         return result, torch.empty((b, s_q, count), dtype=torch.float32, device=q.device)
     library = flash_mla()
     heads = heads_for(count)
-    k_cache, indices = _scope(k_cache, indices)
+    extra_scope: tuple[int, int] | None
+    k_cache, indices, scope = _scope(k_cache, indices)
     if extra_k_cache is not None and extra_indices is not None and extra_indices.shape[-1] > 0:
-        extra_k_cache, extra_indices = _scope(extra_k_cache, extra_indices)
-        shape: tuple[int, ...] = (extra_k_cache.shape[1], extra_indices.shape[-1])
+        extra_k_cache, extra_indices, extra_scope = _scope(extra_k_cache, extra_indices)
     else:  # a scope without entries adds nothing
-        extra_k_cache, extra_indices, extra_topk_length, shape = None, None, None, ()
+        extra_k_cache, extra_indices, extra_topk_length, extra_scope = None, None, None, None
     schedule = once_a_step(
-        ("flash_mla", b, s_q, heads, k_cache.shape[1], indices.shape[-1], *shape, q.device),
+        ("flash_mla", b, s_q, heads, scope, extra_scope, q.get_device()),
         (topk_length, extra_topk_length),
         lambda: library.metadata()[0],  # empty; the first call with it fills it
     )
-    options: dict[str, Any] = dict(library.decode_options)
+    if heads != count or not q.is_contiguous() or q.data_ptr() % ALIGNMENT:
+        q, attn_sink = padded_heads(q, heads), padded_sink(attn_sink, heads)
+    options = library.decode_options
     direct = out is not None and library.decode_out and heads == count and out.is_contiguous()
     if direct:
-        options["out"] = out
+        options = {**options, "out": out}
     result, lse = library.decode(
-        padded_heads(q, heads),
+        q,
         k_cache,
         None,
         None,
@@ -109,17 +114,17 @@ def sparse_mla_decode(
         False,
         True,
         indices,
-        padded_sink(attn_sink, heads),
+        attn_sink,
         extra_k_cache,
         extra_indices,
         topk_length,
         extra_topk_length,
         **options,
     )
-    lse = lse.transpose(1, 2)
+    lse = lse.mT
     if heads != count:
         result, lse = result[:, :, :count], lse[:, :, :count]
-    if lse.stride(-1) != 1:
+    if not lse.is_contiguous() and lse.stride(-1) != 1:
         lse = lse.contiguous()
     if out is not None and not direct:
         out.copy_(result)

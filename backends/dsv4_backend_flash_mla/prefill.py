@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._padding import ALIGNMENT, heads_for, padded_heads, padded_indices, padded_sink
+from ._padding import ALIGNMENT, copied, heads_for, padded_heads, padded_indices, padded_sink
 from .probe import flash_mla
 
 _TOPK_MULTIPLE = 128
@@ -24,23 +24,23 @@ def sparse_mla_prefill(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``dsv4_backends.contract.sparse_mla``. Heads are padded to 64 or 128, indices to a multiple of 128."""
     s_q, count, _ = q.shape
-    if s_q == 0 or kv.shape[0] == 0 or indices.shape[-1] == 0:  # FlashMLA asserts, or would read a key
+    if s_q == 0 or kv.numel() == 0 or indices.numel() == 0:  # FlashMLA asserts, or would read a key
         result = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out.zero_()
         max_logits = torch.full((s_q, count), -torch.inf, dtype=torch.float32, device=q.device)
         return result, max_logits, torch.full_like(max_logits, torch.inf)
     library = flash_mla()
     heads = heads_for(count)
+    if heads != count or not q.is_contiguous() or q.data_ptr() % ALIGNMENT:
+        q, attn_sink = padded_heads(q, heads), padded_sink(attn_sink, heads)
     kv = kv if kv.dim() == 3 else kv.unsqueeze(1)
-    if kv.stride(0) * 2 % ALIGNMENT or kv.data_ptr() % ALIGNMENT:
-        kv = kv.contiguous()
+    if kv.data_ptr() % ALIGNMENT or (not kv.is_contiguous() and kv.stride(0) * 2 % ALIGNMENT):
+        kv = copied(kv)
     indices = padded_indices(indices if indices.dim() == 3 else indices.unsqueeze(1), _TOPK_MULTIPLE)
     options = library.prefill_options
     direct = out is not None and library.prefill_out and heads == count and out.is_contiguous()
     if direct:
         options = {**options, "out": out}
-    result, max_logits, lse = library.prefill(
-        padded_heads(q, heads), kv, indices, sm_scale, 512, padded_sink(attn_sink, heads), topk_length, **options
-    )
+    result, max_logits, lse = library.prefill(q, kv, indices, sm_scale, 512, attn_sink, topk_length, **options)
     if heads != count:
         result, max_logits, lse = result[:, :count], max_logits[:, :count], lse[:, :count]
     if out is not None and not direct:

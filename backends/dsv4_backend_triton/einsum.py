@@ -323,7 +323,7 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class FewConfig:
-    """Launch configuration of the warp-specialised kernel for at most ``block_b`` tokens: tiles of those x 64 outputs."""
+    """Launch configuration of the one for at most ``block_b`` tokens: tiles of those x 64 outputs."""
 
     block_b: int
     stages: int

@@ -27,7 +27,9 @@ MIXES = gl.constexpr(32)  # rows of fn in a tile; those beyond n are zeros that 
 
 
 @gluon.jit
-def _producer(x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, STAGES: gl.constexpr, STEP: gl.constexpr):
+def _producer(
+    x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, STAGES: gl.constexpr, STEP: gl.constexpr
+):
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(x_empty.index(stage), ((step // STAGES) & 1) ^ 1)

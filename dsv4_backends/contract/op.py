@@ -251,8 +251,9 @@ class OpContract:
         """A function with the contract's signature whose body is ``before``, the check, then ``after``.
 
         The check stands before every call, where a function call of its own would cost as much as it does; hence
-        source lines. ``after`` finds the arguments by name, and as ``where`` a key for their device: the index of a
-        GPU, else the ``torch.device``.
+        source lines. ``after`` finds the arguments by name, as ``where`` a key for their device (the index of a GPU,
+        else the ``torch.device``), and as ``known`` a name for calls like this one: None where it has none (yet), else
+        the same object for calls that differ in nothing but the values and addresses of their tensors.
         """
         import torch
 
@@ -296,10 +297,10 @@ class OpContract:
 class _Seen:
     """The signatures of the calls that passed the check lately.
 
-    A check is a pure function of the types, dtypes, shapes, strides and devices of a call's tensors, and of its ints.
-    PyTorch compares these in one call, a tenth of what reading them from Python costs: that is how ``torch.compile``
-    finds that a compiled graph still fits. The class is PyTorch's own affair; where it is missing, every call goes
-    through the whole check.
+    A check is a pure function of the types, dtypes, shapes, strides and devices of a call's tensors, and of its
+    numbers. PyTorch compares the tensors in one call, a tenth of what reading them from Python costs: that is how
+    ``torch.compile`` finds that a compiled graph still fits. The class is PyTorch's own affair; where it is missing,
+    every call goes through the whole check.
     """
 
     SIZE = 4
@@ -310,17 +311,19 @@ class _Seen:
         self.last: tuple[object, ...] = ()
         self.guards = _tensor_guards()
 
-    def remember(self, numbers: tuple[Any, ...], *tensors: Any) -> None:
+    def remember(self, numbers: tuple[Any, ...], *tensors: Any) -> Callable[..., bool] | None:
         """After a call that passed. Making a guard is dear, so only for a shape that comes a second time."""
+        made = None
         shape = (numbers, *(tensor.shape for tensor in tensors))
         # A guard never fits a call that passes one tensor twice.
         distinct = len({id(tensor) for tensor in tensors}) == len(tensors)
         if shape == self.last and distinct and self.guards is not None:
             sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-            guard = self.guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-            self.signatures.insert(0, (guard.check, numbers))
+            made = self.guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+            self.signatures.insert(0, (made, numbers))
             del self.signatures[self.SIZE :]
         self.last = shape
+        return made
 
 
 def _tensor_guards() -> Any:
@@ -370,13 +373,13 @@ class _Checker:
                 self.scalar(name, arg, contract.is_optional(name))
         # A CUDA index is cheaper to get, to compare and to look up than a device, and this stands before every call.
         self.emit(2, f"on_gpu = {first}.is_cuda; where = {first}.get_device() if on_gpu else {first}.device")
-        # An int decides shapes too, so a call is known by its tensors and its ints.
+        # An int decides shapes too, and a provider may refuse any number: a call is known by its tensors and numbers.
         tensors = [name for name, arg in contract.args.items() if isinstance(arg, TensorArg)]
         passed = [f"{n} if {n} is not None else no_{n}" if contract.is_optional(n) else n for n in tensors]
-        ints = [name for name, arg in contract.args.items() if isinstance(arg, ScalarArg) and arg.kind == "int"]
-        numbers = f"({', '.join(ints)},)" if ints else "()"
+        scalars = [name for name, arg in contract.args.items() if isinstance(arg, ScalarArg)]
+        numbers = f"({', '.join(scalars)},)" if scalars else "()"
         self.emit(2, "for known, numbers in seen:")
-        self.emit(3, f"if known({', '.join(passed)})" + (f" and numbers == {numbers}: break" if ints else ": break"))
+        self.emit(3, f"if known({', '.join(passed)})" + (f" and numbers == {numbers}: break" if scalars else ": break"))
         self.emit(2, "else:")
         for name, arg in contract.args.items():
             if isinstance(arg, TensorArg):
@@ -384,7 +387,7 @@ class _Checker:
             for index, rule in enumerate(contract.rules):
                 if rule.argument == name:  # here, so that a wrong argument is named rather than those that follow it
                     self.emit(3, f"if not ({rule.expression}): raise broken({index}, locals())")
-        self.emit(3, f"remember({numbers}, {', '.join(passed)})")
+        self.emit(3, f"known = remember({numbers}, {', '.join(passed)})")
         # A list, a None, a tensor of another rank: looking for them is dearer than waiting for what they break.
         self.emit(1, "except (AttributeError, ValueError) as error:")
         self.emit(2, "raise explain(error, locals()) from None")
