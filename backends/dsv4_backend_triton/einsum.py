@@ -347,8 +347,10 @@ def _launch_hopper(x, xs, w, ws, out, config: HopperConfig | FewConfig, sms: int
     x_view = _hopper_rows(x.stride(0), x.stride(1), b, h, r)
     if x_view is None or w.stride(1) < r or w.stride(0) % w.stride(1):
         return False
-    few = isinstance(config, FewConfig)
-    x_box, scales, block_d = (config.block_b, config.block_b, 64) if few else (64, 128, config.block_d)
+    if isinstance(config, FewConfig):
+        kernel, x_box, scales, block_d = einsum_few_kernel, config.block_b, config.block_b, 64
+    else:
+        kernel, x_box, scales, block_d = einsum_hopper_kernel, 64, 128, config.block_d
     rows, columns, x_row_h, x_col_h = x_view
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     w_row_h = w.stride(0) // w.stride(1)
@@ -362,13 +364,10 @@ def _launch_hopper(x, xs, w, ws, out, config: HopperConfig | FewConfig, sms: int
         line = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
         xs_desc = GluonDescriptor(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, scales], line)
     tiles = cdiv(d, block_d) * h
-    if few:
-        kernel, grid = einsum_few_kernel, tiles
-    else:
-        kernel, grid = einsum_hopper_kernel, min(tiles * cdiv(b, 128), sms)
+    few = isinstance(config, FewConfig)
     launch(
         kernel,
-        (grid,),
+        (tiles if few else min(tiles * cdiv(b, 128), sms),),
         x_desc,
         w_desc,
         xs_desc,
