@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -558,6 +559,104 @@ def test_pages_grow_and_reset() -> None:
 
 def cache_of(model: Any) -> Any:
     return engine.packed_cache(model)
+
+
+class _Count(TorchDispatchMode):
+    """How much torch dispatches, views included."""
+
+    dispatched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.dispatched += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The small kernels that a GPU would be given, with their arguments and constants; they do nothing."""
+    kernels = importlib.import_module("dsv4_backends.engines._transformers_kernels")
+    kept: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, grid, where, *args, **kw: kept.append((kernel, args, kw)))
+    monkeypatch.setattr(engine, "kernels_on", lambda device: kernels)
+    return kept
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_decoding_dispatches_half_of_what_eager_does(
+    packed: bool, launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps of one token, so that windows of ratio 4 end, as a GPU would see them.
+
+    Counted is what torch dispatches, of which a view or an allocation is the cheapest and no launch at all; each small
+    kernel once, though what it computes is left out here; and each op five times, as a check and a launch or two of
+    Triton take about as long. What a provider does inside an op is not counted.
+    """
+    calls = 0
+    for op in CONTRACTS:
+        function = _outside(getattr(ops, op))
+
+        def call(*args: Any, function: Callable[..., Any] = function, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(ops, op, call)
+    model = tiny(torch.bfloat16)
+    counts = []
+    for enabled in (False, True):
+        if enabled:
+            engine.enable(model)
+        cache = cache_of(model) if packed and enabled else DynamicCache(config=model.config)
+        model(tokens(1, 140), past_key_values=cache)
+        launches.clear()
+        calls = 0
+        with _Count() as count:
+            for _ in range(4):
+                model(tokens(1, 1), past_key_values=cache)
+        counts.append(count.dispatched + len(launches) + 5 * calls)
+    assert launches
+    assert calls == 4 * (4 + 2 + 9 + 4)
+    assert counts[1] < 0.5 * counts[0], counts
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_the_small_kernels_compile(
+    capability: int, launches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a prefill and decoding launch, with either cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    model = tiny(torch.bfloat16)
+    engine.enable(model)
+    for cache in (cache_of(model), DynamicCache(config=model.config)):
+        for count in (140, 1, 1, 1, 1):
+            model(tokens(1, count), past_key_values=cache)
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", int: "i32", float: "fp32"}
+    variants = {}
+    for kernel, args, constants in launches:
+        names = dict(zip(kernel.arg_names, args, strict=False))
+        signature = {name: types[getattr(value, "dtype", type(value))] for name, value in names.items()}
+        signature |= dict.fromkeys(constants, "constexpr")
+        variants[str((kernel, signature, constants))] = ASTSource(kernel, signature, constants)
+    assert {source.fn.__name__ for source in variants.values()} == {
+        name for name in vars(engine.kernels_on(torch.device("cpu"))) if name.endswith("_kernel")
+    }
+    for source in variants.values():
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
+def test_the_small_kernels_in_the_interpreter() -> None:
+    """Triton reads the interpreter's switch when it is imported, so in a process of its own."""
+    # NumPy's own words about the interpreter's arithmetic: what is then masked, and how it reads scalars.
+    quiet = ["-W", "ignore:Conversion of an array", "-W", "ignore::RuntimeWarning"]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, "tests/transformers_kernels_suite.py"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("packed", [False, True])

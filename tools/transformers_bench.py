@@ -29,7 +29,14 @@ from pathlib import Path
 from typing import Any
 
 ROWS = {
-    "eager": ("decode b=1", "decode b=32", "prefill 8192", "kernels of prefill 8192", "prefill 65536"),
+    "eager": (
+        "decode b=1",
+        "decode b=32",
+        "prefill 8192",
+        "kernels of prefill 8192",
+        "kernels of decode b=1",
+        "prefill 65536",
+    ),
     "dsv4_backends": (
         "check 1024",
         "decode b=1",
@@ -39,7 +46,7 @@ ROWS = {
         "kernels of prefill 8192",
         "kernels of decode b=1",
     ),
-    "packed": ("decode b=1", "decode b=32"),
+    "packed": ("decode b=1", "decode b=32", "kernels of decode b=1"),
 }
 WANTED = [f"{side}/{row}" for side, rows in ROWS.items() for row in rows]
 CHILD_SECONDS = 150
@@ -139,6 +146,7 @@ class Bench:
 
     def kernels(self, row: str) -> dict[str, Any]:
         """Which kernels take the time of one call, by the profiler."""
+        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         kind, _, value = row.partition(" ")
@@ -151,12 +159,15 @@ class Bench:
                 self.model(self.tokens(1, 1), past_key_values=cache, use_cache=True)
 
         run()
-        activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
+        on_gpu = self.device.type == "cuda"
+        activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
         with profile(activities=[activity]) as profiler:
             run()
             self.synchronise()
-        attribute = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        found = [(getattr(event, attribute), event.count, event.key[:100]) for event in profiler.key_averages()]
+        attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        # The calls of the CUDA runtime, which launch the kernels, are events too.
+        events = [event for event in profiler.key_averages() if (event.device_type != DeviceType.CPU) == on_gpu]
+        found = [(getattr(event, attribute), event.count, event.key[:100]) for event in events]
         top = sorted(found, reverse=True)[:25]
         return {
             "milliseconds": sum(time for time, _, _ in found) / 1000,
@@ -386,6 +397,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for side in ("dsv4_backends", "packed"):
         for row in ("decode b=1", "decode b=32"):
             ratio(f"{row}, {side}: times as fast as eager", row, "seconds_per_step", side)
+        launches = f"decode b=1, {side}: share of eager's kernels"
+        ratio(launches, "kernels of decode b=1", "launches", side, inverse=True)
     if check := ran.get(("dsv4_backends", "check 1024")):
         figures["worst relative error of an attention block"] = check["worst_relative_error"]
     return figures

@@ -23,8 +23,9 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACa
 from ..contract import layouts
 from ..errors import DSV4Error
 from ..serving import BLOCK, WINDOW_PAGE
+from . import transformers as engine
 
-DIRECT_TOKENS = 8
+DIRECT_TOKENS = engine.FEW_TOKENS
 """A call with at most this many tokens reads the pages themselves."""
 COMPRESSED_PAGE = {"compressed_sparse_attention": BLOCK // 4, "heavily_compressed_attention": BLOCK // 128}
 """Keys in a page, as engines have them."""
@@ -41,6 +42,7 @@ class Pages:
     def __init__(self, batch: int, page_size: int, token_bytes: int, device: torch.device, capacity: int) -> None:
         self.batch, self.page_size, self.token_bytes = batch, page_size, token_bytes
         self.length = 0
+        self._table: Tensor | None = None
         self.cache = self._allocate(capacity, device)
 
     def _allocate(self, capacity: int, device: torch.device) -> Tensor:
@@ -67,39 +69,51 @@ class Pages:
             self.cache.as_strided(whole, (old.stride(0), 1)).copy_(old.as_strided(whole, (old.stride(0), 1)))
 
     def slots(self, positions: Tensor) -> Tensor:
-        """Slots of positions ``[batch or 1, ...]`` as int32 ``[batch, ...]``; -1 stays -1."""
+        """Slots of int32 positions ``[batch or 1, ...]`` as int32 ``[batch, ...]``; -1 stays -1."""
+        if self.batch == 1:  # owns every page
+            return positions
         sequence = torch.arange(self.batch, device=positions.device, dtype=torch.int32)
         sequence = sequence.view(-1, *[1] * (positions.dim() - 1))
         page = positions // self.page_size * self.batch + sequence
         slots = page * self.page_size + positions % self.page_size
         return torch.where(positions < 0, -1, slots).to(torch.int32)
 
-    def _places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        slots = self.slots(positions.unsqueeze(0)).flatten().long()
-        return slots // self.page_size, slots % self.page_size
+    def _places(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Page and offset of every new token, those of the first sequence first."""
+        device = self.cache.device
+        position = torch.arange(start, start + count, device=device) % self.capacity
+        sequence = torch.arange(self.batch, device=device).unsqueeze(-1)
+        page = position // self.page_size * self.batch + sequence
+        return page.flatten(), (position % self.page_size).repeat(self.batch)
 
-    def write_kv(self, positions: Tensor, kv: Tensor) -> None:
-        """Write bf16 keys ``[batch, n, 512]`` at positions ``[n]``."""
+    def write_kv(self, start: int, kv: Tensor) -> None:
+        """Write bf16 keys ``[batch, n, 512]`` from a position on, at most the capacity, modulo which it counts."""
+        if (kernels := engine.kernels_on(kv.device)) is not None:
+            kernels.write_tokens(self.cache, kv, start, self.capacity, kv=True)
+            return
         # Not `layouts.write_kv`, which may skip slots and so has to wait for the GPU.
         data, scales = layouts.kv_page_views(self.cache)
-        place = self._places(positions)
+        place = self._places(start, kv.shape[1])
         data[place], scales[place] = layouts.pack_kv(kv.flatten(0, 1))
 
     def read_kv(self, positions: Tensor) -> Tensor:
         """The bf16 keys ``[batch, n, 512]`` at positions ``[n]``."""
-        slots = self.slots(positions.unsqueeze(0)).flatten().long()
+        slots = self.slots(positions.int().unsqueeze(0)).flatten().long()
         return layouts.read_kv(self.cache, slots).view(self.batch, len(positions), layouts.HEAD_DIM)
 
-    def write_keys(self, positions: Tensor, keys: Tensor) -> None:
-        """Write indexer keys ``[batch, n, d]`` at positions ``[n]``."""
+    def write_keys(self, start: int, keys: Tensor) -> None:
+        """Write bf16 indexer keys ``[batch, n, d]`` from a position on."""
+        if (kernels := engine.kernels_on(keys.device)) is not None:
+            kernels.write_tokens(self.cache, keys, start, self.capacity, kv=False)
+            return
         values, scales = layouts.indexer_page_views(self.cache)
-        place = self._places(positions)
+        place = self._places(start, keys.shape[1])
         quantised, scale = layouts.quantize_e4m3(keys.flatten(0, 1), keys.shape[-1])
         values[place], scales[place] = quantised.view(torch.uint8), scale.view(torch.uint8)
 
     def read_keys(self) -> tuple[Tensor, Tensor]:
         """All indexer keys: e4m3 ``[batch, n, d]`` and fp32 scales ``[batch, n]``."""
-        positions = torch.arange(self.length, device=self.cache.device)
+        positions = torch.arange(self.length, device=self.cache.device, dtype=torch.int32)
         slots = self.slots(positions.unsqueeze(0)).flatten().long()
         values, scale = layouts.read_indexer_keys(self.cache, slots)
         d = self.token_bytes - layouts.INDEXER_SCALE_BYTES
@@ -108,8 +122,10 @@ class Pages:
     def block_table(self) -> Tensor:
         """int32 ``[batch, blocks]``, the pages of each sequence in order."""
         blocks = -(-self.length // self.page_size)
-        table = torch.arange(blocks * self.batch, device=self.cache.device, dtype=torch.int32)
-        return table.view(blocks, self.batch).T.contiguous()
+        if self._table is None or self._table.shape[1] != blocks:
+            table = torch.arange(blocks * self.batch, device=self.cache.device, dtype=torch.int32)
+            self._table = table.view(blocks, self.batch).T.contiguous()
+        return self._table
 
 
 HandOver = Callable[[Any], None]
@@ -146,7 +162,7 @@ class _PackedWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
             old = torch.arange(max(0, before - self.sliding_window + 1), before, device=new.device) % ring
             keys = torch.cat([self.window.read_kv(old), rounded], 1).unsqueeze(1).to(key_states.dtype)
         first = max(before, after - ring)
-        self.window.write_kv(torch.arange(first, after, device=new.device) % ring, new[:, first - before :])
+        self.window.write_kv(first, new[:, first - before :])
         self.cumulative_length = after
         if count <= DIRECT_TOKENS:
             self.hand_over(self)
@@ -163,8 +179,7 @@ class _PackedWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
         pages = self.compressed[name]
         if (count := entries.shape[1]) > 0:
             pages.reserve(pages.length + count)
-            positions = torch.arange(pages.length, pages.length + count, device=entries.device)
-            pages.write_keys(positions, entries) if name == "indexer" else pages.write_kv(positions, entries)
+            pages.write_keys(pages.length, entries) if name == "indexer" else pages.write_kv(pages.length, entries)
             pages.length += count
         return pages
 

@@ -7,7 +7,11 @@ size [queries, keys] is made: long calls go in chunks of rows.
 
 Attention comes in by transformers' own ``AttentionInterface`` and ``AttentionMaskInterface``, under the name
 ``dsv4_backends``. The parts that have no registry (the compressors with the indexer, the hyper-connections, the grouped
-output projection) are replaced by an instance's ``forward``, which ``disable`` takes away again.
+output projection, and RoPE around the attention) are replaced by an instance's ``forward``, which ``disable`` takes
+away again.
+
+A decode step is bound by the host, which launches thousands of kernels of a few numbers each. So what all layers of a
+call need alike is made once, and chains of small steps are kernels of their own (``_transformers_kernels.py``).
 
 bf16 tensors go through ``dsv4_backends.ops``. A float32 model runs the same lists through plain torch (see
 ``_transformers_exact.py``): the ops take bf16, and transformers' eager model in float32 is the oracle for the lists.
@@ -21,7 +25,9 @@ import functools
 import hashlib
 import importlib
 import inspect
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +46,8 @@ from ._transformers_exact import row_chunks
 NAME = "dsv4_backends"
 """The ``attn_implementation``."""
 
+FEW_TOKENS = 8
+"""Up to this many new tokens a call is bound by what the host does for each layer."""
 FLAT_ROWS = 4096
 """Up to this many rows, the sequences of a batch share one call; beyond, each has its own and no query is copied."""
 
@@ -50,6 +58,7 @@ _SOURCES = {
         "DeepseekV4Attention": "7488877da3dee472",
         "DeepseekV4CSACache": "96bb30b6ea13bf71",
         "DeepseekV4CSACompressor": "d2ca031682522c3a",
+        "DeepseekV4DecoderLayer": "b88513b6cbf223d8",
         "DeepseekV4GroupedLinear": "7ac7c14125c7fe86",
         "DeepseekV4HCACache": "cc8e4ac64a08e3fa",
         "DeepseekV4HCACompressor": "6ae7fd0c744b3a24",
@@ -67,6 +76,33 @@ _SOURCES = {
 }
 """What the integration replaces or relies on, with a digest of its source as transformers 5.17.0 has it."""
 _TESTED = "5.17.0"
+
+
+@functools.cache
+def kernels_on(device: torch.device) -> Any:
+    """The module of small Triton kernels where they run on ``device``, else None. They take bf16 tensors."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return None
+    elif os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return None
+    try:
+        from . import _transformers_kernels
+    except ImportError:
+        return None
+    return _transformers_kernels
+
+
+def _quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """``layouts.quantize_e4m3`` of a bf16 tensor."""
+    kernels = kernels_on(x.device)
+    return layouts.quantize_e4m3(x, block) if kernels is None else kernels.quantise(x.contiguous(), block)
+
+
+def _cut(x: Tensor, *slices: slice) -> Tensor:
+    """``x[slices]``, which costs nothing where it is all of x."""
+    whole = all(part == slice(0, size) for part, size in zip(slices, x.shape, strict=False))
+    return x if whole else x[slices]
 
 
 class EngineError(DSV4Error, RuntimeError):
@@ -217,6 +253,7 @@ def enable(model: Any, *, fp8: bool | None = None) -> tuple[Part, ...]:
     mode = _Mode(fp8, model.config._attn_implementation)
     plans: list[_Replaced] = []
     functions: dict[type, Callable[..., Any]] = {
+        modeling.DeepseekV4Attention: _attention_block,
         modeling.DeepseekV4HCACompressor: _compress_heavily,
         modeling.DeepseekV4CSACompressor: _compress_and_select,
         modeling.DeepseekV4HyperConnection: _hyper_connection,
@@ -345,7 +382,7 @@ class _Selected:
         count: int32 ``[batch or 1, S]``.
         width: Most that a query can see.
         entries: int32 ``[batch, S, width]``; None where entry j is j.
-        key: Names the count among those of one call, for lists that layers share.
+        key: Names count and width among those of one call, for what layers share.
     """
 
     count: Tensor
@@ -356,10 +393,12 @@ class _Selected:
 
 class _HandOver(threading.local):
     """transformers hands neither the selection nor the cache to the attention function. Each is left here by the
-    module that runs just before it, and taken at once."""
+    module that runs just before it, and taken at once. The window of the call under way is found here by modules that
+    get no mask; only the call itself keeps it."""
 
     selected: _Selected | None = None
     pages: Any = None
+    window: weakref.ref[_Window] | None = None
 
     def take(self) -> tuple[_Selected | None, Any]:
         taken = self.selected, self.pages
@@ -372,6 +411,15 @@ _handover = _HandOver()
 
 def _hand_over_pages(layer: Any) -> None:
     _handover.pages = layer
+
+
+def _once(key: Any, positions: Tensor, make: Callable[[], Any]) -> Any:
+    """``make()``, what follows from ``key`` and the call's positions: one for all layers that are given these."""
+    window = None if _handover.window is None else _handover.window()
+    if window is None:
+        return make()
+    # By identity: a layer on another device has positions of its own. Kept, so that no other tensor takes their id.
+    return window.once((key, id(positions)), lambda: (make(), positions))[0]
 
 
 def _window(
@@ -395,7 +443,9 @@ def _window(
         raise EngineError(Reason("engine-mode", "static caches are not served", "use a dynamic or a packed cache"))
     if attention_mask is not None and (short := kv_offset + kv_length - attention_mask.shape[-1]) > 0:
         attention_mask = nn.functional.pad(attention_mask, (0, short), value=False)
-    return _Window(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, torch.device(device))
+    window = _Window(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, torch.device(device))
+    _handover.window = weakref.ref(window)
+    return window
 
 
 def _sequences(batch: int, length: int) -> list[slice]:
@@ -427,6 +477,24 @@ def _hide_padding(window: _Window, index: Tensor, sequences: slice) -> Tensor:
     return index.masked_fill(hidden, -1)
 
 
+def _frame(
+    window: _Window, selected: _Selected | None, size: int, sequences: slice, rows: slice
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``_lists`` but for the compressed keys, which stand where the mask ``[b or 1, n, k]`` says."""
+    begin, seen = _window_places(window, size, rows)
+    width = min(size, window.kv_length)
+    if selected is None:
+        columns = torch.arange(width, device=window.device, dtype=torch.int32)
+        index = torch.where(columns < seen.unsqueeze(-1), begin.unsqueeze(-1) + columns, -1).unsqueeze(0)
+        return _hide_padding(window, index, sequences), seen.unsqueeze(0), None
+    several = len(selected.count) > 1
+    count = _cut(selected.count, sequences if several else slice(0, 1), rows).unsqueeze(-1)
+    columns = torch.arange(selected.width + width, device=window.device, dtype=torch.int32)
+    after = columns - count
+    index = torch.where((after >= 0) & (after < seen.unsqueeze(-1)), after + begin.unsqueeze(-1), -1)
+    return _hide_padding(window, index, sequences), count.squeeze(-1) + seen, after < 0
+
+
 def _lists(
     window: _Window, selected: _Selected | None, size: int, sequences: slice, rows: slice
 ) -> tuple[Tensor, Tensor]:
@@ -436,24 +504,18 @@ def _lists(
         int32 ``[b or 1, n, k]``: compressed keys, then window keys, then -1; padding is -1 where it stands.
         int32 ``[b or 1, n]``: where the last ones begin.
     """
-    begin, seen = _window_places(window, size, rows)
-    width = min(size, window.kv_length)
+    make = functools.partial(_frame, window, selected, size, sequences, rows)
     if selected is None:
-        columns = torch.arange(width, device=window.device, dtype=torch.int32)
-        index = torch.where(columns < seen.unsqueeze(-1), begin.unsqueeze(-1) + columns, -1).unsqueeze(0)
-        lengths = seen.unsqueeze(0)
-        return _hide_padding(window, index, sequences), lengths
-    several = len(selected.count) > 1
-    count = selected.count[sequences if several else slice(None), rows].unsqueeze(-1)
-    columns = torch.arange(selected.width + width, device=window.device, dtype=torch.int32)
-    after = columns - count
-    index = torch.where((after >= 0) & (after < seen.unsqueeze(-1)), after + begin.unsqueeze(-1), -1)
-    index = _hide_padding(window, index, sequences)
-    entries = columns
-    if selected.entries is not None:
-        entries = nn.functional.pad(selected.entries[sequences, rows], (0, width))
-    index = torch.where(after < 0, entries + window.kv_length, index)
-    return index, count.squeeze(-1) + seen
+        return make()[:2]
+    key = "frame", selected.key, sequences.start, rows.start
+    small = window.q_length <= FEW_TOKENS  # enough to be kept for the layers to come
+    index, lengths, compressed = window.once(key, make) if small else make()
+    assert compressed is not None
+    if selected.entries is None:
+        entries = torch.arange(index.shape[-1], device=window.device, dtype=torch.int32)
+    else:
+        entries = nn.functional.pad(_cut(selected.entries, sequences, rows), (0, index.shape[-1] - selected.width))
+    return torch.where(compressed, entries + window.kv_length, index), lengths
 
 
 def _attention(
@@ -488,28 +550,36 @@ def _attention(
     width = min(size, window.kv_length) + (0 if selected is None else selected.width)
     for sequences in _sequences(batch, length):
         together = sequences.stop - sequences.start
-        keys = key[sequences].to(query.dtype).reshape(-1, HEAD_DIM)
+        keys = _cut(key, sequences).to(query.dtype).reshape(-1, HEAD_DIM)
         for rows in row_chunks(length, 4 * width * together):
-            make = functools.partial(_lists, window, selected, size, sequences, rows)
+            make = functools.partial(_flat_lists, window, selected, size, sequences, rows, key.shape[2])
             if (selected is None or selected.entries is None) and rows == slice(0, length):
                 shared = None if selected is None else selected.key
-                index, lengths = window.once((shared, sequences.start), make)
+                index, lengths = window.once(("lists", shared, sequences.start), make)
             else:
                 index, lengths = make()
-            if together > 1:
-                offsets = torch.arange(together, device=query.device, dtype=torch.int32) * key.shape[2]
-                index = torch.where(index < 0, -1, index + offsets.view(-1, 1, 1))
-            target = out[sequences, rows]
             attend(
-                query[sequences, :, rows].transpose(1, 2).flatten(0, 1),
+                _cut(query.transpose(1, 2), sequences, rows).flatten(0, 1),
                 keys,
-                index.expand(together, -1, -1).flatten(0, 1),
+                index,
                 scaling,
                 attn_sink=sinks,
-                topk_length=lengths.expand(together, -1).contiguous().view(-1),
-                out=target.view(-1, heads, HEAD_DIM),
+                topk_length=lengths,
+                out=_cut(out, sequences, rows).view(-1, heads, HEAD_DIM),
             )
     return out, None
+
+
+def _flat_lists(
+    window: _Window, selected: _Selected | None, size: int, sequences: slice, rows: slice, keys: int
+) -> tuple[Tensor, Tensor]:
+    """``_lists`` with the rows of all sequences in one dimension, whose keys follow each other, ``keys`` of each."""
+    index, lengths = _lists(window, selected, size, sequences, rows)
+    together = sequences.stop - sequences.start
+    if together > 1:
+        offsets = torch.arange(together, device=index.device, dtype=torch.int32) * keys
+        index = torch.where(index < 0, -1, index + offsets.view(-1, 1, 1))
+    return index.flatten(0, 1), lengths.expand(together, -1).contiguous().view(-1)
 
 
 def _attend_pages(
@@ -536,10 +606,14 @@ def _attend_pages(
     if selected is not None and selected.width > 0:
         compressed = layer.compressed["compressor"]
 
-        def compressed_slots() -> Tensor:
+        def seen() -> tuple[Tensor, Tensor]:
             columns = torch.arange(selected.width, device=query.device, dtype=torch.int32)
+            return columns, columns < selected.count.unsqueeze(-1)
+
+        def compressed_slots() -> Tensor:
+            columns, visible = window.once(("seen", selected.key), seen)
             entries = columns if selected.entries is None else selected.entries
-            slots: Tensor = compressed.slots(torch.where(columns < selected.count.unsqueeze(-1), entries, -1))
+            slots: Tensor = compressed.slots(torch.where(visible, entries, -1))
             return slots
 
         shared = selected.entries is None
@@ -556,18 +630,72 @@ def _attend_pages(
     return out
 
 
+def _attention_block(
+    self: Any,
+    mode: _Mode,
+    hidden_states: Tensor,
+    position_embeddings: dict[str, tuple[Tensor, Tensor]],
+    position_ids: Tensor,
+    attention_mask: Any,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """``DeepseekV4Attention.forward`` with its rotations in place, a kernel each: as written there, each of the three
+    is 27 dispatches and a copy of what it rotates."""
+    kernels = kernels_on(hidden_states.device) if hidden_states.dtype is torch.bfloat16 else None
+    if kernels is None or not isinstance(attention_mask, _Window):
+        return type(self).forward(
+            self, hidden_states, position_embeddings, position_ids, attention_mask, past_key_values, **kwargs
+        )
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    cos, sin = position_embeddings[self.rope_layer_type]
+    angles = _once("angles", cos, lambda: (cos.contiguous(), sin.contiguous()))
+    shape = *hidden_states.shape[:-1], -1, self.head_dim
+    q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
+    query = kernels.rotate_(self.q_b_norm(self.q_b_proj(q_residual).view(shape)), *angles)
+    key = kernels.rotate_(self.kv_norm(self.kv_proj(hidden_states)).view(shape), *angles).transpose(1, 2)
+    if past_key_values is not None:
+        key = past_key_values.update(key, key, self.layer_idx)[0]
+    if self.compressor is not None:
+        compressed, _ = self.compressor(hidden_states, q_residual, position_ids, past_key_values, self.layer_idx)
+        if compressed.shape[2] > 0:
+            key = torch.cat([key, compressed], 2)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _attention)
+    out, weights = attend(
+        self,
+        query.transpose(1, 2),
+        key,
+        key,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling,
+        sliding_window=self.sliding_window,
+        s_aux=self.sinks,
+        **kwargs,
+    )
+    out = kernels.rotate_(out.contiguous(), *angles, inverse=True)
+    grouped = out.view(*hidden_states.shape[:-1], self.config.o_groups, -1)
+    return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), weights
+
+
 # ----------------------------------------------------------------------------------- the compressors and the indexer
 
 
-def _rotate(module: Any, x: Tensor, positions: Tensor, unsqueeze_dim: int) -> Tensor:
+def _angles(module: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE at positions ``[B, n]``: ``[B, n, r / 2]`` in the dtype of x."""
+    cos, sin = module.rotary_emb(x, position_ids=positions, layer_type=module.rope_layer_type)
+    return cos.contiguous(), sin.contiguous()
+
+
+def _rotate(x: Tensor, angles: tuple[Tensor, Tensor], unsqueeze_dim: int) -> Tensor:
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import apply_rotary_pos_emb
 
-    cos, sin = module.rotary_emb(x, position_ids=positions, layer_type=module.rope_layer_type)
-    rotated: Tensor = apply_rotary_pos_emb(x, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    rotated: Tensor = apply_rotary_pos_emb(x, *angles, unsqueeze_dim=unsqueeze_dim)
     return rotated
 
 
-def _new_entries(module: Any, cache: Any, name: str, hidden: Tensor, *, overlap: bool) -> Tensor:
+def _new_entries(module: Any, cache: Any, name: str, hidden: Tensor, position_ids: Tensor, *, overlap: bool) -> Tensor:
     """The compressed keys ``[B, n, d]`` of the windows that this call completes."""
     batch, rate, d = len(hidden), module.compress_rate, module.head_dim
     kv, gate, start = module.kv_proj(hidden), module.gate_proj(hidden), 0
@@ -591,8 +719,12 @@ def _new_entries(module: Any, cache: Any, name: str, hidden: Tensor, *, overlap:
         gate = torch.cat([_shifted(gate[..., :d], before[1], -torch.inf), gate[..., d:]], 2)
     share = gate.softmax(dim=2, dtype=torch.float32).to(kv.dtype)
     compressed = module.kv_norm((kv * share).sum(2))
-    positions = torch.arange(count, device=hidden.device) * rate + start
-    return _rotate(module, compressed.unsqueeze(1), positions.expand(batch, -1), 1).squeeze(1)
+
+    def angles() -> tuple[Tensor, Tensor]:
+        positions = torch.arange(count, device=hidden.device) * rate + start
+        return _angles(module, compressed, positions.expand(batch, -1))
+
+    return _rotate(compressed.unsqueeze(1), _once(("entries", rate, start, count), position_ids, angles), 1).squeeze(1)
 
 
 def _shifted(x: Tensor, before: Tensor | None, fill: float) -> Tensor:
@@ -606,11 +738,13 @@ def _counts(position_ids: Tensor, rate: int, entries: int) -> Tensor:
     return ((position_ids + 1) // rate).clamp_(max=entries).to(torch.int32)
 
 
-def _store(module: nn.Module, cache: Any, hidden: Tensor, layer_type: str, *, overlap: bool) -> tuple[Tensor, int]:
+def _store(
+    module: nn.Module, cache: Any, hidden: Tensor, position_ids: Tensor, layer_type: str, *, overlap: bool
+) -> tuple[Tensor, int]:
     """Compress and store. Returns the keys ``[B, T, 512]`` to attend to (none where the pages are read) and T."""
     from ._transformers_cache import COMPRESSED_PAGE, DIRECT_TOKENS
 
-    entries = _new_entries(module, cache, "compressor", hidden, overlap=overlap)
+    entries = _new_entries(module, cache, "compressor", hidden, position_ids, overlap=overlap)
     if cache is None:
         return entries, entries.shape[1]
     if not hasattr(cache, "append"):
@@ -639,14 +773,17 @@ def _compress_heavily(
 ) -> tuple[Tensor, None]:
     """``DeepseekV4HCACompressor.forward``: a query sees every compressed key of a window that has ended."""
     cache = _layer(past_key_values, layer_idx)
-    keys, total = _store(self, cache, hidden_states, "heavily_compressed_attention", overlap=False)
+    keys, total = _store(self, cache, hidden_states, position_ids, "heavily_compressed_attention", overlap=False)
     rate: int = self.compress_rate  # type: ignore[assignment]
-    if position_ids.shape[1] == 1:
-        # transformers masks nothing for a single query, so padding on the left shifts what it sees. So here.
-        count = torch.full((1, 1), total, dtype=torch.int32, device=keys.device)
-    else:
-        count = _counts(position_ids, rate, total)
-    _handover.selected = _Selected(count, total, None, (rate, total, "heavily"))
+
+    def counts() -> Tensor:
+        if position_ids.shape[1] == 1:
+            # transformers masks nothing for a single query, so padding on the left shifts what it sees. So here.
+            return torch.full((1, 1), total, dtype=torch.int32, device=keys.device)
+        return _counts(position_ids, rate, total)
+
+    key = rate, total, "heavily"
+    _handover.selected = _Selected(_once(key, position_ids, counts), total, None, key)
     return keys.unsqueeze(1), None
 
 
@@ -661,7 +798,7 @@ def _compress_and_select(
 ) -> tuple[Tensor, None]:
     """``DeepseekV4CSACompressor.forward``: a query sees the compressed keys that the indexer scores highest."""
     cache = _layer(past_key_values, layer_idx)
-    keys, _ = _store(self, cache, hidden_states, "compressed_sparse_attention", overlap=True)
+    keys, _ = _store(self, cache, hidden_states, position_ids, "compressed_sparse_attention", overlap=True)
     _handover.selected = _select(self.indexer, mode, cache, hidden_states, q_residual, position_ids)
     return keys.unsqueeze(1), None
 
@@ -673,7 +810,7 @@ def _select(
     from ._transformers_cache import COMPRESSED_PAGE
 
     batch, length, _ = hidden.shape
-    keys = _new_entries(indexer, cache, "indexer", hidden, overlap=True)
+    keys = _new_entries(indexer, cache, "indexer", hidden, position_ids, overlap=True)
     pages = None
     if cache is not None and hasattr(cache, "append"):
         pages = cache.append("indexer", keys, COMPRESSED_PAGE["compressed_sparse_attention"])
@@ -681,32 +818,56 @@ def _select(
     else:
         keys = keys if cache is None else cache.update_compressor_states("indexer", keys)
         total = keys.shape[1]
-    count = _counts(position_ids, indexer.compress_rate, total)
     topk = min(indexer.index_topk, total)
+    key = indexer.compress_rate, total, topk
+
+    def counts() -> tuple[Tensor, Tensor]:
+        count = _counts(position_ids, indexer.compress_rate, total)
+        return count.expand(batch, -1).contiguous(), count.clamp(max=topk)
+
+    count, taken = _once(key, position_ids, counts)
     if total <= topk:  # no need to score what is all selected
-        return _Selected(count, total, None, (indexer.compress_rate, total))
-    score = _scorer(indexer, mode, cache, keys, pages, total, length)
-    count = count.expand(batch, -1).contiguous()
+        return _Selected(taken, total, None, key)
+    score = _scorer(mode, cache, keys, pages, key, total, position_ids)
     positions = position_ids.expand(batch, -1)
     entries = torch.empty((batch, length, topk), dtype=torch.int32, device=hidden.device)
     for sequences in _sequences(batch, length):
         together = sequences.stop - sequences.start
         for rows in row_chunks(length, 4 * total * together):
             here = sequences, rows
-            q = indexer.q_b_proj(q_residual[here]).unflatten(-1, (-1, indexer.head_dim))
-            q = _rotate(indexer, q, positions[here], 2)
-            weights = indexer.scorer.weights_proj(hidden[here]).float()
-            weights = weights * (indexer.scorer.softmax_scale * indexer.scorer.weights_scaling)
-            scores = score(sequences, q, weights, count[here])
+            if together == batch and rows == slice(0, length):
+                angles = _once("queries", position_ids, lambda: _angles(indexer, hidden, positions))
+            else:
+                angles = _angles(indexer, hidden, positions[here])
+            q, weights = _queries(indexer, mode, _cut(hidden, *here), _cut(q_residual, *here), angles)
+            scores = score(sequences, q, weights, _cut(count, *here))
             # Best first, so that -inf, which no count reaches, comes last.
-            entries[here] = scores.topk(topk, dim=-1).indices.view(together, -1, topk)
-    return _Selected(count.clamp(max=topk), topk, entries, None)
+            _cut(entries, *here).copy_(scores.topk(topk, dim=-1).indices.view(together, -1, topk))
+    return _Selected(taken, topk, entries, key)
+
+
+def _queries(
+    indexer: Any, mode: _Mode, hidden: Tensor, q_residual: Tensor, angles: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The rotated queries ``[b, n, h, d]``, in e4m3 for the ops, and their weights, fp32 ``[b, n, h]``."""
+    q = indexer.q_b_proj(q_residual).unflatten(-1, (-1, indexer.head_dim))
+    weights = indexer.scorer.weights_proj(hidden)
+    factor = indexer.scorer.softmax_scale * indexer.scorer.weights_scaling
+    if mode.fp8 and (kernels := kernels_on(q.device)) is not None:
+        queries: tuple[Tensor, Tensor] = kernels.indexer_queries(q, *angles, weights, factor)
+        return queries
+    q = _rotate(q, angles, 2)
+    weights = weights.float() * factor
+    if not mode.fp8:
+        return q, weights
+    values, scale = layouts.quantize_e4m3(q, q.shape[-1])
+    return values, weights * scale.squeeze(-1)  # the query's scale is positive, so it can go into the weight
 
 
 def _scorer(
-    indexer: Any, mode: _Mode, cache: Any, keys: Tensor, pages: Any, total: int, length: int
+    mode: _Mode, cache: Any, keys: Tensor, pages: Any, key: Any, total: int, position_ids: Tensor
 ) -> Callable[[slice, Tensor, Tensor, Tensor], Tensor]:
-    """A function of sequences, q ``[b, n, h, d]``, weights ``[b, n, h]`` and counts ``[b, n]``: scores ``[b n, T]``."""
+    """A function of sequences, q and weights of ``_queries`` and counts ``[b, n]``: scores ``[b n, T]``."""
     from ._transformers_cache import DIRECT_TOKENS
 
     def exact_scores(sequences: slice, q: Tensor, weights: Tensor, count: Tensor) -> Tensor:
@@ -716,14 +877,10 @@ def _scorer(
     if not mode.fp8:
         return exact_scores
 
-    def quantise(q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        values, scale = layouts.quantize_e4m3(q, q.shape[-1])
-        return values, weights * scale.squeeze(-1)  # the query's scale is positive, so it can go into the weight
+    length = position_ids.shape[1]
 
     def paged_scores(sequences: slice, q: Tensor, weights: Tensor, count: Tensor) -> Tensor:
-        values, weights = quantise(q, weights)
-        flat = weights.flatten(0, 1)
-        return ops.paged_mqa_logits(values, pages.cache, flat, count, pages.block_table(), total)
+        return ops.paged_mqa_logits(q, pages.cache, weights.flatten(0, 1), count, pages.block_table(), total)
 
     if pages is not None and length <= DIRECT_TOKENS:
         return paged_scores
@@ -731,16 +888,21 @@ def _scorer(
     k, k_scale = _quantised_keys(cache, keys) if pages is None else pages.read_keys()
 
     def scores(sequences: slice, q: Tensor, weights: Tensor, count: Tensor) -> Tensor:
-        values, weights = quantise(q, weights)
         together, n = count.shape
-        starts = (torch.arange(together, device=q.device, dtype=torch.int32) * total).repeat_interleave(n)
+
+        def bounds() -> tuple[Tensor, Tensor]:
+            starts = (torch.arange(together, device=q.device, dtype=torch.int32) * total).repeat_interleave(n)
+            return starts, starts + count.flatten()
+
+        shared = n == length and sequences.start == 0 and together == len(k)
+        starts, ends = _once(("bounds", key), position_ids, bounds) if shared else bounds()
         return ops.mqa_logits(
-            values.flatten(0, 1),
-            k[sequences].flatten(0, 1),
-            k_scale[sequences].flatten(),
+            q.flatten(0, 1),
+            _cut(k, sequences).flatten(0, 1),
+            _cut(k_scale, sequences).flatten(),
             weights.flatten(0, 1),
             starts,
-            starts + count.flatten(),
+            ends,
             max_seqlen_k=total if together > 1 else None,
         )
 
@@ -751,7 +913,7 @@ def _quantised_keys(cache: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
     """The indexer's keys in FP8, kept with a cache until it has more of them."""
     known = getattr(cache, "dsv4_indexer_keys", None)
     if known is None or known[0] is not keys:
-        values, scale = layouts.quantize_e4m3(keys, keys.shape[-1])
+        values, scale = _quantise(keys, keys.shape[-1])
         known = keys, values, scale.squeeze(-1)
         if cache is not None:
             cache.dsv4_indexer_keys = known
@@ -761,15 +923,24 @@ def _quantised_keys(cache: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------- hyper-connections and the output projection
 
 
-def _mixes(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """fp32 ``[B, S, n]``: the normalised streams ``[B, S, 4, d]`` times ``fn``; the norm is applied afterwards."""
-    flat = streams.flatten(2).flatten(0, 1)
+def _mixes(streams: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
+    """The streams ``[B, S, 4, d]`` times ``fn``, fp32 ``[B S, n]``, and their squares, fp32 ``[B S]``."""
     gemm: Callable[..., tuple[Tensor, Tensor]] = ops.hc_prenorm_gemm
-    if flat.dtype is not torch.bfloat16:
+    if streams.dtype is not torch.bfloat16:
         gemm = exact.hc_prenorm_gemm
-    mixes, squares = gemm(flat, fn.float())
-    mixes = mixes * torch.rsqrt(squares / flat.shape[1] + eps).unsqueeze(-1)
-    return mixes.view(*streams.shape[:2], -1)
+    return gemm(streams.view(-1, fn.shape[1]), fn.float())
+
+
+def _normalised(mixes: Tensor, squares: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """The norm, which the mixes come without."""
+    return mixes * torch.rsqrt(squares / fn.shape[1] + eps).unsqueeze(-1)
+
+
+def _hyper_kernel(streams: Tensor) -> Any:
+    """The kernel for all that follows ``_mixes``, where it takes these streams."""
+    power_of_two = streams.shape[2].bit_count() == 1
+    kernels = kernels_on(streams.device) if streams.dtype is torch.bfloat16 and power_of_two else None
+    return None if kernels is None else kernels.hyper_connection
 
 
 def _collapse(pre: Tensor, streams: Tensor) -> Tensor:
@@ -800,22 +971,43 @@ def _doubly_stochastic(logits: Tensor, eps: float, iterations: int) -> Tensor:
 
 
 def _hyper_connection(self: Any, mode: _Mode, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``DeepseekV4HyperConnection.forward``."""
-    n, eps = self.hc_mult, self.hc_eps
-    mixes = _mixes(hidden_streams, self.fn, self.input_norm.eps)
+    """``DeepseekV4HyperConnection.forward``, with post and comb rounded to the streams' dtype, which the layer does."""
+    n, eps, iterations, streams = self.hc_mult, self.hc_eps, self.hc_sinkhorn_iters, hidden_streams.contiguous()
+    mixes, squares = _mixes(streams, self.fn)
+    if (kernel := _hyper_kernel(streams)) is not None:
+        made: tuple[Tensor, Tensor, Tensor] = kernel(
+            mixes,
+            squares,
+            self.scale,
+            self.base,
+            streams,
+            norm_eps=self.input_norm.eps,
+            eps=eps,
+            iterations=iterations,
+        )
+        return made
+    mixes = _normalised(mixes, squares, self.fn, self.input_norm.eps).view(*streams.shape[:2], -1)
     pre, post, comb = mixes.split([n, n, n * n], -1)
     pre_base, post_base, comb_base = self.base.split([n, n, n * n])
     pre = torch.sigmoid(pre * self.scale[0] + pre_base) + eps
     post = 2 * torch.sigmoid(post * self.scale[1] + post_base)
     comb = (comb * self.scale[2] + comb_base).unflatten(-1, (n, n))
-    comb = _doubly_stochastic(comb, eps, self.hc_sinkhorn_iters)
-    return post, comb, _collapse(pre, hidden_streams)
+    comb = _doubly_stochastic(comb, eps, iterations)
+    return post.to(streams.dtype), comb.to(streams.dtype), _collapse(pre, streams)
 
 
 def _hyper_head(self: Any, mode: _Mode, x: Tensor) -> Tensor:
     """``DeepseekV4HyperHead.forward``."""
-    mixes = _mixes(x, self.hc_fn, self.input_norm.eps)
-    return _collapse(torch.sigmoid(mixes * self.hc_scale.float() + self.hc_base.float()) + self.eps, x)
+    streams = x.contiguous()
+    mixes, squares = _mixes(streams, self.hc_fn)
+    if (kernel := _hyper_kernel(streams)) is not None:
+        norm_eps, eps = self.input_norm.eps, self.eps
+        collapsed: Tensor = kernel(
+            mixes, squares, self.hc_scale, self.hc_base, streams, norm_eps=norm_eps, eps=eps, iterations=0
+        )[2]
+        return collapsed
+    mixes = _normalised(mixes, squares, self.hc_fn, self.input_norm.eps).view(*streams.shape[:2], -1)
+    return _collapse(torch.sigmoid(mixes * self.hc_scale.float() + self.hc_base.float()) + self.eps, streams)
 
 
 def _quantise_weight(module: Any) -> tuple[Tensor, Tensor]:
@@ -838,6 +1030,6 @@ def _grouped_linear(self: Any, mode: _Mode, weight: Tensor, weight_scale: Tensor
     flat = x.reshape(-1, *x.shape[-2:])
     out = torch.empty((len(flat), *weight.shape[:2]), dtype=torch.bfloat16, device=x.device)
     for rows in row_chunks(len(flat), 2 * flat.shape[1] * flat.shape[2]):
-        values, scale = layouts.quantize_e4m3(flat[rows], 128)
-        ops.fp8_einsum(values, scale, weight, weight_scale, out=out[rows])
+        values, scale = _quantise(_cut(flat, rows), 128)
+        ops.fp8_einsum(values, scale, weight, weight_scale, out=_cut(out, rows))
     return out.view(*x.shape[:-1], -1)
