@@ -566,7 +566,7 @@ def native_overhead() -> str:
 def vllm_runs() -> str:
     """What the tests over the real vLLM said on a GPU, as kept: a row for each choice of providers."""
     parts = []
-    for path in sorted((ROOT / "docs" / "results").glob("*-vllm.json")):
+    for path in sorted((ROOT / "docs" / "results").glob("*-engine-vllm.json")):
         result = _results(path.name)
         rows = []
         for name, run in result["runs"].items():

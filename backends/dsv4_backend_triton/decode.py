@@ -630,10 +630,8 @@ def plan(
     if rows * narrow * tiles <= arch.sms and not rough:
         return Plan(_MEDIUM, tiles, single=True)
     if hopper:
-        # few rows: a program for each tile, and each tile's heads over as many programs as there is room for
-        blocks = min(arch.sms // (rows * tiles), narrow)
-        if heads > 32 and blocks > 1 and blocks * _HOPPER.heads >= heads:
-            return Plan(_HOPPER, tiles, single=True, hopper=True, block_heads=cdiv(heads, blocks))
+        if heads > 32 and rows * cdiv(heads, 32) * tiles <= arch.sms:
+            return Plan(_HOPPER, tiles, single=True, hopper=True, block_heads=32)
         splits = _splits(rows * cdiv(heads, 64), tiles, arch.sms)
         return Plan(_HOPPER, splits, single=splits == tiles, hopper=True)
     programs = rows * cdiv(heads, 32)

@@ -78,14 +78,14 @@ def verdict_text(found: Mapping[str, Any]) -> str:
 
 
 def memory_gbps(rates: Mapping[str, float]) -> float:
-    """The rate at which memory was seen to move: most ops mostly read."""
-    return max(rates["copy_gbps"], rates["read_gbps"])
+    """The rate at which memory was seen to move: most ops mostly read. Older results have the copy's rate only."""
+    return max(rates["copy_gbps"], rates.get("read_gbps", 0.0))
 
 
 def text(result: Mapping[str, Any]) -> str:
     """One table per op, then what could not be measured and why, then the automatic choice."""
     rates = result["rates"]
-    reached = [f"copy {rates['copy_gbps']:.0f} GB/s", f"read {rates['read_gbps']:.0f} GB/s"]
+    reached = [f"{name} {rates[f'{name}_gbps']:.0f} GB/s" for name in ("copy", "read") if f"{name}_gbps" in rates]
     reached += [
         f"{name} {rates[f'{name}_tflops']:.4g} TFLOP/s" for name in ("bf16", "fp8", "tf32") if f"{name}_tflops" in rates
     ]
