@@ -645,7 +645,8 @@ def test_the_small_kernels_compile(
         name for name in vars(engine.kernels_on(torch.device("cpu"))) if name.endswith("_kernel")
     }
     for source in variants.values():
-        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+        compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": True})
+        assert compiled.asm["cubin"]
 
 
 def test_the_small_kernels_in_the_interpreter() -> None:
