@@ -291,7 +291,7 @@ def test_the_judge_sees_every_part_of_a_large_result() -> None:
     m = 3000
     arguments = inputs.draw(shapes.Row("hc_prenorm_gemm", "x", {"m": m, "k": 16, "n": 4, "num_splits": 2}), CPU)
     right = oracle.expected("hc_prenorm_gemm", arguments)
-    judge = run._Judge("hc_prenorm_gemm", arguments)
+    judge = run.Judge("hc_prenorm_gemm", arguments)
 
     class Call:
         results: Any = None

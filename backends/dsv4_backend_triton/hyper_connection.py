@@ -208,11 +208,11 @@ class HcConfig:
 class HopperConfig:
     """Launch configuration of the warp-specialised kernel."""
 
+    block_k: int
     stages: int  # of tiles of x and fn
     ring: int  # of tiles of split fn
     provenance: str
-    block_m: int = 64  # these two are the kernel's
-    block_k: int = 64
+    block_m: int = 64  # the kernel's
     blocks: int = 1  # for each multiprocessor
 
 
@@ -238,7 +238,7 @@ _TABLE: dict[Any, list[tuple[int, HcConfig]]] = {
 
 # The warp-specialised kernel, from this many rows on.
 _HOPPER_ROWS = 129
-_HOPPER = HopperConfig(8, 4, _H200)
+_HOPPER = HopperConfig(64, 8, 4, _H200)
 
 
 def _config(arch: Arch, m: int, n: int, k: int, aligned: bool) -> HcConfig | HopperConfig:
@@ -349,6 +349,7 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
             *common,
             *strides,
             per,
+            STEP=config.block_k,
             STAGES=config.stages,
             RING=config.ring,
             PDL=pdl,

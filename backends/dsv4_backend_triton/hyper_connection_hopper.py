@@ -24,11 +24,12 @@ from ._gluon import barrier, load_box
 
 ROWS = gl.constexpr(64)  # of x in a tile: the M of one wgmma
 MIXES = gl.constexpr(32)  # rows of fn in a tile; those beyond n are zeros that the tensor map fills in
-STEP = gl.constexpr(64)  # columns of a tile
 
 
 @gluon.jit
-def _producer(x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, STAGES: gl.constexpr):
+def _producer(
+    x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, STEP: gl.constexpr, STAGES: gl.constexpr
+):
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(x_empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -77,6 +78,7 @@ def _consumer(
     o_stride_m,
     s_stride_m,
     steps,
+    STEP: gl.constexpr,
     STAGES: gl.constexpr,
     RING: gl.constexpr,
 ):
@@ -126,12 +128,13 @@ def hc_hopper_kernel(
     s_stride_s,
     s_stride_m,
     per,
+    STEP: gl.constexpr,
     STAGES: gl.constexpr,
     RING: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One block: 64 rows and ``per`` columns of k. x_desc: boxes [64, 64] of bf16; fn_desc: boxes [32, 64] of fp32.
-    N <= 32; K and per are multiples of 64."""
+    """One block: 64 rows and ``per`` columns of k, STEP of them at a time. x_desc: boxes [64, STEP] of bf16; fn_desc:
+    boxes [32, STEP] of fp32. N <= 32; K and per are multiples of STEP."""
     if PDL:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -178,12 +181,13 @@ def hc_hopper_kernel(
                     o_stride_m,
                     s_stride_m,
                     steps,
+                    STEP,
                     STAGES,
                     RING,
                 ),
             ),
             (_splitter, (fn_smem, split_smem, x_full, x_empty, s_full, s_empty, steps, STAGES, RING)),
-            (_producer, (x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, STAGES)),
+            (_producer, (x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, STEP, STAGES)),
         ],
         [4, 1],
         [80, 40],

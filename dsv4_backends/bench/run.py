@@ -231,7 +231,7 @@ def _row(row: shapes.Row, entries: Sequence[_Entry], timer: Any, measured: dict[
     arguments = inputs.draw(row, timer.device)
     contract.check(**arguments)
     cost = contract.cost(**arguments)
-    judge = _Judge(row.op, arguments)
+    judge = Judge(row.op, arguments)
     calls: dict[str, Captured] = {}
     results: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -286,7 +286,7 @@ def _require_alive(timer: Any, after: str) -> None:
             raise DeviceLost(after) from None
 
 
-class _Judge:
+class Judge:
     """Compares what a replay gives with the oracle in fp64, over rows spread evenly over the batch."""
 
     def __init__(self, op: str, arguments: dict[str, Any]) -> None:

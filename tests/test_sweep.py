@@ -1,0 +1,73 @@
+"""Candidates of tools/sweep.py can be called; which is fast and right only a GPU can say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dsv4_backend_triton._arch import arch_from_capability
+from dsv4_backend_triton._launch import Launch, recording
+from packaging.version import Version
+
+from dsv4_backends import CONTRACTS
+from dsv4_backends.bench import inputs
+from dsv4_backends.bench.shapes import Row
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import sweep
+
+SMALL = {"r": 256, "k": 512, "compressed": 64}
+"""In place of a row's own: what a candidate launches does not depend on them."""
+
+
+@pytest.mark.parametrize("op", sweep.CANDIDATES)
+def test_every_candidate_launches_what_it_names(op: str) -> None:
+    hopper = arch_from_capability(Version("9.0"))
+    for row, candidates in sweep.CANDIDATES[op]():
+        small = Row(op, row.name, {**row.params, **{k: v for k, v in SMALL.items() if k in row.params}})
+        made = inputs.draw(small, torch.device("cpu"))
+        CONTRACTS[op].check(**made)
+        without: dict[str, Any] = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in made.items()}
+        variants = set()
+        for name, candidate in candidates.items():
+            launches: list[Launch] = []
+            with recording(launches.append, hopper):
+                candidate(without)
+            assert launches, (row.name, name)
+            numbers = [[v for v in x.arguments.values() if isinstance(v, int)] for x in launches]
+            variants.add(str([(x.kernel, x.grid, x.constants, x.options) for x in launches]) + str(numbers))
+        assert len(variants) == len(candidates), row.name  # none is another's double
+
+
+def test_the_fastest_that_is_right_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with candidates that are wrong, slow or broken, and times that are given."""
+    row = Row("hc_prenorm_gemm", "small", {"m": 3, "k": 64, "n": 24, "num_splits": 1})
+
+    def right(made: dict[str, Any]) -> Any:
+        x = made["x"].float()
+        return (x @ made["fn"].T).unsqueeze(0), x.square().sum(1).unsqueeze(0)
+
+    def wrong(made: dict[str, Any]) -> Any:
+        return torch.zeros(1, 3, 24), torch.zeros(1, 3)
+
+    def broken(made: dict[str, Any]) -> Any:
+        raise ValueError("does not fit")
+
+    class Present:
+        function = staticmethod(CONTRACTS["hc_prenorm_gemm"].function)
+
+    taken = {"wrong": 1.0, "right": 2.0, "slow": 3.0, sweep.PRESENT: 4.0, "deep_gemm": 5.0}
+    timer = sweep.timing.Timer(torch.device("cpu"))
+    monkeypatch.setattr(sweep.checks, "subject", lambda *_: Present())
+    monkeypatch.setattr(timer, "interleaved", lambda calls: {n: sweep.timing.Time(taken[n], 0, 0, 1) for n in calls})
+    candidates: dict[str, sweep.Candidate] = {"right": right, "slow": right, "wrong": wrong, "broken": broken}
+    result = sweep.measure(row, candidates, timer)
+    assert (result["best"], result["us"]) == ("right", taken)
+    assert set(result["errors"]) == {"wrong", "broken"}
+    assert result["errors"]["broken"] == "ValueError: does not fit"
+    shown = sweep.told(result)
+    assert "best   right" in shown
+    assert "1 failed: ValueError: does not fit" in shown

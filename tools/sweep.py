@@ -1,0 +1,209 @@
+"""Find the fastest configuration of the Triton provider's kernels on this GPU: what its tables are made from.
+
+On each row all candidates, what the tables name now and the native library take turns. Then results are compared with
+the definition, fastest first, until one is right; wrong ones are told. Usage:
+
+    python tools/sweep.py OP [OP ...] [--jobs N] [--json FILE]
+
+OP: fp8_einsum, hc_prenorm_gemm or sparse_mla_decode. With --jobs, as many processes first make every call once, so
+that Triton compiles side by side. Needs a Hopper GPU: the candidates are those of its table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from dsv4_backend_triton import decode, einsum
+from dsv4_backend_triton import hyper_connection as hc
+from dsv4_backend_triton._arch import arch_of
+from dsv4_backend_triton._sizes import cdiv
+
+from dsv4_backends.bench import inputs, run, timing
+from dsv4_backends.bench.shapes import Row
+from dsv4_backends.errors import NoProviderError
+from dsv4_backends.machine import probe
+from dsv4_backends.report import machine_json
+from dsv4_backends.testing import checks
+
+NATIVE = {"fp8_einsum": "deep_gemm", "hc_prenorm_gemm": "deep_gemm", "sparse_mla_decode": "flash_mla"}
+PRESENT = "as the tables say"
+MOST_SHARED = 227 * 1024
+SAMPLES, SHOWN = 25, 6
+Candidate = Callable[[dict[str, Any]], Any]
+"""Makes the op's call with one configuration, from the call's arguments."""
+
+
+def _hyper_connection() -> Iterator[tuple[Row, dict[str, Candidate]]]:
+    def call(config: Any, splits: int, made: dict[str, Any]) -> Any:
+        return hc._hc_prenorm_gemm(made["x"], made["fn"], made["num_splits"], None, None, config, splits)
+
+    wide = [
+        hc.HcConfig(m, k, 32, False, mode, m // 16, stages, 1, True, "")
+        for m, k, stages, mode in itertools.product((64, 128), (64, 128), (3, 4, 6), ("bf16", "tf32"))
+        if stages * k * (2 * m + 128) + 128 * k <= MOST_SHARED
+    ]
+    narrow = [
+        hc.HcConfig(m, k, n, True, "tf32", warps, stages, 1, True, "")
+        for m, n, k, warps, stages in itertools.product((16, 32), (16, 32), (64, 128), (2, 4), (3, 4))
+    ]
+    special = [hc.HopperConfig(k, s, ring, "") for k, s, ring in ((64, 8, 4), (64, 8, 2), (128, 4, 2), (128, 4, 3))]
+    shapes = ((32, 32), (64, 32), (128, 32), (256, 32), (512, 16), (1024, 8), (2048, 4), (8192, 1))
+    for k, (m, results) in itertools.product((16384, 28672), shapes):
+        found: dict[str, Candidate] = {}
+        for config in [*(narrow if m <= 256 else []), *wide, *(special if m > 64 else [])]:
+            for group in (1, 2, 4):
+                blocks = cdiv(m, config.block_m) * results * group
+                if group == 1 or blocks <= 4 * 132:
+                    found[f"{config} group={group}"] = functools.partial(call, config, results * group)
+        params = {"m": m, "k": k, "n": 24, "num_splits": results}
+        yield Row("hc_prenorm_gemm", f"m={m} k={k} splits={results}", params), found
+
+
+def _einsum() -> Iterator[tuple[Row, dict[str, Candidate]]]:
+    def call(config: Any, made: dict[str, Any]) -> Any:
+        return einsum._fp8_einsum(made["x"], made["x_scale"], made["w"], made["w_scale"], None, config)
+
+    for h, b in itertools.product((8, 16), (1, 8, 16, 32, 64, 128, 512, 4096)):
+        configs: list[Any] = []
+        if b <= 32:
+            tokens = 16 if b <= 16 else 32
+            for d, warps, stages, unroll in itertools.product((32, 64), (2, 4, 8), (3, 4, 6, 8), (1, 2)):
+                if d >= 4 * warps:
+                    configs.append(einsum.EinsumConfig(tokens, d, 1, True, 1, warps, stages, unroll, False, None, ""))
+        else:
+            for tokens, d, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (4, 6, 8)):
+                if stages * (tokens + d) * 128 <= MOST_SHARED:
+                    config = einsum.EinsumConfig(tokens, d, 1, False, 1, warps, stages, 1, True, None, "")
+                    configs.append(config)
+            configs += [einsum.HopperConfig(*sizes, "") for sizes in ((64, 8, 152), (128, 6, 216))]
+        found: dict[str, Candidate] = {str(config): functools.partial(call, config) for config in configs}
+        yield Row("fp8_einsum", f"b={b} h={h} token-minor scales", {"b": b, "h": h, "r": 4096, "d": 1024}), found
+
+
+def _decode() -> Iterator[tuple[Row, dict[str, Candidate]]]:
+    def call(plan: Any, made: dict[str, Any]) -> Any:
+        q = made["q"]
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
+        caches = ("k_cache", "indices", "topk_length", "extra_k_cache", "extra_indices", "extra_topk_length")
+        scopes = decode._scopes(*(made[name] for name in caches))
+        decode._launch(q, scopes, made["sm_scale"], made["attn_sink"], out, lse, arch_of(q.device), plan)
+        return out, lse
+
+    for (heads, selected), b in itertools.product(((64, 512), (128, 1024)), (1, 2, 4, 8, 16, 32, 64, 128)):
+        tiles = cdiv(128, 64) + cdiv(selected, 64)
+        plans = []
+        for high, splits in itertools.product((16, 19, 22, 32, 43, 64), range(1, tiles + 1)):
+            programs = b * cdiv(heads, high) * splits
+            if splits == 1 or programs <= 132 or (high == 64 and programs <= 264):
+                single = splits == tiles
+                plans.append(decode.Plan(decode._HOPPER, splits, single=single, hopper=True, block_heads=high))
+        if b <= 8:
+            plans.append(decode.Plan(decode._SMALL, 2 * tiles, single=True))
+            plans.append(decode.Plan(decode._MEDIUM, tiles, single=True))
+        found: dict[str, Candidate] = {str(plan): functools.partial(call, plan) for plan in plans}
+        params = {"b": b, "s_q": 1, "h_q": heads, "window": 128, "selected": selected, "compressed": 16384}
+        yield Row("sparse_mla_decode", f"b={b} h={heads} topk=128+{selected}", params), found
+
+
+CANDIDATES = {"fp8_einsum": _einsum, "hc_prenorm_gemm": _hyper_connection, "sparse_mla_decode": _decode}
+
+
+def call_once(part: int, parts: int, ops: list[str]) -> None:
+    """Make every ``parts``-th candidate's call once; what cannot be called is told when it is measured."""
+    device = torch.device("cuda")
+    for op in ops:
+        seen: set[str] = set()
+        for row, candidates in CANDIDATES[op]():
+            new = [name for name in candidates if name not in seen]
+            seen.update(new)
+            if mine := new[part::parts]:
+                made = inputs.draw(row, device)
+                for name in mine:
+                    with contextlib.suppress(Exception):
+                        candidates[name](made)
+                torch.cuda.synchronize()
+
+
+def measure(row: Row, candidates: dict[str, Candidate], timer: timing.Timer) -> dict[str, Any]:
+    made = inputs.draw(row, timer.device)
+    named = {PRESENT: checks.subject("triton", row.op, timer.device).function}
+    with contextlib.suppress(NoProviderError):
+        named[NATIVE[row.op]] = checks.subject(NATIVE[row.op], row.op, timer.device).function
+
+    def tupled(results: Any) -> tuple[Any, ...]:
+        return results if isinstance(results, tuple) else (results,)
+
+    calls: dict[str, timing.Captured] = {}
+    errors: dict[str, str] = {}
+    for name, function in named.items():
+        calls[name] = timing.Captured(lambda f=function: tupled(f(**made)), timer.device)
+    for name, candidate in candidates.items():
+        try:
+            candidate(made)  # not a capture's business: what does not fit, or does not compile
+            calls[name] = timing.Captured(lambda c=candidate: tupled(c(made)), timer.device)
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    times = {name: taken.us for name, taken in timer.interleaved(calls).items()}
+    judge = run.Judge(row.op, made)
+    best = None
+    for name in sorted(set(times) - set(named), key=times.__getitem__):
+        if wrong := judge(calls[name]):
+            errors[name] = wrong
+        else:
+            best = name
+            break
+    return {"op": row.op, "row": row.name, "best": best, "us": times, "errors": errors}
+
+
+def told(result: dict[str, Any]) -> str:
+    us, errors = result["us"], result["errors"]
+    reference = us.get(NATIVE[result["op"]], us[PRESENT])
+    lines = [f"{result['op']} {result['row']}"]
+    for name in sorted(us, key=us.__getitem__):
+        if name in (PRESENT, NATIVE[result["op"]]) or len(lines) <= SHOWN:
+            mark = "best " if name == result["best"] else "WRONG" if name in errors else "     "
+            lines.append(f"  {us[name]:8.1f} us  {reference / us[name]:.2f}  {mark}  {name}")
+    failed = [name for name in errors if name not in us]
+    return "\n".join([*lines, *([f"  {len(failed)} failed: {errors[failed[0]]}"] if failed else [])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", choices=CANDIDATES, nargs="+")
+    parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.part is not None:
+        call_once(arguments.part, arguments.jobs, arguments.op)
+        return
+    if arguments.jobs:
+        command = [sys.executable, *sys.argv, "--part"]
+        for child in [subprocess.Popen([*command, str(part)]) for part in range(arguments.jobs)]:
+            child.wait()
+    timer = timing.Timer(torch.device("cuda"), SAMPLES)
+    rows = []
+    for op in arguments.op:
+        for row, candidates in CANDIDATES[op]():
+            rows.append(measure(row, candidates, timer))
+            print(told(rows[-1]), flush=True)
+            torch.cuda.empty_cache()
+            if arguments.json:
+                result = {"command": f"python tools/sweep.py {' '.join(arguments.op)}", "rows": rows}
+                result |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine_json(probe())}
+                arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
