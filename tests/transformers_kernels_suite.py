@@ -81,20 +81,6 @@ def test_quantise_every_value(top: float) -> None:
     assert kernels.quantise(rows, 128)[0][0, 3].float().isnan()
 
 
-@pytest.mark.parametrize(("batch", "length", "heads"), [(1, 1, 64), (2, 7, 1), (1, 300, 5), (3, 1, 33)])
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rotate(batch: int, length: int, heads: int, inverse: bool, dtype: torch.dtype) -> None:
-    x, (cos, sin) = drawn(batch, length, heads, 512).to(dtype), angles(1 if inverse else batch, length, 32)
-    expected = modeling.apply_rotary_pos_emb(x, cos, -sin if inverse else sin, unsqueeze_dim=2)
-    result = kernels.rotate_(x, cos, sin, inverse=inverse)
-    assert result is x
-    # Where multiplication and addition are one, a product is not rounded first.
-    torch.testing.assert_close(x, expected, rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
-    assert torch.equal(x[..., :448], expected[..., :448])
-    assert dtype is torch.float32 or float((x == expected).float().mean()) > 0.99
-
-
 @pytest.mark.parametrize(("batch", "length", "heads", "d"), [(1, 1, 64, 128), (2, 7, 3, 128), (1, 200, 17, 64)])
 def test_indexer_queries(batch: int, length: int, heads: int, d: int) -> None:
     q, weights = drawn(batch, length, heads, d, spread=3.0), drawn(batch, length, heads)
@@ -177,18 +163,14 @@ def test_offsets_beyond_32_bits() -> None:
     expected = kernels.hyper_connection(mixes, squares, scale, base, few, **eps)
     for result, want in zip(kernels.hyper_connection(*filled, scale, base, streams, **eps), expected, strict=True):
         assert torch.equal(result[:, -3:], want)
-    turned = streams.view(1, rows, 32, 512)
-    cos, sin = angles(1, rows, 32)
-    want = kernels.rotate_(few.reshape(1, 3, 32, 512).clone(), cos[:, -3:].contiguous(), sin[:, -3:].contiguous())
-    assert torch.equal(kernels.rotate_(turned, cos, sin)[:, -3:], want)
-    values, scales = kernels.quantise(turned, 128)
-    same_bits((values[:, -3:], scales[:, -3:]), layouts.quantize_e4m3(want, 128))
+    values, scales = kernels.quantise(streams, 128)
+    same_bits((values[:, -3:], scales[:, -3:]), layouts.quantize_e4m3(few, 128))
 
 
 @pytest.mark.skipif(not interpreting(), reason="the blocks run on the CPU")
 @pytest.mark.parametrize("packed", [False, True])
 def test_blocks_with_and_without_the_kernels(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole attention blocks, their rotations included, through the windows of both compressors."""
+    """Whole attention blocks, through the windows of both compressors."""
     model = tiny(torch.bfloat16, num_attention_heads=2, index_n_heads=4, index_topk=512)
     hidden = torch.randn(1, 132, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     engine.enable(model)

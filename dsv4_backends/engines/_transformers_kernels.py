@@ -96,68 +96,6 @@ def quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-@triton.jit(do_not_specialize=["angles"])
-def _rotate_kernel(
-    x,
-    cos,
-    sin,
-    angles,
-    INVERSE: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    pair = tl.arange(0, HALF)[None, :]
-    # Both of a pair by one thread, which has read both before it writes.
-    place = x + (token * HEADS + head) * D + (D - 2 * HALF) + 2 * pair
-    first = tl.load(place, mask=head < HEADS, other=0.0).to(tl.float32)
-    second = tl.load(place + 1, mask=head < HEADS, other=0.0).to(tl.float32)
-    c = tl.load(cos + token % angles * HALF + pair).to(tl.float32)
-    s = tl.load(sin + token % angles * HALF + pair).to(tl.float32)
-    if INVERSE:
-        s = -s
-    rotated_first = first * c - second * s
-    rotated_second = second * c + first * s
-    if x.dtype.element_ty == tl.bfloat16:
-        rotated_first = _bf16(rotated_first)
-        rotated_second = _bf16(rotated_second)
-    tl.store(place, rotated_first, mask=head < HEADS)
-    tl.store(place + 1, rotated_second, mask=head < HEADS)
-
-
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """``apply_rotary_pos_emb`` in place.
-
-    Args:
-        x: bf16 or fp32 ``[B, S, h, d]``, contiguous.
-        cos, sin: ``[B or 1, S, r / 2]``, contiguous, for the last r of d; r a power of two.
-        inverse: By the negative angles.
-
-    Returns:
-        x.
-    """
-    batch, length, heads, d = x.shape
-    half, block = cos.shape[-1], min(16, triton.next_power_of_2(heads))
-    _launch(
-        _rotate_kernel,
-        (batch * length, -(-heads // block)),
-        x,
-        x,
-        cos,
-        sin,
-        cos.shape[0] * length,
-        INVERSE=inverse,
-        HEADS=heads,
-        D=d,
-        HALF=half,
-        BLOCK=block,
-    )
-    return x
-
-
 @triton.jit
 def _rotated(x, places, cos, sin, token, within, D: tl.constexpr, ROPE: tl.constexpr):
     """bf16 ``[n, D]`` at ``places``, the last ROPE rotated in pairs, in fp32."""

@@ -7,8 +7,7 @@ size [queries, keys] is made: long calls go in chunks of rows.
 
 Attention comes in by transformers' own ``AttentionInterface`` and ``AttentionMaskInterface``, under the name
 ``dsv4_backends``. The parts that have no registry (the compressors with the indexer, the hyper-connections, the grouped
-output projection, and RoPE around the attention) are replaced by an instance's ``forward``, which ``disable`` takes
-away again.
+output projection) are replaced by an instance's ``forward``, which ``disable`` takes away again.
 
 A decode step is bound by the host, which launches thousands of kernels of a few numbers each. So what all layers of a
 call need alike is made once, and chains of small steps are kernels of their own (``_transformers_kernels.py``).
@@ -253,7 +252,6 @@ def enable(model: Any, *, fp8: bool | None = None) -> tuple[Part, ...]:
     mode = _Mode(fp8, model.config._attn_implementation)
     plans: list[_Replaced] = []
     functions: dict[type, Callable[..., Any]] = {
-        modeling.DeepseekV4Attention: _attention_block,
         modeling.DeepseekV4HCACompressor: _compress_heavily,
         modeling.DeepseekV4CSACompressor: _compress_and_select,
         modeling.DeepseekV4HyperConnection: _hyper_connection,
@@ -628,55 +626,6 @@ def _attend_pages(
         **extra,
     )
     return out
-
-
-def _attention_block(
-    self: Any,
-    mode: _Mode,
-    hidden_states: Tensor,
-    position_embeddings: dict[str, tuple[Tensor, Tensor]],
-    position_ids: Tensor,
-    attention_mask: Any,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """``DeepseekV4Attention.forward`` with its rotations in place, a kernel each: as written there, each of the three
-    is 27 dispatches and a copy of what it rotates."""
-    kernels = kernels_on(hidden_states.device) if hidden_states.dtype is torch.bfloat16 else None
-    if kernels is None or not isinstance(attention_mask, _Window):
-        return type(self).forward(
-            self, hidden_states, position_embeddings, position_ids, attention_mask, past_key_values, **kwargs
-        )
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    cos, sin = position_embeddings[self.rope_layer_type]
-    angles = _once("angles", cos, lambda: (cos.contiguous(), sin.contiguous()))
-    shape = *hidden_states.shape[:-1], -1, self.head_dim
-    q_residual = self.q_a_norm(self.q_a_proj(hidden_states))
-    query = kernels.rotate_(self.q_b_norm(self.q_b_proj(q_residual).view(shape)), *angles)
-    key = kernels.rotate_(self.kv_norm(self.kv_proj(hidden_states)).view(shape), *angles).transpose(1, 2)
-    if past_key_values is not None:
-        key = past_key_values.update(key, key, self.layer_idx)[0]
-    if self.compressor is not None:
-        compressed, _ = self.compressor(hidden_states, q_residual, position_ids, past_key_values, self.layer_idx)
-        if compressed.shape[2] > 0:
-            key = torch.cat([key, compressed], 2)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _attention)
-    out, weights = attend(
-        self,
-        query.transpose(1, 2),
-        key,
-        key,
-        attention_mask,
-        dropout=self.attention_dropout if self.training else 0.0,
-        scaling=self.scaling,
-        sliding_window=self.sliding_window,
-        s_aux=self.sinks,
-        **kwargs,
-    )
-    out = kernels.rotate_(out.contiguous(), *angles, inverse=True)
-    grouped = out.view(*hidden_states.shape[:-1], self.config.o_groups, -1)
-    return self.o_b_proj(self.o_a_proj(grouped).flatten(2)), weights
 
 
 # ----------------------------------------------------------------------------------- the compressors and the indexer
