@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
+    # torch says on its first tensor that there is no NumPy. Nothing here needs one.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         code: int = args.run(args)
         sys.stdout.flush()

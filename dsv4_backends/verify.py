@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,8 +55,6 @@ def verify(
     Raises:
         NoProviderError: a provider was named and cannot run an op that it implements, or implements none of ``ops``.
     """
-    # torch says on its first tensor that there is no NumPy. Nothing here needs one.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
     from . import ops as bound

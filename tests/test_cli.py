@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -239,3 +240,12 @@ def test_help_lists_every_variable() -> None:
 
     text = cli.parser().format_help()
     assert all(name in text for name in VARIABLES)
+
+
+def test_a_missing_numpy_is_not_worth_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run(capsys, "plugins")
+        warnings.warn("Failed to initialize NumPy: No module named 'numpy' (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(w.message) for w in seen] == ["something else"]

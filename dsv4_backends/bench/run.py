@@ -7,7 +7,6 @@ import functools
 import gc
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +57,6 @@ def bench(
         NoProviderError: a provider was named and cannot run any of the ops here.
         ValueError: not a model, or its heads do not divide by ``tp``.
     """
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
     from ..testing import checks
