@@ -103,7 +103,7 @@ class Pages:
 
     def write_keys(self, start: int, keys: Tensor) -> None:
         """Write bf16 indexer keys ``[batch, n, d]`` from a position on."""
-        if (kernels := engine.kernels_on(keys.device)) is not None:
+        if (kernels := engine.kernels_for(keys, keys.shape[-1])) is not None:
             kernels.write_tokens(self.cache, keys, start, self.capacity, kv=False)
             return
         values, scales = layouts.indexer_page_views(self.cache)

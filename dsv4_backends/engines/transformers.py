@@ -79,7 +79,7 @@ _TESTED = "5.17.0"
 
 @functools.cache
 def kernels_on(device: torch.device) -> Any:
-    """The module of small Triton kernels where they run on ``device``, else None. They take bf16 tensors."""
+    """The module of small Triton kernels where they run on ``device``, else None."""
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
             return None
@@ -92,9 +92,14 @@ def kernels_on(device: torch.device) -> Any:
     return _transformers_kernels
 
 
+def kernels_for(x: Tensor, size: int) -> Any:
+    """The kernels where they run on x's device and take the size at hand, a power of two; else None."""
+    return kernels_on(x.device) if size.bit_count() == 1 else None
+
+
 def _quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """``layouts.quantize_e4m3`` of a bf16 tensor."""
-    kernels = kernels_on(x.device)
+    """``layouts.quantize_e4m3``."""
+    kernels = kernels_for(x, block) if x.shape[-1] % block == 0 else None
     return layouts.quantize_e4m3(x, block) if kernels is None else kernels.quantise(x.contiguous(), block)
 
 
@@ -802,7 +807,7 @@ def _queries(
     q = indexer.q_b_proj(q_residual).unflatten(-1, (-1, indexer.head_dim))
     weights = indexer.scorer.weights_proj(hidden)
     factor = indexer.scorer.softmax_scale * indexer.scorer.weights_scaling
-    if mode.fp8 and (kernels := kernels_on(q.device)) is not None:
+    if mode.fp8 and (kernels := kernels_for(q, q.shape[-1])) is not None:
         queries: tuple[Tensor, Tensor] = kernels.indexer_queries(q, *angles, weights, factor)
         return queries
     q = _rotate(q, angles, 2)
@@ -887,8 +892,7 @@ def _normalised(mixes: Tensor, squares: Tensor, fn: Tensor, eps: float) -> Tenso
 
 def _hyper_kernel(streams: Tensor) -> Any:
     """The kernel for all that follows ``_mixes``, where it takes these streams."""
-    power_of_two = streams.shape[2].bit_count() == 1
-    kernels = kernels_on(streams.device) if streams.dtype is torch.bfloat16 and power_of_two else None
+    kernels = kernels_for(streams, streams.shape[2]) if streams.dtype is torch.bfloat16 else None
     return None if kernels is None else kernels.hyper_connection
 
 
