@@ -155,6 +155,18 @@ def test_shipped_tables_are_sound() -> None:
                 assert one.high < two.low
 
 
+def test_shipped_tables_are_made_from_kept_results() -> None:
+    kept = [
+        json.loads(path.read_text())
+        for path in sorted((Path(__file__).parents[1] / "docs" / "results").glob("*-bench.json"))
+    ]
+    for path in measured.FOLDER.glob("*.json"):
+        table = json.loads(path.read_text())
+        named = [(source["device"], source["date"], source["command"]) for source in table["sources"]]
+        found = [next(r for r in kept if (r["device"]["name"], r["date"], r["command"]) == name) for name in named]
+        assert tune.tune(found) == table
+
+
 def test_the_docs_show_a_shipped_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_docs import DOCS
 

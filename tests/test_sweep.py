@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,19 @@ from dsv4_backends import CONTRACTS
 from dsv4_backends.bench import inputs
 from dsv4_backends.bench.shapes import Row
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import sweep
+ROOT = Path(__file__).resolve().parents[1]
 
+
+def _sweep() -> Any:
+    spec = importlib.util.spec_from_file_location("sweep", ROOT / "tools" / "sweep.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sweep = _sweep()
 SMALL = {"r": 256, "k": 512, "compressed": 64}
 """In place of a row's own: what a candidate launches does not depend on them."""
 
@@ -63,7 +73,7 @@ def test_the_fastest_that_is_right_is_the_best(monkeypatch: pytest.MonkeyPatch) 
     timer = sweep.timing.Timer(torch.device("cpu"))
     monkeypatch.setattr(sweep.checks, "subject", lambda *_: Present())
     monkeypatch.setattr(timer, "interleaved", lambda calls: {n: sweep.timing.Time(taken[n], 0, 0, 1) for n in calls})
-    candidates: dict[str, sweep.Candidate] = {"right": right, "slow": right, "wrong": wrong, "broken": broken}
+    candidates: dict[str, Any] = {"right": right, "slow": right, "wrong": wrong, "broken": broken}
     result = sweep.measure(row, candidates, timer)
     assert (result["best"], result["us"]) == ("right", taken)
     assert set(result["errors"]) == {"wrong", "broken"}

@@ -153,3 +153,17 @@ def test_warmup_command(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert json.loads(out)["kernels"] == {"mqa_logits": {"torch": 0}}
     assert "warming up mqa_logits" in err
+
+
+def test_many_rows_of_the_prenorm_gemm_have_their_own_kernel_on_hopper() -> None:
+    """Where its tensor maps and its tile of 32 mixes fit; everything else is the plain kernel's."""
+
+    def kernel(capability: str, m: int, n: int = 24, k: int = 1024, stride: int = 0) -> str:
+        x = torch.empty_strided((m, k), (stride or k, 1), dtype=torch.bfloat16, device="meta")
+        call = {"x": x, "fn": torch.empty(n, k, device="meta"), "num_splits": 4}
+        first = next(iter(ahead.record("hc_prenorm_gemm", [call], arch_from_capability(Version(capability)))))
+        return str(first.kernel.__name__)
+
+    assert kernel("9.0", 129) == kernel("9.0", 8192, k=64) == kernel("9.0", 200, n=32) == "hc_hopper_kernel"
+    plain = [kernel("9.0", 128), kernel("9.0", 200, n=33), kernel("9.0", 200, k=96), kernel("9.0", 200, stride=1028)]
+    assert {*plain, kernel("8.0", 8192), kernel("10.0", 8192), kernel("12.0", 8192)} == {"_hc_kernel"}

@@ -1,11 +1,22 @@
-"""Names that differ between the Triton releases supported (3.6 to 3.9), for the Gluon kernels."""
+"""What the Gluon kernels share: names that differ between Triton 3.6 and 3.9, and a word of PTX."""
 
 from __future__ import annotations
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
 # one tensor-map box to shared memory; renamed in Triton 3.9
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+# cp.async; renamed in Triton 3.9
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 # all threads of a role; renamed in Triton 3.9
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def launch_dependents():
+    """The next kernel may be launched: it waits by itself for what this one writes."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )

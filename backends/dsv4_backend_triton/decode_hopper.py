@@ -23,10 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.9 renamed these.
+from ._gluon import async_load, barrier, launch_dependents
+
+# Triton 3.9 renamed it.
 _PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
-_async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 # Loader warps and their registers: with Triton 3.6, what was measured; with 3.9, what does not spill there
 # (not timed).
@@ -254,7 +254,7 @@ def _loader(
         _deposit(k32.index(slot), b_smem.index(slot), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
         # Before the next loads are issued: the fence would wait for them.
         fence_async_shared()
-        _barrier()
+        barrier()
         mbarrier.arrive(k_full.index(slot), count=1)
         r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(
             i + 1,
@@ -326,12 +326,12 @@ def _consumer(
     h = head0 + gl.arange(0, _HEADS, gl.SliceLayout(1, q_lay))
     cols = gl.arange(0, 512, gl.SliceLayout(0, q_lay))
     q_row = q + h.to(gl.int64) * (q_sh * 8)
-    _async_load(q_smem.index(0), q_row[:, None] + cols[None, :], mask=(h < heads_end)[:, None])
+    async_load(q_smem.index(0), q_row[:, None] + cols[None, :], mask=(h < heads_end)[:, None])
     async_copy.commit_group()
     _, _, _, _, _, _, here = _schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, SINGLE)
     async_copy.wait_group(0)
     fence_async_shared()
-    _barrier()
+    barrier()
 
     peak = gl.full([_HEADS], _NEGATIVE, gl.float32, s_rows)
     # the running sum of the weights as 16 partial sums a head, so that in the loop a thread adds only its own
@@ -369,7 +369,7 @@ def _consumer(
         peak = new_peak
         p_smem.store(weight.to(gl.bfloat16))
         fence_async_shared()
-        _barrier()
+        barrier()
         acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
         token = warpgroup_mma(p_smem, keys, acc, is_async=True)
         here_sum = gl.reshape(gl.sum(gl.reshape(weight, [_HEADS, 2, 4, 8]), 2), [_HEADS, 16])
@@ -377,7 +377,7 @@ def _consumer(
             here_sum, sum_lay
         )
         acc = warpgroup_mma_wait(0, deps=(token,))
-        _barrier()
+        barrier()
         mbarrier.arrive(k_empty.index(slot), count=1)
         slot ^= 1
         phase = gl.where(slot == 0, phase ^ 1, phase)
@@ -503,9 +503,7 @@ def _decode_hopper_kernel(
     PDL: gl.constexpr,
 ):
     if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+        launch_dependents()
     pid = gl.program_id(0)
     split = gl.program_id(1)
     row = pid // head_blocks
@@ -539,7 +537,7 @@ def _decode_hopper_kernel(
         mbarrier.init(k_full.index(j), count=1)
         mbarrier.init(k_empty.index(j), count=1)
     fence_async_shared()
-    _barrier()
+    barrier()
     gl.warp_specialize(
         [
             (

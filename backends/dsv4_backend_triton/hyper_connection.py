@@ -236,7 +236,7 @@ _TABLE: dict[Any, list[tuple[int, HcConfig]]] = {
 }
 
 
-# The warp-specialised kernel, from this many rows on.
+# The warp-specialised kernel, from this many rows on. To redo: tools/sweep.py hc_prenorm_gemm.
 _HOPPER_ROWS = 129
 _HOPPER = HopperConfig(64, 8, 4, _H200)
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._gluon import barrier, load_box
+from ._gluon import barrier, launch_dependents, load_box
 
 ROWS = gl.constexpr(64)  # of x in a tile: the M of one wgmma
 MIXES = gl.constexpr(32)  # rows of fn in a tile; those beyond n are zeros that the tensor map fills in
@@ -136,9 +136,7 @@ def hc_hopper_kernel(
     """One block: 64 rows and ``per`` columns of k, STEP of them at a time. x_desc: boxes [64, STEP] of bf16; fn_desc:
     boxes [32, STEP] of fp32. N <= 32; K and per are multiples of STEP."""
     if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+        launch_dependents()
     m0 = gl.program_id(0) * ROWS
     split = gl.program_id(1)
     k_lo = split * per

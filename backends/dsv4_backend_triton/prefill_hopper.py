@@ -39,11 +39,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._arch import arch_of
+from ._gluon import async_load, barrier
 from ._launch import launch
-
-# Names that Triton 3.9 changed.
-_async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -134,14 +131,14 @@ def _loader(
         # The part of Q that ends in registers travels through one slot of the key ring.
         mbarrier.wait(k_empty.index(slot), phase ^ 1)
         for c in gl.static_range(Q_REG):
-            _async_load(
+            async_load(
                 k_smem.index(slot).slice(c * QC, QC, 1), q_rows[:, None] + (qcols + c * QC)[None, :], mask=h_ok[:, None]
             )
         async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
         mbarrier.arrive(k_full.index(slot), count=1)
         slot, phase = _advance(slot, phase, NBUF)
         mbarrier.wait(q_empty, q_phase ^ 1)
-        _async_load(q_smem, q_rows[:, None] + (qcols + Q_REG * QC)[None, :], mask=h_ok[:, None])
+        async_load(q_smem, q_rows[:, None] + (qcols + Q_REG * QC)[None, :], mask=h_ok[:, None])
         async_copy.mbarrier_arrive(q_full, increment_count=False)
         q_phase ^= 1
 
@@ -153,10 +150,10 @@ def _loader(
             idx = gl.load(idx_row + nxt, mask=nxt < n, other=-1)
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
             b_smem.index(slot).store(gl.where(ok, 0.0, float("-inf")))
-            _async_load(k_smem.index(slot), src[:, None] + cols[None, :], mask=ok[:, None])
+            async_load(k_smem.index(slot), src[:, None] + cols[None, :], mask=ok[:, None])
             async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
             # One ordinary arrival more: it releases the stores of the mask, as the copies' arrivals do not.
-            _barrier()
+            barrier()
             mbarrier.arrive(k_full.index(slot), count=1)
             slot, phase = _advance(slot, phase, NBUF)
 
@@ -219,7 +216,7 @@ def _score(
         q0 = qb.slice(0, QC, 1).load(qlay)
         q1 = qb.slice(QC, QC, 1).load(qlay)
         q2 = qb.slice(2 * QC, QC, 1).load(qlay)
-        _barrier()
+        barrier()
         mbarrier.arrive(k_empty.index(slot), count=1)
         slot, phase = _advance(slot, phase, NBUF)
         mbarrier.wait(q_full, q_phase)
@@ -255,7 +252,7 @@ def _score(
             p_smem.index(pslot).store(p.to(gl.bfloat16))
             a_smem.index(pslot).store(alpha)
             fence_async_shared()
-            _barrier()
+            barrier()
             mbarrier.arrive(p_full.index(pslot), count=1)
             psum = gl.convert_layout(gl.sum(gl.sum(gl.reshape(p, [HEADS, BN // 8, 4, 2]), 1), 2), plast)
             part = part * gl.convert_layout(alpha, gl.SliceLayout(1, plast))[:, None] + psum
@@ -263,7 +260,7 @@ def _score(
             pslot, pphase = _advance(pslot, pphase, NP)
         mbarrier.arrive(s_done.index(pslot ^ 1), count=1, pred=n_blocks > 0)
         # Without the barrier, a row of no blocks could let the loader run two phases past a late warp.
-        _barrier()
+        barrier()
         mbarrier.arrive(q_empty, count=1)
         l = gl.convert_layout(gl.sum(part, 1), rows)  # noqa: E741
         if not FLIP:
@@ -279,7 +276,7 @@ def _score(
         fin = gl.where(l > 0.0, 1.0 / gl.where(l > 0.0, den, 1.0), 0.0)
         mbarrier.wait(p_empty.index(pslot), pphase ^ 1)
         a_smem.index(pslot).store(fin)
-        _barrier()
+        barrier()
         mbarrier.arrive(p_full.index(pslot), count=1)
         mbarrier.arrive(s_done.index(pslot), count=1)
         pslot, pphase = _advance(pslot, pphase, NP)
@@ -292,9 +289,9 @@ def _score(
 @gluon.jit
 def _emit(x, buf, dst, column: gl.constexpr, ok, lay: gl.constexpr):
     """Store 64 columns of the output through shared memory, with 16-byte accesses to global memory."""
-    _barrier()
+    barrier()
     buf.store(gl.reshape(x, [HEADS, 64]))
-    _barrier()
+    barrier()
     gl.store(dst + column, buf.load(lay), mask=ok)
 
 
@@ -338,7 +335,7 @@ def _accumulate(
             mbarrier.wait(s_done.index(pslot), pphase)
             tok = warpgroup_mma(p_smem.index(pslot), k_smem.index(slot), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(tok,))
-            _barrier()
+            barrier()
             mbarrier.arrive(k_empty.index(slot), count=1)
             mbarrier.arrive(p_empty.index(pslot), count=1)
             slot, _ = _advance(slot, 0, NBUF)
@@ -372,7 +369,7 @@ def _accumulate(
         _emit(x101, buf, dst, 288, h_ok, wlay)
         _emit(x011, buf, dst, 320, h_ok, wlay)
         _emit(x111, buf, dst, 352, h_ok, wlay)
-        _barrier()
+        barrier()
         mbarrier.arrive(p_empty.index(pslot), count=1)
         pslot, pphase = _advance(pslot, pphase, NP)
 
@@ -446,7 +443,7 @@ def _prefill(
     mbarrier.init(q_full, count=128)
     mbarrier.init(q_empty, count=1)
     fence_async_shared()
-    _barrier()
+    barrier()
     gl.warp_specialize(
         [
             (
