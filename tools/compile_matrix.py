@@ -35,7 +35,7 @@ from dsv4_backends.serving import Limits, calls
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 RANKS = tuple(model.rank(tp) for model in (FLASH, PRO) for tp in (1, 2, 4, 8))
 # Beyond these no new kernel appears on any rank: more requests and tokens only make the grids larger.
-LIMITS = Limits(max_tokens=1024, max_requests=160, max_context=16384, next_n=2)
+LIMITS = Limits(max_tokens=4224, max_requests=160, max_context=16384, next_n=2)
 MOST_STACK = 32
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 

@@ -604,6 +604,8 @@ def transformers_bench() -> str:
             rows.append((row["side"], row["row"], *cells, ", ".join(map(code, sorted(served))) or "-"))
         names = ("side", "row", "ms", "extra memory at most, GiB", "waits of the host in a step", "providers")
         told = f"The model: {result['model']}. transformers {result['transformers']}."
+        if not result["complete"]:
+            told += f" The run is not complete. {result.get('note', '')}".rstrip()
         parts.append(
             f"{_measured_on(result)}\n\n{told}\n\n{table(names, rows)}\n\n{table(('figure', 'value'), figures)}"
         )

@@ -57,7 +57,9 @@ def _hyper_connection() -> Iterator[tuple[Row, dict[str, Candidate]]]:
         hc.HcConfig(m, k, n, True, "tf32", warps, stages, 1, True, "")
         for m, n, k, warps, stages in itertools.product((16, 32), (16, 32), (64, 128), (2, 4), (3, 4))
     ]
-    special = [hc.HopperConfig(k, s, ring, "") for k, s, ring in ((64, 8, 4), (64, 8, 2), (128, 4, 2), (128, 4, 3))]
+    tiles = [(64, 64, 8, 4), (64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 5, 2)]
+    tiles += [(128, 64, 4, 2), (128, 64, 6, 4), (128, 64, 8, 2), (128, 128, 3, 2)]
+    special = [hc.HopperConfig(*tile, "") for tile in tiles]
     shapes = ((32, 32), (64, 32), (128, 32), (256, 32), (512, 16), (1024, 8), (2048, 4), (8192, 1))
     for k, (m, results) in itertools.product((16384, 28672), shapes):
         found: dict[str, Candidate] = {}
@@ -87,6 +89,8 @@ def _einsum() -> Iterator[tuple[Row, dict[str, Candidate]]]:
                     config = einsum.EinsumConfig(tokens, d, 1, False, 1, warps, stages, 1, True, None, "")
                     configs.append(config)
             configs += [einsum.HopperConfig(*sizes, "") for sizes in ((64, 8, 152), (128, 6, 216))]
+        few = [(tokens, stages) for tokens in (16, 32, 64) for stages in (4, 6, 8, 10)]
+        configs += [einsum.FewConfig(n, stages, "") for n, stages in few if b <= n <= max(4 * b, 16)]
         found: dict[str, Candidate] = {str(config): functools.partial(call, config) for config in configs}
         yield Row("fp8_einsum", f"b={b} h={h} token-minor scales", {"b": b, "h": h, "r": 4096, "d": 1024}), found
 

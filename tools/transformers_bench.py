@@ -35,6 +35,7 @@ ROWS = {
         "prefill 8192",
         "kernels of prefill 8192",
         "kernels of decode b=1",
+        "kernels of decode b=32",
         "prefill 65536",
     ),
     "dsv4_backends": (
@@ -45,10 +46,12 @@ ROWS = {
         "prefill 65536",
         "kernels of prefill 8192",
         "kernels of decode b=1",
+        "kernels of decode b=32",
     ),
-    "packed": ("decode b=1", "decode b=32", "kernels of decode b=1"),
+    "packed": ("decode b=1", "decode b=32", "kernels of decode b=1", "kernels of decode b=32"),
 }
 WANTED = [f"{side}/{row}" for side, rows in ROWS.items() for row in rows]
+MODEL = "six layers (ratios 0, 0, 4, 128, 4, 128), Flash dimensions, 8 experts of width 512, random weights"
 CHILD_SECONDS = 150
 PREFILL_REPEATS = 3
 GO_ON = 3  # exit code: a row failed and was told, but it may have broken CUDA for this process
@@ -150,13 +153,14 @@ class Bench:
         from torch.profiler import ProfilerActivity, profile
 
         kind, _, value = row.partition(" ")
-        cache = self.cache(1, self.context) if kind == "decode" else None
+        batch = int(value.removeprefix("b=")) if kind == "decode" else 0
+        cache = self.cache(batch, self.context) if batch else None
 
         def run() -> None:
             if cache is None:
                 self.one_prefill(int(value))
             else:
-                self.model(self.tokens(1, 1), past_key_values=cache, use_cache=True)
+                self.model(self.tokens(batch, 1), past_key_values=cache, use_cache=True)
 
         run()
         on_gpu = self.device.type == "cuda"
@@ -420,29 +424,31 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     parts: list[str] = []
     start = time.perf_counter()
+    result: dict[str, Any] = {}
     for side in ROWS:
         wanted = [name.partition("/")[2] for name in args.only if name.startswith(f"{side}/")]
         done, told = run_side(side, wanted, args.small)
         rows += done
         parts = told.get("parts") or parts
         for row in done:
-            shown = {k: v for k, v in row.items() if k not in ("side", "row", "kernels") and not k.startswith("all_")}
+            shown = {k: v for k, v in row.items() if k not in ("side", "row", "kernels")}
             print(f"{row['side']}/{row['row']}: {json.dumps(shown)}", flush=True)
-    result = {
-        "command": "python tools/transformers_bench.py",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine_json(probe()),
-        "transformers": importlib.metadata.version("transformers"),
-        "model": "six layers (ratios 0, 0, 4, 128, 4, 128), Flash dimensions, 8 experts of width 512, random weights",
-        "small": args.small,
-        "seconds": time.perf_counter() - start,
-        "parts": parts,
-        "figures": summary(rows),
-        "rows": rows,
-    }
+        result = {
+            "command": "python tools/transformers_bench.py",
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "machine": machine_json(probe()),
+            "transformers": importlib.metadata.version("transformers"),
+            "model": MODEL,
+            "small": args.small,
+            "seconds": time.perf_counter() - start,
+            "complete": len(rows) == len(args.only),
+            "parts": parts,
+            "figures": summary(rows),
+            "rows": rows,
+        }
+        if args.json:  # after each side: a run that is stopped keeps what it has
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["figures"], indent=1), f"{result['seconds']:.0f} s", sep="\n")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

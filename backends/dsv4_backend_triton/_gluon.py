@@ -20,3 +20,11 @@ def launch_dependents():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def block_index(AXIS: gl.constexpr):
+    """The block's place in the grid ("x" or "y") again, as the compiler does not know: it would keep what it has."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %ctaid." + AXIS + ";", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )

@@ -197,6 +197,17 @@ def _tile_index(i, here1, first1, first2, splits, idx1, idx2, length1, length2, 
     return index, one
 
 
+@triton.jit
+def _block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
+    """The program's index again, as the compiler does not know: it would keep it, and all that was made of it."""
+    if OPERAND == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "mov.u32 $0, %ctaid." + ("x" if AXIS == 0 else "y") + ";", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tl.program_id(AXIS)
+
+
 _NO_SPECIALIZE = [
     "has_sink",
     "has_len1",
@@ -357,9 +368,15 @@ def _decode_kernel(
     some = total != 0.0  # true for NaN too: a NaN key must show
     total = tl.where(some, total, 1.0)
     inverse = tl.where(some, _UNBIAS / total, 0.0)
+    pid = _block_index(0, OPERAND)
+    row = pid // head_blocks
+    head = (pid - row * head_blocks) * block_heads + tl.arange(0, BH)
+    head_ok = head < heads
+    b64 = (row // s_q).to(tl.int64)
+    s64 = (row % s_q).to(tl.int64)
     row64 = row.to(tl.int64)
     if SPLIT:
-        lse_at = (row64 * splits + split) * heads + head
+        lse_at = (row64 * splits + _block_index(1, OPERAND)) * heads + head
         tl.store(part_lse + lse_at, tl.where(some, peak + tl.log2(total), float("-inf")), mask=head_ok)
         o_row = part + lse_at[:, None] * 512
     else:
@@ -368,7 +385,9 @@ def _decode_kernel(
         sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
         inverse = tl.where(some, inverse / (1.0 + tl.exp(sink_value - row_lse)), 0.0)
         o_row = (out + (b64 * o_sb + s64 * o_ss) * Q_UNIT) + head.to(tl.int64)[:, None] * (o_sh * Q_UNIT)
-    tl.store(o_row + d[None, :], round_to(acc * inverse[:, None], o_row.dtype.element_ty, OPERAND), mask=q_ok)
+    tl.store(
+        o_row + d[None, :], round_to(acc * inverse[:, None], o_row.dtype.element_ty, OPERAND), mask=head_ok[:, None]
+    )
 
 
 @triton.jit(
@@ -562,7 +581,7 @@ class Plan:
 # architecture.
 _SMALL = Tile(16, 32, 4, 1)  # one tile a split, two programs fit a multiprocessor
 _MEDIUM = Tile(16, 64, 8, 1)
-_LOOP = Tile(16, 32, 8, 1)  # where _MEDIUM in a loop spills more than 32 bytes with Triton 3.9: everything but SM8x
+_LOOP = Tile(16, 32, 8, 1)  # for byte loads, where _MEDIUM in a loop outgrows 99 KiB
 _HOPPER = Tile(64, 64, 8, 1)
 _STAGE_KEYS, _STAGE_WARPS = 32, 4
 _INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
@@ -587,7 +606,7 @@ def _tiles(topk: int, extra_topk: int, keys: int) -> int:
 def _splits(programs: int, tiles: int, sms: int) -> int:
     """The split count with the least expected time.
 
-    In units of one tile: what the longest program of a wave computes, 2 to start and finish a program, 0.01
+    In units of one tile: what the longest program of a wave computes, 2 to start and finish a program, 0.0102
     to write and read back a program's partial result. The numbers are fitted to the H200 table and order its
     rows correctly.
     """
@@ -595,7 +614,7 @@ def _splits(programs: int, tiles: int, sms: int) -> int:
     for splits in range(1, min(tiles, 32) + 1):
         waves = cdiv(programs * splits, sms)
         cost = waves * ((tiles / splits + cdiv(tiles, splits)) / 2 + 2)
-        cost += 0.01 * programs * splits if splits > 1 else 0.0
+        cost += 0.0102 * programs * splits if splits > 1 else 0.0
         if cost < least - 1e-9:
             best, least = splits, cost
     return best
@@ -630,8 +649,10 @@ def plan(
     if rows * narrow * tiles <= arch.sms and not rough:
         return Plan(_MEDIUM, tiles, single=True)
     if hopper:
-        if heads > 32 and rows * cdiv(heads, 32) * tiles <= arch.sms:
-            return Plan(_HOPPER, tiles, single=True, hopper=True, block_heads=32)
+        # few rows: a program for each tile, and each tile's heads over as many programs as there is room for
+        blocks = min(arch.sms // (rows * tiles), narrow)
+        if heads > 32 and blocks > 1 and blocks * _HOPPER.heads >= heads:
+            return Plan(_HOPPER, tiles, single=True, hopper=True, block_heads=cdiv(heads, blocks))
         splits = _splits(rows * cdiv(heads, 64), tiles, arch.sms)
         return Plan(_HOPPER, splits, single=splits == tiles, hopper=True)
     programs = rows * cdiv(heads, 32)
@@ -639,7 +660,7 @@ def plan(
         # enough rows to keep the machine busy without splits: decoding a row once pays more than keeping it
         # on chip
         return Plan(_LOOP, 1, staged=prefill.plan(arch, min(heads, 32)))
-    loop = _MEDIUM if arch.major == 8 and not rough else _LOOP
+    loop = _LOOP if rough else _MEDIUM
     return Plan(loop, _splits(rows * narrow, _tiles(topk, extra_topk, loop.keys), arch.sms))
 
 
@@ -825,14 +846,15 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
     if chosen.hopper:
         from . import decode_hopper  # Gluon: imported where it is used only
 
+        loaders, registers = decode_hopper.loaders(chosen.single)
         launch(
             decode_hopper._decode_hopper_kernel,
             grid,
             *arguments,
             SPLIT=splits > 1,
             SINGLE=chosen.single,
-            LOADERS=decode_hopper.LOADERS,
-            LOADER_REGISTERS=decode_hopper.LOADER_REGISTERS,
+            LOADERS=loaders,
+            LOADER_REGISTERS=registers,
             PDL=pdl,
             num_warps=8,
         )

@@ -3,12 +3,13 @@
 The same work split, tile order and partial results as the portable kernel in decode.py, which launches this
 one in its place and combines after it. One CTA serves one query row, 64 heads and one split, in two roles:
 
-* one or two *loader* warpgroups gather the FP8 rows of the next tile into registers while the last one is
-  being consumed, decode them to bf16 and write them into a ring of two 64 x 512 key buffers;
+* a *loader* warpgroup gathers the FP8 rows of the next tile into registers while the last one is being consumed,
+  decodes them to bf16 and writes them into a ring of two 64 x 512 key buffers;
 * two *consumer* warpgroups share S = Q K^T (32 keys each), the softmax, and O += P V (256 columns each).
 
-Decoding and tensor work run side by side; at present a tile still takes about 4 us on the H200, twice what its
-tensor work should, so the gather is the suspect.
+Decoding and tensor work run side by side, and get in each other's way: on the H200 (128 queries of 128 heads) either
+role alone would take about 0.7 of what both take. Asking for the rows ahead of their gather (prefetch to L2) made
+it slower.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._gluon import async_load, barrier, launch_dependents
+from ._gluon import async_load, barrier, block_index, launch_dependents
 
 # Triton 3.9 renamed it.
 _PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
-# Loader warps and their registers: with Triton 3.6, what was measured; with 3.9, what does not spill there
-# (not timed).
-LOADERS, LOADER_REGISTERS = (8, 72) if _PRIVATE_REINTERPRET.value else (4, 128)
+# Loader warps and their registers: of 4 x 128, 8 x 72, 8 x 80 and 8 x 88 the fastest on the H200, and without spills
+# with Triton 3.6 and 3.9 (2026-11-27). A single tile is latency alone, so more warps.
+_SINGLE_LOADERS, _LOADERS = (8, 80), (4, 128)
+
+
+def loaders(single: bool) -> tuple[int, int]:
+    return _SINGLE_LOADERS if single else _LOADERS
+
 
 _NEGATIVE = gl.constexpr(-1.0e30)  # a running maximum before the first key: finite, so that -inf - -inf cannot arise
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -66,6 +72,14 @@ _CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
 _ASM_ROPE = gl.constexpr(
     "{ .reg .b32 f, z; mov.b32 f, 0x21802180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }"
 )
+
+
+@gluon.jit
+def _place(index, block_heads, head_blocks, s_q):
+    """The query row of a block, as a number and as (b, s), and its first head."""
+    row = index // head_blocks
+    b = row // s_q
+    return row, b, row - b * s_q, (index - row * head_blocks) * block_heads
 
 
 @gluon.jit
@@ -221,8 +235,6 @@ def _loader(
     length1, length2, width1, width2, first2, here1, here = _schedule(
         b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, SINGLE
     )
-    slot = 0
-    phase = 0
     index = _index(0, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
     r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(
         0,
@@ -248,41 +260,82 @@ def _loader(
         shift1,
         shift2,
     )
-    index = _index(1, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
-    for i in range(here):
-        mbarrier.wait(k_empty.index(slot), phase ^ 1)
-        _deposit(k32.index(slot), b_smem.index(slot), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
-        # Before the next loads are issued: the fence would wait for them.
+    if SINGLE:
+        _deposit(k32.index(0), b_smem.index(0), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
         fence_async_shared()
         barrier()
-        mbarrier.arrive(k_full.index(slot), count=1)
-        r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(
-            i + 1,
-            index,
-            keys,
-            cols,
-            cols_r,
-            rows_r,
-            here1,
-            split,
-            first2,
-            splits,
-            length1,
-            length2,
-            cache1,
-            cache2,
-            slots1,
-            slots2,
-            stride1,
-            stride2,
-            page1,
-            page2,
-            shift1,
-            shift2,
-        )
-        index = _index(i + 2, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
-        slot ^= 1
-        phase = gl.where(slot == 0, phase ^ 1, phase)
+        mbarrier.arrive(k_full.index(0), count=1)
+    else:
+        slot = 0
+        phase = 0
+        index = _index(1, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+        for i in range(here):
+            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            _deposit(k32.index(slot), b_smem.index(slot), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
+            # Before the next loads are issued: the fence would wait for them.
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(k_full.index(slot), count=1)
+            r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(
+                i + 1,
+                index,
+                keys,
+                cols,
+                cols_r,
+                rows_r,
+                here1,
+                split,
+                first2,
+                splits,
+                length1,
+                length2,
+                cache1,
+                cache2,
+                slots1,
+                slots2,
+                stride1,
+                stride2,
+                page1,
+                page2,
+                shift1,
+                shift2,
+            )
+            index = _index(i + 2, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+            slot ^= 1
+            phase = gl.where(slot == 0, phase ^ 1, phase)
+
+
+@gluon.jit
+def _partial_sums(weight, like):
+    """Of each head 16 sums, each of what one thread has."""
+    return gl.convert_layout(
+        gl.reshape(gl.sum(gl.reshape(weight, [_HEADS, 2, 4, 8]), 2), [_HEADS, 16]), like.type.layout
+    )
+
+
+@gluon.jit
+def _attend(queries, keys, bias, p_smem, acc, peak, sums, scale_log2, s_mma: gl.constexpr, FIRST: gl.constexpr):
+    """One tile of keys into the running (accumulator, maximum, partial sums) of an online softmax in base 2."""
+    zero = gl.zeros([_HEADS, _KEYS], gl.float32, s_mma)
+    token = warpgroup_mma(queries, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
+    bias = bias.load(gl.SliceLayout(0, s_mma))
+    logits = warpgroup_mma_wait(0, deps=(token,))
+    logits = logits * scale_log2 + bias[None, :]
+    new_peak = gl.maximum(peak, gl.max(logits, 1))
+    weight = gl.exp2(logits - new_peak[:, None])
+    p_smem.store(weight.to(gl.bfloat16))
+    fence_async_shared()
+    barrier()
+    if FIRST:
+        token = warpgroup_mma(p_smem, keys, acc, use_acc=False, is_async=True)
+        sums = _partial_sums(weight, sums)
+    else:
+        alpha = gl.exp2(peak - new_peak)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+        token = warpgroup_mma(p_smem, keys, acc, is_async=True)
+        alpha = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))
+        sums = sums * alpha[:, None] + _partial_sums(weight, sums)
+    return warpgroup_mma_wait(0, deps=(token,)), new_peak, sums
 
 
 @gluon.jit
@@ -290,6 +343,8 @@ def _consumer(
     q,
     q_sh,
     out,
+    o_sb,
+    o_ss,
     o_sh,
     lse,
     part,
@@ -302,8 +357,11 @@ def _consumer(
     k_full,
     k_empty,
     b,
+    heads,
+    block_heads,
+    head_blocks,
+    s_q,
     head0,
-    heads_end,
     split,
     splits,
     len1,
@@ -326,6 +384,7 @@ def _consumer(
     h = head0 + gl.arange(0, _HEADS, gl.SliceLayout(1, q_lay))
     cols = gl.arange(0, 512, gl.SliceLayout(0, q_lay))
     q_row = q + h.to(gl.int64) * (q_sh * 8)
+    heads_end = gl.minimum(heads, head0 + block_heads)
     async_load(q_smem.index(0), q_row[:, None] + cols[None, :], mask=(h < heads_end)[:, None])
     async_copy.commit_group()
     _, _, _, _, _, _, here = _schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, SINGLE)
@@ -344,49 +403,48 @@ def _consumer(
         shape=[64, 16],
     )
     sums = gl.zeros([_HEADS, 16], gl.float32, sum_lay)
-    zero = gl.zeros([_HEADS, _KEYS], gl.float32, s_mma)
     acc = gl.zeros([_HEADS, 512], gl.float32, o_mma)
-    slot = 0
-    phase = 0
-    for _ in range(here):
-        mbarrier.wait(k_full.index(slot), phase)
-        keys = k_smem.index(slot)
-        if _PRIVATE_REINTERPRET:
-            queries = q_smem.index(0)
-        else:
-            # Triton 3.9 would compute the 32 descriptors of the queries before the loop and spill them: hide
-            # the index
-            queries = q_smem.index(
-                gl.inline_asm_elementwise("and.b32 $0, $1, 0;", "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
-            )
-        token = warpgroup_mma(queries, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
-        bias = b_smem.index(slot).load(gl.SliceLayout(0, s_mma))
-        logits = warpgroup_mma_wait(0, deps=(token,))
-        logits = logits * scale_log2 + bias[None, :]
-        new_peak = gl.maximum(peak, gl.max(logits, 1))
-        alpha = gl.exp2(peak - new_peak)
-        weight = gl.exp2(logits - new_peak[:, None])
-        peak = new_peak
-        p_smem.store(weight.to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        acc = acc * gl.convert_layout(alpha, o_rows)[:, None]
-        token = warpgroup_mma(p_smem, keys, acc, is_async=True)
-        here_sum = gl.reshape(gl.sum(gl.reshape(weight, [_HEADS, 2, 4, 8]), 2), [_HEADS, 16])
-        sums = sums * gl.convert_layout(alpha, gl.SliceLayout(1, sum_lay))[:, None] + gl.convert_layout(
-            here_sum, sum_lay
+    if SINGLE:
+        mbarrier.wait(k_full.index(0), 0)
+        acc, peak, sums = _attend(
+            q_smem.index(0), k_smem.index(0), b_smem.index(0), p_smem, acc, peak, sums, scale_log2, s_mma, True
         )
-        acc = warpgroup_mma_wait(0, deps=(token,))
-        barrier()
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        slot ^= 1
-        phase = gl.where(slot == 0, phase ^ 1, phase)
+    else:
+        slot = 0
+        phase = 0
+        for _ in range(here):
+            mbarrier.wait(k_full.index(slot), phase)
+            if _PRIVATE_REINTERPRET:
+                queries = q_smem.index(0)
+            else:
+                # Triton 3.9 would compute the 32 descriptors of the queries before the loop and spill them: hide the
+                # index
+                none = gl.inline_asm_elementwise(
+                    "and.b32 $0, $1, 0;", "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1
+                )
+                queries = q_smem.index(none)
+            acc, peak, sums = _attend(
+                queries, k_smem.index(slot), b_smem.index(slot), p_smem, acc, peak, sums, scale_log2, s_mma, False
+            )
+            barrier()
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            slot ^= 1
+            phase = gl.where(slot == 0, phase ^ 1, phase)
 
     total = gl.convert_layout(gl.sum(sums, 1), o_rows)
     peak = gl.convert_layout(peak, o_rows)
     some = total != 0.0  # true for NaN too: a NaN key must show
     total = gl.where(some, total, 1.0)
     inverse = gl.where(some, _UNBIAS / total, 0.0)
+    # Found again: kept from before the loop, all this would cost its registers.
+    row, b, s, head0 = _place(block_index("x"), block_heads, head_blocks, s_q)
+    split = block_index("y")
+    heads_end = gl.minimum(heads, head0 + block_heads)
+    row64, split_row = row.to(gl.int64), (row.to(gl.int64) * splits + split) * heads
+    out += (b.to(gl.int64) * o_sb + s.to(gl.int64) * o_ss) * 8
+    lse += row64 * heads
+    part_lse += split_row
+    part += split_row * 512
     if SPLIT:
         head = head0 + gl.arange(0, _HEADS, o_rows)
         head_ok = head < heads_end
@@ -504,20 +562,10 @@ def _decode_hopper_kernel(
 ):
     if PDL:
         launch_dependents()
-    pid = gl.program_id(0)
     split = gl.program_id(1)
-    row = pid // head_blocks
-    head0 = (pid - row * head_blocks) * block_heads
-    heads_end = gl.minimum(heads, head0 + block_heads)
-    b = row // s_q
-    s = row - b * s_q
+    _, b, s, head0 = _place(gl.program_id(0), block_heads, head_blocks, s_q)
     b64, s64 = b.to(gl.int64), s.to(gl.int64)
-    row64 = row.to(gl.int64)
     q += (b64 * q_sb + s64 * q_ss) * 8
-    out += (b64 * o_sb + s64 * o_ss) * 8
-    lse += row64 * heads
-    part_lse += (row64 * splits + split) * heads
-    part += (row64 * splits + split) * heads * 512
     idx1 += b64 * i1_sb + s64 * i1_ss
     idx2 += b64 * i2_sb + s64 * i2_ss
     k_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -546,6 +594,8 @@ def _decode_hopper_kernel(
                     q,
                     q_sh,
                     out,
+                    o_sb,
+                    o_ss,
                     o_sh,
                     lse,
                     part,
@@ -558,8 +608,11 @@ def _decode_hopper_kernel(
                     k_full,
                     k_empty,
                     b,
+                    heads,
+                    block_heads,
+                    head_blocks,
+                    s_q,
                     head0,
-                    heads_end,
                     split,
                     splits,
                     len1,

@@ -19,7 +19,7 @@ try:
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
-    from .einsum_hopper import einsum_hopper_kernel
+    from .einsum_hopper import einsum_few_kernel, einsum_hopper_kernel
 except ImportError:  # a Triton without Gluon: the plain kernel serves every shape
     einsum_hopper_kernel = None
 
@@ -321,6 +321,15 @@ class HopperConfig:
     provenance: str
 
 
+@dataclass(frozen=True)
+class FewConfig:
+    """Launch configuration of the one for at most ``block_b`` tokens: tiles of those x 64 outputs."""
+
+    block_b: int
+    stages: int
+    provenance: str
+
+
 def _hopper_rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, int, int, int] | None:
     """A 2-D view of [b, h, r]: rows, columns, and each head's row and column offset; None where there is
     none."""
@@ -331,29 +340,34 @@ def _hopper_rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[
     return None
 
 
-def _launch_hopper(x, xs, w, ws, out, config: HopperConfig, sms: int) -> bool:
-    """Launch the warp-specialised kernel if the strides allow its 2-D tensor maps."""
+def _launch_hopper(x, xs, w, ws, out, config: HopperConfig | FewConfig, sms: int) -> bool:
+    """Launch a warp-specialised kernel if the strides allow its 2-D tensor maps."""
     b, h, r = x.shape
     d = w.shape[1]
     x_view = _hopper_rows(x.stride(0), x.stride(1), b, h, r)
     if x_view is None or w.stride(1) < r or w.stride(0) % w.stride(1):
         return False
+    if isinstance(config, FewConfig):
+        kernel, x_box, scales, block_d = einsum_few_kernel, config.block_b, max(config.block_b, 32), 64
+    else:
+        kernel, x_box, scales, block_d = einsum_hopper_kernel, 64, 128, config.block_d
     rows, columns, x_row_h, x_col_h = x_view
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     w_row_h = w.stride(0) // w.stride(1)
-    x_desc = GluonDescriptor(x, [rows, columns], [x.stride(0), 1], [64, 128], layout)
-    w_desc = GluonDescriptor(w, [(h - 1) * w_row_h + d, r], [w.stride(1), 1], [config.block_d, 128], layout)
+    x_desc = GluonDescriptor(x, [rows, columns], [x.stride(0), 1], [x_box, 128], layout)
+    w_desc = GluonDescriptor(w, [(h - 1) * w_row_h + d, r], [w.stride(1), 1], [block_d, 128], layout)
     xs_b, xs_h, xs_k = xs.stride()
     scale_box = xs_b == 1 and xs_k % 4 == 0 and xs_k >= b and xs_h % xs_k == 0 and xs.data_ptr() % 16 == 0
     xs_desc, xs_row_h = None, 0
     if scale_box:
         xs_row_h = xs_h // xs_k
         line = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-        xs_desc = GluonDescriptor(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, 128], line)
-    tiles = cdiv(d, config.block_d) * cdiv(b, 128) * h
+        xs_desc = GluonDescriptor(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, scales], line)
+    tiles = cdiv(d, block_d) * h
+    few = isinstance(config, FewConfig)
     launch(
-        einsum_hopper_kernel,
-        (min(tiles, sms),),
+        kernel,
+        (tiles if few else min(tiles * cdiv(b, 128), sms),),
         x_desc,
         w_desc,
         xs_desc,
@@ -376,11 +390,15 @@ def _launch_hopper(x, xs, w, ws, out, config: HopperConfig, sms: int) -> bool:
         out.stride(1),
         **_hopper_constants(config, scale_box),
         num_warps=4,
+        # two blocks of few tokens share a multiprocessor
+        maxnreg=128 if few else None,
     )
     return True
 
 
-def _hopper_constants(config: HopperConfig, scale_box: bool) -> dict[str, Any]:
+def _hopper_constants(config: HopperConfig | FewConfig, scale_box: bool) -> dict[str, Any]:
+    if isinstance(config, FewConfig):
+        return dict(BLOCK_B=config.block_b, STAGES=config.stages, SCALE_BOX=scale_box)
     return dict(BLOCK_D=config.block_d, STAGES=config.stages, CONSUMER_REGS=config.regs, SCALE_BOX=scale_box)
 
 
@@ -400,6 +418,7 @@ def _operand(arch: Arch) -> Any:
 
 # Keyed by compute capability, then the largest token count of the class.
 _H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-22: the fastest of a sweep"
+_H200_FEW = "H200, Triton 3.6.0, torch 2.11, 2026-11-27: the fastest of a sweep over Flash and Pro"
 _H100 = "H100, Triton 3.6.0, torch 2.11, 2026-11-25: the fastest of a sweep over Flash and Pro"
 _DERIVED = "derived: no measurement; as on SM90 without tensor maps, stages for 99 KiB of shared memory"
 
@@ -419,9 +438,10 @@ _TABLE: dict[Any, list[tuple[int, EinsumConfig]]] = {
 }
 
 
-# The warp-specialised kernel: the wide tile where it gives most multiprocessors work, the narrow one for a
-# few dozen tokens; between them the plain kernel's 128 x 64 tile was as fast.
-_HOPPER_TOKENS = (33, 64)
+# The warp-specialised kernels. So many tokens make the N of a product. Beyond, the wide tile where it gives most
+# multiprocessors work, else the narrow one for so many tokens. To redo: tools/sweep.py fp8_einsum.
+_FEW_TOKENS = range(17, 65)
+_NARROW_TOKENS = 128
 _HOPPER_NARROW = HopperConfig(64, 8, 152, _H200)
 _HOPPER_WIDE = HopperConfig(128, 6, 216, _H200)
 
@@ -435,15 +455,19 @@ def _plain_config(arch: Arch, b: int, w_rows: bool) -> EinsumConfig:
     raise AssertionError("the last class has no limit")
 
 
-def _config(arch: Arch, b: int, h: int, d: int, w_rows: bool) -> EinsumConfig | HopperConfig:
-    least, narrow = _HOPPER_TOKENS
+def _config(arch: Arch, b: int, h: int, d: int, w_rows: bool) -> EinsumConfig | HopperConfig | FewConfig:
+    # few tokens: what keeps memory busy is the bytes that a multiprocessor waits for, in one block or in two
+    alone = cdiv(d, 64) * h <= arch.sms
     usable = arch.cc == 90 and not arch.interpret and einsum_hopper_kernel is not None and not w_rows
-    if usable and b >= least:
+    if usable and b in _FEW_TOKENS:
+        return FewConfig(32 if b <= 32 else 64, 6 if alone else 4, _H200_FEW)
+    if usable and b > _FEW_TOKENS[-1]:
         if cdiv(d, 128) * cdiv(b, 128) * h > 0.75 * arch.sms:
             return _HOPPER_WIDE
-        if b <= narrow:
+        if b <= _NARROW_TOKENS:
             return _HOPPER_NARROW
-    return _plain_config(arch, b, w_rows)
+    config = _plain_config(arch, b, w_rows)
+    return replace(config, stages=6, provenance=_H200_FEW) if arch.cc == 90 and alone and b <= 16 else config
 
 
 def _constants(
@@ -512,7 +536,7 @@ def _fp8_einsum(x, x_scale, w, w_scale, out, config):
     strides = (x.stride(0), x.stride(1), w.stride(0), w.stride(1))
     keys_aligned = all(s % 16 == 0 for s in strides)
     aligned = keys_aligned and d % 8 == 0 and out.stride(0) % 8 == 0 and out.stride(1) % 8 == 0
-    if isinstance(config, HopperConfig):
+    if isinstance(config, HopperConfig | FewConfig):
         plain = x_kind == FP32 and w_kind == FP32 and not w_rows and r % 128 == 0 and aligned
         pointers = (x.data_ptr() | w.data_ptr() | out.data_ptr()) % 16 == 0
         if plain and pointers and _launch_hopper(x, xs, w, ws, out, config, arch.sms):

@@ -208,16 +208,16 @@ class HcConfig:
 class HopperConfig:
     """Launch configuration of the warp-specialised kernel."""
 
+    block_m: int
     block_k: int
     stages: int  # of tiles of x and fn
     ring: int  # of tiles of split fn
     provenance: str
-    block_m: int = 64  # the kernel's
     blocks: int = 1  # for each multiprocessor
 
 
 _MEASURED = "H100, Triton 3.6.0, torch 2.11, 2026-11-25: the fastest of a sweep at the split counts that vLLM asks for"
-_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-27: the fastest of nine, at the split counts that vLLM asks for"
+_H200 = "H200, Triton 3.6.0, torch 2.11, 2026-11-27: the fastest of a sweep at the split counts that vLLM asks for"
 _DERIVED = "derived: no measurement; as on SM90, fewer stages for 99 KiB of shared memory"
 
 # Keyed by compute capability, then the largest row count of the class. Few rows: launch and latency bound, so little
@@ -225,6 +225,7 @@ _DERIVED = "derived: no measurement; as on SM90, fewer stages for 99 KiB of shar
 _TABLE: dict[Any, list[tuple[int, HcConfig]]] = {
     90: [
         (64, HcConfig(16, 128, 16, True, "tf32", 2, 3, 2, True, _MEASURED)),
+        (128, HcConfig(16, 128, 32, True, "tf32", 2, 3, 2, True, _H200)),
         (256, HcConfig(64, 64, 32, False, "bf16", 4, 4, 2, True, _MEASURED)),
         (4096, HcConfig(64, 128, 32, False, "bf16", 4, 5, 1, True, _MEASURED)),
         (1 << 62, HcConfig(64, 128, 32, False, "bf16", 4, 3, 2, True, _MEASURED)),
@@ -236,15 +237,22 @@ _TABLE: dict[Any, list[tuple[int, HcConfig]]] = {
 }
 
 
-# The warp-specialised kernel, from this many rows on. To redo: tools/sweep.py hc_prenorm_gemm.
+# The warp-specialised kernel, from so many rows on, likewise. A step of 128 columns halves the splitter's waits; for
+# the most rows, two warpgroups share what it splits. To redo: tools/sweep.py hc_prenorm_gemm.
 _HOPPER_ROWS = 129
-_HOPPER = HopperConfig(64, 8, 4, _H200)
+_HOPPER = [
+    (256, HopperConfig(64, 128, 4, 2, _H200)),
+    (4096, HopperConfig(64, 128, 5, 2, _H200)),
+    (1 << 62, HopperConfig(128, 64, 6, 4, _H200)),
+]
 
 
 def _config(arch: Arch, m: int, n: int, k: int, aligned: bool) -> HcConfig | HopperConfig:
     usable = arch.cc == 90 and not arch.interpret and hc_hopper_kernel is not None
-    if usable and aligned and m >= _HOPPER_ROWS and n <= 32 and k % _HOPPER.block_k == 0:
-        return _HOPPER
+    if usable and aligned and m >= _HOPPER_ROWS and n <= 32:
+        special = next(config for limit, config in _HOPPER if m <= limit)
+        if k % special.block_k == 0:
+            return special
     for limit, config in _TABLE.get(arch.cc, _TABLE["any"]):
         if m <= limit:
             return config
@@ -349,11 +357,12 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
             *common,
             *strides,
             per,
+            ROWS=config.block_m,
             STEP=config.block_k,
             STAGES=config.stages,
             RING=config.ring,
             PDL=pdl,
-            num_warps=4,
+            num_warps=config.block_m // 16,
         )
     else:
         mode = "fp32" if arch.interpret else config.mode

@@ -6,7 +6,8 @@ three roles overlap:
 
 * one *producer* warp fetches tiles of x and fn through tensor maps into a ring;
 * one *splitter* warpgroup turns each fn tile into [high; low], bf16, in a second ring;
-* one *consumer* warpgroup multiplies x by both at once, straight from shared memory, and sums the squares meanwhile.
+* one or two *consumer* warpgroups, 64 rows each, multiply x by both at once, straight from shared memory, and sum the
+  squares meanwhile.
 """
 
 from __future__ import annotations
@@ -22,13 +23,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._gluon import barrier, launch_dependents, load_box
 
-ROWS = gl.constexpr(64)  # of x in a tile: the M of one wgmma
 MIXES = gl.constexpr(32)  # rows of fn in a tile; those beyond n are zeros that the tensor map fills in
 
 
 @gluon.jit
 def _producer(
-    x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, STEP: gl.constexpr, STAGES: gl.constexpr
+    x_desc,
+    fn_desc,
+    x_smem,
+    fn_smem,
+    x_full,
+    x_empty,
+    m0,
+    k_lo,
+    steps,
+    ROWS: gl.constexpr,
+    STEP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     for step in range(steps):
         stage = step % STAGES
@@ -78,12 +89,13 @@ def _consumer(
     o_stride_m,
     s_stride_m,
     steps,
+    ROWS: gl.constexpr,
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
     RING: gl.constexpr,
 ):
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * MIXES, 16])
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, 2 * MIXES, 16])
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [ROWS // 16, 1], [1, 0])
     acc = gl.zeros([ROWS, 2 * MIXES], gl.float32, mma)
     squares = gl.zeros([ROWS, STEP], gl.float32, lay)
     for step in range(steps):
@@ -101,7 +113,7 @@ def _consumer(
         mbarrier.arrive(x_empty.index(stage), count=1)
         mbarrier.arrive(s_empty.index(slot), count=1)
     mixes = gl.sum(gl.reshape(acc, [ROWS, 2, MIXES]), 1)
-    store: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    store: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [ROWS // 16, 1], [1, 0])
     mixes = gl.convert_layout(mixes, store)
     rows = m0 + gl.arange(0, ROWS, gl.SliceLayout(1, store))
     cols = gl.arange(0, MIXES, gl.SliceLayout(0, store))
@@ -128,13 +140,14 @@ def hc_hopper_kernel(
     s_stride_s,
     s_stride_m,
     per,
+    ROWS: gl.constexpr,
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
     RING: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One block: 64 rows and ``per`` columns of k, STEP of them at a time. x_desc: boxes [64, STEP] of bf16; fn_desc:
-    boxes [32, STEP] of fp32. N <= 32; K and per are multiples of STEP."""
+    """One block: ROWS rows and ``per`` columns of k, STEP of them at a time. x_desc: boxes [ROWS, STEP] of bf16;
+    fn_desc: boxes [32, STEP] of fp32. N <= 32; K and per are multiples of STEP; a warp for every 16 rows."""
     if PDL:
         launch_dependents()
     m0 = gl.program_id(0) * ROWS
@@ -179,13 +192,14 @@ def hc_hopper_kernel(
                     o_stride_m,
                     s_stride_m,
                     steps,
+                    ROWS,
                     STEP,
                     STAGES,
                     RING,
                 ),
             ),
             (_splitter, (fn_smem, split_smem, x_full, x_empty, s_full, s_empty, steps, STAGES, RING)),
-            (_producer, (x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, STEP, STAGES)),
+            (_producer, (x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, ROWS, STEP, STAGES)),
         ],
         [4, 1],
         [80, 40],
