@@ -172,8 +172,8 @@ def test_many_rows_of_the_prenorm_gemm_have_their_own_kernel_on_hopper() -> None
 def test_few_tokens_of_the_einsum_have_their_own_kernel_on_hopper() -> None:
     """From 17 to 64 tokens, with fp32 scales; how far it reads ahead depends on the blocks a multiprocessor has."""
 
-    def launched(capability: str, tokens: int, rank: Any = FLASH.rank(1), **kind: bool) -> Any:
-        call = serving.einsum(rank, tokens, **kind)
+    def launched(capability: str, tokens: int, model: Any = FLASH, **kind: bool) -> Any:
+        call = serving.einsum(model.rank(1), tokens, **kind)
         return next(iter(ahead.record("fp8_einsum", [call], arch_from_capability(Version(capability)))))
 
     for minor in (True, False):
@@ -182,6 +182,6 @@ def test_few_tokens_of_the_einsum_have_their_own_kernel_on_hopper() -> None:
         assert names == ["_einsum_kernel", *["einsum_few_kernel"] * 4, "einsum_hopper_kernel"]
         assert [made[n].constants["BLOCK_B"] for n in (17, 32, 33, 64)] == [32, 32, 64, 64]
         assert {made[n].constants["STAGES"] for n in (16, 17, 64)} == {6}
-        assert {launched("9.0", n, PRO.rank(1), token_minor=minor).constants["STAGES"] for n in (16, 17, 64)} == {4}
+        assert {launched("9.0", n, PRO, token_minor=minor).constants["STAGES"] for n in (16, 17, 64)} == {4}
     assert launched("9.0", 32, packed=True).kernel.__name__ == "_einsum_kernel"
     assert {launched(sm, 32).kernel.__name__ for sm in ("8.0", "10.0", "12.0")} == {"_einsum_kernel"}

@@ -368,6 +368,7 @@ def _decode_kernel(
     some = total != 0.0  # true for NaN too: a NaN key must show
     total = tl.where(some, total, 1.0)
     inverse = tl.where(some, _UNBIAS / total, 0.0)
+    # Found again: kept from before the loop, all this would cost its registers.
     pid = _block_index(0, OPERAND)
     row = pid // head_blocks
     head = (pid - row * head_blocks) * block_heads + tl.arange(0, BH)

@@ -349,8 +349,10 @@ def _launch_hopper(x, xs, w, ws, out, config: HopperConfig | FewConfig, sms: int
         return False
     if isinstance(config, FewConfig):
         kernel, x_box, scales, block_d = einsum_few_kernel, config.block_b, max(config.block_b, 32), 64
+        grid, most_registers = cdiv(d, 64) * h, 128  # two blocks share a multiprocessor
     else:
         kernel, x_box, scales, block_d = einsum_hopper_kernel, 64, 128, config.block_d
+        grid, most_registers = min(cdiv(d, block_d) * h * cdiv(b, 128), sms), None
     rows, columns, x_row_h, x_col_h = x_view
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     w_row_h = w.stride(0) // w.stride(1)
@@ -363,11 +365,9 @@ def _launch_hopper(x, xs, w, ws, out, config: HopperConfig | FewConfig, sms: int
         xs_row_h = xs_h // xs_k
         line = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
         xs_desc = GluonDescriptor(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, scales], line)
-    tiles = cdiv(d, block_d) * h
-    few = isinstance(config, FewConfig)
     launch(
         kernel,
-        (tiles if few else min(tiles * cdiv(b, 128), sms),),
+        (grid,),
         x_desc,
         w_desc,
         xs_desc,
@@ -390,8 +390,7 @@ def _launch_hopper(x, xs, w, ws, out, config: HopperConfig | FewConfig, sms: int
         out.stride(1),
         **_hopper_constants(config, scale_box),
         num_warps=4,
-        # two blocks of few tokens share a multiprocessor
-        maxnreg=128 if few else None,
+        maxnreg=most_registers,
     )
     return True
 
