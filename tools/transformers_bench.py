@@ -16,6 +16,7 @@ and after a crash the rows that are left go on in a new process. Usage:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -101,11 +102,19 @@ class Bench:
         for name, module in self.model.named_modules():
             if name.endswith(("attn_hc", "ffn_hc", "hc_head", "rotary_emb")):
                 module.float()  # as a checkpoint has them
+        self.compiled = 0  # Triton kernels so far: a row whose times have some in them is no measurement
+        with contextlib.suppress(ImportError):
+            import triton
+
+            triton.knobs.compilation.listener = self.count_compiled
         self.parts: tuple[Any, ...] = ()
         if side != "eager":
             from dsv4_backends.engines import transformers as engine
 
             self.parts = engine.enable(self.model)
+
+    def count_compiled(self, *, cache_hit: bool, **_: Any) -> None:
+        self.compiled += not cache_hit
 
     def synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -135,6 +144,7 @@ class Bench:
         if self.device.type == "cuda":
             base = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+        compiled = self.compiled
         seconds = sorted(self.timed(run) for _ in range(PREFILL_REPEATS))
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
@@ -142,6 +152,7 @@ class Bench:
             "seconds": seconds[len(seconds) // 2],
             "all_seconds": seconds,
             "first_seconds": first,
+            "compiled_while_timed": self.compiled - compiled,
             "peak_extra_bytes": peak - base,
             "model_bytes": base,
             "finite": bool(torch.isfinite(run()).all()),
@@ -280,6 +291,7 @@ class Bench:
         steps(4)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        compiled = self.compiled
         seconds = sorted(self.timed(lambda: steps(self.decode_steps)) / self.decode_steps for _ in range(3))
         peak = torch.cuda.max_memory_allocated() - base if self.device.type == "cuda" else 0
         return {
@@ -288,6 +300,7 @@ class Bench:
             "seconds_per_step": seconds[1],
             "all_seconds_per_step": seconds,
             "first_seconds": first,
+            "compiled_while_timed": self.compiled - compiled,
             "cache_bytes": held,
             "peak_extra_bytes": peak,
             "host_waits_per_step": self.waits(lambda: steps(1)),
