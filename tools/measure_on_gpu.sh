@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Every measurement that the docs show, anew on this GPU; then `python tools/docs.py` writes the pages.
+# Usage: tools/measure_on_gpu.sh WHEELS OUT [STEP...]
+#   WHEELS  folder with a folder of wheels for each release line: tokenspeed, sgl, vllm (see tools/native_on_gpu.sh).
+#           bench and transformers are run with the first of them that is there.
+#   OUT     folder for the results, named as docs/results keeps them; docs/results itself will do
+#   STEP    overhead verify bench conformance transformers native (default: all of them, about 20 minutes on an H200).
+#           bench also makes the table of the measured choice, in dsv4_backends/measured.
+# Environment: JOBS, the processes of the suites (8; each needs about 13 GB of the GPU).
+# Needs a python3 with torch for CUDA 13, Triton, pytest, pytest-xdist and transformers, and nvcc. A step that fails does
+# not stop the others. What the tests over the real vLLM say is tools/vllm_on_gpu.sh's.
+set -uo pipefail
+wheels=$(realpath "$1") out=$(realpath -m "$2")
+shift 2
+steps=${*:-overhead verify bench conformance transformers native}
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+export JOBS=${JOBS:-8}
+lines=()
+for line in tokenspeed sgl vllm; do if [ -d "$wheels/$line" ]; then lines+=("$line"); fi; done
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+pip=(python3 -m pip install -q --no-deps --no-index --target "$site")
+if [ ${#lines[@]} -gt 0 ]; then "${pip[@]}" "$wheels/${lines[0]}"/*.whl || exit 1; fi
+"${pip[@]}" --no-build-isolation . || exit 1
+before=${PYTHONPATH:-}
+export PYTHONPATH="$site${before:+:$before}"
+read -r card capability < <(python3 -c '
+import torch
+name, (major, minor) = torch.cuda.get_device_name().lower().split(), torch.cuda.get_device_capability()
+print(name[1] if name[0] == "nvidia" else name[0], f"{major}{minor}")')
+[ -n "$card" ] || exit 1
+ours=(python3 -m dsv4_backends)
+suite() { # LEVEL ARCHITECTURE NAME
+  DSV4_BACKENDS_DEVICE=$2 OMP_NUM_THREADS=1 python3 tools/conformance.py --only triton --level "$1" --jobs "$JOBS" \
+    --json "$out/$card-triton-conformance-$3.json" | tail -1
+}
+for step in $steps; do
+  echo "== $step: $(date +%T)"
+  case $step in
+    overhead) python3 tools/overhead.py --json "$out/$card-overhead.json" ;;
+    verify) "${ours[@]}" verify --level default --json > "$out/$card-verify-torch.json" ;;
+    bench)
+      results=()
+      for ranks in 1 2 4 8; do
+        results+=("$out/$card-tune-tp$ranks.json")
+        tp=(--tp "$ranks")
+        [ "$ranks" -gt 1 ] || tp=()
+        "${ours[@]}" bench "${tp[@]}" --json "${results[-1]}" | tail -2
+      done
+      "${ours[@]}" tune "${results[@]}" --output "dsv4_backends/measured/sm_$capability.json"
+      "${ours[@]}" bench --json "$out/$card-bench.json" --plot "$out/$card-bench.svg" | tail -2 ;;
+    conformance)
+      suite full "" full
+      suite smoke sm_80 sm_80
+      suite smoke sm_86 sm_86 ;;
+    transformers) python3 tools/transformers_bench.py --json "$out/$card-transformers.json" | tail -20 ;;
+    native)
+      for line in "${lines[@]}"; do
+        made=$(mktemp -d)
+        PYTHONPATH=$before tools/native_on_gpu.sh "$wheels/$line" "$line" "$made" | tail -3
+        mv "$made/list-$line.txt" "$out/$card-native-list-$line.txt"
+        mv "$made/conformance-$line.json" "$out/$card-native-conformance-$line.json"
+        mv "$made/overhead-$line.json" "$out/$card-native-overhead-$line.json"
+        rm -rf "$made"
+      done ;;
+    *) echo "unknown step $step" >&2 ;;
+  esac
+done
+echo "== done: $(date +%T)"
