@@ -210,6 +210,8 @@ PLAIN = {
 COPIED = {
     "sparse_mla_decode": ("q", "indices", "extra_indices"),
     "sparse_mla_prefill": ("q", "kv", "indices"),
+    "mqa_logits": ("q", "k", "k_scale", "weights"),
+    "paged_mqa_logits": ("q", "weights"),
     "fp8_einsum": ("x", "w"),
     "hc_prenorm_gemm": ("x", "fn"),
 }

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from dsv4_backends import Reason
 
+from ._alignment import ALIGNMENT, aligned
 from .probe import deep_gemm
 
 _BLOCK = 64
 _MAX_N = 32
 """SM90's; SM100 takes 128, which no model asks for."""
-_ALIGNMENT = 16
 
 
 def hc_prenorm_gemm_refuses(
@@ -32,12 +32,6 @@ def hc_prenorm_gemm_refuses(
     return None
 
 
-def _aligned(x: Tensor) -> Tensor:
-    fits = x.stride(0) * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
-    # In new memory, which is aligned: `contiguous` gives back what is contiguous at an odd address.
-    return x if fits and x.stride(0) >= x.shape[1] else x.clone(memory_format=torch.contiguous_format)
-
-
 def hc_prenorm_gemm(
     x: Tensor,
     fn: Tensor,
@@ -55,7 +49,7 @@ def hc_prenorm_gemm(
     if m == 0:
         return mixes, squares
     if (
-        not (x.data_ptr() | fn.data_ptr() | mixes.data_ptr()) % _ALIGNMENT
+        not (x.data_ptr() | fn.data_ptr() | mixes.data_ptr()) % ALIGNMENT
         and x.stride(0) >= k
         and not x.stride(0) % 8
         and fn.is_contiguous()
@@ -65,7 +59,7 @@ def hc_prenorm_gemm(
     ):
         deep_gemm().prenorm_gemm(x, fn, mixes, squares, num_splits)
         return mixes, squares
-    direct = mixes.is_contiguous() and squares.is_contiguous() and mixes.data_ptr() % _ALIGNMENT == 0
+    direct = mixes.is_contiguous() and squares.is_contiguous() and mixes.data_ptr() % ALIGNMENT == 0
     d = mixes if direct else torch.empty_like(mixes, memory_format=torch.contiguous_format)
     s = squares if direct else torch.empty_like(squares, memory_format=torch.contiguous_format)
     splits = num_splits
@@ -74,7 +68,7 @@ def hc_prenorm_gemm(
         d[splits:].zero_()
         s[splits:].zero_()
     used = (d, s) if splits == num_splits else (d[:splits], s[:splits])
-    deep_gemm().prenorm_gemm(_aligned(x), _aligned(fn), *used, splits)
+    deep_gemm().prenorm_gemm(aligned(x), aligned(fn), *used, splits)
     if not direct:
         mixes.copy_(d)
         squares.copy_(s)

@@ -10,13 +10,12 @@ from torch import Tensor
 from dsv4_backends import Reason
 from dsv4_backends.steps import once_a_step
 
+from ._alignment import ALIGNMENT, dense
 from ._finish import bounds, finish
 from .probe import DeepGEMM, deep_gemm
 
 _HEADS = (32, 64)
 _HEAD_DIMS = (32, 64, 128)
-_ALIGNMENT = 16
-"""Bytes: what the tensor memory accelerator wants of addresses and strides."""
 
 
 def _head_refusal(heads: int, dim: int) -> Reason | None:
@@ -82,10 +81,8 @@ def mqa_logits(
         empty = torch.empty((m, width), dtype=torch.float32, device=q.device) if out is None else out
         return empty.fill_(-torch.inf)
     library = deep_gemm()
-    q, weights = (q.contiguous(), weights.contiguous()) if heads in _HEADS else _padded_heads(q, weights)
-    k = k.contiguous()
-    if k_scale.data_ptr() % _ALIGNMENT:
-        k_scale = k_scale.clone()
+    q, weights = (dense(q), dense(weights)) if heads in _HEADS else _padded_heads(q, weights)
+    k, k_scale = dense(k), dense(k_scale)
     starts, ends = once_a_step(
         ("mqa_logits", n, width), (row_starts, row_ends), lambda: bounds(row_starts, row_ends, n, width)
     )
@@ -119,7 +116,7 @@ def paged_mqa_logits_refuses(
     if k_cache.shape[1] not in sizes:
         wanted = " or ".join(map(str, sizes))
         return Reason("shape", f"needs pages of {wanted} keys, this call has {k_cache.shape[1]}")
-    if k_cache.shape[0] > 1 and k_cache.stride(0) % _ALIGNMENT:
+    if k_cache.shape[0] > 1 and k_cache.stride(0) % ALIGNMENT:
         return Reason("shape", f"needs pages at a multiple of 16 bytes, these are {k_cache.stride(0)} apart")
     return None
 
@@ -169,7 +166,7 @@ def paged_mqa_logits(
         empty = torch.empty(size, dtype=torch.float32, device=q.device) if out is None else out
         return empty.fill_(-torch.inf)
     library = deep_gemm()
-    q, weights = (q.contiguous(), weights.contiguous()) if heads in _HEADS else _padded_heads(q, weights)
+    q, weights = (dense(q), dense(weights)) if heads in _HEADS else _padded_heads(q, weights)
     requests, tokens = b, next_n
     if next_n not in ((1, 2) if library.cleans else (1, 2, 4)):
         requests, tokens = b * next_n, 1

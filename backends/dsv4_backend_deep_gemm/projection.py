@@ -8,13 +8,13 @@ from torch import Tensor
 from dsv4_backends import Reason
 from dsv4_backends.contract import layouts
 
+from ._alignment import ALIGNMENT, aligned
 from .probe import deep_gemm
 
 _EXPRESSION = "bhr,hdr->bhd"
 _BLOCK = 128
 _TOKENS = 4
 """Scales stand with the tokens contiguous, padded to 16 bytes."""
-_ALIGNMENT = 16
 _BLOCKWISE = (1, 128, 128)
 _ROWWISE = (1, 1, 128)
 
@@ -62,12 +62,6 @@ def _tokens_contiguous(scale: Tensor) -> Tensor:
     return wide.copy_(scale)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    fits = all(stride % _ALIGNMENT == 0 for stride in x.stride()[:2]) and x.data_ptr() % _ALIGNMENT == 0
-    # In new memory, which is aligned: `contiguous` gives back what is contiguous at an odd address.
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
 def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     """See ``dsv4_backends.contract.projection``."""
     b, h, r = x.shape
@@ -76,7 +70,7 @@ def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: T
     blocks, padded = r // _BLOCK, b + -b % _TOKENS
     (xb, xh, _), (wh, wd, _), (ob, oh, _) = x.stride(), w.stride(), wanted.stride()
     if (  # the library takes every argument as it is; addresses and strides in bytes
-        not (x.data_ptr() | w.data_ptr() | wanted.data_ptr() | xb | xh | wh | wd | 2 * ob | 2 * oh) % _ALIGNMENT
+        not (x.data_ptr() | w.data_ptr() | wanted.data_ptr() | xb | xh | wh | wd | 2 * ob | 2 * oh) % ALIGNMENT
         and x_scale.dtype is torch.float32
         and w_scale.dtype is torch.float32
         and w_scale.shape[1] == d // _BLOCK
@@ -99,7 +93,7 @@ def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: T
         # Rows of a group contiguous and padded, like the tokens.
         sfb = _tokens_contiguous(w_scale.transpose(0, 1)).transpose(0, 1)
     # The kernel stores through the tensor memory accelerator.
-    direct = all(stride % 8 == 0 for stride in wanted.stride()[:2]) and wanted.data_ptr() % _ALIGNMENT == 0
+    direct = all(stride % 8 == 0 for stride in wanted.stride()[:2]) and wanted.data_ptr() % ALIGNMENT == 0
     target = wanted if direct else torch.empty((b, h, d), dtype=torch.bfloat16, device=x.device)
-    deep_gemm().einsum(_EXPRESSION, (_aligned(x), sfa), (_aligned(w), sfb), target, None, recipe)
+    deep_gemm().einsum(_EXPRESSION, (aligned(x), sfa), (aligned(w), sfb), target, None, recipe)
     return wanted if direct else wanted.copy_(target)

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share: names that differ between Triton 3.6 and 3.9, and a word of PTX."""
+"""What the Gluon kernels share: names that differ between Triton 3.6 and 3.9, and words of PTX."""
 
 from __future__ import annotations
 

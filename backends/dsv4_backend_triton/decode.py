@@ -847,7 +847,7 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
     if chosen.hopper:
         from . import decode_hopper  # Gluon: imported where it is used only
 
-        loaders, registers = decode_hopper.loaders(chosen.single)
+        loaders, registers = decode_hopper.LOADERS[chosen.single]
         launch(
             decode_hopper._decode_hopper_kernel,
             grid,

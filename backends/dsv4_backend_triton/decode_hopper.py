@@ -3,8 +3,8 @@
 The same work split, tile order and partial results as the portable kernel in decode.py, which launches this
 one in its place and combines after it. One CTA serves one query row, 64 heads and one split, in two roles:
 
-* a *loader* warpgroup gathers the FP8 rows of the next tile into registers while the last one is being consumed,
-  decodes them to bf16 and writes them into a ring of two 64 x 512 key buffers;
+* a *loader* warpgroup (two where a split is a single tile) gathers the FP8 rows of the next tile into registers while
+  the last one is being consumed, decodes them to bf16 and writes them into a ring of two 64 x 512 key buffers;
 * two *consumer* warpgroups share S = Q K^T (32 keys each), the softmax, and O += P V (256 columns each).
 
 Decoding and tensor work run side by side, and get in each other's way: on the H200 (128 queries of 128 heads) either
@@ -29,14 +29,9 @@ from ._gluon import async_load, barrier, block_index, launch_dependents
 # Triton 3.9 renamed it.
 _PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
-# Loader warps and their registers: of 4 x 128, 8 x 72, 8 x 80 and 8 x 88 the fastest on the H200, and without spills
-# with Triton 3.6 and 3.9 (2026-11-27). A single tile is latency alone, so more warps.
-_SINGLE_LOADERS, _LOADERS = (8, 80), (4, 128)
-
-
-def loaders(single: bool) -> tuple[int, int]:
-    return _SINGLE_LOADERS if single else _LOADERS
-
+# Loader warps and their registers, by whether a split is a single tile, which is latency alone: of 4 x 128, 8 x 72,
+# 8 x 80, 8 x 88 and 8 x 96 the fastest on the H200, and without spills with Triton 3.6 and 3.9 (2026-11-27).
+LOADERS = {True: (8, 80), False: (4, 128)}
 
 _NEGATIVE = gl.constexpr(-1.0e30)  # a running maximum before the first key: finite, so that -inf - -inf cannot arise
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -122,24 +117,12 @@ def _fetch(
     cols,
     cols_r,
     rows_r: gl.constexpr,
-    here1,
-    split,
-    first2,
-    splits,
-    length1,
-    length2,
-    cache1,
-    cache2,
-    slots1,
-    slots2,
-    stride1,
-    stride2,
-    page1,
-    page2,
-    shift1,
-    shift2,
+    share,
+    scopes,
 ):
     """Issue the loads of a tile: the seven nope groups, the rope part and the scale word of each row."""
+    here1, split, first2, splits, length1, length2 = share
+    cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2 = scopes
     one, tile = _tile(i, here1, split, first2, splits)
     page_size = gl.where(one, page1, page2)
     ok = (index >= 0) & (index < gl.where(one, slots1, slots2))
@@ -235,31 +218,10 @@ def _loader(
     length1, length2, width1, width2, first2, here1, here = _schedule(
         b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, SINGLE
     )
+    share = here1, split, first2, splits, length1, length2
+    scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
     index = _index(0, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
-    r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(
-        0,
-        index,
-        keys,
-        cols,
-        cols_r,
-        rows_r,
-        here1,
-        split,
-        first2,
-        splits,
-        length1,
-        length2,
-        cache1,
-        cache2,
-        slots1,
-        slots2,
-        stride1,
-        stride2,
-        page1,
-        page2,
-        shift1,
-        shift2,
-    )
+    r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(0, index, keys, cols, cols_r, rows_r, share, scopes)
     if SINGLE:
         _deposit(k32.index(0), b_smem.index(0), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
         fence_async_shared()
@@ -276,30 +238,7 @@ def _loader(
             fence_async_shared()
             barrier()
             mbarrier.arrive(k_full.index(slot), count=1)
-            r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(
-                i + 1,
-                index,
-                keys,
-                cols,
-                cols_r,
-                rows_r,
-                here1,
-                split,
-                first2,
-                splits,
-                length1,
-                length2,
-                cache1,
-                cache2,
-                slots1,
-                slots2,
-                stride1,
-                stride2,
-                page1,
-                page2,
-                shift1,
-                shift2,
-            )
+            r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(i + 1, index, keys, cols, cols_r, rows_r, share, scopes)
             index = _index(i + 2, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
             slot ^= 1
             phase = gl.where(slot == 0, phase ^ 1, phase)
