@@ -53,7 +53,8 @@ for step in $steps; do
     conformance)
       suite full "" full
       suite smoke sm_80 sm_80
-      suite smoke sm_86 sm_86 ;;
+      suite smoke sm_86 sm_86
+      suite smoke sm_120 sm_120 ;;
     transformers) python3 tools/transformers_bench.py --json "$out/$card-transformers.json" | tail -20 ;;
     native)
       for line in "${lines[@]}"; do

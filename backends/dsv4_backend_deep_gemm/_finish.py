@@ -10,12 +10,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 _BLOCK = 4096
 _MOVED_BLOCK = 2048
 _ROWS_TO_MOVE = 256
 """One program moves a row within itself. With fewer rows than this, more programs copy to new memory in less time."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_EARLY = not _INTERPRETED
+"""Launched before DeepGEMM's kernel has ended (programmatic dependent launch, which all of its GPUs have)."""
 
 # One compiled variant for each set of flags, whatever the sizes: `_launch` keeps it by flags alone.
 _SIZES = ["width", "row_stride", "source_stride", "rows_per_length"]
@@ -37,7 +40,10 @@ def _finish_kernel(
     COPIES: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * BLOCK
     column = begin + tl.arange(0, BLOCK)
@@ -70,7 +76,10 @@ def _move_kernel(
     row_stride: tl.int64,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     width = width * UNIT
     place = logits + row * row_stride * UNIT
@@ -133,6 +142,7 @@ def _launch(
     numbers: tuple[int, ...],
     flags: tuple[Any, ...],
     aligned: bool = True,
+    early: bool = False,
 ) -> None:
     """Launch a kernel without Triton's own look at every argument, which takes longer than the kernel.
 
@@ -140,13 +150,14 @@ def _launch(
         tensors, numbers: Its first arguments, all of these on ``device``, and those that follow.
         flags: The values of its ``constexpr`` parameters.
         aligned: Whether the pointer that it is specialised on is a multiple of 16.
+        early: Launched while the kernel before it still runs, for which it waits by itself.
     """
     key = (kernel.fn, device, flags, aligned)
     found = _compiled.get(key)
     if found is not None:
         found(grid, tensors, numbers)
         return
-    compiled = kernel[grid](*tensors, *numbers, *flags)
+    compiled = kernel[grid](*tensors, *numbers, *flags, **({"launch_pdl": True} if early else {}))
     if not _INTERPRETED:
         _compiled[key] = _runner(compiled, device, flags)
 
@@ -203,14 +214,15 @@ def finish(
     if out is None and shifted:
         assert starts is not None
         numbers: tuple[int, ...] = (width // unit, stride // unit)
-        _launch(_move_kernel, device, (rows, 1, 1), (logits, starts, ends), numbers, (unit, _MOVED_BLOCK), aligned)
+        flags: tuple[Any, ...] = (unit, _MOVED_BLOCK, _EARLY)
+        _launch(_move_kernel, device, (rows, 1, 1), (logits, starts, ends), numbers, flags, aligned, _EARLY)
         return logits
     begin = ends if starts is None else starts
     source_stride = stride if out is None else logits.stride(0)
     numbers = (width // unit, stride // unit, source_stride, rows // ends.numel())
-    flags = (starts is not None, shifted, out is not None, unit, _BLOCK)
+    flags = (starts is not None, shifted, out is not None, unit, _BLOCK, _EARLY)
     grid = (rows, -(-width // _BLOCK), 1)
-    _launch(_finish_kernel, device, grid, (target, logits, begin, ends), numbers, flags, aligned)
+    _launch(_finish_kernel, device, grid, (target, logits, begin, ends), numbers, flags, aligned, _EARLY)
     return target
 
 

@@ -13,37 +13,31 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEGATIVE = tl.constexpr(-1.0e30)
 """Stands for -inf where -inf - -inf would be NaN."""
 
-# Four e4m3 bytes to four bf16. The byte's magnitude, shifted so that its exponent field lies in bf16's,
-# reads as value * 2^-120 (the biases are 7 and 127), subnormals included, and one multiplication by 2^120
-# puts that right. The sum with 0x0100 carries into the sign bit for the NaN code 0x7f alone; from that bit
-# the NaN is or-ed in. fma with -0 rather than mul: mul.bf16x2 needs SM90.
-_E4M3X4_TO_BF16X4 = tl.constexpr("""{
-    .reg .b32 h, s, n, t, k, z;
+# Four e4m3 bytes to four bf16. A byte and its sign spread over 16 bits, its magnitude moved to where bf16 has its own,
+# read as value * 2^-120 (the biases are 7 and 127), subnormals included, and one multiplication by 2^120 puts that
+# right. The NaN code alone reads as 480: times 1.11 * 2^119 it is infinite, where 448 is not yet. Adding 0 times that
+# makes it a NaN and leaves the others. Three integer instructions for two values: machines without e4m3 have least of
+# those. fma with -0 rather than mul: mul.bf16x2 needs SM90.
+E4M3X4_TO_BF16X4 = """{
+    .reg .b32 t, k, b, o, z;
     mov.b32 k, 0x7b807b80;
+    mov.b32 b, 0x7b0e7b0e;
+    mov.b32 o, 0;
     mov.b32 z, 0x80008000;
-    prmt.b32 h, $2, 0, 0x1404;
-    and.b32 s, h, 0x80008000;
-    and.b32 h, h, 0x7f007f00;
-    add.u32 n, h, 0x01000100;
-    and.b32 n, n, 0x80008000;
-    shr.u32 t, n, 15;
-    sub.u32 n, n, t;
-    shr.u32 h, h, 4;
-    or.b32 h, h, s;
-    fma.rn.bf16x2 h, h, k, z;
-    or.b32 $0, h, n;
-    prmt.b32 h, $2, 0, 0x3424;
-    and.b32 s, h, 0x80008000;
-    and.b32 h, h, 0x7f007f00;
-    add.u32 n, h, 0x01000100;
-    and.b32 n, n, 0x80008000;
-    shr.u32 t, n, 15;
-    sub.u32 n, n, t;
-    shr.u32 h, h, 4;
-    or.b32 h, h, s;
-    fma.rn.bf16x2 h, h, k, z;
-    or.b32 $1, h, n;
-}""")
+    prmt.b32 t, $2, 0, 0x9180;
+    shl.b32 t, t, 4;
+    and.b32 t, t, 0x87f087f0;
+    fma.rn.bf16x2 $0, t, k, z;
+    fma.rn.bf16x2 t, $0, b, z;
+    fma.rn.bf16x2 $0, t, o, $0;
+    prmt.b32 t, $2, 0, 0xb3a2;
+    shl.b32 t, t, 4;
+    and.b32 t, t, 0x87f087f0;
+    fma.rn.bf16x2 $1, t, k, z;
+    fma.rn.bf16x2 t, $1, b, z;
+    fma.rn.bf16x2 $1, t, o, $1;
+}"""
+_E4M3X4_TO_BF16X4 = tl.constexpr(E4M3X4_TO_BF16X4)
 
 
 @triton.jit
@@ -60,7 +54,7 @@ def e4m3_to_fp32(byte):
 @triton.jit
 def e4m3_to_bf16(byte):
     """e4m3 bytes (uint8) to bf16, exact for all 256 codes. Not for the interpreter (PTX)."""
-    return tl.inline_asm_elementwise(_E4M3X4_TO_BF16X4, "=r,=r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4)
+    return tl.inline_asm_elementwise(_E4M3X4_TO_BF16X4, "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -90,3 +84,14 @@ def round_to(x, DTYPE: tl.constexpr, OPERAND: tl.constexpr):
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(DTYPE)
+
+
+@triton.jit
+def block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
+    """The program's index again, as the compiler does not know: it would keep it, and all that was made of it."""
+    if OPERAND == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "mov.u32 $0, %ctaid." + ("x" if AXIS == 0 else "y") + ";", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tl.program_id(AXIS)

@@ -23,7 +23,7 @@ from ._arch import Arch, arch_of
 from ._launch import launch
 from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
-from ._numeric import round_to
+from ._numeric import block_index, round_to
 from ._sizes import cdiv
 
 _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
@@ -197,17 +197,6 @@ def _tile_index(i, here1, first1, first2, splits, idx1, idx2, length1, length2, 
     return index, one
 
 
-@triton.jit
-def _block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
-    """The program's index again, as the compiler does not know: it would keep it, and all that was made of it."""
-    if OPERAND == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "mov.u32 $0, %ctaid." + ("x" if AXIS == 0 else "y") + ";", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
-    else:
-        return tl.program_id(AXIS)
-
-
 _NO_SPECIALIZE = [
     "has_sink",
     "has_len1",
@@ -369,7 +358,7 @@ def _decode_kernel(
     total = tl.where(some, total, 1.0)
     inverse = tl.where(some, _UNBIAS / total, 0.0)
     # Found again: kept from before the loop, all this would cost its registers.
-    pid = _block_index(0, OPERAND)
+    pid = block_index(0, OPERAND)
     row = pid // head_blocks
     head = (pid - row * head_blocks) * block_heads + tl.arange(0, BH)
     head_ok = head < heads
@@ -377,7 +366,7 @@ def _decode_kernel(
     s64 = (row % s_q).to(tl.int64)
     row64 = row.to(tl.int64)
     if SPLIT:
-        lse_at = (row64 * splits + _block_index(1, OPERAND)) * heads + head
+        lse_at = (row64 * splits + block_index(1, OPERAND)) * heads + head
         tl.store(part_lse + lse_at, tl.where(some, peak + tl.log2(total), float("-inf")), mask=head_ok)
         o_row = part + lse_at[:, None] * 512
     else:

@@ -17,7 +17,7 @@ from ._arch import Arch, arch_of
 from ._launch import launch
 from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
-from ._numeric import round_to
+from ._numeric import block_index, round_to
 
 try:
     from . import prefill_hopper
@@ -75,6 +75,7 @@ def _prefill_kernel(
     BN: tl.constexpr,
     UNIT: tl.constexpr,
     OPERAND: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     pid = tl.program_id(0)
     row = pid // head_blocks
@@ -109,6 +110,13 @@ def _prefill_kernel(
         acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
         peak = new_peak
 
+    if AGAIN:
+        # Found again: kept from before the loop, all this would cost its registers.
+        pid = block_index(0, OPERAND)
+        row = pid // head_blocks
+        row64 = row.to(tl.int64)
+        head = (pid - row * head_blocks) * BH + tl.arange(0, BH)
+        head_ok = head < heads
     some = total != 0.0  # true for NaN too: a NaN key must show
     total = tl.where(some, total, 1.0)
     row_lse = tl.where(some, (peak + tl.log2(total)) * _LN2, float("inf"))
@@ -133,22 +141,26 @@ class Tile:
     keys: int
     warps: int
     stages: int
+    again: bool = False  # after the loop, find the program's place again rather than keep it
 
 
-# Measured on the H200, Triton 3.6, 2026-11-22: of the tiles that spill at most 32 bytes with Triton 3.6 and 3.9,
-# the fastest. (64, 64, 8, 2)
-# would be 1.27 times as fast but spills 104 to 152; the Gluon kernel stands in front of this one on Hopper.
+# Measured on the H200, Triton 3.6, 2026-11-22: of the tiles that spilled at most 32 bytes with Triton 3.6 and 3.9, the
+# fastest.
 _MEASURED = {16: Tile(16, 32, 4, 2), 32: Tile(32, 32, 4, 2)}
-# Derived for SM86 and SM89, where (32, 32, 4, 2) spills 56 to 72: same registers, half the keys. Not timed.
-_SM8X = {16: Tile(16, 32, 4, 2), 32: Tile(32, 16, 4, 3)}
+# Derived, not timed there. mma.sync is bound by what the warps read from shared memory, so from the compiled loops: the
+# products of a tile over the bytes at 128 a cycle, against the peak. On SM80 (64, 64) reaches 0.62 of it and (32, 32)
+# 0.51; on SM86 and SM89 (32, 32) 0.51 and (32, 16) 0.30. Without finding their place again these would spill 56 to 128
+# bytes; on later architectures it costs registers instead.
+_SM80 = {**_MEASURED, 64: Tile(64, 64, 8, 2, again=True)}
+_SM8X = {16: Tile(16, 32, 4, 2), 32: Tile(32, 32, 4, 2, again=True)}
 
 
 def plan(arch: Arch, heads: int) -> Tile:
-    """The tile for a head count on a machine. All take 68 KiB or less, so two programs fit a large
+    """The tile for a head count on a machine. All but one take 68 KiB or less, so two programs fit a large
     multiprocessor.
     """
-    table = _SM8X if arch.major == 8 and arch.minor in (6, 9) else _MEASURED
-    return table[16 if heads <= 16 else 32]
+    table = {80: _SM80, 86: _SM8X, 89: _SM8X}.get(arch.cc, _MEASURED)
+    return table[min((size for size in table if heads <= size), default=max(table))]
 
 
 def _unit(*sizes: int) -> int:
@@ -190,6 +202,7 @@ def _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, l
         BN=tile.keys,
         UNIT=unit,
         OPERAND=tl.float32 if arch.interpret else tl.bfloat16,
+        AGAIN=tile.again,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

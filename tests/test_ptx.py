@@ -1,0 +1,72 @@
+"""The Triton provider's inline PTX that decodes e4m3, executed in Python: on every code, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from dsv4_backend_triton import _numeric
+
+
+def _halves(word: int) -> torch.Tensor:
+    return torch.tensor([word & 0xFFFF, word >> 16]).to(torch.uint16).view(torch.bfloat16)
+
+
+def _fma(a: int, b: int, c: int) -> int:
+    """``fma.rn.bf16x2``. Products of bf16 are exact in fp64, and so are the sums here."""
+    exact = _halves(a).double() * _halves(b).double() + _halves(c).double()
+    low, high = exact.bfloat16().view(torch.uint16).tolist()
+    return int(low) | int(high) << 16
+
+
+def _prmt(a: int, b: int, selector: int) -> int:
+    source, result = a | b << 32, 0
+    for place in range(4):
+        chosen = selector >> 4 * place & 0xF
+        byte = source >> 8 * (chosen & 7) & 0xFF
+        if chosen & 8:
+            byte = 0xFF if byte & 0x80 else 0
+        result |= byte << 8 * place
+    return result
+
+
+OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "prmt.b32": _prmt,
+    "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
+    "and.b32": lambda a, b: a & b,
+    "fma.rn.bf16x2": _fma,
+}
+
+
+def run(text: str, results: int, *inputs: int) -> list[int]:
+    """What the block leaves in ``$0`` and on, given the registers after those."""
+    registers = {f"${results + i}": value for i, value in enumerate(inputs)}
+    for line in text.strip("{} \n").splitlines():
+        name, *operands = re.split(r"[\s,]+", line.strip().rstrip(";"))
+        if name != ".reg":
+            target, *sources = operands
+            values = [registers[s] if s in registers else int(s, 0) for s in sources]
+            registers[target] = OPERATIONS[name](*values)
+    return [registers[f"${i}"] for i in range(results)]
+
+
+def test_every_code_beside_every_kind_of_neighbour() -> None:
+    """Bit by bit but for the payload of a NaN, which stays its own."""
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).bfloat16()
+    for code, neighbour in itertools.product(range(256), (0x00, 0x80, 0x7F, 0xFF, 0x7E, 0x01)):
+        codes = [code, neighbour, neighbour ^ 0x80, code]
+        words = run(_numeric.E4M3X4_TO_BF16X4, 2, sum(byte << 8 * i for i, byte in enumerate(codes)))
+        got, want = torch.cat([_halves(word) for word in words]), table[codes]
+        assert torch.equal(got.isnan(), want.isnan())
+        kept = ~want.isnan()
+        assert torch.equal(got.view(torch.int16)[kept], want.view(torch.int16)[kept])
+
+
+@pytest.mark.parametrize(
+    ("word", "selector", "expected"), [(0x8301FF7F, 0x9180, 0xFFFF007F), (0x8301FF7F, 0xB3A2, 0xFF830001)]
+)
+def test_the_selectors_spread_bytes_and_their_signs(word: int, selector: int, expected: int) -> None:
+    assert _prmt(word, 0, selector) == expected
