@@ -185,3 +185,32 @@ def test_few_tokens_of_the_einsum_have_their_own_kernel_on_hopper() -> None:
         assert {launched("9.0", n, PRO, token_minor=minor).constants["STAGES"] for n in (16, 17, 64)} == {4}
     assert launched("9.0", 32, packed=True).kernel.__name__ == "_einsum_kernel"
     assert {launched(sm, 32).kernel.__name__ for sm in ("8.0", "10.0", "12.0")} == {"_einsum_kernel"}
+
+
+def test_attention_has_its_own_kernels_for_mma_sync() -> None:
+    """On SM8x and SM12x: the tile that fits, and where rows cannot be read 16 bytes at a time, the plain kernels."""
+
+    def launched(capability: str, op: str, call: dict[str, Any]) -> list[tuple[Any, ...]]:
+        found = ahead.record(op, [call], arch_from_capability(Version(capability)))
+        return [(one.kernel.__name__, one.constants.get("HEADS"), one.constants.get("KEYS")) for one in found]
+
+    def tile(capability: str, op: str, call: dict[str, Any]) -> tuple[Any, ...]:
+        return launched(capability, op, call)[0]
+
+    many, few = (serving.decode(64, b, 1, 128, (512, 64)) for b in (128, 8))
+    for capability, wide in (("8.0", 64), ("8.6", 32), ("8.9", 32), ("12.0", 32)):
+        assert tile(capability, "sparse_mla_decode", many) == ("_decode_ampere_kernel", wide, wide)
+        assert tile(capability, "sparse_mla_decode", few) == ("_decode_ampere_kernel", 32, 32)
+        for heads, high in ((128, wide), (64, wide), (32, 32), (17, 32)):
+            call = serving.prefill(heads, 512, 4096, 640)
+            assert tile(capability, "sparse_mla_prefill", call) == ("_prefill_ampere_kernel", high, high)
+        assert tile(capability, "sparse_mla_prefill", serving.prefill(16, 512, 4096, 640))[0] == "_prefill_kernel"
+    for capability in ("10.0", "10.3"):
+        assert tile(capability, "sparse_mla_prefill", serving.prefill(64, 512, 4096, 640))[0] == "_prefill_kernel"
+        assert "ampere" not in tile(capability, "sparse_mla_decode", many)[0]
+    apart = torch.empty(4096, 1, 516, dtype=torch.bfloat16, device="meta")[..., :512]
+    call = serving.prefill(64, 512, 4096, 640) | {"kv": apart}
+    assert tile("8.0", "sparse_mla_prefill", call)[0] == "_prefill_kernel"
+    odd = torch.empty(1024, 64 * 584 + 8, dtype=torch.uint8, device="meta")[:, : 64 * 584].view(1024, 64, 1, 584)
+    names = [name for name, *_ in launched("8.0", "sparse_mla_decode", many | {"k_cache": odd})]
+    assert names == ["_stage_kernel", "_prefill_ampere_kernel"]

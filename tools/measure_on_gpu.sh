@@ -49,7 +49,7 @@ for step in $steps; do
         "${ours[@]}" bench "${tp[@]}" --json "${results[-1]}" | tail -2
       done
       "${ours[@]}" tune "${results[@]}" --output "dsv4_backends/measured/sm_$capability.json"
-      "${ours[@]}" bench --json "$out/$card-bench.json" --plot "$out/$card-bench.svg" | tail -2 ;;
+      "${ours[@]}" bench --also-as sm_80 --also-as sm_89 --json "$out/$card-bench.json" --plot "$out/$card-bench.svg" | tail -2 ;;
     conformance)
       suite full "" full
       suite smoke sm_80 sm_80

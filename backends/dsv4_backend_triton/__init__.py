@@ -1,7 +1,8 @@
 """The Triton provider: one code base for compute capability 8.0 and newer.
 
-Plain Triton kernels serve every architecture. On Hopper some ops have a second, warp-specialised kernel in Gluon,
-which ships with Triton; shapes that it does not take go to the plain one.
+Plain Triton kernels serve every architecture. In front of them stand kernels in Gluon, which ships with Triton: for
+Hopper warp-specialised ones, and for attention on SM8x and SM12x ones that place their warps by hand. Shapes that they
+do not take go to the plain one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     yield ProviderSpec(
         name="triton",
-        summary="Triton kernels for SM80 to SM121, with Gluon kernels for Hopper",
+        summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and for attention on SM8x and SM12x",
         tier=Tier.PORTABLE,
         requires=("triton>=3.6",),
         hint="pip install 'dsv4-backends[triton]'",

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share: names that differ between Triton 3.6 and 3.9, and words of PTX."""
+"""What the Gluon kernels share: names that differ between Triton 3.6 and 3.9, constants, and words of PTX."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 # all threads of a role; renamed in Triton 3.9
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+# renamed in Triton 3.9
+PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+
+NEGATIVE = gl.constexpr(-1.0e30)  # a running maximum before the first key: finite, so that -inf - -inf cannot arise
+LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit

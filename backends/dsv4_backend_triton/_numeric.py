@@ -84,14 +84,3 @@ def round_to(x, DTYPE: tl.constexpr, OPERAND: tl.constexpr):
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(DTYPE)
-
-
-@triton.jit
-def block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
-    """The program's index again, as the compiler does not know: it would keep it, and all that was made of it."""
-    if OPERAND == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "mov.u32 $0, %ctaid." + ("x" if AXIS == 0 else "y") + ";", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
-    else:
-        return tl.program_id(AXIS)

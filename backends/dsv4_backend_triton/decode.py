@@ -23,7 +23,7 @@ from ._arch import Arch, arch_of
 from ._launch import launch
 from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
-from ._numeric import block_index, round_to
+from ._numeric import round_to
 from ._sizes import cdiv
 
 _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
@@ -197,6 +197,17 @@ def _tile_index(i, here1, first1, first2, splits, idx1, idx2, length1, length2, 
     return index, one
 
 
+@triton.jit
+def _block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
+    """The program's index again, as the compiler does not know: it would keep it, and all that was made of it."""
+    if OPERAND == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "mov.u32 $0, %ctaid." + ("x" if AXIS == 0 else "y") + ";", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tl.program_id(AXIS)
+
+
 _NO_SPECIALIZE = [
     "has_sink",
     "has_len1",
@@ -358,7 +369,7 @@ def _decode_kernel(
     total = tl.where(some, total, 1.0)
     inverse = tl.where(some, _UNBIAS / total, 0.0)
     # Found again: kept from before the loop, all this would cost its registers.
-    pid = block_index(0, OPERAND)
+    pid = _block_index(0, OPERAND)
     row = pid // head_blocks
     head = (pid - row * head_blocks) * block_heads + tl.arange(0, BH)
     head_ok = head < heads
@@ -366,7 +377,7 @@ def _decode_kernel(
     s64 = (row % s_q).to(tl.int64)
     row64 = row.to(tl.int64)
     if SPLIT:
-        lse_at = (row64 * splits + block_index(1, OPERAND)) * heads + head
+        lse_at = (row64 * splits + _block_index(1, OPERAND)) * heads + head
         tl.store(part_lse + lse_at, tl.where(some, peak + tl.log2(total), float("-inf")), mask=head_ok)
         o_row = part + lse_at[:, None] * 512
     else:
@@ -563,8 +574,9 @@ class Plan:
     splits: int
     single: bool = False  # every split is exactly one tile of the widths
     hopper: bool = False  # the Gluon kernel of decode_hopper.py in place of the portable one
+    ampere: bool = False  # that of decode_ampere.py
     block_heads: int = 64  # heads of one program of that kernel: its tile is 64 high, fewer mean more programs
-    staged: prefill.Tile | None = None  # decode the rows to a workspace first, then attend with this prefill tile
+    staged: bool = False  # decode the rows to a workspace first, then attend as prefill does
 
 
 # Measured on the H200, Triton 3.6, 2026-11-22. The portable tiles keep to 99 KiB and have not been timed on any other
@@ -573,6 +585,9 @@ _SMALL = Tile(16, 32, 4, 1)  # one tile a split, two programs fit a multiprocess
 _MEDIUM = Tile(16, 64, 8, 1)
 _LOOP = Tile(16, 32, 8, 1)  # for byte loads, where _MEDIUM in a loop outgrows 99 KiB
 _HOPPER = Tile(64, 64, 8, 1)
+# decode_ampere.py's: 138 KiB, and 67 KiB for architectures with 99. Timed on the H200 under SM80's and SM89's names,
+# with as much shared memory as they have, 2026-11-27.
+_AMPERE, _AMPERE_SMALL = Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)
 _STAGE_KEYS, _STAGE_WARPS = 32, 4
 _INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
 
@@ -618,16 +633,17 @@ def plan(
     topk: int,
     extra_topk: int,
     *,
-    hopper: bool = True,
+    gluon: bool = True,
     rough: bool = False,
     batch_invariant: bool = False,
 ) -> Plan:
     """The launch for ``rows`` = b * s_q queries, from shapes and machine alone.
 
-    ``hopper=False`` rules out the Gluon kernel (cache pages or strides it cannot take); ``rough`` says that pages are
+    ``gluon=False`` rules out the Gluon kernels (cache pages or strides they cannot take); ``rough`` says that pages are
     not even 8-byte aligned, where byte loads make the 64-key tile outgrow 99 KiB.
     """
-    hopper = hopper and arch.major == 9 and arch.smem >= 210 * 1024 and not arch.interpret
+    gluon = gluon and not arch.interpret
+    hopper = gluon and arch.major == 9 and arch.smem >= 210 * 1024
     small, tiles = _tiles(topk, extra_topk, _SMALL.keys), _tiles(topk, extra_topk, 64)
     narrow = cdiv(heads, 16)
     if batch_invariant:
@@ -636,6 +652,11 @@ def plan(
     # once
     if rows * narrow * small <= arch.sms:
         return Plan(_SMALL, small, single=True)
+    if gluon and arch.major in (8, 12):
+        few = rows * cdiv(heads, _AMPERE_SMALL.heads) * _tiles(topk, extra_topk, _AMPERE_SMALL.keys) <= 6 * arch.sms
+        tile = _AMPERE_SMALL if few or heads <= 32 or arch.smem < 138 * 1024 else _AMPERE
+        splits = _splits(rows * cdiv(heads, tile.heads), _tiles(topk, extra_topk, tile.keys), arch.sms)
+        return Plan(tile, splits, ampere=True)
     if rows * narrow * tiles <= arch.sms and not rough:
         return Plan(_MEDIUM, tiles, single=True)
     if hopper:
@@ -649,7 +670,7 @@ def plan(
     if heads > 16 and programs * 10 >= arch.sms * 9:
         # enough rows to keep the machine busy without splits: decoding a row once pays more than keeping it
         # on chip
-        return Plan(_LOOP, 1, staged=prefill.plan(arch, min(heads, 32)))
+        return Plan(_LOOP, 1, staged=True)
     loop = _LOOP if rough else _MEDIUM
     return Plan(loop, _splits(rows * narrow, _tiles(topk, extra_topk, loop.keys), arch.sms))
 
@@ -731,7 +752,7 @@ def _scopes(k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_t
     )
 
 
-def _launch_staged(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, tile: prefill.Tile) -> None:
+def _launch_staged(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch) -> None:
     """Decode the chosen rows to bf16 in a workspace, then attend to them as prefill does."""
     b, s_q, heads, _ = q.shape
     rows, both = b * s_q, scopes.topk1 + scopes.topk2
@@ -778,15 +799,14 @@ def _launch_staged(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch
         torch.empty_like(lse).view(rows, heads),
         lse.view(rows, heads),
         arch,
-        tile,
     )
     if not direct:
         out.copy_(flat)
 
 
 def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chosen: Plan) -> None:
-    if chosen.staged is not None:
-        _launch_staged(q, scopes, sm_scale, attn_sink, out, lse, arch, chosen.staged)
+    if chosen.staged:
+        _launch_staged(q, scopes, sm_scale, attn_sink, out, lse, arch)
         return
     b, s_q, heads, _ = q.shape
     rows, tile, splits = b * s_q, chosen.tile, chosen.splits
@@ -798,10 +818,11 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
     else:
         part, part_lse = lse, lse
     sink = lse if attn_sink is None else attn_sink
-    block_heads = min(chosen.block_heads, tile.heads) if chosen.hopper else tile.heads
+    gluon = chosen.hopper or chosen.ampere
+    block_heads = min(chosen.block_heads, tile.heads) if gluon else tile.heads
     blocks = cdiv(heads, block_heads)
     cache1, cache2 = scopes.cache1, scopes.cache2
-    if chosen.hopper:
+    if gluon:
         cache1, cache2 = cache1.view(torch.int32), cache2.view(torch.int32)
     arguments = (
         q,
@@ -847,6 +868,19 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
             LOADER_REGISTERS=registers,
             PDL=pdl,
             num_warps=8,
+        )
+    elif chosen.ampere:
+        from . import decode_ampere
+
+        launch(
+            decode_ampere._decode_ampere_kernel,
+            grid,
+            *arguments,
+            SPLIT=splits > 1,
+            HEADS=tile.heads,
+            KEYS=tile.keys,
+            PDL=pdl,
+            num_warps=tile.warps,
         )
     else:
         launch(
@@ -936,14 +970,14 @@ def sparse_mla_decode(
         return out, lse
     arch = arch_of(q.device)
     scopes = _scopes(k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length)
-    hopper = scopes.unit == 16 and scopes.pow2 and _q_unit(q, out) == 8
+    gluon = scopes.unit == 16 and scopes.pow2 and _q_unit(q, out) == 8
     chosen = plan(
         arch,
         b * s_q,
         heads,
         scopes.topk1,
         scopes.topk2,
-        hopper=hopper,
+        gluon=gluon,
         rough=scopes.unit == 1,
         batch_invariant=_invariant,
     )

@@ -24,157 +24,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._gluon import async_load, barrier, block_index, launch_dependents
-
-# Triton 3.9 renamed it.
-_PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+from ._decode_gluon import (
+    NO_ALIGN,
+    NO_SPECIALIZE,
+    UNBIAS,
+    deposit,
+    find,
+    index_of,
+    load_back,
+    load_front,
+    place,
+    schedule,
+)
+from ._gluon import (
+    LN2,
+    LOG2E,
+    NEGATIVE,
+    PRIVATE_REINTERPRET,
+    async_load,
+    barrier,
+    block_index,
+    launch_dependents,
+)
 
 # Loader warps and their registers, by whether a split is a single tile, which is latency alone: of 4 x 128, 8 x 72,
 # 8 x 80, 8 x 88 and 8 x 96 the fastest on the H200, and without spills with Triton 3.6 and 3.9 (2026-11-27).
 LOADERS = {True: (8, 80), False: (4, 128)}
 
-_NEGATIVE = gl.constexpr(-1.0e30)  # a running maximum before the first key: finite, so that -inf - -inf cannot arise
-_LN2 = gl.constexpr(0.6931471805599453)
-_LOG2E = gl.constexpr(1.4426950408889634)
-_UNBIAS = gl.constexpr(2.0**60)  # keys are kept times 2^-60, see decode.py
 _HEADS = gl.constexpr(64)
 _KEYS = gl.constexpr(64)
 _RING = gl.constexpr(2)
-
-
-def _decode_asm() -> str:
-    """Four words of e4m3 bytes, and their factors, to eight words of bf16 pairs; decode.py explains the
-    steps.
-    """
-    lines = ["{", ".reg .b32 n, t, z;", ".reg .pred p;"]
-    for i in range(4):
-        lines += [f"and.b32 t, ${8 + i}, 0x7f7f7f7f;", "add.u32 t, t, 0x01010101;"]
-        lines.append("mov.b32 n, t;" if i == 0 else "or.b32 n, n, t;")
-    lines += ["and.b32 n, n, 0x80808080;", "setp.ne.u32 p, n, 0;", "selp.b32 z, 0x7fc07fc0, 0x80008000, p;"]
-    for i in range(4):
-        for half, selector in ((0, "0x9180"), (1, "0xb3a2")):
-            lines += [
-                f"prmt.b32 t, ${8 + i}, 0, {selector};",
-                "shl.b32 t, t, 4;",
-                "and.b32 t, t, 0x87f087f0;",
-            ]
-            lines.append(f"fma.rn.bf16x2 ${4 * half + i}, t, ${12 + i}, z;")
-    return "\n".join([*lines, "}"])
-
-
-_ASM = gl.constexpr(_decode_asm())
-_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
-_ASM_ROPE = gl.constexpr(
-    "{ .reg .b32 f, z; mov.b32 f, 0x21802180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }"
-)
-
-
-@gluon.jit
-def _place(index, block_heads, head_blocks, s_q):
-    """The query row of a block, as a number and as (b, s), and its first head."""
-    row = index // head_blocks
-    b = row // s_q
-    return row, b, row - b * s_q, (index - row * head_blocks) * block_heads
-
-
-@gluon.jit
-def _tile(i, here1, split, first2, splits):
-    """The i-th tile of a split: whether it is of the first scope, and its number there."""
-    one = i < here1
-    return one, gl.where(one, split + i * splits, first2 + (i - here1) * splits)
-
-
-@gluon.jit
-def _schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, SINGLE: gl.constexpr):
-    """Lengths, the widths that the tiles are dealt out by, and this split's share of the tiles."""
-    length1 = gl.minimum(gl.maximum(gl.load(len1 + b, mask=has_len1 != 0, other=topk1), 0), topk1)
-    length2 = gl.minimum(gl.maximum(gl.load(len2 + b, mask=has_len2 != 0, other=topk2), 0), topk2)
-    if SINGLE:
-        # a split for every tile of the widths: which tile is whose does not wait for the lengths
-        width1, width2 = topk1, topk2
-    else:
-        width1, width2 = length1, length2
-    tiles1, tiles2 = (width1 + _KEYS - 1) // _KEYS, (width2 + _KEYS - 1) // _KEYS
-    first2 = (split - tiles1 % splits + splits) % splits
-    here1 = (gl.maximum(tiles1 - split, 0) + splits - 1) // splits
-    here = here1 + (gl.maximum(tiles2 - first2, 0) + splits - 1) // splits
-    return length1, length2, width1, width2, first2, here1, here
-
-
-@gluon.jit
-def _index(i, keys, here1, split, first2, splits, idx1, idx2, width1, width2):
-    """The indices of a tile, -1 beyond the width."""
-    one, tile = _tile(i, here1, split, first2, splits)
-    k = tile * _KEYS + keys
-    return gl.load(gl.where(one, idx1, idx2) + k, mask=k < gl.where(one, width1, width2), other=-1)
-
-
-@gluon.jit
-def _fetch(
-    i,
-    index,
-    keys,
-    cols,
-    cols_r,
-    rows_r: gl.constexpr,
-    share,
-    scopes,
-):
-    """Issue the loads of a tile: the seven nope groups, the rope part and the scale word of each row."""
-    here1, split, first2, splits, length1, length2 = share
-    cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2 = scopes
-    one, tile = _tile(i, here1, split, first2, splits)
-    page_size = gl.where(one, page1, page2)
-    ok = (index >= 0) & (index < gl.where(one, slots1, slots2))
-    ok = ok & (tile * _KEYS + keys < gl.where(one, length1, length2))
-    safe = gl.where(ok, index, 0)
-    page = safe >> gl.where(one, shift1, shift2)
-    slot = safe & (page_size - 1)
-    block = gl.where(one, cache1, cache2) + page.to(gl.int64) * (gl.where(one, stride1, stride2) * 4)
-    start = block + slot * 144
-    row = start[:, None] + cols[None, :]
-    okc = ok[:, None]
-    scale = (block + page_size * 144 + slot * 2).to(gl.pointer_type(gl.int64))
-    word = gl.load(scale, mask=ok, other=0)
-    r0 = gl.load(row, mask=okc, other=0)
-    r1 = gl.load(row + 16, mask=okc, other=0)
-    r2 = gl.load(row + 32, mask=okc, other=0)
-    r3 = gl.load(row + 48, mask=okc, other=0)
-    r4 = gl.load(row + 64, mask=okc, other=0)
-    r5 = gl.load(row + 80, mask=okc, other=0)
-    r6 = gl.load(row + 96, mask=okc, other=0)
-    start_r = gl.convert_layout(start, rows_r)
-    ok_r = gl.convert_layout(ok, rows_r)
-    rope = gl.load(start_r[:, None] + (cols_r + 112)[None, :], mask=ok_r[:, None], other=0)
-    return r0, r1, r2, r3, r4, r5, r6, rope, word, ok
-
-
-@gluon.jit
-def _decode_group(raw, word, g: gl.constexpr):
-    code = ((word >> (8 * g)) & 0xFF).to(gl.int32)
-    bits = gl.where(code == 255, 0x7FC0, gl.minimum(code + 60, 254) << 7)
-    factor, _ = gl.broadcast((bits * 0x10001)[:, None], raw)
-    low, high = gl.inline_asm_elementwise(
-        _ASM, _CONSTRAINTS, [raw, factor], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
-    )
-    return gl.reshape(gl.join(low, high), [raw.shape[0], 2 * raw.shape[1]])
-
-
-@gluon.jit
-def _beside(left, right):
-    """[N, D] and [N, D] to [N, 2 D]; moves nothing between threads."""
-    return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [left.shape[0], 2 * left.shape[1]])
-
-
-@gluon.jit
-def _deposit(keys32, bias, lay_r: gl.constexpr, r0, r1, r2, r3, r4, r5, r6, rope, word, ok):
-    """Decode a tile into a key buffer (seen as 32-bit words), and its mask beside it."""
-    bias.store(gl.where(ok, 0.0, float("-inf")))
-    keys32.slice(0, 64, 1).store(_beside(_decode_group(r0, word, 0), _decode_group(r1, word, 1)))
-    keys32.slice(64, 64, 1).store(_beside(_decode_group(r2, word, 2), _decode_group(r3, word, 3)))
-    keys32.slice(128, 64, 1).store(_beside(_decode_group(r4, word, 4), _decode_group(r5, word, 5)))
-    tail = gl.inline_asm_elementwise(_ASM_ROPE, "=r,r", [rope], dtype=gl.int32, is_pure=True, pack=1)
-    keys32.slice(192, 64, 1).store(_beside(gl.convert_layout(_decode_group(r6, word, 6), lay_r), tail))
 
 
 @gluon.jit
@@ -215,31 +94,35 @@ def _loader(
     keys = gl.arange(0, _KEYS, gl.SliceLayout(1, lay))
     cols = gl.arange(0, 16, gl.SliceLayout(0, lay))
     cols_r = gl.arange(0, 32, gl.SliceLayout(0, lay_r))
-    length1, length2, width1, width2, first2, here1, here = _schedule(
-        b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, SINGLE
+    length1, length2, width1, width2, first2, here1, here = schedule(
+        b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, _KEYS, SINGLE
     )
     share = here1, split, first2, splits, length1, length2
     scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
-    index = _index(0, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
-    r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(0, index, keys, cols, cols_r, rows_r, share, scopes)
+    index = index_of(0, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+    start, ok, word = find(0, index, keys, share, scopes)
+    r0, r1, r2, r3 = load_front(start, ok, cols)
+    r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
     if SINGLE:
-        _deposit(k32.index(0), b_smem.index(0), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
+        deposit(k32.index(0), b_smem.index(0), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
         fence_async_shared()
         barrier()
         mbarrier.arrive(k_full.index(0), count=1)
     else:
         slot = 0
         phase = 0
-        index = _index(1, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+        index = index_of(1, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
         for i in range(here):
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            _deposit(k32.index(slot), b_smem.index(slot), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
+            deposit(k32.index(slot), b_smem.index(slot), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
             # Before the next loads are issued: the fence would wait for them.
             fence_async_shared()
             barrier()
             mbarrier.arrive(k_full.index(slot), count=1)
-            r0, r1, r2, r3, r4, r5, r6, rope, word, ok = _fetch(i + 1, index, keys, cols, cols_r, rows_r, share, scopes)
-            index = _index(i + 2, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+            start, ok, word = find(i + 1, index, keys, share, scopes)
+            r0, r1, r2, r3 = load_front(start, ok, cols)
+            r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
+            index = index_of(i + 2, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
             slot ^= 1
             phase = gl.where(slot == 0, phase ^ 1, phase)
 
@@ -326,12 +209,12 @@ def _consumer(
     heads_end = gl.minimum(heads, head0 + block_heads)
     async_load(q_smem.index(0), q_row[:, None] + cols[None, :], mask=(h < heads_end)[:, None])
     async_copy.commit_group()
-    _, _, _, _, _, _, here = _schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, SINGLE)
+    _, _, _, _, _, _, here = schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, _KEYS, SINGLE)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
 
-    peak = gl.full([_HEADS], _NEGATIVE, gl.float32, s_rows)
+    peak = gl.full([_HEADS], NEGATIVE, gl.float32, s_rows)
     # the running sum of the weights as 16 partial sums a head, so that in the loop a thread adds only its own
     # registers
     sum_lay: gl.constexpr = gl.DistributedLinearLayout(
@@ -353,7 +236,7 @@ def _consumer(
         phase = 0
         for _ in range(here):
             mbarrier.wait(k_full.index(slot), phase)
-            if _PRIVATE_REINTERPRET:
+            if PRIVATE_REINTERPRET:
                 queries = q_smem.index(0)
             else:
                 # Triton 3.9 would compute the 32 descriptors of the queries before the loop and spill them: hide the
@@ -374,9 +257,9 @@ def _consumer(
     peak = gl.convert_layout(peak, o_rows)
     some = total != 0.0  # true for NaN too: a NaN key must show
     total = gl.where(some, total, 1.0)
-    inverse = gl.where(some, _UNBIAS / total, 0.0)
+    inverse = gl.where(some, UNBIAS / total, 0.0)
     # Found again: kept from before the loop, all this would cost its registers.
-    row, b, s, head0 = _place(block_index("x"), block_heads, head_blocks, s_q)
+    row, b, s, head0 = place(block_index("x"), block_heads, head_blocks, s_q)
     split = block_index("y")
     heads_end = gl.minimum(heads, head0 + block_heads)
     row64, split_row = row.to(gl.int64), (row.to(gl.int64) * splits + split) * heads
@@ -403,10 +286,10 @@ def _consumer(
         )
         head = head0 + gl.arange(0, _HEADS, o_rows)
         head_ok = head < heads_end
-        row_lse = gl.where(some, (peak + gl.log2(total)) * _LN2, float("inf"))
+        row_lse = gl.where(some, (peak + gl.log2(total)) * LN2, float("inf"))
         gl.store(lse + head, row_lse, mask=head_ok)
         sink_value = gl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
-        inverse = gl.where(some, inverse / (1.0 + gl.exp2((sink_value - row_lse) * _LOG2E)), 0.0)
+        inverse = gl.where(some, inverse / (1.0 + gl.exp2((sink_value - row_lse) * LOG2E)), 0.0)
         result = gl.convert_layout((acc * inverse[:, None]).to(gl.bfloat16), store)
         hs = head0 + gl.arange(0, _HEADS, gl.SliceLayout(1, store))
         d = gl.arange(0, 512, gl.SliceLayout(0, store))
@@ -414,42 +297,9 @@ def _consumer(
         gl.store(o_row[:, None] + d[None, :], result, mask=(hs < heads_end)[:, None])
 
 
-_NO_SPECIALIZE = [
-    "has_sink",
-    "has_len1",
-    "has_len2",
-    "scale_log2",
-    "heads",
-    "block_heads",
-    "head_blocks",
-    "s_q",
-    "splits",
-    "q_sb",
-    "q_ss",
-    "q_sh",
-    "o_sb",
-    "o_ss",
-    "o_sh",
-    "i1_sb",
-    "i1_ss",
-    "i2_sb",
-    "i2_ss",
-    "topk1",
-    "topk2",
-    "slots1",
-    "slots2",
-    "stride1",
-    "stride2",
-    "page1",
-    "page2",
-    "shift1",
-    "shift2",
-]
-
-
 @gluon.jit(
-    do_not_specialize=_NO_SPECIALIZE,
-    do_not_specialize_on_alignment=["sink", "idx1", "len1", "idx2", "len2", "lse"],
+    do_not_specialize=NO_SPECIALIZE,
+    do_not_specialize_on_alignment=NO_ALIGN,
 )
 def _decode_hopper_kernel(
     q,
@@ -502,7 +352,7 @@ def _decode_hopper_kernel(
     if PDL:
         launch_dependents()
     split = gl.program_id(1)
-    _, b, s, head0 = _place(gl.program_id(0), block_heads, head_blocks, s_q)
+    _, b, s, head0 = place(gl.program_id(0), block_heads, head_blocks, s_q)
     b64, s64 = b.to(gl.int64), s.to(gl.int64)
     q += (b64 * q_sb + s64 * q_ss) * 8
     idx1 += b64 * i1_sb + s64 * i1_ss
@@ -512,7 +362,7 @@ def _decode_hopper_kernel(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, 512], k_lay)
     k_smem = gl.allocate_shared_memory(gl.bfloat16, [_RING, _KEYS, 512], k_lay)
-    if _PRIVATE_REINTERPRET:
+    if PRIVATE_REINTERPRET:
         k32 = k_smem._reinterpret(gl.int32, [_RING, _KEYS, 256], w_lay)
     else:
         k32 = k_smem.reinterpret(gl.int32, [_RING, _KEYS, 256], w_lay)

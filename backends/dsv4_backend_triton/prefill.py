@@ -17,7 +17,7 @@ from ._arch import Arch, arch_of
 from ._launch import launch
 from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
-from ._numeric import block_index, round_to
+from ._numeric import round_to
 
 try:
     from . import prefill_hopper
@@ -75,7 +75,6 @@ def _prefill_kernel(
     BN: tl.constexpr,
     UNIT: tl.constexpr,
     OPERAND: tl.constexpr,
-    AGAIN: tl.constexpr,
 ):
     pid = tl.program_id(0)
     row = pid // head_blocks
@@ -110,13 +109,6 @@ def _prefill_kernel(
         acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
         peak = new_peak
 
-    if AGAIN:
-        # Found again: kept from before the loop, all this would cost its registers.
-        pid = block_index(0, OPERAND)
-        row = pid // head_blocks
-        row64 = row.to(tl.int64)
-        head = (pid - row * head_blocks) * BH + tl.arange(0, BH)
-        head_ok = head < heads
     some = total != 0.0  # true for NaN too: a NaN key must show
     total = tl.where(some, total, 1.0)
     row_lse = tl.where(some, (peak + tl.log2(total)) * _LN2, float("inf"))
@@ -141,26 +133,29 @@ class Tile:
     keys: int
     warps: int
     stages: int
-    again: bool = False  # after the loop, find the program's place again rather than keep it
+    ampere: bool = False  # the Gluon kernel of prefill_ampere.py in place of the plain one
 
 
-# Measured on the H200, Triton 3.6, 2026-11-22: of the tiles that spilled at most 32 bytes with Triton 3.6 and 3.9, the
+# Measured on the H200, Triton 3.6, 2026-11-22: of the tiles that spill at most 32 bytes with Triton 3.6 and 3.9, the
 # fastest.
 _MEASURED = {16: Tile(16, 32, 4, 2), 32: Tile(32, 32, 4, 2)}
-# Derived, not timed there. mma.sync is bound by what the warps read from shared memory, so from the compiled loops: the
-# products of a tile over the bytes at 128 a cycle, against the peak. On SM80 (64, 64) reaches 0.62 of it and (32, 32)
-# 0.51; on SM86 and SM89 (32, 32) 0.51 and (32, 16) 0.30. Without finding their place again these would spill 56 to 128
-# bytes; on later architectures it costs registers instead.
-_SM80 = {**_MEASURED, 64: Tile(64, 64, 8, 2, again=True)}
-_SM8X = {16: Tile(16, 32, 4, 2), 32: Tile(32, 32, 4, 2, again=True)}
+# Derived for SM86 and SM89, where (32, 32, 4, 2) spills 56 to 72: same registers, half the keys. Not timed.
+_SM8X = {16: Tile(16, 32, 4, 2), 32: Tile(32, 16, 4, 3)}
+# The Gluon kernel's: 137 KiB, and 67 KiB for architectures with 99. Timed on the H200 under SM80's and SM89's names,
+# with as much shared memory as they have, 2026-11-27. For 16 heads or fewer the plain kernel was faster.
+_AMPERE, _AMPERE_SMALL = Tile(64, 64, 8, 1, ampere=True), Tile(32, 32, 4, 1, ampere=True)
 
 
-def plan(arch: Arch, heads: int) -> Tile:
+def plan(arch: Arch, heads: int, *, gluon: bool) -> Tile:
     """The tile for a head count on a machine. All but one take 68 KiB or less, so two programs fit a large
     multiprocessor.
+
+    ``gluon=False`` rules out the Gluon kernel (strides it cannot take).
     """
-    table = {80: _SM80, 86: _SM8X, 89: _SM8X}.get(arch.cc, _MEASURED)
-    return table[min((size for size in table if heads <= size), default=max(table))]
+    if gluon and arch.major in (8, 12) and heads > 16 and not arch.interpret:
+        return _AMPERE if heads > 32 and arch.smem >= 138 * 1024 else _AMPERE_SMALL
+    table = _SM8X if arch.cc in (86, 89) else _MEASURED
+    return table[16 if heads <= 16 else 32]
 
 
 def _unit(*sizes: int) -> int:
@@ -171,16 +166,16 @@ def _unit(*sizes: int) -> int:
     return 8 if together % 8 == 0 else 1
 
 
-def _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch: Arch, tile: Tile) -> None:
+def _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch: Arch) -> None:
     s_q, heads, _ = q.shape
     kv = kv.view(kv.shape[0], 512) if kv.ndim == 2 else kv[:, 0]
     indices = indices if indices.ndim == 2 else indices[:, 0]
-    blocks = -(-heads // tile.heads)
     strides = (q.stride(0), q.stride(1), kv.stride(0), out.stride(0), out.stride(1))
     unit = _unit(*(t.data_ptr() // 2 for t in (q, kv, out)), *strides)
-    launch(
-        _prefill_kernel,
-        (s_q * blocks,),
+    tile = plan(arch, heads, gluon=unit == 8)
+    blocks = -(-heads // tile.heads)
+    grid = (s_q * blocks,)
+    arguments = (
         q,
         kv,
         indices,
@@ -198,11 +193,21 @@ def _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, l
         kv.shape[0],
         *(x // unit for x in strides),
         indices.stride(0),
+    )
+    if tile.ampere:
+        from . import prefill_ampere  # Gluon: imported where it is used only
+
+        kernel = prefill_ampere._prefill_ampere_kernel
+        launch(kernel, grid, *arguments, HEADS=tile.heads, KEYS=tile.keys, num_warps=tile.warps)
+        return
+    launch(
+        _prefill_kernel,
+        grid,
+        *arguments,
         BH=tile.heads,
         BN=tile.keys,
         UNIT=unit,
         OPERAND=tl.float32 if arch.interpret else tl.bfloat16,
-        AGAIN=tile.again,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -235,6 +240,5 @@ def sparse_mla_prefill(
     max_logits = torch.empty((s_q, heads), dtype=torch.float32, device=q.device)
     lse = torch.empty_like(max_logits)
     if q.numel():
-        arch = arch_of(q.device)
-        _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch, plan(arch, heads))
+        _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch_of(q.device))
     return out, max_logits, lse

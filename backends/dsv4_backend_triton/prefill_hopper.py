@@ -39,13 +39,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._arch import arch_of
-from ._gluon import async_load, barrier
+from ._gluon import LN2, LOG2E, NEGATIVE, async_load, barrier
 from ._launch import launch
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-# Running maximum before the first valid key: finite, so that no -inf - -inf arises.
-NEG = gl.constexpr(-1.0e30)
 HEADS = gl.constexpr(64)  # heads of one item: the M of wgmma
 DIM = gl.constexpr(512)
 BN = gl.constexpr(64)  # keys in a block
@@ -224,7 +220,7 @@ def _score(
 
         # m is the running maximum (of the raw products, unless FLIP), part the running sum of exp, added up
         # across threads only at the end of the row.
-        m = gl.full([HEADS], NEG, gl.float32, rows)
+        m = gl.full([HEADS], NEGATIVE, gl.float32, rows)
         part = gl.zeros([HEADS, 4], gl.float32, plast)
         for i in range(n_blocks):
             mbarrier.wait(k_full.index(slot), phase)
