@@ -146,37 +146,3 @@ def deposit(keys32, bias, lay_r: gl.constexpr, r0, r1, r2, r3, r4, r5, r6, rope,
     keys32.slice(128, 64, 1).store(_beside(_decode_group(r4, word, 4), _decode_group(r5, word, 5)))
     tail = gl.inline_asm_elementwise(_ASM_ROPE, "=r,r", [rope], dtype=gl.int32, is_pure=True, pack=1)
     keys32.slice(192, 64, 1).store(_beside(gl.convert_layout(_decode_group(r6, word, 6), lay_r), tail))
-
-
-NO_SPECIALIZE = [
-    "has_sink",
-    "has_len1",
-    "has_len2",
-    "scale_log2",
-    "heads",
-    "block_heads",
-    "head_blocks",
-    "s_q",
-    "splits",
-    "q_sb",
-    "q_ss",
-    "q_sh",
-    "o_sb",
-    "o_ss",
-    "o_sh",
-    "i1_sb",
-    "i1_ss",
-    "i2_sb",
-    "i2_ss",
-    "topk1",
-    "topk2",
-    "slots1",
-    "slots2",
-    "stride1",
-    "stride2",
-    "page1",
-    "page2",
-    "shift1",
-    "shift2",
-]
-NO_ALIGN = ["sink", "idx1", "len1", "idx2", "len2", "lse"]

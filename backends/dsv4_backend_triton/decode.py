@@ -574,8 +574,8 @@ class Plan:
     splits: int
     single: bool = False  # every split is exactly one tile of the widths
     hopper: bool = False  # the Gluon kernel of decode_hopper.py in place of the portable one
-    ampere: bool = False  # that of decode_ampere.py
     block_heads: int = 64  # heads of one program of that kernel: its tile is 64 high, fewer mean more programs
+    ampere: bool = False  # the Gluon kernel of decode_ampere.py in place of the portable one
     staged: bool = False  # decode the rows to a workspace first, then attend as prefill does
 
 

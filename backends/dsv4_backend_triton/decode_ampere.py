@@ -16,8 +16,6 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ._ampere import ROWS_LAYOUT, add_weights, mma_layout, sums_layout
 from ._decode_gluon import (
-    NO_ALIGN,
-    NO_SPECIALIZE,
     UNBIAS,
     deposit,
     find,
@@ -28,6 +26,7 @@ from ._decode_gluon import (
     schedule,
 )
 from ._gluon import LN2, LOG2E, NEGATIVE, PRIVATE_REINTERPRET, block_index, launch_dependents
+from .decode import _NO_ALIGN, _NO_SPECIALIZE
 
 _STEP = gl.constexpr(64)  # columns of Q and K at a time
 
@@ -43,7 +42,7 @@ def _keep(p_smem, weight):
         p_smem.index(0).store(weight)
 
 
-@gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+@gluon.jit(do_not_specialize=_NO_SPECIALIZE, do_not_specialize_on_alignment=_NO_ALIGN)
 def _decode_ampere_kernel(
     q,
     out,

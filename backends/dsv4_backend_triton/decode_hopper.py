@@ -25,8 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._decode_gluon import (
-    NO_ALIGN,
-    NO_SPECIALIZE,
     UNBIAS,
     deposit,
     find,
@@ -46,6 +44,7 @@ from ._gluon import (
     block_index,
     launch_dependents,
 )
+from .decode import _NO_ALIGN, _NO_SPECIALIZE
 
 # Loader warps and their registers, by whether a split is a single tile, which is latency alone: of 4 x 128, 8 x 72,
 # 8 x 80, 8 x 88 and 8 x 96 the fastest on the H200, and without spills with Triton 3.6 and 3.9 (2026-11-27).
@@ -298,8 +297,8 @@ def _consumer(
 
 
 @gluon.jit(
-    do_not_specialize=NO_SPECIALIZE,
-    do_not_specialize_on_alignment=NO_ALIGN,
+    do_not_specialize=_NO_SPECIALIZE,
+    do_not_specialize_on_alignment=_NO_ALIGN,
 )
 def _decode_hopper_kernel(
     q,

@@ -31,24 +31,25 @@ def _load_index(idx, tile, length, BN: tl.constexpr):
     return tl.load(idx + k, mask=k < length, other=-1)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "has_sink",
-        "has_length",
-        "scale_log2",
-        "heads",
-        "head_blocks",
-        "topk",
-        "s_kv",
-        "q_ss",
-        "q_sh",
-        "kv_ss",
-        "o_ss",
-        "o_sh",
-        "i_ss",
-    ],
-    do_not_specialize_on_alignment=["sink", "idx", "lengths", "lse", "max_logits"],
-)
+_NO_SPECIALIZE = [
+    "has_sink",
+    "has_length",
+    "scale_log2",
+    "heads",
+    "head_blocks",
+    "topk",
+    "s_kv",
+    "q_ss",
+    "q_sh",
+    "kv_ss",
+    "o_ss",
+    "o_sh",
+    "i_ss",
+]
+_NO_ALIGN = ["sink", "idx", "lengths", "lse", "max_logits"]
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE, do_not_specialize_on_alignment=_NO_ALIGN)
 def _prefill_kernel(
     q,
     kv,

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ._ampere import ROWS_LAYOUT, add_weights, mma_layout, sums_layout
 from ._gluon import LN2, LOG2E, NEGATIVE, async_load, block_index
+from .prefill import _NO_ALIGN, _NO_SPECIALIZE
 
 _PART = gl.constexpr(128)  # columns of a buffer
 _STEP = gl.constexpr(64)  # columns of Q and K at a time
@@ -67,24 +68,7 @@ def _emit(acc, inverse, buffer, o_row, cols, ok, part: gl.constexpr, lay: gl.con
     gl.store(o_row[:, None] + (cols + part * _PART)[None, :], buffer.load(lay), mask=ok[:, None])
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "has_sink",
-        "has_length",
-        "scale_log2",
-        "heads",
-        "head_blocks",
-        "topk",
-        "s_kv",
-        "q_ss",
-        "q_sh",
-        "kv_ss",
-        "o_ss",
-        "o_sh",
-        "i_ss",
-    ],
-    do_not_specialize_on_alignment=["sink", "idx", "lengths", "lse", "max_logits"],
-)
+@gluon.jit(do_not_specialize=_NO_SPECIALIZE, do_not_specialize_on_alignment=_NO_ALIGN)
 def _prefill_ampere_kernel(
     q,
     kv,
