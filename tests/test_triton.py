@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_backends import OPS, cli
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -44,6 +46,13 @@ def test_compiles_for_every_architecture(tmp_path: Path) -> None:
     done = run("tools/compile_matrix.py", "--every", "3", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert ", 0 bad" in done.stdout
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_100", "sm_121"])
+def test_explain_says_which_configurations_are_derived(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for op in OPS:
+        assert cli.main(["explain", op, "--device", device]) == 0
+        assert "measured on compute capability 9.0; elsewhere derived" in capsys.readouterr().out
 
 
 def test_nothing_searches_or_compiles_while_serving() -> None:

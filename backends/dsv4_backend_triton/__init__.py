@@ -40,6 +40,7 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
                 workspace="dsv4_backend_triton.ahead:workspace",
                 devices=("cuda", "cpu") if interpreted else ("cuda",),
                 capability=(">=8.0",),
+                note="launch configurations measured on compute capability 9.0; elsewhere derived, not run on hardware",
                 batch_invariant=op == "sparse_mla_decode" and policy.switch("BATCH_INVARIANT", os.environ),
             )
             for op, module in HOMES.items()
