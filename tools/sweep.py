@@ -5,8 +5,9 @@ the definition, fastest first, until one is right; wrong ones are told. Usage:
 
     python tools/sweep.py OP [OP ...] [--jobs N] [--json FILE]
 
-OP: fp8_einsum, hc_prenorm_gemm or sparse_mla_decode. With --jobs, as many processes first make every call once, so
-that Triton compiles side by side. Needs a Hopper GPU: the candidates are those of its table.
+OP: fp8_einsum, hc_prenorm_gemm, sparse_mla_decode or sparse_mla_prefill. With --jobs, as many processes first make
+every call once, so that Triton compiles side by side. Needs a Hopper GPU: the candidates are those of its table. With
+DSV4_BACKENDS_DEVICE=sm_80 (or another), the attention ops' are those of that architecture, run on this one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsv4_backend_triton import decode, einsum
+from dsv4_backend_triton import decode, einsum, prefill
 from dsv4_backend_triton import hyper_connection as hc
 from dsv4_backend_triton._arch import arch_of
 from dsv4_backend_triton._sizes import cdiv
@@ -36,7 +38,13 @@ from dsv4_backends.machine import probe
 from dsv4_backends.report import machine_json
 from dsv4_backends.testing import checks
 
-NATIVE = {"fp8_einsum": "deep_gemm", "hc_prenorm_gemm": "deep_gemm", "sparse_mla_decode": "flash_mla"}
+NATIVE = {
+    "fp8_einsum": "deep_gemm",
+    "hc_prenorm_gemm": "deep_gemm",
+    "sparse_mla_decode": "flash_mla",
+    "sparse_mla_prefill": "flash_mla",
+}
+SIMULATED = os.environ.get("DSV4_BACKENDS_DEVICE", "").strip()
 PRESENT = "as the tables say"
 MOST_SHARED = 227 * 1024
 SAMPLES, SHOWN = 25, 6
@@ -104,14 +112,23 @@ def _decode() -> Iterator[tuple[Row, dict[str, Candidate]]]:
         decode._launch(q, scopes, made["sm_scale"], made["attn_sink"], out, lse, arch_of(q.device), plan)
         return out, lse
 
-    for (heads, selected), b in itertools.product(((64, 512), (128, 1024)), (1, 2, 4, 8, 16, 32, 64, 128)):
+    models = ((64, 512), (128, 1024), (16, 512), (16, 1024))  # Flash and Pro; of Flash a rank of 4, of Pro one of 8
+    for (heads, selected), b in itertools.product(models, (1, 2, 4, 8, 16, 32, 64, 128)):
         tiles = cdiv(128, 64) + cdiv(selected, 64)
         plans = []
         for high, splits in itertools.product((16, 19, 22, 32, 43, 64), range(1, tiles + 1)):
             programs = b * cdiv(heads, high) * splits
             if splits == 1 or programs <= 132 or (high == 64 and programs <= 264):
                 single = splits == tiles
-                plans.append(decode.Plan(decode._HOPPER, splits, single=single, hopper=True, block_heads=high))
+                if not SIMULATED and (high <= heads or high == 64):
+                    plans.append(decode.Plan(decode._HOPPER, splits, single=single, hopper=True, block_heads=high))
+        for tile in (decode.Tile(*sizes, 1) for sizes in ((16, 32, 4), (16, 64, 4), (32, 32, 4), (64, 64, 8))):
+            most = cdiv(128, tile.keys) + cdiv(selected, tile.keys)
+            for splits in range(1, most + 1):
+                programs = b * cdiv(heads, tile.heads) * splits
+                even = splits == cdiv(most, cdiv(most, splits))  # fewer splits would not do with as few tiles each
+                if even and (splits == 1 or programs <= 264) and tile.heads < 2 * max(heads, 16):
+                    plans.append(decode.Plan(tile, splits, ampere=True))
         if b <= 8:
             plans.append(decode.Plan(decode._SMALL, 2 * tiles, single=True))
             plans.append(decode.Plan(decode._MEDIUM, tiles, single=True))
@@ -120,7 +137,30 @@ def _decode() -> Iterator[tuple[Row, dict[str, Candidate]]]:
         yield Row("sparse_mla_decode", f"b={b} h={heads} topk=128+{selected}", params), found
 
 
-CANDIDATES = {"fp8_einsum": _einsum, "hc_prenorm_gemm": _hyper_connection, "sparse_mla_decode": _decode}
+def _prefill() -> Iterator[tuple[Row, dict[str, Candidate]]]:
+    def call(tile: Any, made: dict[str, Any]) -> Any:
+        q = made["q"]
+        out, top = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
+        lse = torch.empty_like(top)
+        given = (made[name] for name in ("q", "kv", "indices", "sm_scale", "attn_sink"))
+        prefill._launch(*given, None, out, top, lse, arch_of(q.device), tile)
+        return out, top, lse
+
+    plain = [prefill.Tile(*sizes) for sizes in ((16, 32, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 32, 4, 2))]
+    placed = [prefill.Tile(*sizes, 1, ampere=True) for sizes in ((16, 32, 4), (16, 64, 4), (32, 32, 4), (64, 64, 8))]
+    for (heads, selected), s_q in itertools.product(((64, 512), (128, 1024), (16, 512), (16, 1024)), (512, 4096)):
+        tiles = [tile for tile in (*plain, *placed) if tile.heads < 2 * max(heads, 16)]
+        found: dict[str, Candidate] = {str(tile): functools.partial(call, tile) for tile in tiles}
+        params = {"s_q": s_q, "h_q": heads, "window": 128, "selected": selected, "compressed": 16384}
+        yield Row("sparse_mla_prefill", f"s_q={s_q} h={heads} topk={128 + selected}", params), found
+
+
+CANDIDATES = {
+    "fp8_einsum": _einsum,
+    "hc_prenorm_gemm": _hyper_connection,
+    "sparse_mla_decode": _decode,
+    "sparse_mla_prefill": _prefill,
+}
 
 
 def call_once(part: int, parts: int, ops: list[str]) -> None:
@@ -204,7 +244,8 @@ def main() -> None:
             print(told(rows[-1]), flush=True)
             torch.cuda.empty_cache()
             if arguments.json:
-                result = {"command": f"python tools/sweep.py {' '.join(arguments.op)}", "rows": rows}
+                under = f"DSV4_BACKENDS_DEVICE={SIMULATED} " if SIMULATED else ""
+                result = {"command": f"{under}python tools/sweep.py {' '.join(arguments.op)}", "rows": rows}
                 result |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine_json(probe())}
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

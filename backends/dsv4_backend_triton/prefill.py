@@ -167,13 +167,15 @@ def _unit(*sizes: int) -> int:
     return 8 if together % 8 == 0 else 1
 
 
-def _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch: Arch) -> None:
+def _launch(
+    q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch: Arch, tile: Tile | None = None
+) -> None:
     s_q, heads, _ = q.shape
     kv = kv.view(kv.shape[0], 512) if kv.ndim == 2 else kv[:, 0]
     indices = indices if indices.ndim == 2 else indices[:, 0]
     strides = (q.stride(0), q.stride(1), kv.stride(0), out.stride(0), out.stride(1))
     unit = _unit(*(t.data_ptr() // 2 for t in (q, kv, out)), *strides)
-    tile = plan(arch, heads, gluon=unit == 8)
+    tile = tile or plan(arch, heads, gluon=unit == 8)
     blocks = -(-heads // tile.heads)
     grid = (s_q * blocks,)
     arguments = (
