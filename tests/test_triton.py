@@ -55,6 +55,34 @@ def test_explain_says_which_configurations_are_derived(device: str, capsys: pyte
         assert "measured on compute capability 9.0; elsewhere derived" in capsys.readouterr().out
 
 
+WITHOUT_GLUON = """
+import sys
+sys.modules["triton.experimental.gluon"] = None
+from packaging.version import Version
+from dsv4_backend_triton import ahead
+from dsv4_backend_triton._arch import arch_from_capability
+from dsv4_backends import OPS, serving
+from dsv4_backends.contract.models import FLASH
+limits = serving.Limits(max_tokens=600, max_requests=130, max_context=30000)
+for op in OPS:
+    for capability in ("8.0", "8.6", "9.0", "12.0"):
+        calls = serving.calls(op, FLASH.rank(1), limits)
+        for launch in ahead.record(op, calls, arch_from_capability(Version(capability))):
+            print(op, launch.kernel.__name__)
+"""
+
+
+def test_without_gluon_the_plain_kernels_serve_and_say_so() -> None:
+    """Gluon is experimental: a Triton that has renamed something must cost speed, not service."""
+    done = run("-c", WITHOUT_GLUON)
+    assert done.returncode == 0, done.stderr[-2000:]
+    served = {tuple(line.split()) for line in done.stdout.splitlines()}
+    assert {op for op, _ in served} == set(OPS)
+    assert {name for op, name in served if op == "sparse_mla_prefill"} == {"_prefill_kernel"}
+    assert not [name for _, name in served if "ampere" in name or "hopper" in name]
+    assert done.stderr.count("no Gluon kernels of attention, the slower plain ones") == 1
+
+
 def test_nothing_searches_or_compiles_while_serving() -> None:
     """No autotuning in shipped code, and no size that grows with the load as a constant of a kernel."""
     growing = {"m", "n", "b", "s_q", "s_kv", "topk", "pages", "splits"}

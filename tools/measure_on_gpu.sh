@@ -52,7 +52,7 @@ for step in $steps; do
       "${ours[@]}" bench --also-as sm_80 --also-as sm_89 --json "$out/$card-bench.json" --plot "$out/$card-bench.svg" | tail -2 ;;
     conformance)
       suite full "" full
-      suite smoke sm_80 sm_80
+      suite full sm_80 sm_80
       suite smoke sm_86 sm_86
       suite smoke sm_120 sm_120 ;;
     transformers) python3 tools/transformers_bench.py --json "$out/$card-transformers.json" | tail -20 ;;

@@ -45,6 +45,7 @@ NATIVE = {
     "sparse_mla_prefill": "flash_mla",
 }
 SIMULATED = os.environ.get("DSV4_BACKENDS_DEVICE", "").strip()
+HOPPER = SIMULATED in ("", "sm_90")
 PRESENT = "as the tables say"
 MOST_SHARED = 227 * 1024
 SAMPLES, SHOWN = 25, 6
@@ -120,7 +121,7 @@ def _decode() -> Iterator[tuple[Row, dict[str, Candidate]]]:
             programs = b * cdiv(heads, high) * splits
             if splits == 1 or programs <= 132 or (high == 64 and programs <= 264):
                 single = splits == tiles
-                if not SIMULATED and (high <= heads or high == 64):
+                if HOPPER and (high <= heads or high == 64):
                     plans.append(decode.Plan(decode._HOPPER, splits, single=single, hopper=True, block_heads=high))
         for tile in (decode.Tile(*sizes, 1) for sizes in ((16, 32, 4), (16, 64, 4), (32, 32, 4), (64, 64, 8))):
             most = cdiv(128, tile.keys) + cdiv(selected, tile.keys)

@@ -642,7 +642,7 @@ def plan(
     ``gluon=False`` rules out the Gluon kernels (cache pages or strides they cannot take); ``rough`` says that pages are
     not even 8-byte aligned, where byte loads make the 64-key tile outgrow 99 KiB.
     """
-    gluon = gluon and not arch.interpret
+    gluon = gluon and arch.major in (8, 9, 12) and not arch.interpret and prefill.has_gluon()
     hopper = gluon and arch.major == 9 and arch.smem >= 210 * 1024
     small, tiles = _tiles(topk, extra_topk, _SMALL.keys), _tiles(topk, extra_topk, 64)
     narrow = cdiv(heads, 16)
@@ -652,9 +652,9 @@ def plan(
     # once
     if rows * narrow * small <= arch.sms:
         return Plan(_SMALL, small, single=True)
-    if gluon and arch.major in (8, 12):
+    if gluon and arch.major != 9:
         few = rows * cdiv(heads, _AMPERE_SMALL.heads) * _tiles(topk, extra_topk, _AMPERE_SMALL.keys) <= 6 * arch.sms
-        tile = _AMPERE_SMALL if few or heads <= 32 or arch.smem < 138 * 1024 else _AMPERE
+        tile = _AMPERE_SMALL if few or heads <= 32 or arch.smem < prefill.AMPERE_SHARED else _AMPERE
         splits = _splits(rows * cdiv(heads, tile.heads), _tiles(topk, extra_topk, tile.keys), arch.sms)
         return Plan(tile, splits, ampere=True)
     if rows * narrow * tiles <= arch.sms and not rough:

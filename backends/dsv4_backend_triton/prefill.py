@@ -7,7 +7,9 @@ further ahead.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -145,6 +147,21 @@ _SM8X = {16: Tile(16, 32, 4, 2), 32: Tile(32, 16, 4, 3)}
 # The Gluon kernel's: 137 KiB, and 67 KiB for architectures with 99. Timed on the H200 under SM80's and SM89's names,
 # with as much shared memory as they have, 2026-11-27. For 16 heads or fewer the plain kernel was faster.
 _AMPERE, _AMPERE_SMALL = Tile(64, 64, 8, 1, ampere=True), Tile(32, 32, 4, 1, ampere=True)
+AMPERE_SHARED = 138 * 1024
+"""What the larger tile of either Gluon kernel for mma.sync fits."""
+
+_log = logging.getLogger("dsv4_backends")
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether this Triton has what the Gluon kernels of attention ask for. Gluon is experimental: its names change."""
+    try:
+        from . import decode_ampere, decode_hopper, prefill_ampere  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        _log.warning("triton %s: no Gluon kernels of attention, the slower plain ones: %s", triton.__version__, error)
+        return False
+    return True
 
 
 def plan(arch: Arch, heads: int, *, gluon: bool) -> Tile:
@@ -153,8 +170,8 @@ def plan(arch: Arch, heads: int, *, gluon: bool) -> Tile:
 
     ``gluon=False`` rules out the Gluon kernel (strides it cannot take).
     """
-    if gluon and arch.major in (8, 12) and heads > 16 and not arch.interpret:
-        return _AMPERE if heads > 32 and arch.smem >= 138 * 1024 else _AMPERE_SMALL
+    if gluon and arch.major in (8, 12) and heads > 16 and not arch.interpret and has_gluon():
+        return _AMPERE if heads > 32 and arch.smem >= AMPERE_SHARED else _AMPERE_SMALL
     table = _SM8X if arch.cc in (86, 89) else _MEASURED
     return table[16 if heads <= 16 else 32]
 
