@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .bench.shapes import SCALES
 from .contract.names import OPS
 from .errors import DSV4Error, PolicyError
 from .policy import VARIABLES
@@ -170,7 +171,15 @@ def _bench(args: argparse.Namespace) -> int:
 
     try:
         result = run.bench(
-            args.op or OPS, args.provider, args.model, args.tp, args.torch_device, _progress, save, args.also_as
+            args.op or OPS,
+            args.provider,
+            args.model,
+            args.tp,
+            args.torch_device,
+            _progress,
+            save,
+            args.also_as,
+            args.scales,
         )
     except (OSError, ValueError) as error:
         raise PolicyError(f"bench: {error}") from error
@@ -347,6 +356,12 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="SM",
         help="measure providers once more, by the code that they would run on this architecture; may be repeated",
+    )
+    bench.add_argument(
+        "--scales",
+        choices=SCALES,
+        default=SCALES[0],
+        help="how the activation scales of fp8_einsum lie: as vLLM's quantiser leaves them (default), or row-major",
     )
     bench.add_argument("--plot", metavar="FILE", help="draw a roofline of each op: FILE.svg, .png or .pdf")
     about = "what got slower, or lost its time, from one result of bench to another; exit 1 if anything did"

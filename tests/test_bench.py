@@ -86,6 +86,8 @@ def test_rows_are_those_of_the_models() -> None:
         ("fp8_einsum", "flash b=4096 h=8 r=4096 d=1024 token-minor scales"),
         ("hc_prenorm_gemm", "pro m=1024 k=28672 splits=8"),
     } <= set(names)
+    major = shapes.rows(["flash"], 1, ["fp8_einsum"], "token-major")
+    assert major[0].name == "flash b=1 h=8 r=4096 d=1024 token-major scales"
     assert not any("pro window only" in name for _, name in names)  # Pro has no layer without compressed keys
     assert {row.params["h_q"] for row in shapes.rows(["pro"], 4, ["sparse_mla_decode"])} == {32}
 
@@ -158,6 +160,18 @@ def test_decode_inputs_are_of_a_deployment() -> None:
     assert torch.equal(made["indices"][:, 0, 1:], made["indices"][:, 1, :-1])
 
 
+def test_scales_lie_as_asked() -> None:
+    minor, major = (
+        inputs.draw(shapes.Row("fp8_einsum", "small", SMALL["fp8_einsum"] | {"scales": scales}), CPU)
+        for scales in shapes.SCALES
+    )
+    assert minor["x_scale"].stride(0) == 1
+    assert minor["x_scale"].stride(2) == 4
+    assert major["x_scale"].is_contiguous()
+    for name, values in minor.items():
+        assert torch.equal(values.float(), major[name].float())
+
+
 def test_prefill_windows_end_at_the_query() -> None:
     params = SMALL["sparse_mla_prefill"]
     made = inputs.draw(shapes.Row("sparse_mla_prefill", "small", params), CPU)
@@ -187,6 +201,15 @@ def test_every_op_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
     assert result["command"] == "dsv4-backends bench --provider torch --tp 2"
     assert result["order"]["mqa_logits"] == ["torch"]
     assert set(result["rates"]) == {"copy_gbps", "read_gbps", "bf16_tflops", "tf32_tflops", "launch_us"}
+
+
+def test_the_command_says_whose_machine_code_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tools/older_code a result is not of this GPU's code; tune refuses what was measured under another's name."""
+    monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm80")
+    monkeypatch.setenv("DSV4_BACKENDS_DEVICE", "sm_80")
+    said = run._command(OPS, ["triton"], [], 1, [], "token-major")
+    settings = "DSV4_BACKENDS_DEVICE=sm_80 TRITON_OVERRIDE_ARCH=sm80"
+    assert said == f"{settings} dsv4-backends bench --provider triton --scales token-major"
 
 
 def test_a_provider_is_measured_by_its_code_for_another_architecture_too(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from dsv4_backend_triton import ahead
+from dsv4_backend_triton import ahead, decode
 from dsv4_backend_triton._arch import Arch, arch_from_capability
 from packaging.version import Version
 from traffic import served
@@ -122,7 +122,7 @@ def _most(op: str, arguments: Arguments) -> int:
         q, extra = arguments["q"], arguments.get("extra_indices")
         rows, heads = q.shape[0] * q.shape[1], q.shape[2]
         indices = arguments["indices"].shape[2] + (0 if extra is None else extra.shape[2])
-        partials = 32 * rows * heads * 513 * 4
+        partials = decode._MOST_SPLITS * rows * heads * 513 * 4
         return max(rows * (indices * 1028 + 4 + 4 * heads), partials)
     if op == "hc_prenorm_gemm":  # partials of two blocks of 64 rows for each of 132 multiprocessors
         return 132 * 2 * 64 * (24 + 1) * 4
@@ -187,6 +187,20 @@ def test_few_tokens_of_the_einsum_have_their_own_kernel_on_hopper() -> None:
     assert {launched(sm, 32).kernel.__name__ for sm in ("8.0", "10.0", "12.0")} == {"_einsum_kernel"}
 
 
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "9.0", "10.0", "12.0"])
+def test_splits_can_be_combined_at_once(capability: str) -> None:
+    """However wide the scopes are, and whatever few rows would have liked."""
+    arch = arch_from_capability(Version(capability))
+    chosen = [
+        decode.plan(arch, rows, heads, 128, selected, gluon=gluon, rough=rough)
+        for rows in (1, 2, 7, 64)
+        for heads in (1, 16, 64, 128)
+        for selected in (0, 512, 1024, 2048, 8192)
+        for gluon, rough in ((True, False), (False, False), (False, True))
+    ]
+    assert 32 < max(plan.splits for plan in chosen) <= decode._MOST_SPLITS
+
+
 def test_attention_has_its_own_kernels_for_mma_sync() -> None:
     """On SM8x and SM12x: the tile that fits, and where rows cannot be read 16 bytes at a time, the plain kernels."""
 
@@ -204,7 +218,15 @@ def test_attention_has_its_own_kernels_for_mma_sync() -> None:
         for heads, high in ((128, wide), (64, wide), (32, 32), (17, 32)):
             call = serving.prefill(heads, 512, 4096, 640)
             assert tile(capability, "sparse_mla_prefill", call) == ("_prefill_ampere_kernel", high, high)
-        assert tile(capability, "sparse_mla_prefill", serving.prefill(16, 512, 4096, 640))[0] == "_prefill_kernel"
+        call = serving.prefill(16, 512, 4096, 640)
+        assert tile(capability, "sparse_mla_prefill", call) == ("_prefill_ampere_kernel", 16, 64)
+    rank = serving.decode(16, 128, 1, 128, (512, 64))  # of eight ranks: Hopper too
+    for capability in ("8.0", "8.6", "8.9", "9.0", "12.0"):
+        assert tile(capability, "sparse_mla_decode", rank) == ("_decode_ampere_kernel", 16, 32)
+    single = serving.decode(64, 1, 1, 128, (512, 64))  # up to three of the smallest tiles a program: Hopper too
+    for capability in ("8.0", "8.6", "8.9", "9.0", "12.0"):
+        assert tile(capability, "sparse_mla_decode", single) == ("_decode_ampere_kernel", 16, 32)
+    assert tile("9.0", "sparse_mla_decode", serving.decode(64, 8, 1, 128, (512, 64)))[0] == "_decode_hopper_kernel"
     for capability in ("10.0", "10.3"):
         assert tile(capability, "sparse_mla_prefill", serving.prefill(64, 512, 4096, 640))[0] == "_prefill_kernel"
         assert "ampere" not in tile(capability, "sparse_mla_decode", many)[0]

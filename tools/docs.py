@@ -34,6 +34,10 @@ SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
 
 BENCH = "h200-bench.json"
 """The run of ``dsv4-backends bench`` whose figures stand in the docs."""
+BENCH_SCALES = "h200-bench-token-major.json"
+"""The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
+BENCH_CODE = "h200-bench-code-sm_80.json"
+"""The same of the Triton provider alone, in SM80's machine code (tools/older_code)."""
 
 ADVICE = {
     "capability": "Nothing, if another provider serves the op: `list` names it. Otherwise look for one that "
@@ -450,6 +454,26 @@ def performance() -> str:
     parts = [_measured_on(result), f"Measured in the same run: {rates}. Providers: {made_of or 'see above'}."]
     if (ROOT / "docs" / "results" / BENCH).with_suffix(".svg").exists():
         parts.append(f"![What each row reaches, and its roof](results/{BENCH.removesuffix('.json')}.svg)")
+    parts += _bench_tables(result)
+    return "\n\n".join([*parts, bench.verdict_text(bench.verdict(result["rows"])) + "."])
+
+
+def performance_scales() -> str:
+    """The einsum's table with scales that DeepGEMM has to transpose."""
+    result = _results(BENCH_SCALES)
+    return "\n\n".join([_measured_on(result), *_bench_tables(result)])
+
+
+def performance_code() -> str:
+    """What SM80's own machine code takes."""
+    result = _results(BENCH_CODE)
+    return "\n\n".join([_measured_on(result), *_bench_tables(result)])
+
+
+def _bench_tables(result: dict[str, Any]) -> list[str]:
+    from dsv4_backends.bench import report as bench
+
+    parts = []
     for op in CONTRACTS:
         rows = [row for row in result["rows"] if row["op"] == op]
         names = list(dict.fromkeys(entry["provider"] for row in rows for entry in row["results"]))
@@ -471,7 +495,7 @@ def performance() -> str:
             lines.append((row["row"], *cells, speed, code(auto) + ratio))
         header = ("row", *(f"`{name}`, µs" for name in names), "best: TFLOP/s, GB/s", "auto (best time / its time)")
         parts += [f"#### {op}", table(header, lines)]
-    return "\n\n".join([*parts, bench.verdict_text(bench.verdict(result["rows"])) + "."])
+    return parts
 
 
 def measured_choice() -> str:
@@ -528,6 +552,8 @@ def _conformance(pattern: str) -> str:
         counts = result["counts"]
         cells = (str(counts["passed"]), str(counts["failed"]), str(refused), str(counts["skipped"] - refused))
         simulated = result["machine"]["devices"][0]["name"]
+        if "TRITON_OVERRIDE_ARCH" in result["command"]:
+            simulated += ", its machine code too"
         rows.append((", ".join(result["libraries"].values()) or simulated, result["level"], *cells))
     names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
     return f"{header}{table(names, rows)}" if rows else "Not run yet."
@@ -709,6 +735,8 @@ PARTS: dict[str, Callable[[], str]] = {
         ops,
         overhead,
         performance,
+        performance_scales,
+        performance_code,
         provider_fields,
         providers,
         reasons,

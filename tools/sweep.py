@@ -128,7 +128,8 @@ def _decode() -> Iterator[tuple[Row, dict[str, Candidate]]]:
             for splits in range(1, most + 1):
                 programs = b * cdiv(heads, tile.heads) * splits
                 even = splits == cdiv(most, cdiv(most, splits))  # fewer splits would not do with as few tiles each
-                if even and (splits == 1 or programs <= 264) and tile.heads < 2 * max(heads, 16):
+                fits = splits == 1 or (programs <= 396 if tile.heads == 16 else programs <= 264)
+                if even and fits and tile.heads < 2 * max(heads, 16):
                     plans.append(decode.Plan(tile, splits, ampere=True))
         if b <= 8:
             plans.append(decode.Plan(decode._SMALL, 2 * tiles, single=True))
@@ -148,7 +149,7 @@ def _prefill() -> Iterator[tuple[Row, dict[str, Candidate]]]:
         return out, top, lse
 
     plain = [prefill.Tile(*sizes) for sizes in ((16, 32, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 32, 4, 2))]
-    placed = [prefill.Tile(*sizes, 1, ampere=True) for sizes in ((16, 32, 4), (16, 64, 4), (32, 32, 4), (64, 64, 8))]
+    placed = [prefill.Tile(*sizes, 1, ampere=True) for sizes in ((16, 64, 4), (32, 32, 4), (64, 64, 8))]
     for (heads, selected), s_q in itertools.product(((64, 512), (128, 1024), (16, 512), (16, 1024)), (512, 4096)):
         tiles = [tile for tile in (*plain, *placed) if tile.heads < 2 * max(heads, 16)]
         found: dict[str, Candidate] = {str(tile): functools.partial(call, tile) for tile in tiles}

@@ -52,27 +52,30 @@ def tile_of(i, here1, split, first2, splits):
 
 @gluon.jit
 def schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, KEYS: gl.constexpr, SINGLE: gl.constexpr):
-    """Lengths, the widths that the tiles are dealt out by, and this split's share of the tiles."""
+    """Lengths, and this split's share of the tiles: they go round robin, the second scope's after the first's.
+
+    Where a split begins follows from the widths, so that its first indices do not wait for the lengths; where it ends,
+    from the second scope's length too.
+    """
     length1 = gl.minimum(gl.maximum(gl.load(len1 + b, mask=has_len1 != 0, other=topk1), 0), topk1)
     length2 = gl.minimum(gl.maximum(gl.load(len2 + b, mask=has_len2 != 0, other=topk2), 0), topk2)
-    if SINGLE:
-        # a split for every tile of the widths: which tile is whose does not wait for the lengths
-        width1, width2 = topk1, topk2
-    else:
-        width1, width2 = length1, length2
-    tiles1, tiles2 = (width1 + KEYS - 1) // KEYS, (width2 + KEYS - 1) // KEYS
+    tiles1 = (topk1 + KEYS - 1) // KEYS
     first2 = (split - tiles1 % splits + splits) % splits
     here1 = (gl.maximum(tiles1 - split, 0) + splits - 1) // splits
+    if SINGLE:  # a split for every tile of the widths
+        tiles2 = (topk2 + KEYS - 1) // KEYS
+    else:
+        tiles2 = (length2 + KEYS - 1) // KEYS
     here = here1 + (gl.maximum(tiles2 - first2, 0) + splits - 1) // splits
-    return length1, length2, width1, width2, first2, here1, here
+    return length1, length2, first2, here1, here
 
 
 @gluon.jit
-def index_of(i, keys, here1, split, first2, splits, idx1, idx2, width1, width2):
+def index_of(i, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2):
     """The indices of a tile, -1 beyond the width."""
     one, tile = tile_of(i, here1, split, first2, splits)
     k = tile * keys.shape[0] + keys
-    return gl.load(gl.where(one, idx1, idx2) + k, mask=k < gl.where(one, width1, width2), other=-1)
+    return gl.load(gl.where(one, idx1, idx2) + k, mask=k < gl.where(one, topk1, topk2), other=-1)
 
 
 @gluon.jit

@@ -24,7 +24,7 @@ from ._launch import launch
 from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
 from ._numeric import round_to
-from ._sizes import cdiv
+from ._sizes import cdiv, pow2
 
 _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
 # Decoded keys are kept as value * 2^-60. A byte's e4m3 bits placed into bf16 read as value * 2^-120, so one
@@ -505,45 +505,48 @@ def _combine_kernel(
     o_ss: tl.int64,
     o_sh: tl.int64,
     BS: tl.constexpr,
-    BD: tl.constexpr,
+    O_UNIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The splits of one (row, head), ``BD`` of its 512 columns, into the output."""
+    """The at most ``BS`` splits of one (row, head) into the output: every load is on its way before the first is waited
+    for, and no thread needs what another has."""
     pid = tl.program_id(0)
     row = pid // heads
     head = pid - row * heads
     b = row // s_q
     s = row - b * s_q
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.arange(0, 512)
+    first = row.to(tl.int64) * splits * heads + head
+    part_lse += first
+    part += first * 512
+    o_row = out + (b.to(tl.int64) * o_sb + s.to(tl.int64) * o_ss + head.to(tl.int64) * o_sh) * O_UNIT
     sink_value = tl.load(sink + head, mask=has_sink != 0, other=float("-inf"))
-    base = row.to(tl.int64) * splits * heads + head
     if PDL:
         gdc_wait()
-    peak = tl.full([], _NEGATIVE, tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BD], tl.float32)
-    for start in range(0, splits, BS):
-        part_of = start + tl.arange(0, BS)
-        there = part_of < splits
-        at = base + part_of * heads
-        part_value = tl.load(part_lse + at, mask=there, other=float("-inf"))
-        values = tl.load(part + at[:, None] * 512 + d[None, :], mask=there[:, None], other=0.0)
-        used = part_value != float("-inf")
-        part_value = tl.where(used, part_value, _NEGATIVE)
-        new_peak = tl.maximum(peak, tl.max(part_value, 0))
-        weight = tl.where(used, tl.exp2(part_value - new_peak), 0.0)
-        alpha = tl.exp2(peak - new_peak)
-        total = total * alpha + tl.sum(weight, 0)
+    values = ()
+    for i in tl.static_range(BS):
+        there = d < tl.where(i < splits, 512, 0)  # not a scalar: the interpreter would not take it
+        values += (tl.load(part + i * heads * 512 + d, mask=there, other=0.0),)  # type: ignore[assignment]
+    # Last, and wanted first: were they loaded first, the compiler would use some values before it loads the others.
+    lses = ()
+    for i in tl.static_range(BS):
+        lses += (tl.load(part_lse + i * heads, mask=i < splits, other=float("-inf")),)  # type: ignore[assignment]
+    peak = lses[0]  # type: ignore[misc]
+    for i in tl.static_range(1, BS):
+        peak = tl.maximum(peak, lses[i])
+    peak = tl.maximum(peak, _NEGATIVE)
+    total = 0.0
+    acc = tl.zeros([512], tl.float32)
+    for i in tl.static_range(BS):
+        weight = tl.exp2(lses[i] - peak)
+        total += weight
         # a split without keys has written no values: select, do not multiply
-        acc = acc * alpha + tl.sum(tl.where(used[:, None], values * weight[:, None], 0.0), 0)
-        peak = new_peak
+        acc += tl.where(lses[i] != float("-inf"), values[i] * weight, 0.0)
     some = total != 0.0
     total = tl.where(some, total, 1.0)
     row_lse = tl.where(some, (peak + tl.log2(total)) * _LN2, float("inf"))
     inverse = tl.where(some, 1.0 / (total * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
-    if tl.program_id(1) == 0:
-        tl.store(lse + pid, row_lse)
-    o_row = out + b.to(tl.int64) * o_sb + s.to(tl.int64) * o_ss + head.to(tl.int64) * o_sh
+    tl.store(lse + pid, row_lse)
     tl.store(o_row + d, (acc * inverse).to(tl.bfloat16))
 
 
@@ -588,7 +591,9 @@ _HOPPER = Tile(64, 64, 8, 1)
 # decode_ampere.py's: 138 KiB, and 67 KiB for architectures with 99. Timed on the H200 under SM80's and SM89's names,
 # with as much shared memory as they have, 2026-11-27.
 _AMPERE, _AMPERE_SMALL = Tile(64, 64, 8, 1), Tile(32, 32, 4, 1)
+_AMPERE_FEW = Tile(16, 32, 4, 1)  # on Hopper too: of a sweep for few queries or at most 16 heads there, the fastest
 _STAGE_KEYS, _STAGE_WARPS = 32, 4
+_MOST_SPLITS = 40  # the registers of one that combines them
 _INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
 
 _invariant = policy.from_environment().batch_invariant
@@ -608,21 +613,28 @@ def _tiles(topk: int, extra_topk: int, keys: int) -> int:
     return max(cdiv(topk, keys) + cdiv(extra_topk, keys), 1)
 
 
-def _splits(programs: int, tiles: int, sms: int) -> int:
+def _splits(programs: int, tiles: int, sms: int, resident: int = 1) -> int:
     """The split count with the least expected time.
 
-    In units of one tile: what the longest program of a wave computes, 2 to start and finish a program, 0.0102
-    to write and read back a program's partial result. The numbers are fitted to the H200 table and order its
-    rows correctly.
+    In units of one tile: what the longest program of a wave computes, for every program with which it shares a
+    multiprocessor (``resident`` at most) half as much again, 2 to start and finish a program, 0.0102 to write and read
+    back a program's partial result. The numbers are fitted to sweeps on the H200, 2026-11-27: within 3 % of the best.
     """
     best, least = 1, float("inf")
-    for splits in range(1, min(tiles, 32) + 1):
-        waves = cdiv(programs * splits, sms)
-        cost = waves * ((tiles / splits + cdiv(tiles, splits)) / 2 + 2)
+    for splits in range(1, min(tiles, _MOST_SPLITS) + 1):
+        sharing = min(cdiv(programs * splits, sms), resident)
+        waves = cdiv(programs * splits, sms * sharing)
+        cost = waves * ((1 + 0.5 * (sharing - 1)) * (tiles / splits + cdiv(tiles, splits)) / 2 + 2)
         cost += 0.0102 * programs * splits if splits > 1 else 0.0
         if cost < least - 1e-9:
             best, least = splits, cost
     return best
+
+
+def _resident(tile: Tile, arch: Arch) -> int:
+    """How many programs of decode_ampere.py share a multiprocessor, by their registers and their shared memory."""
+    by_registers, kib = {_AMPERE: (1, 138), _AMPERE_SMALL: (2, 67), _AMPERE_FEW: (3, 49)}[tile]
+    return max(1, min(by_registers, (arch.smem // 1024 + 1) // (kib + 1)))  # each program's last KiB is the system's
 
 
 @lru_cache(maxsize=4096)
@@ -648,20 +660,24 @@ def plan(
     narrow = cdiv(heads, 16)
     if batch_invariant:
         rows = _INVARIANT_ROWS
+    if gluon and (each := cdiv(rows * narrow * small, arch.sms)) <= 3:
+        # few rows are latency: up to three small tiles a program, every program on the machine at once
+        return Plan(_AMPERE_FEW, cdiv(small, max(each, cdiv(small, _MOST_SPLITS))), ampere=True)
+    if gluon and (arch.major != 9 or heads <= 16):
+        few = rows * cdiv(heads, 32) * small <= 6 * arch.sms
+        tile = _AMPERE_SMALL if few or heads <= 32 or arch.smem < prefill.AMPERE_SHARED else _AMPERE
+        tile = _AMPERE_FEW if heads <= 16 else tile
+        programs, tiles = rows * cdiv(heads, tile.heads), _tiles(topk, extra_topk, tile.keys)
+        return Plan(tile, _splits(programs, tiles, arch.sms, _resident(tile, arch)), ampere=True)
     # few programs: every one gets a single tile, the smallest that still fits all of them on the machine at
     # once
-    if rows * narrow * small <= arch.sms:
+    if rows * narrow * small <= arch.sms and small <= _MOST_SPLITS:
         return Plan(_SMALL, small, single=True)
-    if gluon and arch.major != 9:
-        few = rows * cdiv(heads, _AMPERE_SMALL.heads) * _tiles(topk, extra_topk, _AMPERE_SMALL.keys) <= 6 * arch.sms
-        tile = _AMPERE_SMALL if few or heads <= 32 or arch.smem < prefill.AMPERE_SHARED else _AMPERE
-        splits = _splits(rows * cdiv(heads, tile.heads), _tiles(topk, extra_topk, tile.keys), arch.sms)
-        return Plan(tile, splits, ampere=True)
-    if rows * narrow * tiles <= arch.sms and not rough:
+    if rows * narrow * tiles <= arch.sms and tiles <= _MOST_SPLITS and not rough:
         return Plan(_MEDIUM, tiles, single=True)
     if hopper:
         # few rows: a program for each tile, and each tile's heads over as many programs as there is room for
-        blocks = min(arch.sms // (rows * tiles), narrow)
+        blocks = min(arch.sms // (rows * tiles), narrow) if tiles <= _MOST_SPLITS else 1
         if heads > 32 and blocks > 1 and blocks * _HOPPER.heads >= heads:
             return Plan(_HOPPER, tiles, single=True, hopper=True, block_heads=cdiv(heads, blocks))
         splits = _splits(rows * cdiv(heads, 64), tiles, arch.sms)
@@ -901,10 +917,11 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
             num_stages=tile.stages,
         )
     if splits > 1:
-        bs, bd = _combine_tile(splits)
+        at_once = pow2(splits, 2) if splits <= 8 else 4 * cdiv(splits, 4)
+        o_unit = min(q_unit, 4)
         launch(
             _combine_kernel,
-            (rows * heads, 512 // bd),
+            (rows * heads,),
             part,
             part_lse,
             sink,
@@ -914,11 +931,11 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
             heads,
             s_q,
             splits,
-            *out.stride()[:3],
-            BS=bs,
-            BD=bd,
+            *(x // o_unit for x in out.stride()[:3]),
+            BS=at_once,
+            O_UNIT=o_unit,
             PDL=pdl,
-            num_warps=4,
+            num_warps=2 if at_once <= 8 else 4,
             num_stages=1,
             **({"launch_pdl": True} if pdl else {}),
         )
@@ -929,12 +946,6 @@ def _q_unit(q: torch.Tensor, out: torch.Tensor) -> int:
     this unit.
     """
     return 8 if _unit(q.data_ptr(), out.data_ptr(), *(2 * x for t in (q, out) for x in t.stride()[:3])) == 16 else 1
-
-
-def _combine_tile(splits: int) -> tuple[int, int]:
-    """Splits and columns at a time: 32 values a thread in flight, all splits at once up to 32 of them."""
-    bs = min(max(triton.next_power_of_2(splits), 8), 32)
-    return bs, 4096 // bs
 
 
 def sparse_mla_decode(

@@ -1,8 +1,8 @@
-"""The split kernel of sparse MLA decode for mma.sync (SM80, and SM86, SM89 and SM12x by a smaller tile), in Gluon.
+"""The split kernel of sparse MLA decode for mma.sync, in Gluon: for SM8x and SM12x, and for few queries on Hopper too.
 
-The same work split, tile order and partial results as the portable kernel in decode.py, which launches this one in its
-place and combines after it. One CTA serves one query row, up to 64 heads and one split: each key is gathered and
-decoded once for all of them, where the portable kernel does so for every 16.
+decode.py launches it in place of its portable kernel and combines after it in the same way. One CTA serves one query
+row, up to 64 heads and one split: each key is gathered and decoded once for all of them, where the portable kernel does
+so for every 16.
 
 All warps do everything, one step after the other: decode a tile of keys to shared memory, S = Q K^T, the softmax,
 O += P V.
@@ -113,8 +113,9 @@ def _decode_ampere_kernel(
         k32 = k_smem._reinterpret(gl.int32, [KEYS, 256], words)
     else:
         k32 = k_smem.reinterpret(gl.int32, [KEYS, 256], words)
-    p_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS // 32, HEADS, 32], narrow)
-    b_smem = gl.allocate_shared_memory(gl.float32, [KEYS], flat)
+    if HEADS > 16:
+        p_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS // 32, HEADS, 32], narrow)
+        b_smem = gl.allocate_shared_memory(gl.float32, [KEYS], flat)
 
     split = gl.program_id(1)
     _, b, s, head0 = place(gl.program_id(0), block_heads, head_blocks, s_q)
@@ -124,16 +125,16 @@ def _decode_ampere_kernel(
     keys = gl.arange(0, KEYS, gl.SliceLayout(1, lay))
     cols = gl.arange(0, 16, gl.SliceLayout(0, lay))
     cols_r = gl.arange(0, 32, gl.SliceLayout(0, lay_r))
-    length1, length2, width1, width2, first2, here1, here = schedule(
+    length1, length2, first2, here1, here = schedule(
         b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, KEYS, False
     )
     share = here1, split, first2, splits, length1, length2
     scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
-    index = index_of(0, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+    index = index_of(0, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
     start, ok, word = find(0, index, keys, share, scopes)
     r0, r1, r2, r3 = load_front(start, ok, cols)
     r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
-    index = index_of(1, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+    index = index_of(1, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
 
     h = head0 + gl.arange(0, HEADS, gl.SliceLayout(1, q_lay))
     q_cols = gl.arange(0, 512, gl.SliceLayout(0, q_lay))
@@ -145,6 +146,8 @@ def _decode_ampere_kernel(
     sums = gl.zeros([HEADS, 16], gl.float32, sums_lay)
     acc = gl.zeros([HEADS, 512], gl.float32, mma)
     for i in range(here):
+        if HEADS == 16:  # taken for as long as they are needed only: two programs of 32 keys fit the 100 KiB of SM86
+            b_smem = gl.allocate_shared_memory(gl.float32, [KEYS], flat)
         deposit(k32, b_smem, lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
         # The next tile, in two parts: all of it at once does not fit the L1 cache that is left, and the loads would
         # stand in the way of what is read from shared memory.
@@ -155,13 +158,15 @@ def _decode_ampere_kernel(
             queries = q_smem.slice(_STEP * c, _STEP, 1).load(lhs)
             logits = mma_v2(queries, k_smem.slice(_STEP * c, _STEP, 1).permute((1, 0)).load(rhs), logits)
         r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
-        index = index_of(i + 2, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+        index = index_of(i + 2, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
         logits = logits * scale_log2 + b_smem.load(gl.SliceLayout(0, mma))[None, :]
         new_peak = gl.maximum(peak, gl.max(logits, 1))
         weight = gl.exp2(logits - new_peak[:, None])
         alpha = gl.exp2(peak - new_peak)
         acc = acc * alpha[:, None]
         sums = add_weights(sums, alpha, weight)
+        if HEADS == 16:
+            p_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS // 32, HEADS, 32], narrow)
         _keep(p_smem, weight.to(gl.bfloat16))
         for c in gl.static_range(KEYS // 16):  # 16 keys at a time: all the weights would take too many registers
             weights = p_smem.index(c // 2).slice(16 * (c % 2), 16, 1).load(lhs)

@@ -93,12 +93,12 @@ def _loader(
     keys = gl.arange(0, _KEYS, gl.SliceLayout(1, lay))
     cols = gl.arange(0, 16, gl.SliceLayout(0, lay))
     cols_r = gl.arange(0, 32, gl.SliceLayout(0, lay_r))
-    length1, length2, width1, width2, first2, here1, here = schedule(
+    length1, length2, first2, here1, here = schedule(
         b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, _KEYS, SINGLE
     )
     share = here1, split, first2, splits, length1, length2
     scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
-    index = index_of(0, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+    index = index_of(0, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
     start, ok, word = find(0, index, keys, share, scopes)
     r0, r1, r2, r3 = load_front(start, ok, cols)
     r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
@@ -110,7 +110,7 @@ def _loader(
     else:
         slot = 0
         phase = 0
-        index = index_of(1, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+        index = index_of(1, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
         for i in range(here):
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
             deposit(k32.index(slot), b_smem.index(slot), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
@@ -121,7 +121,7 @@ def _loader(
             start, ok, word = find(i + 1, index, keys, share, scopes)
             r0, r1, r2, r3 = load_front(start, ok, cols)
             r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
-            index = index_of(i + 2, keys, here1, split, first2, splits, idx1, idx2, width1, width2)
+            index = index_of(i + 2, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
             slot ^= 1
             phase = gl.where(slot == 0, phase ^ 1, phase)
 
@@ -208,7 +208,7 @@ def _consumer(
     heads_end = gl.minimum(heads, head0 + block_heads)
     async_load(q_smem.index(0), q_row[:, None] + cols[None, :], mask=(h < heads_end)[:, None])
     async_copy.commit_group()
-    _, _, _, _, _, _, here = schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, _KEYS, SINGLE)
+    _, _, _, _, here = schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, _KEYS, SINGLE)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()

@@ -139,6 +139,26 @@ def _hc_kernel(
     tl.store(sqr_ptr + s64 * s_stride_s + rows64 * s_stride_m, tl.sum(sqr, axis=1), mask=first)
 
 
+@triton.jit
+def _sum_partials(src, size, dst, width, stride, block, group, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """The sum of ``group`` partials of ``size`` elements, one after the other at ``src``, into rows of ``width`` at
+    ``dst``. All are loaded before the first is used."""
+    start = block.to(tl.int64) * BLOCK
+    each = tl.arange(0, BLOCK)
+    at = start + each
+    ok = at < size
+    values = ()
+    for i in tl.static_range(GROUP):
+        there = ok & (each < tl.where(i < group, BLOCK, 0))  # the interpreter has no and of a mask and a scalar
+        values += (tl.load(src + i * size + at, mask=there, other=0.0),)  # type: ignore[assignment]
+    total = values[0]  # type: ignore[misc]
+    for i in tl.static_range(1, GROUP):
+        total += values[i]
+    row0 = start // width
+    beyond = (start - row0 * width).to(tl.int32) + each
+    tl.store(dst + (row0 + beyond // width) * stride + beyond % width, total, mask=ok)
+
+
 _REDUCE_SIZES = ["M", "N", "group", "o_stride_s", "o_stride_m", "s_stride_s", "s_stride_m"]
 
 
@@ -154,38 +174,30 @@ def _hc_reduce_kernel(
     o_stride_m,
     s_stride_s,
     s_stride_m,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sum each ``group`` of partials, in a fixed order, into one of the results.
 
-    Workspace: [results * group, M, N] mixes, then [results * group, M] sums of squares.
+    Workspace: [results * group, M, N] mixes, then [results * group, M] sums of squares. ALIGNED: N % 4 == 0.
     """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    result = tl.program_id(2).to(tl.int64)
-    first = result * group
-    s = tl.arange(0, BLOCK_S)
-    row_ok = rows < M
-    ok = row_ok[:, None] & (cols < N)[None, :]
-    rows64 = rows.to(tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sqr = tl.zeros((BLOCK_M,), tl.float32)
-    sq_ptr = part_ptr + tl.num_programs(2).to(tl.int64) * group * M * N
+    block = tl.program_id(0)
+    result = tl.program_id(1).to(tl.int64)
+    mixes = M.to(tl.int64) * N
+    if ALIGNED:
+        mixes = tl.multiple_of(mixes, 4)
+    blocks = tl.cdiv(mixes, BLOCK).to(tl.int32)
     if PDL:
         gdc_wait()
-    for s0 in range(0, group, BLOCK_S):
-        s_ok = s0 + s < group
-        part = first + s0 + s
-        ptr = part_ptr + (part[:, None, None] * M + rows64[None, :, None]) * N + cols[None, None, :]
-        acc += tl.sum(tl.load(ptr, mask=s_ok[:, None, None] & ok[None, :, :], other=0.0), axis=0)
-        ptr2 = sq_ptr + part[:, None] * M + rows64[None, :]
-        sqr += tl.sum(tl.load(ptr2, mask=s_ok[:, None] & row_ok[None, :], other=0.0), axis=0)
-    tl.store(out_ptr + result * o_stride_s + rows64[:, None] * o_stride_m + cols[None, :], acc, mask=ok)
-    mine = rows < tl.where(tl.program_id(1) == 0, M, 0)
-    tl.store(sqr_ptr + result * s_stride_s + rows64 * s_stride_m, sqr, mask=mine)
+    if block < blocks:
+        src, dst = part_ptr + result * group * mixes, out_ptr + result * o_stride_s
+        _sum_partials(src, mixes, dst, N, o_stride_m, block, group, BLOCK, GROUP)
+    else:
+        part_ptr += tl.num_programs(1).to(tl.int64) * group * mixes
+        src, dst = part_ptr + result * group * M, sqr_ptr + result * s_stride_s
+        _sum_partials(src, M.to(tl.int64), dst, 1, s_stride_m, block - blocks, group, BLOCK, GROUP)
 
 
 @dataclass(frozen=True)
@@ -287,12 +299,6 @@ def _boxes(t: torch.Tensor, rows: int, columns: int, bits: int) -> Any:
     return GluonDescriptor(t, list(t.shape), [max(t.stride(0), t.shape[1]), 1], [rows, columns], layout)
 
 
-def _reduce_constants(m: int, n: int, group: int) -> dict[str, Any]:
-    # few rows: all partials of a row at once; many: a few rows a block, which have few partials
-    few = m <= 1024 or group > 8
-    return dict(BLOCK_M=1 if few else 4, BLOCK_N=min(32, pow2(n)), BLOCK_S=32 if few else 8)
-
-
 def hc_prenorm_gemm(
     x: torch.Tensor,
     fn: torch.Tensor,
@@ -387,21 +393,23 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
             num_warps=config.warps,
         )
     if reduce:
-        constants = _reduce_constants(m, n, splits // results)
+        group, block = splits // results, 128
         launch(
             _hc_reduce_kernel,
-            (cdiv(m, constants["BLOCK_M"]), cdiv(n, constants["BLOCK_N"]), results),
+            (cdiv(m * n, block) + cdiv(m, block), results),
             work,
             out,
             sqr_sum,
             m,
             n,
-            splits // results,
+            group,
             *out_strides,
             *sqr_strides,
-            **constants,
+            BLOCK=block,
+            GROUP=pow2(group),
+            ALIGNED=n % 4 == 0,
             PDL=pdl,
-            num_warps=4,
+            num_warps=1,
             **({"launch_pdl": True} if pdl else {}),
         )
     return out, sqr_sum

@@ -145,8 +145,9 @@ _MEASURED = {16: Tile(16, 32, 4, 2), 32: Tile(32, 32, 4, 2)}
 # Derived for SM86 and SM89, where (32, 32, 4, 2) spills 56 to 72: same registers, half the keys. Not timed.
 _SM8X = {16: Tile(16, 32, 4, 2), 32: Tile(32, 16, 4, 3)}
 # The Gluon kernel's: 137 KiB, and 67 KiB for architectures with 99. Timed on the H200 under SM80's and SM89's names,
-# with as much shared memory as they have, 2026-11-27. For 16 heads or fewer the plain kernel was faster.
+# with as much shared memory as they have, 2026-11-27.
 _AMPERE, _AMPERE_SMALL = Tile(64, 64, 8, 1, ampere=True), Tile(32, 32, 4, 1, ampere=True)
+_AMPERE_FEW = Tile(16, 64, 4, 1, ampere=True)  # for up to 16 heads: 81 KiB, two programs fit a multiprocessor of SM80
 AMPERE_SHARED = 138 * 1024
 """What the larger tile of either Gluon kernel for mma.sync fits."""
 
@@ -165,12 +166,14 @@ def has_gluon() -> bool:
 
 
 def plan(arch: Arch, heads: int, *, gluon: bool) -> Tile:
-    """The tile for a head count on a machine. All but one take 68 KiB or less, so two programs fit a large
-    multiprocessor.
+    """The tile for a head count on a machine. All but the largest take 81 KiB or less, so that two programs fit a
+    multiprocessor of SM80.
 
     ``gluon=False`` rules out the Gluon kernel (strides it cannot take).
     """
-    if gluon and arch.major in (8, 12) and heads > 16 and not arch.interpret and has_gluon():
+    if gluon and arch.major in (8, 12) and not arch.interpret and has_gluon():
+        if heads <= 16:
+            return _AMPERE_FEW
         return _AMPERE if heads > 32 and arch.smem >= AMPERE_SHARED else _AMPERE_SMALL
     table = _SM8X if arch.cc in (86, 89) else _MEASURED
     return table[16 if heads <= 16 else 32]

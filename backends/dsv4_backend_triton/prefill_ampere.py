@@ -55,6 +55,18 @@ def _operands(p_smem, lhs: gl.constexpr):
 
 
 @gluon.jit
+def _few_operands(weight, lhs: gl.constexpr):
+    """The same of 16 heads and 64 keys, through 1 KiB that is not kept from one tile to the next: so two programs fit
+    the 164 KiB of SM80."""
+    p_smem = gl.allocate_shared_memory(gl.bfloat16, [16, 32], gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
+    low, high = gl.split(gl.permute(gl.reshape(weight, [16, 2, 32]), (0, 2, 1)))
+    p_smem.store(low)
+    first, second = p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
+    p_smem.store(high)
+    return first, second, p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
+
+
+@gluon.jit
 def _weigh(acc, weights, buffer, rhs: gl.constexpr):
     for c in gl.static_range(buffer.shape[0] // 16):
         acc = mma_v2(weights[c], buffer.slice(16 * c, 16, 0).load(rhs), acc)
@@ -64,6 +76,7 @@ def _weigh(acc, weights, buffer, rhs: gl.constexpr):
 @gluon.jit
 def _emit(acc, inverse, buffer, o_row, cols, ok, part: gl.constexpr, lay: gl.constexpr):
     """128 columns of the output, through shared memory: 16 bytes at a time."""
+    buffer = buffer.slice(0, acc.shape[0], 0)
     buffer.store((acc * inverse[:, None]).to(gl.bfloat16))
     gl.store(o_row[:, None] + (cols + part * _PART)[None, :], buffer.load(lay), mask=ok[:, None])
 
@@ -108,7 +121,8 @@ def _prefill_ampere_kernel(
     k1 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
     k2 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
     k3 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
-    p_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, KEYS], narrow)
+    if HEADS > 16:
+        p_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, KEYS], narrow)
 
     pid = gl.program_id(0)
     row = pid // head_blocks
@@ -156,10 +170,14 @@ def _prefill_ampere_kernel(
         logits = gl.where(valid[None, :], logits * scale_log2, float("-inf"))
         new_peak = gl.maximum(peak, gl.max(logits, 1))
         weight = gl.exp2(logits - new_peak[:, None])
-        p_smem.store(weight.to(gl.bfloat16))
+        if HEADS > 16:
+            p_smem.store(weight.to(gl.bfloat16))
         alpha = gl.exp2(peak - new_peak)
         sums = add_weights(sums, alpha, weight)
-        weights = _operands(p_smem, lhs)
+        if HEADS > 16:
+            weights = _operands(p_smem, lhs)
+        else:
+            weights = _few_operands(weight.to(gl.bfloat16), lhs)
         acc0 = _weigh(acc0 * alpha[:, None], weights, k0, rhs)
         _copy(k0, kv, index, s_kv, kv_ss, cols, 0)
         acc1 = _weigh(acc1 * alpha[:, None], weights, k1, rhs)

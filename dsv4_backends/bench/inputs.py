@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..serving import WINDOW_PAGE as PAGE
 from ..serving import round_up
-from .shapes import Row
+from .shapes import SCALES, Row
 
 if TYPE_CHECKING:
     import torch
@@ -161,18 +161,20 @@ def _paged(draw: _Draw, *, b: int, keys: int, h: int, d: int) -> dict[str, Any]:
     }
 
 
-def _einsum(draw: _Draw, *, b: int, h: int, r: int, d: int) -> dict[str, Any]:
-    """Values group-major, scales in fp32 with the tokens contiguous and padded to 4, as vLLM's quantiser makes them."""
+def _einsum(draw: _Draw, *, b: int, h: int, r: int, d: int, scales: str = SCALES[0]) -> dict[str, Any]:
+    """Values group-major, as vLLM's quantiser makes them; scales in fp32."""
     import torch
 
     blocks = -(-r // 128)
     x = draw.normal(h, b, r, dtype="float8_e4m3fn").transpose(0, 1)
-    scales = draw.powers(h, blocks, round_up(b, 4))[..., :b].permute(2, 0, 1)
+    x_scale = draw.powers(h, blocks, round_up(b, 4))[..., :b].permute(2, 0, 1)
+    if scales != SCALES[0]:
+        x_scale = x_scale.contiguous()
     # A group at a time: the fp32 draw of all weights is four times their size.
     w = torch.empty((h, d, r), dtype=torch.float8_e4m3fn, device=draw.device)
     for group in w:
         group.copy_(draw.normal(d, r))
-    return {"x": x, "x_scale": scales, "w": w, "w_scale": draw.powers(h, -(-d // 128), blocks)}
+    return {"x": x, "x_scale": x_scale, "w": w, "w_scale": draw.powers(h, -(-d // 128), blocks)}
 
 
 def _hyper_connection(draw: _Draw, *, m: int, k: int, n: int, num_splits: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def bench(
     progress: Callable[[str], None],
     save: Callable[[dict[str, Any]], None] = lambda result: None,
     also_as: Sequence[str] = (),
+    scales: str = shapes.SCALES[0],
 ) -> dict[str, Any]:
     """Measure and return what ``--json`` writes.
 
@@ -51,6 +52,7 @@ def bench(
         save: Gets the result so far after each row, so that a run that is cut off leaves what it has measured.
         also_as: Architectures such as ``sm_80``: providers are measured once more for each, by the code that they
             would run there.
+        scales: See ``shapes.rows``.
 
     Raises:
         PolicyError: not an architecture.
@@ -67,8 +69,8 @@ def bench(
     if on_gpu:
         torch.cuda.set_device(where)
     subjects, absent = _subjects(wanted_ops, providers, where, [cc.sm(cc.parse_capability(text)) for text in also_as])
-    rows = shapes.rows(models, tp, wanted_ops)
-    rows = rows if on_gpu else shapes.tiny(wanted_ops)
+    rows = shapes.rows(models, tp, wanted_ops, scales)
+    rows = rows if on_gpu else shapes.tiny(wanted_ops, scales)
     started = time.perf_counter()
     progress("measuring the machine's own rates")
     timer = Timer(where)
@@ -77,7 +79,7 @@ def bench(
     done: list[dict[str, Any]] = []
     result = {
         "schema_version": SCHEMA_VERSION,
-        "command": _command(wanted_ops, providers, models, tp, also_as),
+        "command": _command(wanted_ops, providers, models, tp, also_as, scales),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": dict(machine_json(machine.probe())),
         "device": device_json(machine.device_of(where)),
@@ -109,15 +111,22 @@ def bench(
 
 
 def _command(
-    wanted_ops: Sequence[str], providers: Sequence[str], models: Sequence[str], tp: int, also_as: Sequence[str]
+    wanted_ops: Sequence[str],
+    providers: Sequence[str],
+    models: Sequence[str],
+    tp: int,
+    also_as: Sequence[str],
+    scales: str,
 ) -> str:
     """What to type to measure the same again, without where results are put."""
-    settings = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(policy.PREFIX)]
+    ours = (name for name in sorted(os.environ) if name.startswith((policy.PREFIX, "TRITON_OVERRIDE_ARCH")))
+    settings = [f"{name}={os.environ[name]}" for name in ours]
     words = [f"--op {op}" for op in wanted_ops] if tuple(wanted_ops) != OPS else []
     words += [f"--provider {name}" for name in providers]
     words += [f"--model {model if model in MODELS else Path(model).name}" for model in models]
     words += [f"--tp {tp}"] if tp != 1 else []
     words += [f"--also-as {text}" for text in also_as]
+    words += [f"--scales {scales}"] if scales != shapes.SCALES[0] else []
     return " ".join([*settings, "dsv4-backends bench", *words])
 
 

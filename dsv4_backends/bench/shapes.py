@@ -20,6 +20,9 @@ PAGED = ((1, 16384), (32, 16384), (128, 4096), (64, 65536))
 """Requests, and compressed keys of each."""
 PROJECTION_TOKENS = (1, 8, 32, 128, 512, 4096)
 HYPER_CONNECTION_TOKENS = (1, 32, 128, 1024, 8192)
+SCALES = ("token-minor", "token-major")
+"""How the activation scales of ``fp8_einsum`` may lie: the tokens contiguous and padded to 4, as vLLM's quantiser
+leaves them; or ``[tokens, groups, blocks]`` as it is written, which DeepGEMM transposes in each call."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class Row:
     params: Mapping[str, Any]
 
 
-def rows(models: Sequence[str], tp: int, ops: Iterable[str]) -> list[Row]:
+def rows(models: Sequence[str], tp: int, ops: Iterable[str], scales: str = SCALES[0]) -> list[Row]:
     """The rows of ``ops`` for some models, each row once.
 
     Args:
         models: ``"flash"``, ``"pro"``, or the path of a ``config.json``; none: Flash and Pro.
         tp: Tensor parallel size; a row is what one rank computes.
         ops: Op names; their order is kept.
+        scales: One of ``SCALES``.
 
     Raises:
         ValueError: not a model, or its heads do not divide by ``tp``.
@@ -52,12 +56,12 @@ def rows(models: Sequence[str], tp: int, ops: Iterable[str]) -> list[Row]:
     found: dict[tuple[str, str], Row] = {}
     for source in models or tuple(MODELS):
         model = from_config(source)
-        for row in _of_model(source if source in MODELS else model.name.replace(" ", "-"), model, tp):
+        for row in _of_model(source if source in MODELS else model.name.replace(" ", "-"), model, tp, scales):
             found.setdefault((row.op, row.name), row)
     return [row for op in ops for row in found.values() if row.op == op]
 
 
-def _of_model(label: str, model: Model, tp: int) -> Iterator[Row]:
+def _of_model(label: str, model: Model, tp: int, scales: str) -> Iterator[Row]:
     rank = model.rank(tp)
     heads, window, selected = rank.heads, model.window, model.index_topk
     compressed = CONTEXT // RATIO
@@ -82,8 +86,8 @@ def _of_model(label: str, model: Model, tp: int) -> Iterator[Row]:
         yield Row("paged_mqa_logits", name, {"b": b, "keys": keys, **indexer})
     groups, r, d = rank.o_groups, rank.o_in, model.o_lora_rank
     for b in PROJECTION_TOKENS:
-        name = f"{label} b={b} h={groups} r={r} d={d} token-minor scales"
-        yield Row("fp8_einsum", name, {"b": b, "h": groups, "r": r, "d": d})
+        name = f"{label} b={b} h={groups} r={r} d={d} {scales} scales"
+        yield Row("fp8_einsum", name, {"b": b, "h": groups, "r": r, "d": d, "scales": scales})
     for m in HYPER_CONNECTION_TOKENS:
         # As many partials as keep the 132 multiprocessors of a Hopper GPU busy with tiles of 64 tokens, 32 at most.
         splits = max(1, min(32, 132 // -(-m // 64)))
@@ -91,7 +95,7 @@ def _of_model(label: str, model: Model, tp: int) -> Iterator[Row]:
         yield Row("hc_prenorm_gemm", f"{label} m={m} k={rank.hc_k} splits={splits}", params)
 
 
-def tiny(ops: Iterable[str]) -> list[Row]:
+def tiny(ops: Iterable[str], scales: str = SCALES[0]) -> list[Row]:
     """A row or two for each op that a CPU gets through at once."""
     found = (
         Row(
@@ -111,7 +115,11 @@ def tiny(ops: Iterable[str]) -> list[Row]:
         ),
         Row("mqa_logits", "tiny m=8 n=96", {"m": 8, "n": 96, "h": 8, "d": 64}),
         Row("paged_mqa_logits", "tiny b=2 keys=100", {"b": 2, "keys": 100, "h": 8, "d": 64}),
-        Row("fp8_einsum", "tiny b=3 h=2 r=256 d=128 token-minor scales", {"b": 3, "h": 2, "r": 256, "d": 128}),
+        Row(
+            "fp8_einsum",
+            f"tiny b=3 h=2 r=256 d=128 {scales} scales",
+            {"b": 3, "h": 2, "r": 256, "d": 128, "scales": scales},
+        ),
         Row("hc_prenorm_gemm", "tiny m=4 k=512 splits=2", {"m": 4, "k": 512, "n": 24, "num_splits": 2}),
     )
     return [row for op in ops for row in found if row.op == op]
