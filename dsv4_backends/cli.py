@@ -361,7 +361,7 @@ def parser() -> argparse.ArgumentParser:
         "--scales",
         choices=SCALES,
         default=SCALES[0],
-        help="how the activation scales of fp8_einsum lie: as vLLM's quantiser leaves them (default), or row-major",
+        help="how the activation scales of fp8_einsum lie: as vLLM's quantiser leaves them (default), or by token",
     )
     bench.add_argument("--plot", metavar="FILE", help="draw a roofline of each op: FILE.svg, .png or .pdf")
     about = "what got slower, or lost its time, from one result of bench to another; exit 1 if anything did"

@@ -203,8 +203,8 @@ def test_every_op_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
     assert set(result["rates"]) == {"copy_gbps", "read_gbps", "bf16_tflops", "tf32_tflops", "launch_us"}
 
 
-def test_the_command_says_whose_machine_code_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tools/older_code a result is not of this GPU's code; tune refuses what was measured under another's name."""
+def test_the_command_says_whose_instructions_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Triton's TRITON_OVERRIDE_ARCH a result is not of this GPU's own."""
     monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm80")
     monkeypatch.setenv("DSV4_BACKENDS_DEVICE", "sm_80")
     said = run._command(OPS, ["triton"], [], 1, [], "token-major")

@@ -135,9 +135,9 @@ def test_tune_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "cpu.json").write_text(json.dumps(result_of() | {"device": {"name": "CPU", "capability": None}}))
     assert cli.main(["tune", str(tmp_path / "cpu.json")]) == cli.USAGE
     assert "one architecture of GPU, got a CPU" in capsys.readouterr().err
-    simulated = {"command": "DSV4_BACKENDS_DEVICE=sm_80 dsv4-backends bench"}
-    with pytest.raises(policy.PolicyError, match="expected times of the architecture itself"):
-        tune.tune([result_of() | simulated])
+    for setting in ("DSV4_BACKENDS_DEVICE=sm_80", "TRITON_OVERRIDE_ARCH=sm80"):
+        with pytest.raises(policy.PolicyError, match="expected times of the architecture itself"):
+            tune.tune([result_of() | {"command": f"{setting} dsv4-backends bench"}])
 
 
 # ------------------------------------------------------------------------------------------------ shipped tables

@@ -122,7 +122,7 @@ def _most(op: str, arguments: Arguments) -> int:
         q, extra = arguments["q"], arguments.get("extra_indices")
         rows, heads = q.shape[0] * q.shape[1], q.shape[2]
         indices = arguments["indices"].shape[2] + (0 if extra is None else extra.shape[2])
-        partials = decode._MOST_SPLITS * rows * heads * 513 * 4
+        partials = 32 * rows * heads * 513 * 4
         return max(rows * (indices * 1028 + 4 + 4 * heads), partials)
     if op == "hc_prenorm_gemm":  # partials of two blocks of 64 rows for each of 132 multiprocessors
         return 132 * 2 * 64 * (24 + 1) * 4

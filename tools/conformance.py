@@ -85,7 +85,7 @@ def main() -> int:
     found = {s.name: builds.look(s) for s in plugins.load().providers if s.name in names and s.probe}
     simulated = os.environ.get("DSV4_BACKENDS_DEVICE", "")
     words = [f"DSV4_BACKENDS_DEVICE={simulated}"] if simulated else []
-    if code := os.environ.get("TRITON_OVERRIDE_ARCH"):  # with tools/older_code
+    if code := os.environ.get("TRITON_OVERRIDE_ARCH"):  # Triton's: whose instructions it chooses
         words.append(f"TRITON_OVERRIDE_ARCH={code}")
     words += ["python tools/conformance.py", f"--level {arguments.level}", *(f"--only {n}" for n in names)]
     result: dict[str, Any] = {

@@ -37,7 +37,7 @@ BENCH = "h200-bench.json"
 BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
-"""The same of the Triton provider alone, in SM80's machine code (tools/older_code)."""
+"""The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
 
 ADVICE = {
     "capability": "Nothing, if another provider serves the op: `list` names it. Otherwise look for one that "
@@ -465,7 +465,7 @@ def performance_scales() -> str:
 
 
 def performance_code() -> str:
-    """What SM80's own machine code takes."""
+    """What the kernels for SM80 take with SM80's own instructions."""
     result = _results(BENCH_CODE)
     return "\n\n".join([_measured_on(result), *_bench_tables(result)])
 
@@ -553,7 +553,7 @@ def _conformance(pattern: str) -> str:
         cells = (str(counts["passed"]), str(counts["failed"]), str(refused), str(counts["skipped"] - refused))
         simulated = result["machine"]["devices"][0]["name"]
         if "TRITON_OVERRIDE_ARCH" in result["command"]:
-            simulated += ", its machine code too"
+            simulated += ", its instructions too"
         rows.append((", ".join(result["libraries"].values()) or simulated, result["level"], *cells))
     names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
     return f"{header}{table(names, rows)}" if rows else "Not run yet."

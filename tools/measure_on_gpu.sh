@@ -51,12 +51,12 @@ for step in $steps; do
       "${ours[@]}" tune "${results[@]}" --output "dsv4_backends/measured/sm_$capability.json"
       "${ours[@]}" bench --also-as sm_80 --also-as sm_89 --json "$out/$card-bench.json" --plot "$out/$card-bench.svg" | tail -2
       "${ours[@]}" bench --op fp8_einsum --scales token-major --json "$out/$card-bench-token-major.json" | tail -2
-      PYTHONPATH="$PWD/tools/older_code:$PYTHONPATH" TRITON_OVERRIDE_ARCH=sm80 DSV4_BACKENDS_DEVICE=sm_80 \
+      TRITON_OVERRIDE_ARCH=sm80 DSV4_BACKENDS_DEVICE=sm_80 \
         "${ours[@]}" bench --provider triton --json "$out/$card-bench-code-sm_80.json" | tail -2 ;;
     conformance)
       suite full "" full
       suite full sm_80 sm_80
-      PYTHONPATH="$PWD/tools/older_code:$PYTHONPATH" TRITON_OVERRIDE_ARCH=sm80 suite full sm_80 sm_80-code
+      TRITON_OVERRIDE_ARCH=sm80 suite full sm_80 sm_80-code
       suite smoke sm_86 sm_86
       suite smoke sm_120 sm_120 ;;
     transformers) python3 tools/transformers_bench.py --json "$out/$card-transformers.json" | tail -20 ;;

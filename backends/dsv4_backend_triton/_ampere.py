@@ -34,6 +34,12 @@ def sums_layout(heads: int, warps: int) -> Any:
 
 
 @gluon.jit
+def halves(weight):
+    """The first 32 of 64 columns, and the others; moves nothing between threads."""
+    return gl.split(gl.permute(gl.reshape(weight, [weight.shape[0], 2, 32]), (0, 2, 1)))
+
+
+@gluon.jit
 def add_weights(sums, alpha, weight):
     """The running sums of the weights, 16 a head: a thread adds only what it has itself."""
     alpha = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ._ampere import ROWS_LAYOUT, add_weights, mma_layout, sums_layout
+from ._ampere import ROWS_LAYOUT, add_weights, halves, mma_layout, sums_layout
 from ._gluon import LN2, LOG2E, NEGATIVE, async_load, block_index
 from .prefill import _NO_ALIGN, _NO_SPECIALIZE
 
@@ -59,7 +59,7 @@ def _few_operands(weight, lhs: gl.constexpr):
     """The same of 16 heads and 64 keys, through 1 KiB that is not kept from one tile to the next: so two programs fit
     the 164 KiB of SM80."""
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [16, 32], gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
-    low, high = gl.split(gl.permute(gl.reshape(weight, [16, 2, 32]), (0, 2, 1)))
+    low, high = halves(weight)
     p_smem.store(low)
     first, second = p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
     p_smem.store(high)

@@ -32,7 +32,7 @@ def tune(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found = ", ".join(capabilities).replace("None", "a CPU")
         raise PolicyError(f"tune: expected results of one architecture of GPU, got {found or 'none'}")
     for result in results:
-        if "DSV4_BACKENDS_DEVICE=" in result["command"]:
+        if any(f"{name}=" in result["command"] for name in ("DSV4_BACKENDS_DEVICE", "TRITON_OVERRIDE_ARCH")):
             raise PolicyError(f"tune: {result['device']['name']}: expected times of the architecture itself")
     sources = [
         {
