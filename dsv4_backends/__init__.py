@@ -12,38 +12,39 @@ __version__ = "0.1.0"
 _HOMES = {
     "CONTRACTS": "contract",
     "OPS": "contract.names",
-    "Build": "provider",
+    "Build": "selection.provider",
     "ContractError": "errors",
     "DSV4Error": "errors",
-    "Implementation": "provider",
+    "Implementation": "selection.provider",
     "NoProviderError": "errors",
     "PluginError": "errors",
     "PolicyError": "errors",
-    "ProviderSpec": "provider",
-    "Reason": "provider",
-    "Tier": "provider",
-    "Limits": "serving",
+    "ProviderSpec": "selection.provider",
+    "Reason": "selection.provider",
+    "Tier": "selection.provider",
+    "Limits": "runtime.serving",
     "UnsupportedError": "errors",
-    "hookimpl": "hookspecs",
-    "reset": "ops",
-    "resolution": "ops",
-    "stats": "ops",
-    "step": "steps",
-    "use_providers": "policy",
-    "warmup": "ops",
-    "workspace_bytes": "ops",
+    "hookimpl": "selection.hookspecs",
+    "reset": "runtime.bind",
+    "resolution": "runtime.bind",
+    "stats": "runtime.bind",
+    "step": "runtime.steps",
+    "use_providers": "selection.policy",
+    "warmup": "runtime.ahead",
+    "workspace_bytes": "runtime.ahead",
 }
 
 if TYPE_CHECKING:
     from . import ops
     from .contract import CONTRACTS, OPS
     from .errors import ContractError, DSV4Error, NoProviderError, PluginError, PolicyError, UnsupportedError
-    from .hookspecs import hookimpl
-    from .ops import reset, resolution, stats, warmup, workspace_bytes
-    from .policy import use_providers
-    from .provider import Build, Implementation, ProviderSpec, Reason, Tier
-    from .serving import Limits
-    from .steps import step
+    from .runtime.ahead import warmup, workspace_bytes
+    from .runtime.bind import reset, resolution, stats
+    from .runtime.serving import Limits
+    from .runtime.steps import step
+    from .selection.hookspecs import hookimpl
+    from .selection.policy import use_providers
+    from .selection.provider import Build, Implementation, ProviderSpec, Reason, Tier
 
 __all__ = [
     "CONTRACTS",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .resolve import Resolution
+from typing import Any
 
 
 class DSV4Error(Exception):
@@ -29,8 +26,8 @@ class PluginError(DSV4Error, RuntimeError):
 
 
 class NoProviderError(DSV4Error, RuntimeError):
-    """No provider can serve the op here. ``resolution`` holds every candidate with its reasons."""
+    """No provider can serve the op here. ``resolution`` (a ``Resolution``) has every candidate with its reasons."""
 
-    def __init__(self, message: str, resolution: Resolution | None = None) -> None:
+    def __init__(self, message: str, resolution: Any = None) -> None:
         super().__init__(message)
         self.resolution = resolution

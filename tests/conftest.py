@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_backends import ops, policy
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import policy
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def clean_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         for name, module in list(sys.modules.items()):
             if (getattr(module, "__file__", None) or "").startswith(tuple(gone)):
                 del sys.modules[name]
-        ops.reset()
+        bind.reset()
 
 
 @pytest.fixture
@@ -53,6 +54,6 @@ def fake_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         (info / "entry_points.txt").write_text(f"[dsv4_backends]\n{name} = {target or module}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.delitem(sys.modules, module, raising=False)
-        ops.reset()
+        bind.reset()
 
     return install

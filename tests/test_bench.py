@@ -13,8 +13,10 @@ import pytest
 import torch
 from bench_results import result_of, row_of
 
-from dsv4_backends import OPS, cli
-from dsv4_backends.bench import compare, inputs, plot, report, run, shapes, timing
+from dsv4_backends import OPS
+from dsv4_backends.bench import compare, inputs, plot, results, run, shapes, timing
+from dsv4_backends.commands import bench as command
+from dsv4_backends.commands import cli
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.layouts import PAGE_ALIGNMENT, read_kv
 from dsv4_backends.testing import oracle
@@ -227,8 +229,8 @@ def test_a_provider_is_measured_by_its_code_for_another_architecture_too(
     code, result = bench(tmp_path / "r.json", *argv)
     assert code == cli.OK
     assert [entry["provider"] for entry in result["rows"][0]["results"]] == ["acme", "acme as sm_80"]
-    assert set(report.timed(result["rows"][0])) == {"acme", "acme as sm_80"}
-    assert list(report.rivals(result["rows"][0])) == ["acme"]
+    assert set(results.timed(result["rows"][0])) == {"acme", "acme as sm_80"}
+    assert list(results.rivals(result["rows"][0])) == ["acme"]
     assert "DSV4_BACKENDS_DEVICE" not in os.environ
     assert result["command"] == "dsv4-backends bench --op hc_prenorm_gemm --provider acme --also-as 8.0"
     assert list(result["providers"]) == ["acme"]
@@ -284,7 +286,7 @@ def test_a_row_that_cannot_be_drawn_is_told(tmp_path: Path, monkeypatch: pytest.
     assert code == cli.FINDING
     errors = {row["op"]: row.get("error") for row in result["rows"]}
     assert errors == {"mqa_logits": "MemoryError: too large", "hc_prenorm_gemm": None}
-    assert "FAILED mqa_logits" in report.text(result)
+    assert "FAILED mqa_logits" in command.text(result)
 
 
 def test_a_lost_device_ends_the_run_with_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +300,7 @@ def test_a_lost_device_ends_the_run_with_what_there_is(tmp_path: Path, monkeypat
     monkeypatch.setattr(run, "_row", lose)
     code, result = bench(tmp_path / "r.json", "--op", "hc_prenorm_gemm", "--op", "mqa_logits", "--op", "fp8_einsum")
     assert code == cli.FINDING
-    assert report.timed(result["rows"][0])
+    assert results.timed(result["rows"][0])
     assert len(result["rows"]) == 3
     for row in result["rows"][1:]:
         assert row["error"].startswith("not measured, the device was lost: CUDA error: an illegal")
@@ -348,7 +350,7 @@ def test_times_and_floors() -> None:
 
 
 def test_text_has_rates_ratios_and_everything_that_is_missing() -> None:
-    shown = report.text(
+    shown = command.text(
         result_of(row_of("mqa_logits", "one", a=10.0, b=20.0), row_of("mqa_logits", "two", a=None, b=8.0))
     )
     lines = {line.split()[0]: line.split() for line in shown.splitlines() if line}
@@ -362,15 +364,15 @@ def test_text_has_rates_ratios_and_everything_that_is_missing() -> None:
 def test_code_for_another_architecture_is_no_rival() -> None:
     row = row_of("mqa_logits", "one", **{"a": 10.0, "b": 20.0, "a as sm_80": 5.0})
     row["results"][2]["simulated"] = "sm_80"
-    assert report.verdict([row])["worst"] == 1.0
-    lines = [line.split() for line in report.text(result_of(row)).splitlines() if " as sm_80" in line]
+    assert results.verdict([row])["worst"] == 1.0
+    lines = [line.split() for line in command.text(result_of(row)).splitlines() if " as sm_80" in line]
     assert lines[0][-1] == "2.00"
-    assert next(line.split() for line in report.text(result_of(row)).splitlines() if "(auto)" in line)[-1] == "2.00"
+    assert next(line.split() for line in command.text(result_of(row)).splitlines() if "(auto)" in line)[-1] == "2.00"
 
 
 def test_verdict() -> None:
     rows = [row_of("mqa_logits", str(i), a=100.0, b=float(b)) for i, b in enumerate((200, 98, 90))]
-    found = report.verdict(
+    found = results.verdict(
         [*rows, row_of("mqa_logits", "alone", a=1.0), row_of("mqa_logits", "c", auto="c", a=1.0, b=2.0)]
     )
     assert (found["rows"], found["near"], found["worst"]) == (3, pytest.approx(2 / 3), pytest.approx(0.9))
@@ -402,10 +404,10 @@ def test_rows_that_are_not_measured_again_are_told_but_are_no_finding() -> None:
     changes = compare.compare(before, after)
     assert [change.verdict for change in changes] == ["same", "absent", "new"]
     assert compare.passed(changes)
-    assert "1 new, 1 absent (1 within noise)" in compare.text(before, after, changes)
+    assert "1 new, 1 absent (1 within noise)" in command.compare_text(before, after, changes)
     nothing = compare.compare(before, result_of())
     assert not compare.passed(nothing)
-    assert "nothing to compare" in compare.text(before, result_of(), nothing)
+    assert "nothing to compare" in command.compare_text(before, result_of(), nothing)
 
 
 def test_compare_catches_a_slowed_provider(acme: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

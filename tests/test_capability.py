@@ -4,7 +4,7 @@ import pytest
 from packaging.version import Version
 
 from dsv4_backends import PolicyError
-from dsv4_backends.capability import Support, describe, parse_capability, sm, support
+from dsv4_backends.selection.capability import Support, describe, parse_capability, sm, support
 
 
 @pytest.mark.parametrize(

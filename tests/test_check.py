@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
-from dsv4_backends import OPS, Limits, check, cli, machine, measured
+from dsv4_backends import OPS, Limits
+from dsv4_backends.commands import cli
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.models import FLASH, PRO, Model
+from dsv4_backends.runtime import check
+from dsv4_backends.selection import machine
+from dsv4_backends.selection import preferences as measured
 
 SMS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
 REFUSING = """

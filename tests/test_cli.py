@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from dsv4_backends import OPS, cli
+from dsv4_backends import OPS
+from dsv4_backends.commands import cli
+from dsv4_backends.commands import list as listing
 
 SMS = ["cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
 
@@ -221,7 +223,7 @@ def test_internal_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     def explode(args: object) -> int:
         raise KeyError("surprise")
 
-    monkeypatch.setattr(cli, "_list", explode)
+    monkeypatch.setattr(listing, "run", explode)
     code, _, err = run(capsys, "list")
     assert code == 3
     assert "this is a bug in dsv4-backends" in err
@@ -236,7 +238,7 @@ def test_survives_a_pipe_that_closes() -> None:
 
 
 def test_help_lists_every_variable() -> None:
-    from dsv4_backends.policy import VARIABLES
+    from dsv4_backends.selection.policy import VARIABLES
 
     text = cli.parser().format_help()
     assert all(name in text for name in VARIABLES)

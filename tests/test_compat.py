@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_backends import ContractError, UnsupportedError, compat, ops
+from dsv4_backends import ContractError, UnsupportedError, compat
 from dsv4_backends.compat import deep_gemm, flash_mla
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.op import Case
+from dsv4_backends.runtime import bind
 from dsv4_backends.testing import checks, numerics, oracle
 
 DEVICE = checks.default_device()
@@ -387,7 +388,7 @@ def test_metadata_belongs_to_its_shapes() -> None:
 
 def test_batch_invariance_where_it_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton provider claims it for decode when its mode is on, and then the call is passed to it."""
-    from dsv4_backends import plugins
+    from dsv4_backends.selection import plugins
 
     monkeypatch.setenv("DSV4_BACKENDS_BATCH_INVARIANT", "1")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -397,7 +398,7 @@ def test_batch_invariance_where_it_is_claimed(monkeypatch: pytest.MonkeyPatch) -
     }
     assert claims["sparse_mla_decode"]
     assert not claims["mqa_logits"]
-    ops.reset()
+    bind.reset()
 
 
 # ---------------------------------------------------------------------------------------- behind the names

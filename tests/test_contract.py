@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dsv4_backends import CONTRACTS, OPS, ContractError, ops
 from dsv4_backends.contract import LEVELS, OpContract
 from dsv4_backends.contract.op import ScalarArg, TensorArg
+from dsv4_backends.runtime import bind
 from dsv4_backends.testing import numerics
 
 E4M3 = torch.float8_e4m3fn
@@ -194,13 +195,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 def test_refused_before_anything_is_launched(op: str, change: dict[str, Any], words: str) -> None:
     for _ in range(3):  # so that the signature is known: a known one must not let a wrong call through
         getattr(ops, op)(**arguments(op))
-    before = ops.stats()
+    before = bind.stats()
     with pytest.raises(ContractError) as caught:
         getattr(ops, op)(**(arguments(op) | change))
     message = str(caught.value)
     assert message.startswith(f"{op}: argument ")
     assert words in message
-    assert ops.stats() == before
+    assert bind.stats() == before
     assert isinstance(caught.value, ValueError)
 
 

@@ -20,9 +20,11 @@ import pytest
 import torch
 from bench_results import result_of, row_of
 
-from dsv4_backends import cli, ops, policy, provider
+from dsv4_backends.commands import cli
 from dsv4_backends.contract import CONTRACTS, LEVELS
 from dsv4_backends.contract.op import TensorArg
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import policy, provider
 from dsv4_backends.testing import checks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,7 +220,7 @@ def test_every_page_is_linked() -> None:
 def test_python_examples_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     source = blocks(ROOT / page, "python")
     assert source
-    ops.reset()
+    bind.reset()
     namespace: dict[str, Any] = {}
     for block in source:
         exec(compile(block, page, "exec"), namespace)

@@ -20,9 +20,11 @@ from typing import Any
 
 import pytest
 
-from dsv4_backends import PolicyError, cli, policy
+from dsv4_backends import PolicyError
+from dsv4_backends.commands import cli
 from dsv4_backends.engines import hook, patching
 from dsv4_backends.engines import vllm as engine
+from dsv4_backends.selection import policy
 
 FILES = {
     "vllm/__init__.py": "",

@@ -20,9 +20,10 @@ def run(code: str) -> str:
     [
         "import dsv4_backends",
         "from dsv4_backends import hookimpl, ProviderSpec, Implementation, Tier, Reason, use_providers, CONTRACTS, OPS",
-        "import dsv4_backends.cli, dsv4_backends.plugins, dsv4_backends.resolve, dsv4_backends.contract.models",
-        "from dsv4_backends import cli; cli.main(['list', '--device', 'sm_90'])",
-        "from dsv4_backends import cli; cli.main(['explain', 'mqa_logits', '--json'])",
+        "import dsv4_backends.commands.cli, dsv4_backends.selection.survey, dsv4_backends.contract.models",
+        "import dsv4_backends.provider",
+        "from dsv4_backends.commands import cli; cli.main(['list', '--device', 'sm_90'])",
+        "from dsv4_backends.commands import cli; cli.main(['explain', 'mqa_logits', '--json'])",
     ],
 )
 def test_light(statement: str) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from dsv4_backends import PolicyError, machine
+from dsv4_backends import PolicyError
+from dsv4_backends.selection import machine
 
 # A driver library with two different GPUs, enough of it for the probe.
 FAKE_CUDA = r"""
@@ -65,7 +66,7 @@ def test_probe_happens_in_another_process(fake_driver: object) -> None:
     assert callable(fake_driver)
     fake_driver()
     code = (
-        "from dsv4_backends import machine; assert len(machine.probe().gpus) == 2;"
+        "from dsv4_backends.selection import machine; assert len(machine.probe().gpus) == 2;"
         "assert 'libcuda' not in open('/proc/self/maps').read(); import sys; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,11 +15,16 @@ import torch
 from bench_results import result_of, row_of
 from packaging.version import Version
 
-from dsv4_backends import CONTRACTS, OPS, cli, machine, measured, ops, policy, stats, use_providers
+from dsv4_backends import CONTRACTS, OPS, ops, stats, use_providers
 from dsv4_backends.bench import inputs, shapes, tune
-from dsv4_backends.machine import Device
-from dsv4_backends.provider import Implementation, ProviderSpec, Tier
-from dsv4_backends.resolve import resolve
+from dsv4_backends.commands import cli
+from dsv4_backends.commands import tune as tune_command
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import machine, policy
+from dsv4_backends.selection import preferences as measured
+from dsv4_backends.selection.machine import Device
+from dsv4_backends.selection.provider import Implementation, ProviderSpec, Tier
+from dsv4_backends.selection.resolve import resolve
 
 CPU = torch.device("cpu")
 GPU = Device("cuda", 0, "GPU X", Version("9.0"))
@@ -99,7 +104,7 @@ def test_what_is_near_noisy_or_contradicted_is_not_preferred() -> None:
     alone = results(decode("alone", 1, a=None, b=10.0))
     for made in (near, noisy, contradicted, alone):
         assert tune.tune([made])["preferences"] == []
-    assert "nothing to prefer" in tune.text(tune.tune([near]))
+    assert "nothing to prefer" in tune_command.text(tune.tune([near]))
     # The order says who would serve: its first with a time.
     third = results(decode("third", 1, a=None, b=20.0, c=10.0), order=("a", "b", "c"))
     (entry,) = tune.tune([third])["preferences"]
@@ -145,7 +150,7 @@ def test_tune_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_shipped_tables_are_sound() -> None:
     """Whatever is shipped: known ops and providers, ranges that do not overlap, and a source that can be redone."""
-    from dsv4_backends import plugins
+    from dsv4_backends.selection import plugins
 
     for path in measured.FOLDER.glob("*.json"):
         table = json.loads(path.read_text())
@@ -283,7 +288,7 @@ def two(
         fake_plugin("two", f"REFUSING = {refusing!r}\n{PROVIDERS}")
         sys.modules.pop("measured_kernels", None)
         monkeypatch.setattr(measured, "preferences", lambda device: (preference(**changes),))
-        ops.reset()
+        bind.reset()
 
         def serves(m: int) -> str:
             before = dict(stats().get("hc_prenorm_gemm", {}))
@@ -291,7 +296,7 @@ def two(
             mixes, _ = ops.hc_prenorm_gemm(x, fn)
             assert mixes[0, 0] == 512
             (who,) = [name for name, calls in stats()["hc_prenorm_gemm"].items() if calls != before.get(name, 0)]
-            assert ops.who_serves("hc_prenorm_gemm", {"x": x, "fn": fn}) == who
+            assert bind.who_serves("hc_prenorm_gemm", {"x": x, "fn": fn}) == who
             return who
 
         return serves
@@ -303,7 +308,7 @@ def test_calls_are_served_by_shape(two: Callable[..., Callable[[int], str]]) -> 
     serves = two()
     assert [serves(m) for m in (1, 8, 9, 100, 3, 1, 9)] == ["b", "b", "a", "a", "b", "b", "a"]
     x, fn = torch.ones(3, 256).bfloat16(), torch.ones(24, 256)  # another class
-    assert ops.who_serves("hc_prenorm_gemm", {"x": x, "fn": fn}) == "a"
+    assert bind.who_serves("hc_prenorm_gemm", {"x": x, "fn": fn}) == "a"
     assert set(stats()["hc_prenorm_gemm"]) == {"a", "b", "torch"}
 
 
@@ -311,8 +316,8 @@ def test_the_setting_turns_it_off(two: Callable[..., Callable[[int], str]], monk
     monkeypatch.setenv("DSV4_BACKENDS_MEASURED", "0")
     assert two()(1) == "a"
     monkeypatch.setenv("DSV4_BACKENDS_MEASURED", "1")
-    ops.reset()
-    assert ops.who_serves("hc_prenorm_gemm", {"x": torch.ones(1, 512).bfloat16(), "fn": torch.ones(24, 512)}) == "b"
+    bind.reset()
+    assert bind.who_serves("hc_prenorm_gemm", {"x": torch.ones(1, 512).bfloat16(), "fn": torch.ones(24, 512)}) == "b"
     monkeypatch.setenv("DSV4_BACKENDS_MEASURED", "yes")
     with pytest.raises(policy.PolicyError, match="DSV4_BACKENDS_MEASURED: expected 0 or 1, got 'yes'"):
         policy.from_environment()
@@ -354,7 +359,7 @@ def test_compiled_code_follows_the_shape(two: Callable[..., Callable[[int], str]
 
 def test_memory_is_bounded(two: Callable[..., Callable[[int], str]]) -> None:
     two()(1)
-    (chain,) = ops._bindings().chains.values()
+    (chain,) = bind.current().chains.values()
     for m in range(5000):
         assert chain.preferred((torch.Size((m, 512)), torch.Size((24, 512)))).provider == ("b" if 1 <= m <= 8 else "a")
     assert len(chain.by_shape) <= 4096

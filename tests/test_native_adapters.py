@@ -24,7 +24,7 @@ from fakes import flash_mla as fake_flash_mla
 from dsv4_backends import CONTRACTS, Reason, compat, step
 from dsv4_backends.contract import layouts
 from dsv4_backends.contract.op import Case
-from dsv4_backends.ops import load_implementation
+from dsv4_backends.runtime.bind import load_implementation
 from dsv4_backends.testing import checks, numerics, oracle
 
 CPU = torch.device("cpu")

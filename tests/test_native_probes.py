@@ -19,11 +19,13 @@ from fakes.deep_gemm import HEADERS_25, HEADERS_28, Pybind
 from fakes.flash_mla import BUILT_FOR, SINCE_2026_09_30
 from packaging.version import Version
 
-from dsv4_backends import Build, ProviderSpec, Reason, builds, ops, provider
-from dsv4_backends.libraries import Parameter, accepts, parameters
-from dsv4_backends.machine import CPU, Device
-from dsv4_backends.policy import Policy
-from dsv4_backends.resolve import Candidate
+from dsv4_backends import Build, ProviderSpec, Reason
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import builds, provider
+from dsv4_backends.selection.libraries import Parameter, accepts, parameters
+from dsv4_backends.selection.machine import CPU, Device
+from dsv4_backends.selection.policy import Policy
+from dsv4_backends.selection.resolve import Candidate
 
 (DEEP_GEMM,) = dsv4_backend_deep_gemm.dsv4_providers()
 (FLASH_MLA,) = dsv4_backend_flash_mla.dsv4_providers()
@@ -35,7 +37,7 @@ FLASH_MLA_SOURCE = IMPORT.format(module="flash_mla", line="source")
 
 
 def _forget() -> None:
-    ops.reset()
+    bind.reset()
     deep_gemm_probe.deep_gemm.cache_clear()
     flash_mla_probe.flash_mla.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("deep_gemm", "flash_mla", "vllm")]:
@@ -316,19 +318,19 @@ def test_a_call_binds_the_library_or_says_why_not(
     """On the way of a call the library is imported in this process, and a refusal goes to the next provider."""
     deep_gemm(site, source="raise OSError('no such symbol')")
     here = Device("cuda", 0, "Fake GPU", Version("9.0"))
-    monkeypatch.setattr("dsv4_backends.machine.device_of", lambda device: here)
-    name, _ = ops.implementation("hc_prenorm_gemm", torch.device("cpu"))
+    monkeypatch.setattr("dsv4_backends.selection.machine.device_of", lambda device: here)
+    name, _ = bind.implementation("hc_prenorm_gemm", torch.device("cpu"))
     assert name == "triton"
     assert "hc_prenorm_gemm: deep_gemm: tokenspeed-deepgemm 2.5.0 does not load: OSError: no such symbol" in caplog.text
     assert "[library-load]" in caplog.text
     (site / "deep_gemm" / "__init__.py").write_text(DEEP_GEMM_25)
     _forget()
-    name, function = ops.implementation("hc_prenorm_gemm", torch.device("cpu"))
+    name, function = bind.implementation("hc_prenorm_gemm", torch.device("cpu"))
     assert (name, function.__module__) == ("deep_gemm", "dsv4_backend_deep_gemm.hyper_connection")
 
 
 def test_the_commands_tell(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dsv4_backends import cli
+    from dsv4_backends.commands import cli
 
     deep_gemm(site)
     flash_mla(site)

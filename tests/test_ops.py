@@ -14,6 +14,7 @@ import torch
 
 import dsv4_backends
 from dsv4_backends import CONTRACTS, OPS, NoProviderError, PolicyError, ops, use_providers
+from dsv4_backends.runtime import bind
 from dsv4_backends.testing import numerics, oracle
 
 
@@ -47,7 +48,7 @@ def wrong(q, k):
 
 
 def test_stats_count_calls() -> None:
-    ops.reset()
+    bind.reset()
     assert dsv4_backends.stats() == {}
     for _ in range(3):
         ops.mqa_logits(**arguments("mqa_logits"))
@@ -65,7 +66,7 @@ def test_a_better_provider_serves(fake_plugin: Callable[..., None]) -> None:
     with use_providers({"mqa_logits": "torch"}):
         assert not (ops.mqa_logits(**arguments("mqa_logits")) == 7).any()
     assert (ops.mqa_logits(**arguments("mqa_logits")) == 7).all()
-    name, function = ops.implementation("mqa_logits", "cpu")
+    name, function = bind.implementation("mqa_logits", "cpu")
     assert (name, function.__name__) == ("acme", "mqa_logits")
 
 
@@ -73,11 +74,11 @@ def test_order_allow_and_deny_reach_the_call(fake_plugin: Callable[..., None], m
     fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses=None))
     for variable in ("ORDER", "ALLOW"):
         monkeypatch.setenv(f"DSV4_BACKENDS_{variable}", "torch")
-        ops.reset()
+        bind.reset()
         ops.mqa_logits(**arguments("mqa_logits"))
         assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}, variable
         monkeypatch.delenv(f"DSV4_BACKENDS_{variable}")
-    ops.reset()
+    bind.reset()
     with use_providers(deny=["acme"]):
         ops.mqa_logits(**arguments("mqa_logits"))
     assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}
@@ -173,12 +174,12 @@ def test_no_answer_outlives_its_settings(asking: Callable[[dict[str, Any]], tupl
         assert asking(made) == (True, 0)
         with pytest.raises(NoProviderError, match="wants other keys"):
             asking({**made, "sm_scale": 3.0})
-        ops.reset()
+        bind.reset()
         assert [asking(made) for _ in range(2)] == [(True, 1), (True, 0)]
     with use_providers({"sparse_mla_prefill": "acme"}):  # equal to a policy before, and another object
         assert asking(made) == (True, 0)
     assert [asking(made) for _ in range(2)] == [(True, 1), (True, 0)]
-    ops.reset()
+    bind.reset()
     assert [asking(made) for _ in range(2)] == [(True, 1), (True, 0)]
 
 
@@ -188,16 +189,16 @@ def test_no_answer_outlives_a_reset_that_came_while_it_was_made(
     made = prefill(14)
     for _ in range(3):
         asking(made)
-    first = ops._Chain.first
+    first = bind.Chain.first
 
     def interrupted(self: Any, *args: Any) -> Any:
         bound = first(self, *args)
-        ops.reset()
+        bind.reset()
         return bound
 
-    ops.reset()
+    bind.reset()
     with monkeypatch.context() as patch:
-        patch.setattr(ops._Chain, "first", interrupted)
+        patch.setattr(bind.Chain, "first", interrupted)
         assert asking(made) == (True, 1)
     assert dsv4_backends.stats() == {}
     assert asking(made) == (True, 1)
@@ -209,8 +210,8 @@ def test_memory_of_known_calls_is_bounded(asking: Callable[[dict[str, Any]], tup
         made = prefill(rows)
         asking(made)
         assert asking(made) == (True, 1)
-    (chain,) = ops._bindings().chains.values()
-    for kept in (chain.known, ops._default_heads["sparse_mla_prefill"]):
+    (chain,) = bind.current().chains.values()
+    for kept in (chain.known, bind.fast_path["sparse_mla_prefill"]):
         assert 0 < len(kept) <= 256
     assert asking(prefill(400)) == (True, 0)
 
@@ -221,7 +222,7 @@ def test_import_that_fails_goes_to_the_next(fake_plugin: Callable[..., None], ca
         ops.mqa_logits(**arguments("mqa_logits"))
     assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}
     assert "has no attribute 'absent'" in caplog.text
-    acme = ops.resolution("mqa_logits", "cpu").passed_over[0]
+    acme = bind.resolution("mqa_logits", "cpu").passed_over[0]
     assert [r.code for r in acme.reasons] == ["import-failed"]
 
 
@@ -236,7 +237,7 @@ def test_import_that_fails_under_a_pin_raises(fake_plugin: Callable[..., None]) 
 def test_wrong_signature_is_a_reason(fake_plugin: Callable[..., None]) -> None:
     fake_plugin("acme", PLUGIN.format(target="wrong", refuses=None))
     ops.mqa_logits(**arguments("mqa_logits"))
-    acme = ops.resolution("mqa_logits", "cpu").passed_over[0]
+    acme = bind.resolution("mqa_logits", "cpu").passed_over[0]
     assert [r.code for r in acme.reasons] == ["signature"]
     assert "acme_plugin:wrong has (q, k), the contract of mqa_logits is (q, k, k_scale" in acme.reasons[0].message
 
@@ -250,24 +251,24 @@ def test_a_provider_that_fails_during_a_call_raises(fake_plugin: Callable[..., N
 
 def test_unknown_op_and_bad_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PolicyError, match="unknown op 'nothing'"):
-        ops.resolution("nothing")
+        bind.resolution("nothing")
     monkeypatch.setenv("DSV4_BACKENDS_ORDER", "nobody")
-    ops.reset()
+    bind.reset()
     with pytest.raises(PolicyError, match="unknown provider 'nobody'"):
         ops.mqa_logits(**arguments("mqa_logits"))
     monkeypatch.delenv("DSV4_BACKENDS_ORDER")
-    ops.reset()
+    bind.reset()
 
 
 def test_threads_bind_once() -> None:
-    ops.reset()
+    bind.reset()
     made = arguments("mqa_logits")
     threads = [threading.Thread(target=lambda: ops.mqa_logits(**made)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len([chain for chain in ops._bindings().chains if chain[0] == "mqa_logits"]) == 1
+    assert len([chain for chain in bind.current().chains if chain[0] == "mqa_logits"]) == 1
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from dsv4_backends import PluginError, cli, plugins
+from dsv4_backends import PluginError
+from dsv4_backends.commands import cli
+from dsv4_backends.selection import plugins
 
 GOOD = """
 import dsv4_backends as d

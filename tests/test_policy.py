@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from dsv4_backends import OPS, PolicyError, policy, use_providers
+from dsv4_backends import OPS, PolicyError, use_providers
+from dsv4_backends.selection import policy
 
 
 def read(**variables: str) -> policy.Policy:

@@ -8,9 +8,9 @@ import pytest
 from packaging.version import Version
 
 from dsv4_backends import Implementation, ProviderSpec, Tier
-from dsv4_backends.machine import CPU, Device
-from dsv4_backends.policy import Policy
-from dsv4_backends.resolve import Resolution, resolve
+from dsv4_backends.selection.machine import CPU, Device
+from dsv4_backends.selection.policy import Policy
+from dsv4_backends.selection.resolve import Resolution, resolve
 
 OP = "mqa_logits"
 INSTALLED = {"triton": "3.6.0", "torch": "2.13.0", "deep-gemm": "2.5.0.post20260424"}

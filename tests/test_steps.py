@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dsv4_backends import step, steps
+from dsv4_backends import step
+from dsv4_backends.runtime import steps
 
 
 class Cuda:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_backends import CONTRACTS, Implementation, Reason, ops
+from dsv4_backends import CONTRACTS, Implementation, Reason
+from dsv4_backends.runtime import bind
 from dsv4_backends.testing import checks, numerics, oracle
 
 OP = "mqa_logits"
@@ -352,5 +353,5 @@ def test_unknown_provider_is_loud(tmp_path: Path, fake_plugin: Callable[..., Non
 
 
 def test_implementation_is_the_bound_function() -> None:
-    name, function = ops.implementation(OP, "cpu")
+    name, function = bind.implementation(OP, "cpu")
     assert (name, function.__module__) == ("torch", "dsv4_backend_torch.indexer")

@@ -29,10 +29,12 @@ from transformers.masking_utils import create_sliding_window_causal_mask, eager_
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers_model import tiny, tokens
 
-from dsv4_backends import CONTRACTS, DSV4Error, ops, provider, stats
+from dsv4_backends import CONTRACTS, DSV4Error, ops, stats
 from dsv4_backends.contract import layouts
 from dsv4_backends.engines import _transformers_exact as exact
 from dsv4_backends.engines import transformers as engine
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import provider
 from dsv4_backends.testing.numerics import compare
 
 LENGTHS = (1, 3, 4, 5, 127, 128, 129, 255, 257, 511, 512, 513, 700)
@@ -50,7 +52,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:
-    ops.reset()
+    bind.reset()
     with torch.no_grad():
         yield
     engine._handover.take()
@@ -718,7 +720,7 @@ def test_parts_say_what_serves() -> None:
             assert told in str(parts[name])
             assert parts[name].reason.code in provider.REASONS
         assert (parts["attention"].reason is None) == (dtype is torch.bfloat16)
-        ops.reset()
+        bind.reset()
         other(tokens(2, 80))
         assert set(stats()) == {op for part in parts.values() for op in part.ops} - {"sparse_mla_decode"}
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_backends import OPS, cli
+from dsv4_backends import OPS
+from dsv4_backends.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +62,8 @@ sys.modules["triton.experimental.gluon"] = None
 from packaging.version import Version
 from dsv4_backend_triton import ahead
 from dsv4_backend_triton._arch import arch_from_capability
-from dsv4_backends import OPS, serving
+from dsv4_backends import OPS
+from dsv4_backends.runtime import serving
 from dsv4_backends.contract.models import FLASH
 limits = serving.Limits(max_tokens=600, max_requests=130, max_context=30000)
 for op in OPS:

@@ -17,9 +17,12 @@ from dsv4_backend_triton._arch import Arch, arch_from_capability
 from packaging.version import Version
 from traffic import served
 
-from dsv4_backends import OPS, cli, ops, serving
+from dsv4_backends import OPS
+from dsv4_backends.commands import cli
 from dsv4_backends.contract.models import FLASH, PRO
-from dsv4_backends.serving import Arguments, Limits
+from dsv4_backends.runtime import ahead as public
+from dsv4_backends.runtime import serving
+from dsv4_backends.runtime.serving import Arguments, Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits(max_tokens=600, max_requests=40, max_context=30000, next_n=2)
@@ -131,7 +134,7 @@ def _most(op: str, arguments: Arguments) -> int:
 
 def test_workspace_can_be_asked_for() -> None:
     """Through the public function, whoever serves; the reference does not tell."""
-    assert ops.workspace_bytes("hc_prenorm_gemm", "cpu", **serving.hyper_connection(8, 1024, 24)) is None
+    assert public.workspace_bytes("hc_prenorm_gemm", "cpu", **serving.hyper_connection(8, 1024, 24)) is None
 
 
 @pytest.mark.parametrize(

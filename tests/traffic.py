@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from dsv4_backends import serving
 from dsv4_backends.contract.models import Rank
-from dsv4_backends.serving import Arguments, Limits
+from dsv4_backends.runtime import serving
+from dsv4_backends.runtime.serving import Arguments, Limits
 
 
 def served(op: str, rank: Rank, limits: Limits, count: int, seed: int = 0) -> list[Arguments]:

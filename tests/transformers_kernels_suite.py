@@ -25,11 +25,11 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers_model import tiny
 
-from dsv4_backends import policy
 from dsv4_backends.contract import layouts
 from dsv4_backends.engines import _transformers_cache as paged
 from dsv4_backends.engines import _transformers_kernels as kernels
 from dsv4_backends.engines import transformers as engine
+from dsv4_backends.selection import policy
 from dsv4_backends.testing.checks import default_device
 
 DEVICE = default_device()

@@ -17,9 +17,11 @@ from dsv4_backend_triton._arch import arch_of, interpreting
 from extremes import check_extreme_scale_codes
 from traffic import served
 
-from dsv4_backends import OPS, ops, policy
+from dsv4_backends import OPS, ops
 from dsv4_backends.contract.models import FLASH
-from dsv4_backends.serving import Limits
+from dsv4_backends.runtime import ahead
+from dsv4_backends.runtime.serving import Limits
+from dsv4_backends.selection import policy
 from dsv4_backends.testing import ProviderConformance, oracle
 from dsv4_backends.testing.checks import default_device
 
@@ -96,7 +98,7 @@ def test_nothing_compiles_after_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **_: compiled.append(fn.name))
     with policy.use_providers("triton"):
-        ready = ops.warmup("flash", tp=2, limits=limits)
+        ready = ahead.warmup("flash", tp=2, limits=limits)
         assert all(made["triton"] > 0 for made in ready.values()), ready
         assert compiled
         compiled.clear()

@@ -27,11 +27,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import fake_cuda
 
-from dsv4_backends import UnsupportedError, ops, policy
+from dsv4_backends import UnsupportedError
 from dsv4_backends.contract import CONTRACTS, layouts
 from dsv4_backends.contract.op import Case
 from dsv4_backends.engines import hook, patching
 from dsv4_backends.engines import vllm as engine
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import policy
 from dsv4_backends.testing import checks, numerics, oracle
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -406,7 +408,7 @@ def test_decode_of_the_attention_layer(monkeypatch: pytest.MonkeyPatch, ratio: i
     )
     agree("sparse_mla_decode", o, (output.unsqueeze(1),), ("out",))
     assert calls("flash_mla_with_kvcache") == before + 1
-    served = ops.stats()["sparse_mla_decode"]
+    served = bind.stats()["sparse_mla_decode"]
     assert sum(served.values()) >= 1
 
 
@@ -463,11 +465,11 @@ def test_undo_leaves_what_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_served(record_property: Callable[[str, object], None]) -> None:
     """For every op the first of the order that has it, or the pinned one; others only what that one refuses."""
-    served = ops.stats()
+    served = bind.stats()
     record_property("served", json.dumps(served))
     order = policy.from_environment().order
     for op in CONTRACTS:
-        resolution = ops.resolution(op, DEVICE)
+        resolution = bind.resolution(op, DEVICE)
         names = [candidate.name for candidate in resolution.candidates]
         wanted = resolution.pinned or next((name for name in order if name in names), "")
         if wanted:

@@ -28,9 +28,9 @@ from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 
 from dsv4_backends import OPS
-from dsv4_backends.capability import sm
 from dsv4_backends.contract.models import FLASH, PRO
-from dsv4_backends.serving import Limits, calls
+from dsv4_backends.runtime.serving import Limits, calls
+from dsv4_backends.selection.capability import sm
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 RANKS = tuple(model.rank(tp) for model in (FLASH, PRO) for tp in (1, 2, 4, 8))

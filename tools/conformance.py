@@ -20,9 +20,8 @@ from typing import Any
 
 import pytest
 
-from dsv4_backends import builds, plugins
-from dsv4_backends.machine import probe
-from dsv4_backends.report import machine_json
+from dsv4_backends.selection import builds, plugins
+from dsv4_backends.selection.machine import probe
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = {"deep_gemm": "DeepGemm or deep_gemm", "flash_mla": "FlashMla or flash_mla"}
@@ -91,7 +90,7 @@ def main() -> int:
     result: dict[str, Any] = {
         "command": " ".join(words),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine_json(probe()),
+        "machine": probe().json(),
         "libraries": {name: next(iter(by_op.values())).name for name, by_op in found.items()},
         "level": arguments.level,
     }

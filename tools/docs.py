@@ -20,10 +20,14 @@ from typing import Any
 
 from packaging.version import Version
 
-from dsv4_backends import cli, machine, measured, plugins, policy, provider, report, resolve
-from dsv4_backends.capability import describe
+from dsv4_backends.commands import cli
+from dsv4_backends.commands import list as list_command
 from dsv4_backends.contract import CONTRACTS, LEVELS, OpContract, Tolerance
 from dsv4_backends.contract.op import Form, ScalarArg
+from dsv4_backends.selection import machine, plugins, policy, provider, resolve
+from dsv4_backends.selection import preferences as measured
+from dsv4_backends.selection.capability import describe
+from dsv4_backends.selection.survey import Survey
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
@@ -344,7 +348,7 @@ def listing() -> str:
         resolve.resolve(op, gpu, SAMPLE_PACKAGES, loaded.providers, policy.Policy(), findable=lambda _: True)
         for op in CONTRACTS
     )
-    shown = report.Listing(here, loaded, ((gpu, choices),)).text()
+    shown = list_command.text(Survey(here, loaded, ((gpu, choices),)))
     return f"```console\n$ dsv4-backends list --device sm_{version.major}{version.minor}\n{shown}\n```"
 
 
@@ -442,7 +446,7 @@ def performance() -> str:
     """The tables of a kept run of ``bench``, one for each op: a column for each provider."""
     if not (ROOT / "docs" / "results" / BENCH).exists():
         return "No run is kept yet."
-    from dsv4_backends.bench import report as bench
+    from dsv4_backends.bench import results as bench
 
     result = _results(BENCH)
     rates = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in result["rates"].items())
@@ -471,7 +475,7 @@ def performance_code() -> str:
 
 
 def _bench_tables(result: dict[str, Any]) -> list[str]:
-    from dsv4_backends.bench import report as bench
+    from dsv4_backends.bench import results as bench
 
     parts = []
     for op in CONTRACTS:

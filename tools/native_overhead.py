@@ -40,8 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import native_calls
 
 from dsv4_backends import CONTRACTS, ops, step, use_providers
-from dsv4_backends.machine import probe
-from dsv4_backends.report import machine_json
+from dsv4_backends.selection.machine import probe
 from dsv4_backends.testing import checks
 
 MORE, ROUNDS = 8, 21
@@ -241,7 +240,7 @@ def main() -> None:
         print(f"{row['op']:20} {row['case']:30} {row['mode']:4} {shown}", flush=True)
         if arguments.json:
             result = {"command": "python tools/native_overhead.py", "date": time.strftime("%Y-%m-%d", time.gmtime())}
-            result |= {"machine": machine_json(probe()), "rows": rows}
+            result |= {"machine": probe().json(), "rows": rows}
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
     for op in chosen:

@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from dsv4_backends import CONTRACTS, ops, use_providers
-from dsv4_backends.machine import probe
-from dsv4_backends.report import machine_json
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection.machine import probe
 
 CALLS, REPEATS = 20_000, 9
 CASES = {
@@ -75,17 +75,17 @@ def main() -> None:
         scope: dict[str, Any] = {}
         exec(f"def stub{inspect.Signature(parameters)}: return None", scope)
         stub = scope["stub"]
-        (chain,) = (c for (name, _), c in ops._bindings().chains.items() if name == op)
+        (chain,) = (c for (name, _), c in bind.current().chains.items() if name == op)
         replaced(chain, stub)
         args = [made[name] for name in contract.args if not contract.is_keyword(name)]
         kwargs = {name: value for name, value in made.items() if contract.is_keyword(name)}
         direct, call = microseconds(stub, args, kwargs), microseconds(public, args, kwargs)
-        ops._default_heads[op].clear()
+        bind.fast_path[op].clear()
         refusing(chain, stub)
         may_refuse = microseconds(public, args, kwargs)
         with use_providers(order=["torch"]):
             public(*args, **kwargs)
-            (scoped,) = (c for (name, _), c in ops._bindings().chains.items() if name == op)
+            (scoped,) = (c for (name, _), c in bind.current().chains.items() if name == op)
             replaced(scoped, stub)
             refusing(scoped, stub)
             block = microseconds(public, args, kwargs)
@@ -99,7 +99,7 @@ def main() -> None:
         print(f"{op:20} {tensors} tensors, us:", *(f"{name[:-3]} {value:.2f}" for name, value in row.items()))
     if target:
         result = {"command": "python tools/overhead.py", "date": time.strftime("%Y-%m-%d", time.gmtime())}
-        target.write_text(json.dumps({**result, "machine": machine_json(probe()), "rows": rows}, indent=1) + "\n")
+        target.write_text(json.dumps({**result, "machine": probe().json(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ from dsv4_backend_triton._sizes import cdiv
 from dsv4_backends.bench import inputs, run, timing
 from dsv4_backends.bench.shapes import Row
 from dsv4_backends.errors import NoProviderError
-from dsv4_backends.machine import probe
-from dsv4_backends.report import machine_json
+from dsv4_backends.selection.machine import probe
 from dsv4_backends.testing import checks
 
 NATIVE = {
@@ -248,7 +247,7 @@ def main() -> None:
             if arguments.json:
                 under = f"DSV4_BACKENDS_DEVICE={SIMULATED} " if SIMULATED else ""
                 result = {"command": f"{under}python tools/sweep.py {' '.join(arguments.op)}", "rows": rows}
-                result |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine_json(probe())}
+                result |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": probe().json()}
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -431,8 +431,8 @@ def main() -> None:
     if args.child:
         child(args.child[0], args.child[1:], args.small)
         return
-    from dsv4_backends.machine import probe
-    from dsv4_backends.report import machine_json
+
+    from dsv4_backends.selection.machine import probe
 
     rows: list[dict[str, Any]] = []
     parts: list[str] = []
@@ -449,7 +449,7 @@ def main() -> None:
         result = {
             "command": "python tools/transformers_bench.py",
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "machine": machine_json(probe()),
+            "machine": probe().json(),
             "transformers": importlib.metadata.version("transformers"),
             "model": MODEL,
             "small": args.small,

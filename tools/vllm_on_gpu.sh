@@ -47,8 +47,7 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dsv4_backends.machine import probe
-from dsv4_backends.report import machine_json
+from dsv4_backends.selection.machine import probe
 
 out, failed = Path(sys.argv[1]), False
 results = {}
@@ -67,7 +66,7 @@ for run in sys.argv[2:]:
 kept = {
     "command": "tools/vllm_on_gpu.sh WHEELS OUT",
     "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    "machine": machine_json(probe()),
+    "machine": probe().json(),
     "vllm": version("vllm"),
     "runs": results,
 }

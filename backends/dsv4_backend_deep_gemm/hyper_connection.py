@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_backends import Reason
+from dsv4_backends.provider import Reason
 
 from ._alignment import ALIGNMENT, aligned
 from .probe import deep_gemm

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_backends import Reason
-from dsv4_backends.steps import once_a_step
+from dsv4_backends.provider import Reason, once_a_step
 
 from ._alignment import ALIGNMENT, dense
 from ._finish import bounds, finish

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4_backends import Build, Reason
-from dsv4_backends.compat import native
-from dsv4_backends.libraries import Library, accepts, find_library, words
+from dsv4_backends.provider import Build, Library, Reason, accepts, find_library, native, words
 
 DISTRIBUTIONS = {"deep-gemm": ">=2.5", "tokenspeed-deepgemm": ">=2.5", "sgl-deep-gemm": ">=0.1"}
 VENDORED = {"vllm": "vllm.third_party.deep_gemm"}
@@ -91,7 +89,7 @@ def _compiler_missing() -> Reason | None:
 
 
 def probe(load: bool) -> Mapping[str, Build]:
-    """See ``dsv4_backends.builds``."""
+    """See ``dsv4_backends.selection.builds``."""
     library = find()
     reasons = library.reasons
     if library.folder is None or reasons:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dsv4_backends import Implementation, ProviderSpec, Tier, hookimpl
+from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
 
 
 @hookimpl

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_backends import Reason
 from dsv4_backends.contract.layouts import KV_BYTES
-from dsv4_backends.steps import once_a_step
+from dsv4_backends.provider import Reason, once_a_step
 
 from ._padding import ALIGNMENT, heads_for, padded_heads, padded_indices, padded_sink
 from .probe import flash_mla

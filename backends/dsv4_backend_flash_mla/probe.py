@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4_backends import Build, Reason
-from dsv4_backends.compat import native
-from dsv4_backends.libraries import Library, accepts, find_library, words
+from dsv4_backends.provider import Build, Library, Reason, accepts, find_library, native, words
 
 DISTRIBUTIONS = {"flash-mla": ">=1.0", "tokenspeed-flashmla": ">=1.0", "sgl-flash-mla": ">=1.0"}
 VENDORED = {"vllm": "vllm.third_party.flashmla"}
@@ -80,7 +78,7 @@ def built_for(files: list[Path]) -> tuple[tuple[str, ...], str]:
 
 
 def probe(load: bool) -> Mapping[str, Build]:
-    """See ``dsv4_backends.builds``."""
+    """See ``dsv4_backends.selection.builds``."""
     library = find()
     claim: tuple[str, ...] = KNOWN
     reasons = library.reasons
@@ -143,7 +141,7 @@ class FlashMLA:
 @functools.cache
 def flash_mla() -> FlashMLA:
     """The installed FlashMLA, imported."""
-    from dsv4_backends.libraries import parameters
+    from dsv4_backends.provider import parameters
 
     library = find()
     module = native(_INTERFACE.get(library.module, library.module or "flash_mla"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from dsv4_backends import Implementation, ProviderSpec, Tier, hookimpl, policy
+from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl, switch
 
 HOMES = {
     "sparse_mla_prefill": "prefill",
@@ -41,7 +41,7 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
                 devices=("cuda", "cpu") if interpreted else ("cuda",),
                 capability=(">=8.0",),
                 note="launch configurations measured on compute capability 9.0; elsewhere derived, not run on hardware",
-                batch_invariant=op == "sparse_mla_decode" and policy.switch("BATCH_INVARIANT", os.environ),
+                batch_invariant=op == "sparse_mla_decode" and switch("BATCH_INVARIANT", os.environ),
             )
             for op, module in HOMES.items()
         ),

@@ -12,8 +12,7 @@ from functools import cache
 import torch
 from packaging.version import Version
 
-from dsv4_backends import machine
-from dsv4_backends.capability import Support, support
+from dsv4_backends.provider import Support, device_of, simulate, support
 
 # Shared memory that one block may use, in KiB, and multiprocessors of a typical card (for a simulated machine only).
 _CARDS = {
@@ -74,10 +73,10 @@ def arch_from_capability(capability: Version, sms: int = 0, *, interpret: bool =
 def _arch_of(device: torch.device, simulated: str) -> Arch:
     interpret = interpreting()
     if device.type == "cpu":
-        named = machine.simulate(simulated).gpus if simulated else ()
+        named = simulate(simulated).gpus if simulated else ()
         capability = named[0].capability if named else None
         return arch_from_capability(capability or Version("8.0"), interpret=interpret)
-    here = machine.device_of(device)
+    here = device_of(device)
     assert here.capability is not None
     return arch_from_capability(here.capability, here.multiprocessors, interpret=interpret)
 

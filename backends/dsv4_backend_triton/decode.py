@@ -8,6 +8,7 @@ own length.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv4_backends import policy
+from dsv4_backends.provider import switch
 
 from . import prefill
 from ._arch import Arch, arch_of
@@ -596,7 +597,7 @@ _STAGE_KEYS, _STAGE_WARPS = 32, 4
 _MOST_SPLITS = 40  # the registers of one that combines them
 _INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
 
-_invariant = policy.from_environment().batch_invariant
+_invariant = switch("BATCH_INVARIANT", os.environ)
 
 
 def set_batch_invariant(on: bool) -> None:

@@ -1,4 +1,4 @@
-"""What got slower between two results of ``bench``: the ``bench compare`` command."""
+"""What got slower between two results of ``bench``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError
-from ..report import SCHEMA_VERSION, table
+from .results import SCHEMA_VERSION
 
 NOISE = 0.03
 """A change of the median below this is noise, whatever the quartiles say."""
@@ -87,47 +87,6 @@ def _change(key: tuple[str, str, str], old: Mapping[str, Any] | None, new: Mappi
     return Change(*key, before, after, verdict)
 
 
-_SHOWN = ("slower", "lost", "faster", "new", "absent")
-
-
 def passed(changes: list[Change]) -> bool:
     """Whether something was compared and nothing got slower or lost its time."""
     return any(c.before and c.after for c in changes) and not any(c.bad for c in changes)
-
-
-def text(before: Mapping[str, Any], after: Mapping[str, Any], changes: list[Change]) -> str:
-    """What changed, worst first; and what the two machines are, since a slower machine makes everything slower."""
-    parts = []
-    for name, result in (("before", before), ("after", after)):
-        rates = result["rates"]
-        parts.append(
-            f"{name}: {result['device']['name']}, {result['date']}, copy {rates['copy_gbps']:.0f} GB/s, "
-            f"bf16 {rates['bf16_tflops']:.4g} TFLOP/s"
-        )
-    if before["device"]["name"] != after["device"]["name"]:
-        parts.append("these are different devices: what differs may be theirs")
-    shown = []
-    for change in sorted(changes, key=lambda c: -(c.after or 0) / c.before if c.before else 0):
-        if change.verdict in _SHOWN[:4]:
-            ratio = f"{change.after / change.before:.2f}" if change.before and change.after else "-"
-            times = [f"{us:.1f}" if us is not None else "-" for us in (change.before, change.after)]
-            shown.append((change.verdict, change.op, change.row, change.provider, *times, ratio, change.note))
-    if shown:
-        parts.append(table(("", "OP", "ROW", "PROVIDER", "BEFORE µs", "AFTER µs", "AFTER/BEFORE", ""), shown))
-    counts = {verdict: sum(c.verdict == verdict for c in changes) for verdict in _SHOWN}
-    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    same = sum(c.verdict == "same" for c in changes)
-    parts.append(f"{counted or 'nothing changed'} ({same} within noise)")
-    if not any(c.before and c.after for c in changes):
-        parts.append("nothing to compare: no row and provider has a time in both files")
-    return "\n".join(parts)
-
-
-def as_json(before: Mapping[str, Any], after: Mapping[str, Any], changes: list[Change]) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "before": {key: before[key] for key in ("date", "device", "rates")},
-        "after": {key: after[key] for key in ("date", "device", "rates")},
-        "ok": passed(changes),
-        "changes": [vars(change) for change in changes],
-    }

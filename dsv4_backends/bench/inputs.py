@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..serving import WINDOW_PAGE as PAGE
-from ..serving import round_up
+from ..runtime.serving import WINDOW_PAGE as PAGE
+from ..runtime.serving import round_up
 from .shapes import SCALES, Row
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError
-from .report import memory_gbps, timed
+from .results import memory_gbps, timed
 
 COLOURS = ("#0b6e99", "#d1672b", "#4c8c3b", "#8a4fa3", "#6b6b6b")
 MARKERS = ("o", "s", "^", "D", "v")

@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import builds, machine, ops, plugins, policy
-from .. import capability as cc
 from ..contract import CONTRACTS, OPS
 from ..contract.models import MODELS
 from ..errors import NoProviderError
-from ..provider import ProviderSpec, Tier
-from ..report import SCHEMA_VERSION, device_json, machine_json
+from ..runtime import bind
+from ..selection import builds, machine, plugins, policy
+from ..selection import capability as cc
+from ..selection.provider import ProviderSpec, Tier
 from . import inputs, shapes
+from .results import SCHEMA_VERSION
 
 CHECKED_ROWS = 256
 """Rows of a result that are compared with the oracle, spread over all of them."""
@@ -81,8 +82,8 @@ def bench(
         "schema_version": SCHEMA_VERSION,
         "command": _command(wanted_ops, providers, models, tp, also_as, scales),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": dict(machine_json(machine.probe())),
-        "device": device_json(machine.device_of(where)),
+        "machine": machine.probe().json(),
+        "device": machine.device_of(where).json(),
         "providers": {spec.name: _versions(spec) for spec in _specs() if spec.name in names},
         "absent": absent,
         "order": {op: _order(op, where) for op in wanted_ops},
@@ -148,7 +149,7 @@ def _versions(spec: ProviderSpec) -> dict[str, str]:
 
 def _order(op: str, where: Any) -> list[str]:
     """The providers that can serve ``op`` here, as the automatic choice ranks them without measurements."""
-    found = ops.resolution_under(policy.Policy(experimental=True), op, where)
+    found = bind.resolution_under(policy.Policy(experimental=True), op, where)
     return list(dict.fromkeys(candidate.name for candidate in found.accepted))
 
 
@@ -273,7 +274,7 @@ def _row(row: shapes.Row, entries: Sequence[_Entry], timer: Any, measured: dict[
 def _auto(op: str, arguments: dict[str, Any]) -> str | None:
     """Who serves this call when nobody says who should."""
     try:
-        return ops.who_serves(op, arguments)
+        return bind.who_serves(op, arguments)
     except NoProviderError:
         return None
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..steps import step
-from .report import memory_gbps
+from ..runtime.steps import step
+from .results import memory_gbps
 
 FLUSH_BYTES = 256 << 20
 SAMPLES = 50

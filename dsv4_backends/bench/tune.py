@@ -1,4 +1,4 @@
-"""Make the table of the measured choice from results of ``bench``: the ``tune`` command."""
+"""Make the table of the measured choice from results of ``bench``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import measured
 from ..errors import PolicyError
-from ..report import table as text_table
+from ..selection import preferences as measured
 from . import shapes
 
 MARGIN = 1.03
@@ -104,11 +103,3 @@ def _of_class(by_load: Mapping[int, dict[str, Any] | None]) -> Iterator[dict[str
         entry = None if found is None else {"low": low, "high": high, **found, "ratio": round(found["ratio"], 3)}
     if entry is not None:
         yield entry
-
-
-def text(table: Mapping[str, Any]) -> str:
-    """The table's preferences, a line each."""
-    rows = [(p.op, p.where, p.prefer, p.over, f"{p.ratio:.2f}") for p in measured.parse(table)]
-    if not rows:
-        return "nothing to prefer: on every row the provider that ranks first is the fastest, or near it"
-    return text_table(("OP", "WHERE", "PREFER", "OVER", "AT LEAST"), rows)

@@ -13,9 +13,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from .. import ops, policy
+from .. import ops
 from ..contract.layouts import HEAD_DIM, KV_BYTES
 from ..errors import ContractError, UnsupportedError
+from ..runtime import bind
+from ..selection import policy
 
 __all__ = [
     "FlashMLASchedMeta",
@@ -233,7 +235,7 @@ def flash_mla_with_kvcache(
 
 
 def _batch_invariant(name: str, q: Tensor) -> None:
-    chosen = ops.resolution("sparse_mla_decode", q.device).selected
+    chosen = bind.resolution("sparse_mla_decode", q.device).selected
     if chosen is None or not chosen.implementation.batch_invariant:
         who = "no provider" if chosen is None else f"the provider {chosen.name}, which does not claim it"
         hint = f"the triton provider does with {policy.PREFIX}BATCH_INVARIANT=1"

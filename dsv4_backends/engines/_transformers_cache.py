@@ -22,7 +22,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACa
 
 from ..contract import layouts
 from ..errors import DSV4Error
-from ..serving import BLOCK, WINDOW_PAGE
+from ..runtime.serving import BLOCK, WINDOW_PAGE
 from . import transformers as engine
 
 DIRECT_TOKENS = engine.FEW_TOKENS

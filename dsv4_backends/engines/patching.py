@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..provider import Reason
+from ..selection.provider import Reason
 
 PLANNED, REPLACED, REFUSED, FAILED, NOT_NEEDED, UNDONE = (
     "planned",

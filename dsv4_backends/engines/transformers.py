@@ -38,7 +38,7 @@ from .. import ops
 from ..contract import layouts
 from ..contract.sparse_mla import HEAD_DIM, MAX_HEADS
 from ..errors import DSV4Error
-from ..provider import Reason
+from ..selection.provider import Reason
 from . import _transformers_exact as exact
 from ._transformers_exact import row_chunks
 

@@ -19,12 +19,14 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from .. import compat, policy
+from .. import compat
 from ..contract.names import OPS
 from ..errors import PolicyError, UnsupportedError
-from ..machine import Device
-from ..provider import Reason, Tier
-from ..resolve import Resolution
+from ..selection import policy
+from ..selection.machine import Device
+from ..selection.provider import Reason, Tier
+from ..selection.resolve import Resolution
+from ..selection.survey import survey
 from . import hook, patching
 from .patching import Patches, Row, Target
 
@@ -135,9 +137,7 @@ def _version_reason(found: str, force: bool) -> Reason | None:
 
 
 def _choices(device: str | None, load: bool) -> tuple[Device, Mapping[str, Resolution]]:
-    from ..cli import _listing
-
-    where, resolutions = _listing(device, load=load).resolutions[0]
+    where, resolutions = survey(device, load=load).resolutions[0]
     return where, {resolution.op: resolution for resolution in resolutions}
 
 

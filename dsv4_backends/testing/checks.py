@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import builds, machine, plugins, policy
 from ..contract import CONTRACTS, Case, OpContract
 from ..contract.op import TensorArg
 from ..errors import NoProviderError
-from ..machine import Installed
-from ..ops import load_implementation, signature_mismatch
-from ..provider import Implementation, Reason
+from ..runtime.bind import load_implementation, signature_mismatch
+from ..selection import builds, machine, plugins, policy
+from ..selection.machine import Installed
+from ..selection.provider import Implementation, Reason
 from . import numerics, oracle
 
 

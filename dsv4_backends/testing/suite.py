@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from .. import plugins, policy
 from ..contract import CONTRACTS, LEVELS
 from ..errors import NoProviderError
-from ..provider import ProviderSpec
+from ..selection import plugins, policy
+from ..selection.provider import ProviderSpec
 from . import checks
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import pluggy
 
-from .errors import PluginError
+from ..errors import PluginError
 from .hookspecs import PROJECT, Hookspecs
 from .provider import API_VERSION, ProviderSpec, Reason
 

@@ -15,8 +15,8 @@ from packaging.version import Version
 
 from . import capability as cc
 from .machine import Device
-from .measured import Preference
 from .policy import ESSENTIAL, Policy
+from .preferences import Preference
 from .provider import Build, Implementation, ProviderSpec, Reason, Tier
 
 

@@ -18,8 +18,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
-from . import measured
-from .contract.names import OPS
+from ..contract.names import OPS
+from . import preferences as measured
 from .libraries import words
 from .machine import Device
 from .policy import Policy

@@ -1,18 +1,15 @@
-"""Run the contract's cases on this machine and compare with the oracle in fp64: the ``verify`` command."""
+"""Run the contract's cases on this machine and compare with the oracle in fp64."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from .contract import CONTRACTS
-from .errors import NoProviderError
-from .machine import Machine
-from .report import SCHEMA_VERSION, machine_json, table
+from ..contract import CONTRACTS
+from ..errors import NoProviderError
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,9 @@ def verify(
     """
     import torch
 
-    from . import ops as bound
-    from . import plugins, policy
-    from .testing import checks
+    from ..runtime import bind
+    from ..selection import plugins, policy
+    from . import checks
 
     where = torch.device(device) if device else checks.default_device()
     implemented = {
@@ -73,14 +70,14 @@ def verify(
     for op in ops:
         names = [name for name in providers if op in implemented[name]]
         if not providers:
-            names = [bound.implementation(op, where)[0]]
+            names = [bind.implementation(op, where)[0]]
         for name in names:
             rows.append(_one(checks.subject(name, op, where), level, progress))
     return rows
 
 
 def _one(subject: Any, level: str, progress: Callable[[str], None]) -> Row:
-    from .testing import checks
+    from . import checks
 
     contract = CONTRACTS[subject.contract.name]
     cases = contract.at_level(level)
@@ -115,46 +112,5 @@ def _one(subject: Any, level: str, progress: Callable[[str], None]) -> Row:
     )
 
 
-def text(rows: Sequence[Row]) -> str:
-    """Errors against tolerances: a share of 1 is the limit."""
-    lines = []
-    for row in rows:
-        for index, (result, error) in enumerate(row.errors.items()):
-            first = index == 0
-            passed = f"{row.cases - len({f.partition(':')[0] for f in row.failures})}/{row.cases}"
-            lines.append(
-                (
-                    row.op if first else "",
-                    row.provider if first else "",
-                    passed + (f", {row.refused} refused" if row.refused else "") if first else "",
-                    result,
-                    f"{error['share']:.3g}",
-                    f"{error['calc_diff']:.2g}",
-                    error["case"],
-                )
-            )
-        if not row.errors:
-            lines.append((row.op, row.provider, f"0/{row.cases}, {row.refused} refused", "", "", "", ""))
-    parts = [table(("OP", "PROVIDER", "PASSED", "RESULT", "SHARE OF TOLERANCE", "CALC_DIFF", "WORST CASE"), lines)]
-    failures = [f"FAILED {row.op} {row.provider}: {failure}" for row in rows for failure in row.failures]
-    empty = [f"FAILED {row.op} {row.provider}: refused every case" for row in rows if row.cases == 0]
-    return "\n".join([*parts, "", *failures, *empty, "failed" if failures or empty else "all passed"])
-
-
 def passed(rows: Sequence[Row]) -> bool:
     return all(not row.failures and row.cases for row in rows)
-
-
-def json(rows: Sequence[Row], level: str, machine: Machine) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "command": " ".join(["dsv4-backends", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "level": level,
-        "machine": dict(machine_json(machine)),
-        "ok": passed(rows),
-        "rows": [asdict(row) for row in rows],
-    }
-
-
-__all__ = ["NoProviderError", "Row", "json", "passed", "text", "verify"]

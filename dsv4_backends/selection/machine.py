@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
+from ..contract.names import OPS
+from ..errors import PolicyError
 from . import capability as cc
-from .errors import PolicyError
 
 _PROBE = """
 import ctypes, json
@@ -76,6 +79,16 @@ class Device:
             return self.name
         return f"{self.name} (compute capability {self.capability}, {cc.sm(self.capability)})"
 
+    def json(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "index": self.index,
+            "name": self.name,
+            "capability": None if self.capability is None else str(self.capability),
+            "multiprocessors": self.multiprocessors,
+            "memory": self.memory,
+        }
+
 
 CPU = Device("cpu", None, "CPU")
 
@@ -122,6 +135,17 @@ class Machine:
         for device in self.gpus:
             kinds.setdefault((device.name, device.capability), device)
         return tuple(kinds.values()) or (CPU,)
+
+    def json(self) -> dict[str, Any]:
+        """For result files: what the numbers were measured on."""
+        return {
+            "python": platform.python_version(),
+            "packages": {n: v for n in ("dsv4-backends", "torch", "triton") if (v := self.installed.get(n))},
+            "devices": [device.json() for device in self.devices],
+            "note": self.note,
+            "executable": Path(sys.executable).name,
+            "ops": list(OPS),
+        }
 
 
 def simulate(text: str) -> Machine:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .contract.models import Rank
+from ..contract.models import Rank
 
 WINDOW_PAGE = 64
 """Tokens in a page of the window's cache, and keys in one of the indexer's."""
@@ -73,7 +73,7 @@ def prefill(heads: int, tokens: int, keys: int, topk: int, *, lengths: bool = Tr
 
 def decode(heads: int, b: int, s_q: int, window: int, extra: tuple[int, int] | None) -> Arguments:
     """``sparse_mla_decode``; ``extra`` has the indices and the page size of the second scope."""
-    from .contract.layouts import KV_BYTES
+    from ..contract.layouts import KV_BYTES
 
     made = {
         "q": _meta("bfloat16", b, s_q, heads, 512),
@@ -106,7 +106,7 @@ def mqa(rank: Rank, tokens: int, keys: int, *, compressed: bool = True) -> Argum
 
 def paged(rank: Rank, b: int, next_n: int, keys: int) -> Arguments:
     """``paged_mqa_logits``."""
-    from .contract.layouts import INDEXER_SCALE_BYTES
+    from ..contract.layouts import INDEXER_SCALE_BYTES
 
     h, d = rank.model.index_heads, rank.model.index_dim
     return {

@@ -1,4 +1,4 @@
-"""A benchmark's result as text."""
+"""What a benchmark's result says: times, rates, and how good the automatic choice was."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..report import table
-
+SCHEMA_VERSION = 1
+"""Of the files that ``bench --json`` writes."""
 NEAR = 1.03
 """A provider within this of the best is as good as the best."""
 WANTED_NEAR, WANTED_WORST = 0.95, 0.9
@@ -80,54 +80,6 @@ def verdict_text(found: Mapping[str, Any]) -> str:
 def memory_gbps(rates: Mapping[str, float]) -> float:
     """The rate at which memory was seen to move: most ops mostly read. Older results have the copy's rate only."""
     return max(rates["copy_gbps"], rates.get("read_gbps", 0.0))
-
-
-def text(result: Mapping[str, Any]) -> str:
-    """One table per op, then what could not be measured and why, then the automatic choice."""
-    rates = result["rates"]
-    reached = [f"{name} {rates[f'{name}_gbps']:.0f} GB/s" for name in ("copy", "read") if f"{name}_gbps" in rates]
-    reached += [
-        f"{name} {rates[f'{name}_tflops']:.4g} TFLOP/s" for name in ("bf16", "fp8", "tf32") if f"{name}_tflops" in rates
-    ]
-    parts = [f"{result['device']['name']}: {', '.join(reached)}; an empty graph {rates['launch_us']:.1f} µs"]
-    if result["device"]["type"] != "cuda":
-        parts.append("On a CPU: small rows, the wall clock, and no word about any GPU. It shows that the bench works.")
-    by_op: dict[str, list[tuple[str, ...]]] = {}
-    problems = []
-    for row in result["rows"]:
-        lines = by_op.setdefault(row["op"], [])
-        if row.get("error"):
-            problems.append(f"FAILED {row['op']} {row['row']}: {row['error']}")
-        times = rivals(row)
-        first = True
-        for entry in row["results"]:
-            if entry["error"]:
-                kind = "" if entry["error"].startswith("refused") else "FAILED "
-                problems.append(f"{kind}{row['op']} {row['row']}: {entry['provider']}: {entry['error']}")
-            us = entry["us"]
-            shown = ("-",) * 6
-            if us is not None:
-                rate = rated(row, us)
-                others = [value for name, value in times.items() if name != entry["provider"]]
-                shown = (
-                    f"{us:.1f}",
-                    f"{entry['q1']:.1f}..{entry['q3']:.1f}",
-                    f"{rate['tflops']:.4g}",
-                    f"{rate['gbps']:.3g}" if rate["gbps"] < 100 else f"{rate['gbps']:.0f}",
-                    f"{rate['floor_share']:.0%}",
-                    f"{min(others) / us:.2f}" if others else "-",
-                )
-            mark = " (auto)" if entry["provider"] == row["auto"] else ""
-            lines.append((row["row"] if first else "", entry["provider"] + mark, *shown))
-            first = False
-    header = ("ROW", "PROVIDER", "µs", "QUARTILES", "TFLOP/s", "GB/s", "OF FLOOR", "VS BEST OTHER")
-    parts += [f"{op}\n{table(header, lines)}" for op, lines in by_op.items()]
-    absent = [
-        f"not measured: {op}: {name}: {why}" for op, all_ in result["absent"].items() for name, why in all_.items()
-    ]
-    parts += ["\n".join(lines) for lines in (problems, absent) if lines]
-    parts.append(f"{verdict_text(verdict(result['rows']))}\n{len(result['rows'])} rows in {result['seconds']:.0f} s")
-    return "\n\n".join(parts)
 
 
 def failed(result: Mapping[str, Any]) -> bool:

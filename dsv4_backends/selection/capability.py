@@ -16,7 +16,7 @@ from functools import lru_cache
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from .errors import PolicyError
+from ..errors import PolicyError
 
 
 class Support(enum.Enum):

@@ -10,8 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from .contract.names import OPS
-from .errors import PolicyError
+from ..contract.names import OPS
+from ..errors import PolicyError
 
 ESSENTIAL = "torch"
 """The provider that cannot be disabled: it gives every op its meaning, on every machine."""

@@ -1,4 +1,4 @@
-"""What serving a model will ask for on one rank, and who answers: the ``check`` command.
+"""What serving a model will ask for on one rank, and who answers.
 
 No weights and no GPU are needed: the shapes follow from the model's ``config.json``, and a provider that looks at
 shapes is asked with tensors that have no storage.
@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import measured, report, serving
-from .contract import CONTRACTS
-from .contract.models import Model, Rank
-from .machine import Device, Machine
-from .provider import Reason, Tier
-from .resolve import Candidate, Resolution
-from .serving import Limits
+from ..contract import CONTRACTS
+from ..contract.models import Model, Rank
+from ..runtime import serving
+from ..runtime.serving import Limits
+from ..selection import preferences as measured
+from ..selection.machine import Device, Machine
+from ..selection.provider import Reason, Tier
+from ..selection.resolve import Candidate, Resolution
 
 PREFILL_TOKENS = 8192
 """Tokens of one prefill step; engines cut longer prompts into chunks of about this size."""
@@ -176,9 +177,9 @@ def _judge(need: Need, resolution: Resolution) -> Resolution:
 
 
 def _ask(need: Need, candidate: Candidate) -> Candidate:
-    from .ops import _bind
+    from ..runtime.bind import bind_candidate
 
-    bound = _bind(CONTRACTS[need.op], candidate)
+    bound = bind_candidate(CONTRACTS[need.op], candidate)
     if isinstance(bound, tuple):
         return replace(candidate, reasons=bound)
     if bound.refuses is None:
@@ -189,64 +190,3 @@ def _ask(need: Need, candidate: Candidate) -> Candidate:
         message = f"could not be asked about these shapes: {type(error).__name__}: {' '.join(str(error).split())}"
         return replace(candidate, warning=Reason("shape-unknown", message))
     return candidate if reason is None else replace(candidate, reasons=(reason,))
-
-
-def json(checks: Sequence[Check]) -> dict[str, Any]:
-    first = checks[0]
-    rank, model = first.rank, first.rank.model
-    return {
-        "schema_version": report.SCHEMA_VERSION,
-        "model": model.name,
-        "tp": rank.tp,
-        "max_model_len": first.limits.max_context,
-        "max_num_seqs": first.limits.max_requests,
-        "rank": {"heads": rank.heads, "o_groups": rank.o_groups, "index_heads": model.index_heads},
-        "devices": [
-            {
-                "device": report.device_json(check.device),
-                "needs": [
-                    {"role": need.role, "sizes": dict(need.sizes), **report.resolution_json(resolution)}
-                    for need, resolution in check.served
-                ],
-                "uncovered": len(check.uncovered),
-                "reference": len(check.slow),
-            }
-            for check in checks
-        ],
-        "ok": not any(check.uncovered for check in checks),
-    }
-
-
-def text(checks: Sequence[Check]) -> str:
-    first = checks[0]
-    rank, model = first.rank, first.rank.model
-    groups = f"{rank.o_groups} output group{'s' * (rank.o_groups != 1)}"
-    limits = f"contexts up to {first.limits.max_context} tokens, {first.limits.max_requests} sequences"
-    shares = f"{rank.heads} heads, {groups} and {model.index_heads} index heads on a rank"
-    parts = [f"{model.name}, tensor parallel {rank.tp}: {shares}; {limits}"]
-    for check in checks:
-        rows = []
-        reasons: dict[str, None] = {}
-        for need, resolution in check.served:
-            selected = resolution.selected
-            name, tier = ("none", "") if selected is None else (selected.name, selected.provider.tier.label)
-            rows.append((need.op, need.role, need.shown, name, tier))
-            for candidate in resolution.passed_over:
-                for reason in candidate.reasons:
-                    reasons.setdefault(f"{need.op}: {candidate.name}: {report._hinted(reason, resolution)}")
-            if selected is not None and selected.warning is not None:
-                reasons.setdefault(f"{need.op}: {selected.name}: {selected.warning}")
-            if selected is None and not resolution.candidates:
-                reasons.setdefault(f"{need.op}: no installed provider implements it")
-        parts.append(f"{check.device.label}; {report._versions(check.machine)}")
-        parts.append(report.table(("OP", "FOR", "LARGEST SHAPES", "PROVIDER", "TIER"), rows))
-        if reasons:
-            parts.append("why not a better one:\n" + "\n".join(f"  {line}" for line in reasons))
-        total = len(check.served)
-        if check.uncovered:
-            parts.append(f"NOT SERVED: {len(check.uncovered)} of {total}; the model will not run here")
-        if check.slow:
-            parts.append(f"warning: only the reference serves {len(check.slow)} of {total}, which is slow")
-        if not check.uncovered and not check.slow:
-            parts.append("everything is served")
-    return "\n\n".join(parts)

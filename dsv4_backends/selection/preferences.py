@@ -1,6 +1,6 @@
 """The measured choice: where a provider of a lower rank was measured to be faster, on which shapes, and by how much.
 
-A table for each architecture lies in ``measured/`` and is written by ``dsv4-backends tune``. It names classes of
+A table for each architecture lies in ``tables/`` and is written by ``dsv4-backends tune``. It names classes of
 shapes, by what decides a kernel's speed: a few sizes of the model, and a *load* that grows with the batch. Reading a
 call's class looks at shapes only, so a choice that is captured in a CUDA graph stays right. Free of torch.
 """
@@ -19,7 +19,7 @@ from . import capability as cc
 from .machine import Device
 
 SCHEMA_VERSION = 1
-FOLDER = Path(__file__).parent / "measured"
+FOLDER = Path(__file__).parent / "tables"
 FEW_KEYS = 256
 """Up to here a prefill row attends to little more than its window."""
 

@@ -1,0 +1,206 @@
+"""``dsv4-backends bench``: time the providers on the shapes of a deployment, compare two results, draw one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..bench.compare import Change, passed
+from ..bench.results import rated, rivals, verdict, verdict_text
+from ..bench.shapes import SCALES
+from ..contract.names import OPS
+from ..errors import PolicyError
+from .render import SCHEMA_VERSION, table
+from .shared import FINDING, OK, AddCommand, known_providers, progress, show
+
+
+def add(command: AddCommand) -> None:
+    bench = command(
+        "bench", run, "time the providers on the shapes of a deployment, each result judged first", as_json=False
+    )
+    bench.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
+    bench.add_argument(
+        "--provider",
+        action="append",
+        default=[],
+        help="this provider; may be repeated; default: all that run here but the slow reference",
+    )
+    bench.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help="flash, pro, or the path of a config.json; may be repeated; default: flash and pro",
+    )
+    bench.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
+    bench.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON there; without FILE print it, not the text"
+    )
+    bench.add_argument("--torch-device", metavar="DEVICE", help="a torch device (default: the first GPU, else the CPU)")
+    bench.add_argument(
+        "--also-as",
+        action="append",
+        default=[],
+        metavar="SM",
+        help="measure providers once more, by the code that they would run on this architecture; may be repeated",
+    )
+    bench.add_argument(
+        "--scales",
+        choices=SCALES,
+        default=SCALES[0],
+        help="how the activation scales of fp8_einsum lie: as vLLM's quantiser leaves them (default), or by token",
+    )
+    bench.add_argument("--plot", metavar="FILE", help="draw a roofline of each op: FILE.svg, .png or .pdf")
+    about = "what got slower, or lost its time, from one result of bench to another; exit 1 if anything did"
+    inner = bench.add_subparsers(metavar="")
+    compare = inner.add_parser("compare", help=about, description=about)
+    compare.add_argument("before", metavar="BEFORE", help="a file that bench --json wrote")
+    compare.add_argument("after", metavar="AFTER", help="another")
+    compare.add_argument("--json", action="store_true", help="print JSON with a schema_version")
+    compare.set_defaults(run=run_compare)
+    about = "draw what another run measured"
+    plot = inner.add_parser("plot", help=about, description=about)
+    plot.add_argument("result", metavar="RESULT", help="a file that bench --json wrote")
+    plot.add_argument("file", metavar="FILE", help="FILE.svg, .png or .pdf")
+    plot.set_defaults(run=run_plot)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..bench import plot, results
+    from ..bench import run as runner
+
+    if args.plot:
+        plot.require()
+    known_providers(args.provider)
+
+    def save(result: dict[str, Any]) -> None:
+        if args.json not in (None, "-"):
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    try:
+        result = runner.bench(
+            args.op or OPS,
+            args.provider,
+            args.model,
+            args.tp,
+            args.torch_device,
+            progress,
+            save,
+            args.also_as,
+            args.scales,
+        )
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"bench: {error}") from error
+    finally:
+        progress("")
+    print(json.dumps(result, indent=1) if args.json == "-" else text(result))
+    if args.plot:
+        plot.plot(result, args.plot)
+    return FINDING if results.failed(result) else OK
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from ..bench import compare
+
+    before, after = compare.read(args.before), compare.read(args.after)
+    changes = compare.compare(before, after)
+    show(args, lambda: compare_json(before, after, changes), lambda: compare_text(before, after, changes))
+    return OK if compare.passed(changes) else FINDING
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    from ..bench import compare, plot
+
+    plot.plot(compare.read(args.result), args.file)
+    return OK
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """One table per op, then what could not be measured and why, then the automatic choice."""
+    rates = result["rates"]
+    reached = [f"{name} {rates[f'{name}_gbps']:.0f} GB/s" for name in ("copy", "read") if f"{name}_gbps" in rates]
+    reached += [
+        f"{name} {rates[f'{name}_tflops']:.4g} TFLOP/s" for name in ("bf16", "fp8", "tf32") if f"{name}_tflops" in rates
+    ]
+    parts = [f"{result['device']['name']}: {', '.join(reached)}; an empty graph {rates['launch_us']:.1f} µs"]
+    if result["device"]["type"] != "cuda":
+        parts.append("On a CPU: small rows, the wall clock, and no word about any GPU. It shows that the bench works.")
+    by_op: dict[str, list[tuple[str, ...]]] = {}
+    problems = []
+    for row in result["rows"]:
+        lines = by_op.setdefault(row["op"], [])
+        if row.get("error"):
+            problems.append(f"FAILED {row['op']} {row['row']}: {row['error']}")
+        times = rivals(row)
+        first = True
+        for entry in row["results"]:
+            if entry["error"]:
+                kind = "" if entry["error"].startswith("refused") else "FAILED "
+                problems.append(f"{kind}{row['op']} {row['row']}: {entry['provider']}: {entry['error']}")
+            us = entry["us"]
+            shown = ("-",) * 6
+            if us is not None:
+                rate = rated(row, us)
+                others = [value for name, value in times.items() if name != entry["provider"]]
+                shown = (
+                    f"{us:.1f}",
+                    f"{entry['q1']:.1f}..{entry['q3']:.1f}",
+                    f"{rate['tflops']:.4g}",
+                    f"{rate['gbps']:.3g}" if rate["gbps"] < 100 else f"{rate['gbps']:.0f}",
+                    f"{rate['floor_share']:.0%}",
+                    f"{min(others) / us:.2f}" if others else "-",
+                )
+            mark = " (auto)" if entry["provider"] == row["auto"] else ""
+            lines.append((row["row"] if first else "", entry["provider"] + mark, *shown))
+            first = False
+    header = ("ROW", "PROVIDER", "µs", "QUARTILES", "TFLOP/s", "GB/s", "OF FLOOR", "VS BEST OTHER")
+    parts += [f"{op}\n{table(header, lines)}" for op, lines in by_op.items()]
+    absent = [
+        f"not measured: {op}: {name}: {why}" for op, all_ in result["absent"].items() for name, why in all_.items()
+    ]
+    parts += ["\n".join(lines) for lines in (problems, absent) if lines]
+    parts.append(f"{verdict_text(verdict(result['rows']))}\n{len(result['rows'])} rows in {result['seconds']:.0f} s")
+    return "\n\n".join(parts)
+
+
+_SHOWN = ("slower", "lost", "faster", "new", "absent")
+
+
+def compare_text(before: Mapping[str, Any], after: Mapping[str, Any], changes: list[Change]) -> str:
+    """What changed, worst first; and what the two machines are, since a slower machine makes everything slower."""
+    parts = []
+    for name, result in (("before", before), ("after", after)):
+        rates = result["rates"]
+        parts.append(
+            f"{name}: {result['device']['name']}, {result['date']}, copy {rates['copy_gbps']:.0f} GB/s, "
+            f"bf16 {rates['bf16_tflops']:.4g} TFLOP/s"
+        )
+    if before["device"]["name"] != after["device"]["name"]:
+        parts.append("these are different devices: what differs may be theirs")
+    shown = []
+    for change in sorted(changes, key=lambda c: -(c.after or 0) / c.before if c.before else 0):
+        if change.verdict in _SHOWN[:4]:
+            ratio = f"{change.after / change.before:.2f}" if change.before and change.after else "-"
+            times = [f"{us:.1f}" if us is not None else "-" for us in (change.before, change.after)]
+            shown.append((change.verdict, change.op, change.row, change.provider, *times, ratio, change.note))
+    if shown:
+        parts.append(table(("", "OP", "ROW", "PROVIDER", "BEFORE µs", "AFTER µs", "AFTER/BEFORE", ""), shown))
+    counts = {verdict: sum(c.verdict == verdict for c in changes) for verdict in _SHOWN}
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    same = sum(c.verdict == "same" for c in changes)
+    parts.append(f"{counted or 'nothing changed'} ({same} within noise)")
+    if not any(c.before and c.after for c in changes):
+        parts.append("nothing to compare: no row and provider has a time in both files")
+    return "\n".join(parts)
+
+
+def compare_json(before: Mapping[str, Any], after: Mapping[str, Any], changes: list[Change]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "before": {key: before[key] for key in ("date", "device", "rates")},
+        "after": {key: after[key] for key in ("date", "device", "rates")},
+        "ok": passed(changes),
+        "changes": [vars(change) for change in changes],
+    }

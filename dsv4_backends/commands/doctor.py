@@ -1,0 +1,142 @@
+"""``dsv4-backends doctor``: look for everything that can be wrong on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PolicyError
+from ..selection import policy
+from ..selection.machine import Machine
+from ..selection.provider import Tier
+from ..selection.survey import Survey, survey
+from .render import SCHEMA_VERSION, table, versions
+from .shared import DEVICE, FINDING, OK, AddCommand, show
+
+
+def add(command: AddCommand) -> None:
+    command("doctor", run, "look for everything that can be wrong on this machine").add_argument("--device", **DEVICE)
+
+
+def run(args: argparse.Namespace) -> int:
+    problem: list[PolicyError] = []
+    findings = doctor(survey(args.device, problem), problem[0] if problem else None)
+    show(args, lambda: as_json(findings), lambda: text(findings))
+    return OK if all(f.ok for f in findings) else FINDING
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the doctor looked at."""
+
+    check: str
+    ok: bool
+    message: str
+
+
+def _torch_findings(machine: Machine) -> list[Finding]:
+    try:
+        torch = importlib.import_module("torch")
+    except Exception as error:
+        return [Finding("torch", False, f"import torch raised {type(error).__name__}: {error}")]
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    found = [Finding("torch", True, f"torch {torch.__version__}, built for {built}")]
+    if machine.gpus and not machine.simulated:
+        if torch.version.cuda is None:
+            message = "there is a GPU, but this torch is built for the CPU: install a CUDA build of torch"
+            found.append(Finding("torch-cuda", False, message))
+        else:
+            found.append(Finding("torch-cuda", True, "torch is built for CUDA and the driver answers"))
+    return found
+
+
+def _provider_findings(surveyed: Survey) -> list[Finding]:
+    """What the choice itself says: nobody serves, only the reference serves, or the chosen code does not import."""
+    found = []
+    imported: dict[str, str] = {}
+    for device, resolutions in surveyed.resolutions:
+        for resolution in resolutions:
+            where = f"{resolution.op} on {device.name}"
+            selected = resolution.selected
+            if selected is None:
+                found.append(Finding("served", False, resolution.explain()))
+                continue
+            target = selected.implementation.target
+            if target not in imported:
+                module, _, name = target.partition(":")
+                try:
+                    getattr(importlib.import_module(module), name)
+                    imported[target] = ""
+                except (Exception, SystemExit) as error:
+                    imported[target] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            slow = device.type == "cuda" and selected.provider.tier is Tier.REFERENCE and not resolution.pinned
+            if imported[target]:
+                found.append(Finding("import", False, f"{where}: {target} raised {imported[target]}"))
+            elif slow:
+                found.append(Finding("served", False, f"{where}: only the reference serves it, which is slow"))
+            else:
+                found.append(Finding("served", True, f"{where}: {selected.name}"))
+    return found
+
+
+def _library_findings(surveyed: Survey) -> list[Finding]:
+    """The libraries that providers adapt: every distribution that has one, and what is wrong with what is installed."""
+    found: dict[str, Finding] = {}
+    for _, resolutions in surveyed.resolutions:
+        for candidate in (c for r in resolutions for c in r.candidates if c.build is not None):
+            build = candidate.build
+            assert build is not None
+            wrong = "; ".join(f"[{r.code}] {r}" for r in build.reasons)
+            if candidate.name not in found or (wrong and found[candidate.name].ok):
+                owners = ", ".join(build.owners) or "nothing installed"
+                message = f"{candidate.name}: {owners}{f': {wrong}' if wrong and build.owners else ''}"
+                found[candidate.name] = Finding("library", not (wrong and build.owners), message)
+    return list(found.values())
+
+
+def doctor(surveyed: Survey, problem: PolicyError | None) -> list[Finding]:
+    """Everything that can be wrong on this machine, looked at one by one."""
+    machine = surveyed.machine
+    found = [
+        Finding("python", True, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("version", True, versions(machine)),
+    ]
+    names = sorted(name for name in os.environ if name.startswith(policy.PREFIX))
+    if problem is not None:
+        found.append(Finding("settings", False, str(problem)))
+    else:
+        found.append(Finding("settings", True, ", ".join(f"{n}={os.environ[n]}" for n in names) or "no variables set"))
+    gpus = ", ".join(device.label for device in machine.devices if device.type == "cuda")
+    # A machine without the driver's library is a CPU machine; a driver that refuses is a fault.
+    driver_fails = "cuInit" in machine.note or "probe" in machine.note
+    note = f" ({machine.note})" if machine.note else ""
+    found.append(Finding("gpu", not driver_fails, (gpus or "no GPU") + note))
+    found += _torch_findings(machine)
+    for plugin in surveyed.plugins.plugins:
+        bad = plugin in surveyed.plugins.broken
+        message = "; ".join(f"[{r.code}] {r}" for r in plugin.problems) or "loaded"
+        found.append(Finding("plugin", not bad, f"{plugin.name} of {plugin.origin}: {message}"))
+    return found + _library_findings(surveyed) + _provider_findings(surveyed)
+
+
+def text(findings: Sequence[Finding]) -> str:
+    home = str(Path.home())
+    bad = sum(not f.ok for f in findings)
+    rows = [("ok" if f.ok else "FINDING", f.check, f.message) for f in findings]
+    end = f"{bad} finding{'s' * (bad != 1)}" if bad else "nothing found"
+    return (table(("", "CHECK", ""), rows) + "\n\n" + end).replace(home, "~")
+
+
+def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    home = str(Path.home())
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "findings": [{"check": f.check, "ok": f.ok, "message": f.message.replace(home, "~")} for f in findings],
+        "ok": all(f.ok for f in findings),
+    }

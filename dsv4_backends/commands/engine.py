@@ -1,0 +1,64 @@
+"""``dsv4-backends engine ENGINE``: what an engine's hook replaces, where, by whom, and why not."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ..selection import policy
+from .render import SCHEMA_VERSION, reason_json, table
+from .shared import DEVICE, FINDING, OK, AddCommand, show
+
+if TYPE_CHECKING:
+    from ..engines.vllm import Plan
+
+
+def add(command: AddCommand) -> None:
+    engine = command("engine", run, "what an engine's hook replaces, where, by whom, and why not")
+    engine.add_argument("engine", choices=("vllm",), metavar="ENGINE", help="vllm")
+    engine.add_argument("--device", **DEVICE)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..engines import vllm
+
+    made = vllm.plan(args.device)
+    show(args, lambda: as_json(made), lambda: text(made))
+    return OK if made.ok else FINDING
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "engine": "vllm",
+        "version": plan.version,
+        "enabled": plan.enabled,
+        "device": plan.device.json(),
+        "targets": [
+            {
+                "module": row.target.module,
+                "attribute": row.target.attribute,
+                "op": row.target.op,
+                "provider": row.provider,
+                "state": row.state,
+                "reasons": [reason_json(r) for r in row.reasons],
+                "calls": row.calls,
+                "passed_on": row.passed_on,
+            }
+            for row in plan.rows
+        ],
+        "notes": list(plan.notes),
+        "ok": plan.ok,
+    }
+
+
+def text(plan: Plan) -> str:
+    """Every target of an engine's hook, and why any of them would not be replaced."""
+    asked = "enabled" if plan.enabled else f"not enabled: set {policy.PREFIX}ENGINE=1 in the engine's environment"
+    parts = [f"vllm {plan.version or 'not installed'} on {plan.device.label}; {asked}"]
+    rows = [
+        (row.target.key, row.target.about, row.provider or "-", row.state, "\n".join(map(str, row.reasons)) or "-")
+        for row in plan.rows
+    ]
+    parts.append(table(("REPLACED IN VLLM", "FOR", "PROVIDER", "STATE", "WHY NOT"), rows))
+    return "\n\n".join([*parts, *(f"note: {note}" for note in plan.notes)])

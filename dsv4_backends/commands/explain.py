@@ -1,0 +1,62 @@
+"""``dsv4-backends explain OP``: every candidate, ranked, with all reasons."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from ..contract.names import OPS
+from ..selection.resolve import Resolution
+from ..selection.survey import survey
+from .render import SCHEMA_VERSION, hinted, resolution_json
+from .shared import DEVICE, FINDING, OK, AddCommand, show
+
+
+def add(command: AddCommand) -> None:
+    explain = command("explain", run, "every candidate for one op, ranked, with all reasons")
+    explain.add_argument("op", choices=OPS, metavar="OP", help=", ".join(OPS))
+    explain.add_argument("--device", **DEVICE)
+
+
+def run(args: argparse.Namespace) -> int:
+    resolutions = [r for _, all_ops in survey(args.device).resolutions for r in all_ops if r.op == args.op]
+    show(args, lambda: as_json(resolutions), lambda: "\n\n".join(map(text, resolutions)))
+    return OK if all(r.selected for r in resolutions) else FINDING
+
+
+def as_json(resolutions: Sequence[Resolution]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "op": resolutions[0].op,
+        "devices": [{"device": r.device.json(), **resolution_json(r)} for r in resolutions],
+    }
+
+
+def text(resolution: Resolution) -> str:
+    """Every candidate of one op, ranked, with everything that speaks for and against it."""
+    lines = [f"{resolution.op} on {resolution.device.label}"]
+    if resolution.pinned:
+        lines.append(resolution.pin_text)
+    for place, candidate in enumerate(resolution.candidates, 1):
+        provider, implementation = candidate.provider, candidate.implementation
+        verdict = "selected" if candidate is resolution.selected else "can serve" if candidate.accepted else "refused"
+        lines.append("")
+        lines.append(f"{place}. {candidate.name}: {verdict}")
+        lines.append(f"   {provider.tier.label} tier, priority {implementation.priority}: {provider.summary}")
+        lines.append(f"   {implementation.target}")
+        if candidate.build is not None and candidate.build.name:
+            lines.append(f"   {candidate.build.name}")
+        if implementation.note:
+            lines.append(f"   {implementation.note}")
+        if implementation.refuses:
+            lines.append(f"   may refuse a call by its shapes, then the next one serves it ({implementation.refuses})")
+        if candidate.warning is not None:
+            lines.append(f"   [{candidate.warning.code}] {candidate.warning}")
+        lines += [f"   [{r.code}] {hinted(r, resolution)}" for r in candidate.reasons]
+    if not resolution.candidates:
+        lines.append("no installed provider implements it")
+    if resolution.measured:
+        lines += ["", "measured on this architecture; DSV4_BACKENDS_MEASURED=0 turns it off:"]
+        lines += [f"   {preference}" for preference in resolution.measured]
+    return "\n".join(lines)

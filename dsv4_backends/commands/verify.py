@@ -1,0 +1,86 @@
+"""``dsv4-backends verify``: run the contracts' cases here and compare with the definition in fp64."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..contract.names import OPS
+from ..contract.op import LEVELS
+from ..selection import machine
+from ..selection.machine import Machine
+from .render import SCHEMA_VERSION, table
+from .shared import FINDING, OK, AddCommand, known_providers, progress, show
+
+if TYPE_CHECKING:
+    from ..testing.verify import Row
+
+
+def add(command: AddCommand) -> None:
+    verify = command("verify", run, "run the contracts' cases here and compare with the definition in fp64")
+    verify.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
+    verify.add_argument(
+        "--provider",
+        action="append",
+        default=[],
+        help="this provider; may be repeated; default: the selected ones",
+    )
+    verify.add_argument("--level", choices=LEVELS, default="smoke", help="how many cases (default: smoke)")
+    verify.add_argument(
+        "--torch-device", metavar="DEVICE", help="a torch device (default: the first GPU, else the CPU)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..testing.verify import passed, verify
+
+    known_providers(args.provider)
+    # A line per op is enough for a log.
+    rows = verify(
+        args.op or OPS, args.provider, args.level, args.torch_device, lambda line: progress(line, log=" 1/" in line)
+    )
+    progress("")
+    show(args, lambda: as_json(rows, args.level, machine.probe(), passed(rows)), lambda: text(rows))
+    return OK if rows and passed(rows) else FINDING
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Errors against tolerances: a share of 1 is the limit."""
+    lines = []
+    for row in rows:
+        for index, (result, error) in enumerate(row.errors.items()):
+            first = index == 0
+            passed = f"{row.cases - len({f.partition(':')[0] for f in row.failures})}/{row.cases}"
+            lines.append(
+                (
+                    row.op if first else "",
+                    row.provider if first else "",
+                    passed + (f", {row.refused} refused" if row.refused else "") if first else "",
+                    result,
+                    f"{error['share']:.3g}",
+                    f"{error['calc_diff']:.2g}",
+                    error["case"],
+                )
+            )
+        if not row.errors:
+            lines.append((row.op, row.provider, f"0/{row.cases}, {row.refused} refused", "", "", "", ""))
+    parts = [table(("OP", "PROVIDER", "PASSED", "RESULT", "SHARE OF TOLERANCE", "CALC_DIFF", "WORST CASE"), lines)]
+    failures = [f"FAILED {row.op} {row.provider}: {failure}" for row in rows for failure in row.failures]
+    empty = [f"FAILED {row.op} {row.provider}: refused every case" for row in rows if row.cases == 0]
+    return "\n".join([*parts, "", *failures, *empty, "failed" if failures or empty else "all passed"])
+
+
+def as_json(rows: Sequence[Row], level: str, machine: Machine, all_passed: bool) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": " ".join(["dsv4-backends", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "level": level,
+        "machine": machine.json(),
+        "ok": all_passed,
+        "rows": [asdict(row) for row in rows],
+    }

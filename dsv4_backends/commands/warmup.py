@@ -1,0 +1,63 @@
+"""``dsv4-backends warmup``: compile before serving what serving a model will need."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..contract.names import OPS
+from ..errors import PolicyError
+from .render import SCHEMA_VERSION, table
+from .shared import OK, AddCommand, show
+
+
+def add(command: AddCommand) -> None:
+    from ..runtime.serving import Limits
+
+    warmup = command("warmup", run, "compile before serving what serving a model will need, into the cache on disk")
+    warmup.add_argument(
+        "--model", required=True, metavar="MODEL", help="flash, pro, a config.json or the folder that it is in"
+    )
+    warmup.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
+    warmup.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
+    told = {
+        "max_tokens": "query tokens of one step",
+        "max_requests": "requests of one decode step",
+        "max_context": "tokens of the longest context",
+        "next_n": "tokens of one request in a decode step: more than 1 with speculative decoding",
+        "heads": "heads of an attention call, where the engine pads them; 0: the rank's own",
+    }
+    for name, about in told.items():
+        default = getattr(Limits, name)
+        flag = f"--{name.replace('_', '-')}"
+        warmup.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
+    warmup.add_argument(
+        "--torch-device", metavar="DEVICE", help="a torch device (default: the current GPU, else the CPU)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..contract import models
+    from ..runtime import ahead
+    from ..runtime.serving import Limits
+
+    try:
+        model = models.from_config(args.model)
+        model.rank(args.tp)
+        limits = Limits(args.max_tokens, args.max_requests, args.max_context, args.next_n, args.heads)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"warmup: {error}") from error
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    ready = ahead.warmup(
+        model, tp=args.tp, limits=limits, device=args.torch_device, ops=args.op or OPS, progress=progress
+    )
+    rows = [(op, provider, str(count)) for op, made in ready.items() for provider, count in made.items()]
+    show(
+        args,
+        lambda: {"schema_version": SCHEMA_VERSION, "model": args.model, "tp": args.tp, "kernels": ready},
+        lambda: table(("OP", "PROVIDER", "KERNELS READY"), rows),
+    )
+    return OK

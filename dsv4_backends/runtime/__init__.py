@@ -1,0 +1,1 @@
+"""From a choice to a call: binding, dispatch, steps, and what is done before serving."""

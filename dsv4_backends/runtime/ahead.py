@@ -1,0 +1,98 @@
+"""What can be done before serving: compile, and ask how much memory a call takes. Nothing is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..contract import CONTRACTS
+from ..contract.models import Model, from_config
+from ..selection import machine
+from . import bind
+from .serving import Limits, calls
+
+
+def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> int | None:
+    """Device memory that a call would allocate beyond its results, from shapes alone; nothing is launched.
+
+    Args:
+        op: One of ``dsv4_backends.OPS``.
+        device: Where the call would run.
+        arguments: The call's arguments; tensors may be on any device, ``meta`` included.
+
+    Returns:
+        Bytes, or None where the provider that would serve does not tell.
+
+    Raises:
+        ContractError: an argument breaks the contract.
+        NoProviderError: nobody would serve the call.
+    """
+    without_storage = {k: _without_storage(v) for k, v in arguments.items()}
+    CONTRACTS[op].check(**without_storage)
+    where = torch.empty(0, device=device).device
+    bound = bind.serving(op, where, without_storage)
+    target = bound.implementation.workspace
+    return None if target is None else int(bind.load_target(target)(op, without_storage, where))
+
+
+def _without_storage(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def warmup(
+    model: str | Path | Model,
+    *,
+    tp: int = 1,
+    limits: Limits | None = None,
+    device: torch.device | str | None = None,
+    ops: Iterable[str] = tuple(CONTRACTS),
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, int]]:
+    """Compile, and load on a device, everything that serving a model within limits can ask of the chosen providers.
+
+    Afterwards nothing compiles while serving, and graphs can be captured at once. What is compiled stays in the
+    provider's own cache on disk, so that the next process only loads it.
+
+    Args:
+        model: ``"flash"``, ``"pro"``, a ``config.json`` or its folder, or a ``contract.models.Model``.
+        tp: Tensor parallel size.
+        limits: How far the server goes; default: ``serving.Limits()``.
+        device: Default: the current GPU, or the CPU.
+        ops: Only these.
+        progress: Gets a line of text before each op.
+
+    Returns:
+        By op, the kernels that each provider made ready. A provider that compiles nothing ahead is there with 0.
+
+    Raises:
+        ValueError: not a model, or its heads do not divide by ``tp``.
+        NoProviderError: a call within the limits would find no provider.
+    """
+    rank = (model if isinstance(model, Model) else from_config(model)).rank(tp)
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    where = torch.empty(0, device=device).device
+    here = machine.device_of(where).capability
+    packed = here is not None and here.major >= 10
+    ready: dict[str, dict[str, int]] = {}
+    for op in ops:
+        if progress is not None:
+            progress(f"warming up {op}")
+        wanted = calls(op, rank, limits or Limits(), packed_scales=packed)
+        if (head := bind.current().bind(CONTRACTS[op], where).head) is not None:
+            by_provider: dict[bind.Bound, Iterable[dict[str, Any]]] = {head: wanted}
+        else:
+            shared: dict[bind.Bound, list[dict[str, Any]]] = {}
+            for arguments in wanted:
+                shared.setdefault(bind.serving(op, where, arguments), []).append(arguments)
+            by_provider = {**shared}
+        made = ready[op] = {}
+        for bound, theirs in by_provider.items():
+            target = bound.implementation.warmup
+            made[bound.provider] = 0 if target is None else int(bind.load_target(target)(op, theirs, where))
+    return ready

@@ -1,0 +1,101 @@
+"""Dispatch: the check of a call's arguments and the jump to the bound provider, as one generated function per op.
+
+Eager calls check the contract and go straight to the bound implementation. Under ``torch.compile`` (and for fake or
+other subclassed tensors) the same call is one ``torch.library`` op, ``torch.ops.dsv4_backends.<op>``, or
+``<op>_out`` where the caller brings result buffers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, cast
+
+import torch
+
+from ..contract import CONTRACTS, OpContract
+from ..selection import policy
+from . import bind
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def define(function: _F) -> _F:
+    """Make the public function of one contract, and its two ``torch.library`` ops."""
+    contract = CONTRACTS[function.__name__]
+    names = tuple(contract.args)
+    passed = ", ".join(f"{n}={n}" if contract.is_keyword(n) else n for n in names)
+    heads = bind.fast_path[contract.name] = {}
+
+    def choose(where: Hashable, known: Hashable, device: torch.device, *args: Any, **kwargs: Any) -> bind.Bound:
+        bindings = bind.current()
+        chain = bindings.chains.get((contract.name, device)) or bindings.bind(contract, device)
+        bound, key = (chain.choose(known, args, kwargs), known) if chain.head is None else (chain.head, where)
+        if key is not None:
+            with bind.lock:
+                if bind.is_default(bindings):  # neither of a block's policy, nor forgotten by `reset` meanwhile
+                    bind.keep(heads, key, bound)
+        return bound
+
+    # The usual call passes through the check and these lines only: a provider bound under the default policy, which
+    # takes every shape or was asked about a call like this one.
+    dispatch = (
+        "bound = heads.get(where) or heads.get(known)",
+        "if bound is None or scope() is not None:",
+        f"    bound = choose(where, known, {names[0]}.device, {passed})",
+        "bound.calls += 1",
+        f"return bound.function({passed})",
+    )
+    scope: dict[str, Any] = {"heads": heads, "scope": policy.active, "choose": choose}
+    functional, with_buffers = _library_ops(contract, contract.checked_function((), dispatch, scope))
+    buffers = contract.buffers
+    functional_names = contract.library_names(with_buffers=False)
+    buffer_names = contract.library_names(with_buffers=True)
+
+    def as_library_op(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if all(given.get(buffer) is None for buffer in buffers):
+            return functional(*[given.get(name) for name in functional_names])
+        others = with_buffers(*[given.get(name) for name in buffer_names])
+        rest = iter(others if isinstance(others, tuple) else (others,))
+        results = tuple(given[name] if name in buffers else next(rest) for name in contract.returns)
+        return results if len(results) > 1 else results[0]
+
+    # Other tracers than Dynamo bring tensors of their own class.
+    scope |= {"as_library_op": as_library_op, "is_compiling": torch.compiler.is_dynamo_compiling}
+    subclassed = f"type({names[0]}) is not Tensor and isinstance({names[0]}, Tensor)"
+    by_library = f"if is_compiling() or ({subclassed}): return as_library_op({passed})"
+    call = contract.checked_function((by_library,), dispatch, scope)
+    return cast("_F", functools.update_wrapper(call, function))
+
+
+def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> tuple[Any, Any]:
+    def with_names(run: Callable[..., Any], *, with_buffers: bool) -> Callable[..., Any]:
+        names = contract.library_names(with_buffers=with_buffers)
+
+        def results_of(values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+            results = run(**dict(zip(names, values, strict=False)))  # trailing defaults may be missing
+            return results if isinstance(results, tuple) else (results,)
+
+        def call(*values: Any) -> Any:
+            # A provider may pad rows; compiled code counts on the fake's strides.
+            results = tuple(result.contiguous() for result in results_of(values))
+            return results if len(results) > 1 else results[0]
+
+        def write(*values: Any) -> Any:
+            results = results_of(values)
+            others = [r for r, name in zip(results, contract.returns, strict=True) if name not in contract.buffers]
+            return tuple(others) if len(others) > 1 else others[0] if others else None
+
+        return write if with_buffers else call
+
+    name = f"dsv4_backends::{contract.name}"
+    for suffix, schema, buffers in (
+        ("", contract.schema, ()),
+        ("_out", contract.out_schema, contract.buffers),
+    ):
+        run = with_names(dispatch, with_buffers=bool(buffers))
+        defined = torch.library.custom_op(name + suffix, run, mutates_args=buffers, schema=schema)
+        defined.register_fake(with_names(contract.function, with_buffers=bool(buffers)))
+    namespace = torch.ops.dsv4_backends
+    return getattr(namespace, contract.name), getattr(namespace, f"{contract.name}_out")

@@ -1,0 +1,216 @@
+"""What a provider tells the layer: frozen data, no code.
+
+A provider's hook returns ``ProviderSpec`` objects. They name functions by strings (``"package.module:function"``)
+that are imported last, when an op is bound, so every provider can be listed on every machine.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+API_VERSION = 1
+"""Version of the provider interface. It grows when a field or hook changes meaning."""
+
+
+class Tier(enum.IntEnum):
+    """The first key of the ranking; lower comes first."""
+
+    NATIVE = 0
+    """A library hand-written for an architecture (DeepGEMM, FlashMLA)."""
+    PORTABLE = 1
+    """One code base for many architectures (Triton)."""
+    EXPERIMENTAL = 2
+    """Only when asked for: by a pin, an order, an allow list, or ``DSV4_BACKENDS_EXPERIMENTAL=1``."""
+    REFERENCE = 3
+    """Written to be read, not to be fast."""
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+REASONS: dict[str, str] = {
+    "capability": "The implementation was not built for this GPU's compute capability.",
+    "device-type": "The implementation runs on another type of device (an NVIDIA GPU, or the CPU).",
+    "distribution-missing": "A distribution that the provider needs is not installed.",
+    "distribution-version": "A distribution that the provider needs is installed in a version that does not fit.",
+    "module-missing": "The package that holds the implementation cannot be found.",
+    "import-failed": "The implementation was found but its import raised; its own words are in the message.",
+    "signature": "The implementation's Python signature is not the contract's.",
+    "library-owners": "Two installed distributions own the library's module; one has overwritten the other's files.",
+    "library-kernels": "The installed build of the library has no kernels, or no cache format, for the op.",
+    "library-load": "The library is installed but does not load here; its own words are in the message.",
+    "library-symbol": "The library loads and lacks a function that the adapter calls.",
+    "library-signature": "A function of the library has parameters that the adapter does not know.",
+    "compiler-missing": "The library compiles its kernels when they are first used, and there is no nvcc.",
+    "probe-failed": "The provider's own look at its library failed.",
+    "untested": "The GPU is a newer part of a family that the implementation names. Not a refusal: it ranks last.",
+    "experimental": "The provider is experimental and nobody asked for it.",
+    "denied": "DSV4_BACKENDS_DENY (or use_providers(deny=...)) names the provider.",
+    "not-allowed": "DSV4_BACKENDS_ALLOW (or use_providers(allow=...)) is set and does not name the provider.",
+    "not-pinned": "The op is pinned to another provider.",
+    "shape": "The implementation refuses this call's shapes; the next provider serves the call.",
+    "shape-unknown": "`check` could not ask the implementation about the shapes. Not a refusal: the call itself will.",
+    "no-provider": "No provider serves the op here, so the engine's own function stays.",
+    "engine-missing": "The engine is not installed.",
+    "engine-version": "The engine is installed in a version that its hook was not tested with.",
+    "engine-target": "The engine's module lacks what would be replaced, or calls it with other arguments.",
+    "engine-arch": "On this architecture the engine asks for something that no op stands for.",
+    "engine-reference": "Only the slow reference serves the op, and the engine's own library serves this GPU.",
+    "engine-served": "Nothing to replace: the engine has what it needs. Not a refusal.",
+    "engine-failed": "Replacing it raised; the engine's own function stays.",
+    "plugin-import": "The plugin's module raised while it was imported.",
+    "plugin-hook": "The plugin has no hook that we know, a misspelt one, or one with wrong arguments.",
+    "plugin-failed": "The plugin's hook raised.",
+    "plugin-type": "The plugin's hook returned something that is not ProviderSpec objects.",
+    "plugin-duplicate": "Another plugin already provides a provider of that name.",
+    "plugin-api": "The plugin was written for a later version of the provider interface.",
+    "engine-source": "The installed engine's code is not that which the integration knows.",
+    "engine-model": "The model is not one that the integration knows.",
+    "engine-dtype": "No op takes this part of the model in its dtype, or with these settings.",
+    "engine-mode": "The engine asks for something that the ops do not do.",
+    "engine-state": "The model is enabled already, or not yet, or somebody else has changed it.",
+}
+"""Every reason code of the layer. A provider's own ``refuses`` function may use further codes."""
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_CODE = re.compile(r"[a-z][a-z0-9-]*")
+_TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something was not chosen: the rule with the value observed, and the next step."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.code, str) or not _CODE.fullmatch(self.code):
+            raise ValueError(f"Reason: code must look like 'some-code', got {self.code!r}")
+        if not self.message:
+            raise ValueError(f"Reason {self.code}: message must not be empty")
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What the probe of a provider found of the library that it adapts, for one op.
+
+    Attributes:
+        name: The build in words, e.g. ``"sgl-flash-mla 1.0.0"``; empty where nothing is installed.
+        owners: Every distribution that has the library, with its version.
+        capability: What the build was made for, as in ``Implementation``; it must match as well. Without a build: what
+            the builds that are known were made for. None: the probe cannot tell, and only the implementation's own
+            claim counts.
+        reasons: What speaks against using it.
+    """
+
+    name: str = ""
+    owners: tuple[str, ...] = ()
+    capability: tuple[str, ...] | None = None
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One function that serves one op.
+
+    Attributes:
+        op: The contract's name, e.g. ``"sparse_mla_decode"``.
+        target: ``"package.module:function"`` with the contract's exact signature. Arguments have been checked
+            against the contract before the function sees them.
+        devices: Device types it runs on, a subset of ``("cuda", "cpu")``.
+        capability: Claim over compute capability, any of which may match (see ``capability.py``); ignored on CPU.
+        refuses: Optional ``"package.module:function"`` with the same signature that returns a ``Reason`` for a call
+            it cannot serve, else None. It may look at shapes, dtypes and strides, never at values or addresses: its
+            answer is kept for calls that differ in nothing else.
+        warmup: Optional ``"package.module:function"``, called as ``function(op, calls, device)`` with an iterable of
+            the op's arguments whose tensors are on the meta device; compiles and loads on ``device`` what these calls
+            would, and returns the number of kernels.
+        workspace: Optional ``"package.module:function"``, called as ``function(op, arguments, device)`` with such
+            arguments; returns the bytes that the call allocates on the device beyond its results.
+        priority: Within a tier, higher comes first.
+        deterministic: Claims that the same inputs give the same bits.
+        batch_invariant: Claims that a row's result does not depend on the other rows of the call.
+        note: One line that ``explain`` shows.
+    """
+
+    op: str
+    target: str
+    devices: tuple[str, ...] = ("cuda",)
+    capability: tuple[str, ...] = (">=0",)
+    refuses: str | None = None
+    warmup: str | None = None
+    workspace: str | None = None
+    priority: int = 0
+    deterministic: bool = True
+    batch_invariant: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"Implementation of {self.op!r}"
+        if not isinstance(self.op, str) or not _NAME.fullmatch(self.op):
+            raise ValueError(f"{where}: op must be an identifier in lower case")
+        for field in ("target", "refuses", "warmup", "workspace"):
+            text = getattr(self, field)
+            if text is not None and not (isinstance(text, str) and _TARGET.fullmatch(text)):
+                raise ValueError(f"{where}: {field} must be 'package.module:function', got {text!r}")
+        if not self.devices or not set(self.devices) <= {"cuda", "cpu"} or isinstance(self.devices, str):
+            raise ValueError(f"{where}: devices must be a tuple of 'cuda' and 'cpu', got {self.devices!r}")
+        if isinstance(self.capability, str) or not self.capability:
+            raise ValueError(f"{where}: capability must be a tuple of specifier sets, got {self.capability!r}")
+        for text in self.capability:
+            SpecifierSet(text)  # raises InvalidSpecifier, a ValueError that quotes the text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderSpec:
+    """A provider: its name, its tier, what it needs, and the ops it serves.
+
+    Attributes:
+        name: Lower-case identifier that users type.
+        summary: One line for people.
+        tier: See ``Tier``.
+        implementations: One per op and claim; several for one op are allowed where their claims differ.
+        requires: PEP 508 requirements, all of which must be installed, e.g. ``("triton>=3.6",)``.
+        hint: The next step for somebody who lacks what ``requires`` names, e.g. ``"pip install triton"``.
+        probe: Optional ``"package.module:function"`` for a library that comes in several distributions or builds.
+            ``function(load)`` returns a ``Build`` for each op. Without ``load`` it reads metadata and files only; with
+            it, it imports the library last and looks at its functions.
+        api: The ``API_VERSION`` the provider was written for.
+    """
+
+    name: str
+    summary: str
+    tier: Tier
+    implementations: tuple[Implementation, ...]
+    requires: tuple[str, ...] = ()
+    hint: str = ""
+    probe: str | None = None
+    api: int = API_VERSION
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(f"ProviderSpec: name must be an identifier in lower case, got {self.name!r}")
+        where = f"ProviderSpec {self.name!r}"
+        if not isinstance(self.tier, Tier):
+            raise ValueError(f"{where}: tier must be a Tier, got {self.tier!r}")
+        if not isinstance(self.implementations, tuple) or not all(
+            isinstance(item, Implementation) for item in self.implementations
+        ):
+            raise ValueError(f"{where}: implementations must be a tuple of Implementation")
+        if isinstance(self.requires, str):
+            raise ValueError(f"{where}: requires must be a tuple of requirements, got {self.requires!r}")
+        if self.probe is not None and not (isinstance(self.probe, str) and _TARGET.fullmatch(self.probe)):
+            raise ValueError(f"{where}: probe must be 'package.module:function', got {self.probe!r}")
+        for text in self.requires:
+            Requirement(text)  # raises InvalidRequirement, a ValueError that quotes the text

@@ -1,0 +1,65 @@
+"""Who serves what on each kind of device of a machine: the choice for every op, made once for all commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..contract.names import OPS
+from ..errors import PolicyError
+from . import builds, machine, plugins, policy
+from .machine import Device, Machine
+from .plugins import Plugins
+from .resolve import Resolution
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The choice for every op on each kind of device, and what it was made from.
+
+    Attributes:
+        machine: This machine, or a simulated one.
+        plugins: All plugins, the broken ones too.
+        resolutions: For each kind of device, a resolution of every op.
+    """
+
+    machine: Machine
+    plugins: Plugins
+    resolutions: tuple[tuple[Device, tuple[Resolution, ...]], ...]
+
+    @property
+    def uncovered(self) -> list[str]:
+        """The ops that nobody serves."""
+        return [r.op for _, resolutions in self.resolutions for r in resolutions if r.selected is None]
+
+
+def survey(device: str | None = None, problem: list[PolicyError] | None = None, *, load: bool = True) -> Survey:
+    """Make the choice for every op.
+
+    Args:
+        device: Choose as if the GPU were this one; None: this machine's devices.
+        problem: Settings that cannot be understood are put there and left out. None: they raise.
+        load: Native libraries are imported in a child process. Otherwise their metadata and files decide.
+
+    Raises:
+        PolicyError: the settings or the device cannot be understood.
+    """
+    here = machine.simulate(device) if device else machine.probe()
+    try:
+        wishes = policy.from_environment()
+        loaded = plugins.load(wishes.deny, wishes.strict)
+        wishes.validate(loaded.names)
+    except PolicyError as error:
+        if problem is None:
+            raise
+        problem.append(error)
+        wishes = policy.Policy()
+        loaded = plugins.load()
+    ask = builds.load_apart if load else None
+    return Survey(
+        here,
+        loaded,
+        tuple(
+            (where, tuple(builds.choose(op, where, here.installed, loaded.providers, wishes, ask) for op in OPS))
+            for where in here.devices
+        ),
+    )
