@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,7 @@ from dsv4_backends.runtime.bind import load_implementation
 from dsv4_backends.testing import checks, numerics, oracle
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 LINES = [("deep_gemm", line) for line in fake_deep_gemm.LINES] + [("flash_mla", line) for line in fake_flash_mla.LINES]
 PACKAGES = {"deep_gemm": dsv4_backend_deep_gemm, "flash_mla": dsv4_backend_flash_mla}
 FAKES: dict[str, Any] = {"deep_gemm": fake_deep_gemm, "flash_mla": fake_flash_mla}
@@ -243,7 +245,9 @@ def test_what_the_library_takes_reaches_it(use: Callable[..., None], op: str) ->
     """The tensors themselves: to make another, if only a view, takes longer than the rest of an adapter."""
     target, made, got = reaching(use, op)
     target.run(made)
-    reached, own = set(map(id, got)), {"row_starts", "row_ends", "context_lens"}
+    # What a library would follow astray reaches it as a bounded copy.
+    reached, own = set(map(id, got)), {"row_starts", "row_ends", "context_lens", "topk_length", "extra_topk_length"}
+    own |= {"indices", "extra_indices"} if op == "sparse_mla_decode" else set()
     wanted = {name for name, value in made.items() if isinstance(value, torch.Tensor)} - own
     assert {name for name in wanted if id(made[name]) not in reached} == set()
 
@@ -407,6 +411,21 @@ for rows, groups, width in ((3, 3, 10), (4, 2, 5000), (6, 3, 300), (4, 4, 512), 
                         made = both(lambda: _finish.finish(wide.clone(), begin, ends, width, **options))
                         assert torch.equal(*made), (rows, width, begin is None, shifted, out)
                         assert not out or made[0] is target and (buffer[:, width:] == 7).all()
+for requests, tokens, blocks, width in ((2, 1, 3, 300), (3, 2, 5, 131), (2, 2, 0, 9), (1, 4, 150, 9000)):
+    some = torch.tensor([0, 3, 8, 9, -1, -(2**31), 2**31 - 1], dtype=torch.int32)
+    table = torch.full((requests, blocks + 2), 10**9, dtype=torch.int32)
+    table[:, :blocks] = some[torch.randint(0, len(some), (requests, blocks), generator=g)]
+    some = torch.tensor([0, -1, 5, 64 * blocks, 64 * blocks + 1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    lens = some[torch.randint(0, len(some), (requests, tokens), generator=g)]
+    for flat in (False, True):
+        ends = lens[:, 0].contiguous() if flat else lens
+        for padding in (3, 4):
+            wide = torch.randn(requests * tokens, width + padding, generator=g)[:, :width]
+            for out in (False, True):
+                target = torch.full_like(wide, 7.0) if out else None
+                options = {'out': target, 'table': table[:, :blocks], 'cache': (9, 64)}
+                a, b = both(lambda: _finish.finish(wide.clone(), None, ends, width, **options).clone())
+                assert torch.equal(a, b), (requests, tokens, blocks, width, flat, out)
 for ends_from, ends_to in ((-5, 40), (60, 90)):
     starts, ends = torch.randint(-20, 90, (33,), generator=g).int(), torch.randint(ends_from, ends_to, (33,)).int()
     starts[:2] = ends[1:3] = torch.tensor([-(2**31), 2**31 - 1])
@@ -414,10 +433,59 @@ for ends_from, ends_to in ((-5, 40), (60, 90)):
         (a, b), (c, d) = both(lambda: _finish.bounds(starts, ends, keys, width))
         assert torch.equal(a, c) and torch.equal(b, d)
         assert ((a >= 0) & (a <= b) & (b <= keys) & (b - a <= width)).all()
+
+from dsv4_backend_flash_mla import _bounds
+some = torch.tensor([0, 5, 99, 100, 101, -1, -2, -(2**31), 2**31 - 1], dtype=torch.int32)
+
+def scope(b, s_q, topk, width, length):
+    wide = some[torch.randint(0, len(some), (b, s_q, topk + 5), generator=g)]
+    lengths = some[torch.randint(0, len(some), (b,), generator=g)] if length else None
+    return _bounds.Scope(wide[:, :, :topk], lengths, 100, width)
+
+def bounded(interpreted, first, second):
+    _bounds._INTERPRETED = interpreted
+    return _bounds.bounded(first, second)
+
+for b, s_q, topk, extra in ((1, 1, 64, None), (3, 2, 31, 1500), (2, 3, 1100, 0), (2, 1, 0, 7)):
+    for lengths in ((False, False), (True, False), (False, True), (True, True)):
+        first = scope(b, s_q, topk, -(-topk // 64) * 64 or 64, lengths[0])
+        second = None if extra is None else scope(b, s_q, extra, -(-extra // 64) * 64 or 64, lengths[1])
+        for x, y in zip(bounded(True, first, second), bounded(False, first, second), strict=True):
+            assert torch.equal(x[0], y[0])
+            assert (x[1] is None and y[1] is None) or torch.equal(x[1], y[1])
+            assert ((x[0] >= -1) & (x[0] < 100)).all()
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_compile() -> None:
+    """For Hopper, without a GPU, and without spilling: the interpreter takes what the compiler does not."""
+    code = """
+import itertools, sys
+import torch, triton
+sys.path.insert(0, "tools")
+from compile_matrix import NoGpu, registers_and_stack
+from dsv4_backend_deep_gemm import _finish
+from dsv4_backend_flash_mla import _bounds
+
+triton.runtime.driver.set_active(NoGpu(90))
+i32, f32 = torch.int32, torch.float32
+numbers = [3, 1, 128, 128, 4096, 128, 128, 1, 1024, 1024, 99999, 1024, 1024]
+made = [_bounds._bounds_kernel.warmup(*[i32] * 8, *numbers, BLOCK=1024, grid=(1,), num_warps=4)]
+for starts, copies, page, unit in itertools.product((False, True), (False, True), (0, 32, 64), (1, 4)):
+    if not (starts and page):
+        flags = (starts, starts, copies, page, unit, 4096, True)
+        numbers = (4096, 4096, 4096, 1, 1, 64, 4096, 999)
+        tensors = (f32, f32, i32, i32, i32)
+        made.append(_finish._finish_kernel.warmup(*tensors, *numbers, *flags, grid=(1,), launch_pdl=True))
+assert all(registers_and_stack(kernel)[1] == 0 for kernel in made)
+print("compiled", len(made))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["compiled", "17"]
 
 
 def test_behind_its_own_name(use: Callable[..., None]) -> None:

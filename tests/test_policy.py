@@ -23,6 +23,7 @@ def test_everything_set() -> None:
         EXPERIMENTAL="1",
         STRICT="1",
         BATCH_INVARIANT="1",
+        CHECK_VALUES="1",
     )
     assert wishes.order == ("a", "b")
     assert wishes.allow == {"a", "b"}
@@ -31,6 +32,7 @@ def test_everything_set() -> None:
     assert wishes.experimental
     assert wishes.strict
     assert wishes.batch_invariant
+    assert wishes.check_values
 
 
 def test_pin_for_every_op() -> None:

@@ -86,6 +86,19 @@ def launches(capability: str) -> tuple[Launch, ...]:
     return tuple(found.values())
 
 
+def registers_and_stack(compiled: Any) -> tuple[int, int]:
+    """Of one thread of a compiled kernel, in registers and bytes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = subprocess.run(
+            [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    assert usage is not None, dump
+    return int(usage[1]), int(usage[2])
+
+
 def compile_one(capability: str, index: int) -> dict[str, Any]:
     """Compile the index-th launch for a capability; a row of the table."""
     arch = arch_from_capability(Version(capability))
@@ -101,16 +114,8 @@ def compile_one(capability: str, index: int) -> dict[str, Any]:
         compiled = launch.compile()
     except Exception as error:  # a row of the table, and a failure of the whole
         return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        dump = subprocess.run(
-            [str(CUOBJDUMP), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
-    assert usage is not None, dump
     shared = int(compiled.metadata.shared)
-    registers, stack = int(usage[1]), int(usage[2])
+    registers, stack = registers_and_stack(compiled)
     row |= {"registers": registers, "stack": stack, "shared": shared, "shared_limit": arch.smem, "error": ""}
     if shared > arch.smem:
         row["error"] = f"{shared} bytes of shared memory, {sm(Version(capability))} has {arch.smem}"

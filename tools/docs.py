@@ -228,6 +228,12 @@ def _contract(contract: OpContract) -> str:
     if contract.rules:
         rules = (f"- {code(r.argument)}: {r.expected} ({code(r.expression)})" for r in contract.rules)
         parts.append("Checked as well:\n\n" + "\n".join(rules))
+    if contract.values:
+        rows = [
+            (code(v.argument), code(v.low), code(v.high), code(f"column < {v.used}") if v.used else "", v.otherwise)
+            for v in contract.values
+        ]
+        parts.append(table(("values of", "from", "to", "where", "any other value"), rows))
     # A result may have a better name in the text than the buffer that a caller can have it written to.
     pairs = list(zip(results, contract.returns, strict=True))
     parts.append(

@@ -22,22 +22,31 @@ _EARLY = not _INTERPRETED
 
 # One compiled variant for each set of flags, whatever the sizes: `_launch` keeps it by flags alone.
 _SIZES = ["width", "row_stride", "source_stride", "rows_per_length"]
+_TABLE_SIZES = ["rows_per_entry", "table_stride", "limit", "pages"]
 _LENGTHS = ["starts", "ends", "safe_starts", "safe_ends"]
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["source", *_LENGTHS[:2]])
+@triton.jit(
+    do_not_specialize=[*_SIZES, *_TABLE_SIZES], do_not_specialize_on_alignment=["source", "table", *_LENGTHS[:2]]
+)
 def _finish_kernel(
     target,
     source,
     starts,
     ends,
+    table,
     width,
     row_stride: tl.int64,
     source_stride: tl.int64,
     rows_per_length,
+    rows_per_entry,
+    table_stride: tl.int64,
+    limit,
+    pages,
     STARTS: tl.constexpr,
     SHIFTED: tl.constexpr,
     COPIES: tl.constexpr,
+    PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
@@ -50,6 +59,13 @@ def _finish_kernel(
     width = width * UNIT
     last = tl.load(ends + row // rows_per_length)
     first = 0
+    missing = 0
+    if PAGE > 0:  # which of the pages named here the cache does not have
+        last = tl.minimum(last, limit)
+        table += row // rows_per_entry * table_stride
+        entry = begin // PAGE + tl.arange(0, BLOCK // PAGE)
+        page = tl.load(table + entry, mask=entry * PAGE < last, other=0)
+        missing = tl.max(((page < 0) | (page >= pages)).to(tl.int32), 0)
     if STARTS:
         start = tl.load(starts + row // rows_per_length)
         first = start if SHIFTED else first
@@ -65,6 +81,14 @@ def _finish_kernel(
     elif (first > begin) | (last < begin + BLOCK):
         # Nothing inside is read or written.
         tl.store(place, float("-inf"), mask=here & ((column < first) | (column >= last)))
+    if PAGE > 0:
+        if missing != 0:
+            tl.debug_barrier()  # another thread may have stored the same column above
+            for piece in range(0, BLOCK, 512):  # rare, so it may not cost the usual way its registers
+                at = begin + piece + tl.arange(0, 512)
+                own = tl.load(table + at // PAGE, mask=at < last, other=0)
+                absent = (at < width) & ((own < 0) | (own >= pages))
+                tl.store(target + row * row_stride * UNIT + at, float("-inf"), mask=absent)
 
 
 @triton.jit(do_not_specialize=_SIZES[:2], do_not_specialize_on_alignment=_LENGTHS[:2])
@@ -185,7 +209,15 @@ def bounds(row_starts: Tensor, row_ends: Tensor, keys: int, width: int) -> tuple
 
 
 def finish(
-    logits: Tensor, starts: Tensor | None, ends: Tensor, width: int, *, shifted: bool = False, out: Tensor | None
+    logits: Tensor,
+    starts: Tensor | None,
+    ends: Tensor,
+    width: int,
+    *,
+    shifted: bool = False,
+    out: Tensor | None,
+    table: Tensor | None = None,
+    cache: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Logits as the contract wants them.
 
@@ -197,12 +229,16 @@ def finish(
         width: Columns of the result.
         shifted: Key n belongs in column n of the result, and there is one start for each row; otherwise columns stay.
         out: fp32 ``[m, width]`` to write to.
+        table: int32 ``[b, blocks]``, one row for each group of as many rows: the page of each column. Columns beyond it
+            and those of pages that the cache does not have are -inf.
+        cache: How many pages it has, and of how many keys (a power of two); with a table only.
     """
     rows = logits.shape[0]
+    pages, page_size = cache
     if rows == 0 or width == 0:
         return logits if out is None else out
     if not _on_gpu(logits):
-        return _finish_on_cpu(logits, starts, ends, width, shifted, out)
+        return _finish_on_cpu(logits, starts, ends, width, shifted, out, table, cache)
     if out is None and shifted and rows < _ROWS_TO_MOVE:
         out = logits.new_empty((rows, width))
     target = logits if out is None else out
@@ -220,14 +256,26 @@ def finish(
     begin = ends if starts is None else starts
     source_stride = stride if out is None else logits.stride(0)
     numbers = (width // unit, stride // unit, source_stride, rows // ends.numel())
-    flags = (starts is not None, shifted, out is not None, unit, _BLOCK, _EARLY)
+    if table is None:
+        table, entries = ends, (1, 0, 0, 0)
+    else:
+        entries = (rows // table.shape[0], table.stride(0), min(width, page_size * table.shape[1]), pages)
+    flags = (starts is not None, shifted, out is not None, page_size, unit, _BLOCK, _EARLY)
     grid = (rows, -(-width // _BLOCK), 1)
-    _launch(_finish_kernel, device, grid, (target, logits, begin, ends), numbers, flags, aligned, _EARLY)
+    tensors = (target, logits, begin, ends, table)
+    _launch(_finish_kernel, device, grid, tensors, (*numbers, *entries), flags, aligned, _EARLY)
     return target
 
 
 def _finish_on_cpu(
-    logits: Tensor, starts: Tensor | None, ends: Tensor, width: int, shifted: bool, out: Tensor | None
+    logits: Tensor,
+    starts: Tensor | None,
+    ends: Tensor,
+    width: int,
+    shifted: bool,
+    out: Tensor | None,
+    table: Tensor | None,
+    cache: tuple[int, int],
 ) -> Tensor:
     target = logits if out is None else out
     group = logits.shape[0] // ends.numel()
@@ -238,4 +286,10 @@ def _finish_on_cpu(
     if shifted:
         moved = logits.gather(1, (column - first).clamp(0, logits.shape[1] - 1))
         return target.copy_(moved.where((column >= first) & (column < last), -torch.inf))
-    return target.copy_(logits.where(column < last - first, -torch.inf))
+    inside = column < last - first
+    if table is not None:
+        pages, page_size = cache
+        page = table.repeat_interleave(page_size, 1)[:, :width]
+        known = torch.nn.functional.pad((page >= 0) & (page < pages), (0, width - page.shape[1]))
+        inside &= known.repeat_interleave(len(logits) // len(table), 0)
+    return target.copy_(logits.where(inside, -torch.inf))

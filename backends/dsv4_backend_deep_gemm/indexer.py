@@ -125,9 +125,9 @@ def _schedule(
 ) -> tuple[Tensor, Tensor]:
     """Lengths as the kernels take them, and the schedule that is made from these.
 
-    The kernels read no length but the last of a request, and write as far as it says. None of them is 0: 2.8 skips a
-    request without keys but not its queries, so that keys of the next request would meet these; 2.5 may read beyond
-    its table where every length is 0. A length of 1 costs one block, and what it finds is cleaned away.
+    The kernels read no length but the last of a request; as far as it says they read the table and write. None of them
+    is 0: 2.8 skips a request without keys but not its queries, so that keys of the next request would meet these; 2.5
+    may read beyond its table where every length is 0. A length of 1 costs one block, and what it finds is cleaned away.
     """
     lens = context_lens.clamp(1, limit)
     if tokens == 1 and (lens.shape != (requests, 1) or not lens.is_contiguous()):  # perhaps requests taken apart
@@ -155,9 +155,11 @@ def paged_mqa_logits(
     """See ``dsv4_backends.contract.indexer``. Heads are padded to 32 or 64.
 
     Requests whose count of tokens has no kernel are taken apart into requests of one token. DeepGEMM's schedule is
-    made anew in every call, or once in a ``dsv4_backends.step()`` block.
+    made anew in every call, or once in a ``dsv4_backends.step()`` block. Keys come through a tensor map, by which a
+    page that the cache does not have is zeros; its logits are made -inf with those beyond the lengths.
     """
     b, next_n, heads, dim = q.shape
+    table = block_table
     shape, strides = k_cache.shape, k_cache.stride()
     pages, page_size = shape[0], shape[1]
     if b == 0 or max_context_len == 0 or pages == 0 or block_table.numel() == 0:
@@ -171,10 +173,11 @@ def paged_mqa_logits(
         requests, tokens = b * next_n, 1
         q = q.view(requests, 1, *q.shape[2:])
         block_table = block_table.repeat_interleave(next_n, 0)
+    limit = min(max_context_len, page_size * block_table.shape[1])
     lens, schedule = once_a_step(
-        ("paged_mqa_logits", requests, tokens, page_size, max_context_len),
+        ("paged_mqa_logits", requests, tokens, page_size, limit),
         (context_lens,),
-        lambda: _schedule(library, context_lens, requests, tokens, page_size, max_context_len),
+        lambda: _schedule(library, context_lens, requests, tokens, page_size, limit),
     )
     row = dim + 4
     stride = strides[0] if pages > 1 else page_size * row
@@ -186,4 +189,5 @@ def paged_mqa_logits(
         found = library.paged_mqa_logits(q, cache, weights, lens, block_table, schedule, max_context_len, False)
     else:
         found = library.paged_mqa_logits((q, None), cache, weights, lens, block_table, schedule, max_context_len)
-    return finish(_tensor(found), None, context_lens.contiguous(), max_context_len, out=out)
+    logits, lens, cache_size = _tensor(found), context_lens.contiguous(), (pages, page_size)
+    return finish(logits, None, lens, max_context_len, out=out, table=table, cache=cache_size)

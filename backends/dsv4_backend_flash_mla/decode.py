@@ -8,7 +8,8 @@ from torch import Tensor
 from dsv4_backends.contract.layouts import KV_BYTES
 from dsv4_backends.provider import Reason, once_a_step
 
-from ._padding import ALIGNMENT, heads_for, padded_heads, padded_indices, padded_sink
+from ._bounds import Scope, bounded
+from ._padding import ALIGNMENT, heads_for, padded_heads, padded_sink
 from .probe import flash_mla
 
 _TOPK_MULTIPLE = 64
@@ -45,20 +46,19 @@ def _major(cache: Tensor) -> int:
     return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
 
 
-def _scope(cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """A cache and its indices as the kernels want them, with the page size and the count of indices."""
+def _scope(cache: Tensor, indices: Tensor, length: Tensor | None) -> tuple[Tensor, Scope, tuple[int, int]]:
+    """A cache as the kernels want it, what its indices must keep to, and the page size with the count of indices."""
     shape, strides, topk = cache.shape, cache.stride(), indices.shape[-1]
     pages, page_size = shape[0], shape[1]
+    slots = min(pages * page_size, 2**31 - 1)
     if pages == 0:  # an index of -1 still reads slot 0
         cache, pages, strides = cache.new_zeros((1, page_size, KV_BYTES)), 1, ()
     # Strides of dimensions of size 1 are free in torch, and FlashMLA looks at them.
     stride = page_size * KV_BYTES if pages == 1 else strides[0]
     if strides != (stride, KV_BYTES, KV_BYTES, 1):
         cache = cache.as_strided((pages, page_size, 1, KV_BYTES), (stride, KV_BYTES, KV_BYTES, 1))
-    if topk % _TOPK_MULTIPLE or not topk or not indices.is_contiguous() or indices.data_ptr() % ALIGNMENT:
-        indices = padded_indices(indices, _TOPK_MULTIPLE)
-        topk = indices.shape[-1]
-    return cache, indices, (page_size, topk)
+    width = topk + -topk % _TOPK_MULTIPLE or _TOPK_MULTIPLE
+    return cache, Scope(indices, length, slots, width), (page_size, width)
 
 
 def sparse_mla_decode(
@@ -76,6 +76,7 @@ def sparse_mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """See ``dsv4_backends.contract.sparse_mla``. Heads are padded to 64 or 128, indices to multiples of 64.
 
+    FlashMLA knows no invalid index but -1 and no bound of a length: one launch makes both safe.
     FlashMLA's schedule is made anew in every call, or once in a ``dsv4_backends.step()`` block.
     """
     b, s_q, count, _ = q.shape
@@ -84,17 +85,21 @@ def sparse_mla_decode(
         return result, torch.empty((b, s_q, count), dtype=torch.float32, device=q.device)
     library = flash_mla()
     heads = heads_for(count)
-    extra_scope: tuple[int, int] | None
-    k_cache, indices, scope = _scope(k_cache, indices)
+    extra_scope: tuple[int, int] | None = None
+    second: Scope | None = None
+    k_cache, first, scope = _scope(k_cache, indices, topk_length)
     if extra_k_cache is not None and extra_indices is not None and extra_indices.shape[-1] > 0:
-        extra_k_cache, extra_indices, extra_scope = _scope(extra_k_cache, extra_indices)
+        extra_k_cache, second, extra_scope = _scope(extra_k_cache, extra_indices, extra_topk_length)
     else:  # a scope without entries adds nothing
-        extra_k_cache, extra_indices, extra_topk_length, extra_scope = None, None, None, None
+        extra_k_cache, extra_indices, extra_topk_length = None, None, None
     schedule = once_a_step(
         ("flash_mla", b, s_q, heads, scope, extra_scope, q.get_device()),
         (topk_length, extra_topk_length),
         lambda: library.metadata()[0],  # empty; the first call with it fills it
     )
+    (indices, topk_length), *others = bounded(first, second)
+    if others:
+        extra_indices, extra_topk_length = others[0]
     if heads != count or not q.is_contiguous() or q.data_ptr() % ALIGNMENT:
         q, attn_sink = padded_heads(q, heads), padded_sink(attn_sink, heads)
     options = library.decode_options

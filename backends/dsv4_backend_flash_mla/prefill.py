@@ -35,6 +35,8 @@ def sparse_mla_prefill(
     kv = kv if kv.dim() == 3 else kv.unsqueeze(1)
     if kv.data_ptr() % ALIGNMENT or (not kv.is_contiguous() and kv.stride(0) * 2 % ALIGNMENT):
         kv = copied(kv)
+    if topk_length is not None:  # FlashMLA reads as many indices as it says
+        topk_length = topk_length.clamp(0, indices.shape[-1])
     indices = padded_indices(indices if indices.dim() == 3 else indices.unsqueeze(1), _TOPK_MULTIPLE)
     options = library.prefill_options
     direct = out is not None and library.prefill_out and heads == count and out.is_contiguous()

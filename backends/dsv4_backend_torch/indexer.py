@@ -66,18 +66,21 @@ def paged_mqa_logits(
     lens = context_lens if context_lens.dim() == 2 else context_lens.unsqueeze(1)
     lens = lens.expand(b, next_n).reshape(b * next_n, 1)
     positions = torch.arange(max_context_len, device=q.device)
-    block = (positions // page_size).clamp(max=max(block_table.shape[1] - 1, 0))
-    usable = pages > 0 and block_table.shape[1] > 0
+    blocks = block_table.shape[1]
+    block = (positions // page_size).clamp(max=max(blocks - 1, 0))
+    usable = pages > 0 and blocks > 0
     # A request at a time: its rows share the keys. A chunk of keys is bounded by the products and by the keys.
     for request in range(b):
         rows = slice(request * next_n, (request + 1) * next_n)
         for part in row_chunks(max_context_len, 4 * max(next_n * h, d)):
-            inside = positions[part] < lens[rows]
+            inside = (positions[part] < lens[rows]) & (positions[part] < page_size * blocks)
             if usable:
-                page = block_table[request, block[part]].clamp(0, pages - 1).long()
+                named = block_table[request, block[part]]
+                page = named.clamp(0, pages - 1).long()
+                inside &= named == page
                 keys, scale = layouts.read_indexer_keys(k_cache, page * page_size + positions[part] % page_size)
                 logits = _logits(q[request], keys.float(), weights[rows]) * scale
+                out[rows, part] = torch.where(inside, logits, -torch.inf)
             else:
-                logits = torch.zeros(inside.shape, device=q.device)
-            out[rows, part] = torch.where(inside, logits, -torch.inf)
+                out[rows, part] = -torch.inf
     return out

@@ -160,7 +160,7 @@ def _mqa_logits_kernel(
             key_ok = key < n
             scale = tl.load(k_scale_ptr + key, mask=key_ok, other=0.0)
             if K_TMA:
-                k = k_src.load([origin + j, 0])
+                k = fp8_operand(k_src.load([origin + j, 0]), OPERAND)
             else:
                 dim = tl.arange(0, BLOCK_D)
                 k_ptr = k_src + key.to(tl.int64)[:, None] * k_stride + dim[None, :]
@@ -180,6 +180,8 @@ def _mqa_logits_kernel(
 _PAGED_SIZES = [
     "next_n",
     "max_len",
+    "limit",
+    "pages",
     "q_stride_b",
     "q_stride_n",
     "q_stride_h",
@@ -205,6 +207,8 @@ def _paged_mqa_logits_kernel(
     out_ptr,
     next_n,
     max_len,
+    limit,
+    pages,
     q_stride_b,
     q_stride_n,
     q_stride_h,
@@ -230,7 +234,8 @@ def _paged_mqa_logits_kernel(
     """One block: all (or ROWS of the) next_n queries of one request against ``chunk`` positions.
 
     K_MODE 0 looks every key's page up; 1 and 2 need PAGE % BLOCK_N == 0 and look one page up per tile, one
-    tile ahead; 2 fetches keys through the tensor-map descriptor.
+    tile ahead; 2 fetches keys through the tensor-map descriptor. No length reaches beyond ``limit``, where the table
+    ends; a page that the cache does not have is not read (the descriptor reads zeros), and its keys are -inf.
     """
     b = tl.program_id(0).to(tl.int64)
     c0 = tl.program_id(1) * chunk
@@ -245,7 +250,7 @@ def _paged_mqa_logits_kernel(
     rows = row0 + tl.arange(0, ROWS)
     row_ok = rows < next_n
     row_of = tl.minimum(rows, next_n - 1)
-    length = tl.minimum(tl.load(lens_ptr + b * len_stride_b + row_of * len_stride_n), max_len)
+    length = tl.minimum(tl.load(lens_ptr + b * len_stride_b + row_of * len_stride_n), limit)
     longest = tl.max(length, axis=0)
     hi = tl.maximum(tl.minimum(c1, longest), c0)
     hi_col = tl.minimum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N, c1)
@@ -275,13 +280,17 @@ def _paged_mqa_logits_kernel(
         dim = tl.arange(0, BLOCK_D)
         for j in tl.range(c0, hi_col, BLOCK_N, num_stages=STAGES):
             col = j + tl.arange(0, BLOCK_N)
-            key_ok = col < longest
             if K_MODE == 0:
-                page = tl.load(table_ptr + col // PAGE, mask=key_ok, other=0).to(tl.int64)
-                base = cache_ptr + page * page_stride
+                page = tl.load(table_ptr + col // PAGE, mask=col < longest, other=-1)
+                key_ok = (page >= 0) & (page < pages)
+                inside = key_ok[:, None] & (col[:, None] < length[None, :])
+                base = cache_ptr + page.to(tl.int64) * page_stride
                 slot = col % PAGE
             else:
+                known = (page_next >= 0) & (page_next < pages)
                 page = page_next.to(tl.int64)
+                key_ok = col < tl.where(known, longest, 0)
+                inside = col[:, None] < tl.where(known, length, 0)[None, :]
                 page_next = tl.load(table_ptr + (j + BLOCK_N) // PAGE, mask=j + BLOCK_N < hi_col, other=0)
                 base = cache_ptr + page * page_stride
                 slot = j % PAGE + tl.arange(0, BLOCK_N)
@@ -289,6 +298,7 @@ def _paged_mqa_logits_kernel(
             scale = tl.load(scale_ptr, mask=key_ok, other=0.0)
             if K_MODE == 2:
                 k = tl.reshape(k_desc.load([page.to(tl.int32), j % PAGE, 0]), (BLOCK_N, BLOCK_D))
+                k = fp8_operand(k, OPERAND)
             else:
                 if K_MODE == 0:
                     k_ptr = base[:, None] + (slot * D)[:, None] + dim[None, :]
@@ -301,7 +311,7 @@ def _paged_mqa_logits_kernel(
                 else:
                     k = fp8_operand(tl.load(k_ptr, mask=k_mask, other=0), OPERAND)
             s = _relu_head_sum(k, q_t, w, ROWS, BLOCK_H, BLOCK_N) * (0.5 * scale)[:, None]
-            s = tl.where(col[:, None] < length[None, :], s, float("-inf"))
+            s = tl.where(inside, s, float("-inf"))
             ptr = out_ptr + out_row[None, :] * out_stride + col[:, None]
             tl.store(ptr, s, mask=row_ok[None, :] & (col < c1)[:, None], cache_modifier=".cs")
 
@@ -566,7 +576,8 @@ def paged_mqa_logits(
     ``q`` [b, next_n, h, d] e4m3; ``k_cache`` uint8 [pages, page_size, (1,) d + 4], page-split: ``page_size``
     keys of d e4m3 bytes, then ``page_size`` fp32 scales; ``weights`` [b * next_n, h] fp32; ``context_lens``
     [b] or [b, next_n] int32; ``block_table`` [b, max_blocks] int32. Returns fp32 [b * next_n,
-    max_context_len], -inf at and beyond the row's length. Keys are read once for all ``next_n`` rows. No
+    max_context_len], -inf at and beyond the row's length and the table's end, and where the table names a page that
+    the cache does not have. Keys are read once for all ``next_n`` rows. No
     workspace.
     """
     return _paged_mqa_logits(q, k_cache, weights, context_lens, block_table, max_context_len, out, None)
@@ -621,6 +632,8 @@ def _paged_mqa_logits(q, k_cache, weights, context_lens, block_table, max_contex
         out,
         next_n,
         max_context_len,
+        min(max_context_len, page_size * block_table.shape[1]),
+        k_cache.shape[0],
         q.stride(0),
         q.stride(1),
         q.stride(2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import inputs as draw
-from .op import Case, Cost, Form, OpContract, Rule, ScalarArg, TensorArg, Tolerance, tensor
+from .op import Case, Cost, Form, OpContract, Rule, ScalarArg, TensorArg, Tolerance, Values, tensor
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,9 @@ def paged_mqa_logits(
     Key n of request i is slot ``n % page_size`` of page ``block_table[i, n // page_size]``. Row ``i * next_n + j`` of
     the result belongs to query (i, j) and holds keys ``0 <= n < context_lens[i, j]`` (``context_lens[i]`` for all j
     in the 1-D form); every element at and beyond that length is exactly -inf. Lengths are clamped to
-    ``[0, max_context_len]``; they must not exceed ``page_size`` times the width of ``block_table``. Pages and
-    entries of ``block_table`` beyond the lengths may hold anything, and the queries of a row of length 0 too.
+    ``[0, min(max_context_len, page_size * blocks)]``, blocks being the width of ``block_table``. The keys of a page
+    that the cache does not have, an entry of ``block_table`` outside ``[0, pages)``, are -inf. Pages and entries of
+    ``block_table`` beyond the lengths may hold anything, and the queries of a row of length 0 too.
 
     Args:
         q: e4m3 ``[b, next_n, h, d]``; next_n counts the tokens of one request in this step.
@@ -151,6 +152,10 @@ def _make_mqa(
     elif ranges == "empty":
         starts, ends = torch.full((m,), n // 2), torch.full((m,), n // 2)
         ends[: m // 2] -= 1
+    elif ranges == "any":
+        some = torch.tensor([0, -1, n // 3, -(2**31), n - 1, 2**31 - 1, n, n + 7])
+        starts = some[torch.randint(0, len(some), (m,), generator=generator)]
+        ends = some[torch.randint(0, len(some), (m,), generator=generator)]
     else:
         assert ranges == "beyond", ranges
         starts, ends = torch.arange(m) % (n + 1), torch.full((m,), n + 100)
@@ -184,7 +189,9 @@ def _make_paged(
     lens: str = "random",
     flat_lens: bool = False,
     layout: str = "plain",
+    columns: int | None = None,
 ) -> dict[str, Any]:
+    """``columns`` of the result; as many as there are keys if not given."""
     import torch
 
     from . import layouts
@@ -206,13 +213,15 @@ def _make_paged(
     raw = torch.full((pages, stride), draw.POISON, dtype=torch.uint8)
     cache = raw.as_strided((pages, page_size, d + 4), (stride, d + 4, 1))
     table = (1 + torch.randperm(pages - 1, generator=generator)[: b * blocks]).view(b, blocks)
-    used = torch.arange(blocks * page_size) < lengths.unsqueeze(-1)
+    # Any length may be replaced by a longer one below: then every key is there.
+    written = torch.full((b,), blocks * page_size) if lens == "any" else lengths
+    used = torch.arange(blocks * page_size) < written.unsqueeze(-1)
     slots = (table.unsqueeze(-1) * page_size + torch.arange(page_size)).flatten(1)[used]
     # Quantised in pieces: a full case has millions of keys.
     for part in slots.split(1 << 18):
         layouts.write_indexer_keys(cache, part, draw.normal(generator, len(part), d))
     # Entries for pages that no key needs may hold anything.
-    needed = torch.arange(blocks) * page_size < lengths.unsqueeze(-1)
+    needed = torch.arange(blocks) * page_size < written.unsqueeze(-1)
     table = torch.where(needed, table, 2**31 - 1).int()
     if layout == "heads":
         cache = cache.unsqueeze(2)
@@ -221,9 +230,19 @@ def _make_paged(
     # Rows of one request in a multi-token step see one key more each; the last sees all.
     per_row = (lengths.unsqueeze(-1) - torch.arange(next_n - 1, -1, -1)).clamp(min=0).int()
     context_lens = lengths.int() if flat_lens else per_row
+    if lens == "any":
+        wide = torch.full((b, blocks + 9), 10**9, dtype=torch.int32)
+        wide[:, :blocks] = table
+        table = wide[:, :blocks]
+        some = torch.tensor([context + 1, -1, 2**31 - 1, -(2**31), blocks * page_size + 600], dtype=torch.int32)
+        spoilt = torch.rand(context_lens.shape, generator=generator) < 0.5
+        context_lens[spoilt] = some[torch.randint(0, len(some), (int(spoilt.sum()),), generator=generator)]
+        some = torch.tensor([-1, -(2**31), 2**31 - 1, 10**9, pages], dtype=torch.int32)
+        spoilt = torch.rand(table.shape, generator=generator) < 0.3
+        table[spoilt] = some[torch.randint(0, len(some), (int(spoilt.sum()),), generator=generator)]
     made = {"q": q, "k_cache": cache, "weights": weights, "context_lens": context_lens, "block_table": table}
     moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
-    return moved | {"max_context_len": context}
+    return moved | {"max_context_len": context if columns is None else columns}
 
 
 def _cost_mqa(
@@ -256,7 +275,7 @@ def _cost_paged(
     **optional: Any,
 ) -> Cost:
     b, next_n, h, d = q.shape
-    lens = context_lens.clamp(0, max_context_len).long()
+    lens = context_lens.clamp(0, min(max_context_len, k_cache.shape[1] * block_table.shape[1])).long()
     lens = lens if lens.dim() == 2 else lens.unsqueeze(1)
     pairs = float(lens.expand(b, next_n).sum())
     keys = float(lens.amax(-1).sum()) if b else 0.0
@@ -279,6 +298,8 @@ _MQA_CASES = (
     _case("compressed", "smoke", m=9, n=150, h=16, d=64, ranges="random", compressed=150),
     _case("compressed and cut", "smoke", m=9, n=150, h=16, d=64, ranges="random", compressed=40),
     _case("strided", "smoke", m=7, n=65, h=8, d=64, ranges="random", layout="strided"),
+    _case("hostile values", "smoke", m=40, n=65, h=8, d=64, ranges="any"),
+    _case("hostile values compressed", "smoke", m=40, n=65, h=8, d=64, ranges="any", compressed=90),
     _case("v4", "default", m=33, n=513),
     _case("v4 batch", "default", m=64, n=1000, ranges="batch"),
     _case("v4 batch compressed", "default", m=64, n=1000, ranges="batch", compressed=500),
@@ -286,6 +307,8 @@ _MQA_CASES = (
     _case("v4 random", "default", m=130, n=777, ranges="random"),
     _case("32 heads", "default", m=50, n=300, h=32),
     _case("odd heads", "default", m=20, n=300, h=7, d=48),
+    _case("v4 hostile values", "default", m=100, n=777, ranges="any"),
+    _case("v4 hostile values compressed", "default", m=100, n=777, ranges="any", compressed=300),
     _case("v4 1k x 8k", "full", m=1024, n=8192),
     _case("v4 1k x 8k compressed", "full", m=1024, n=8192, ranges="batch", compressed=4096),
     _case("v4 2k x 64k", "full", m=2048, n=65536),
@@ -301,6 +324,8 @@ _PAGED_CASES = (
     _case("head dimension", "smoke", b=2, context=130, h=8, layout="heads"),
     _case("strided table", "smoke", b=4, context=130, h=8, d=64, page_size=16, layout="strided"),
     _case("packed pages", "smoke", b=2, context=40, h=8, d=64, page_size=8, layout="packed"),
+    _case("hostile values", "smoke", b=9, context=120, h=8, d=64, page_size=16, lens="any", columns=300),
+    _case("hostile values two tokens", "smoke", b=9, context=128, next_n=2, h=8, lens="any", columns=1024),
     _case("v4", "default", b=4, context=1000),
     _case("v4 full", "default", b=2, context=4096, lens="full"),
     _case("v4 two tokens", "default", b=5, context=777, next_n=2),
@@ -308,6 +333,9 @@ _PAGED_CASES = (
     _case("v4 page 32", "default", b=3, context=500, page_size=32),
     _case("32 heads", "default", b=3, context=500, h=32),
     _case("odd", "default", b=3, context=333, h=7, d=48, page_size=61, next_n=3),
+    _case("v4 hostile values", "default", b=9, context=1000, lens="any", columns=9000),
+    _case("v4 hostile values flat", "default", b=9, context=500, next_n=2, lens="any", flat_lens=True, columns=501),
+    _case("v4 hostile values page 32", "default", b=9, context=500, page_size=32, lens="any", columns=2000),
     _case("v4 b=1 16k", "full", b=1, context=16384, lens="full"),
     _case("v4 b=32 16k", "full", b=32, context=16384),
     _case("v4 b=128 4k", "full", b=128, context=4096, next_n=2),
@@ -332,6 +360,10 @@ MQA_LOGITS = OpContract(
         ),
     },
     rules=(Rule("q", "h > 0 and d > 0", "at least one head and one dimension"),),
+    values=(
+        Values("row_starts", "0", "n", "clamped"),
+        Values("row_ends", "row_starts", "n", "clamped; below its start: an empty row"),
+    ),
     returns=("out",),
     cases=_MQA_CASES,
     make=_make_mqa,
@@ -358,6 +390,11 @@ PAGED_MQA_LOGITS = OpContract(
     rules=(
         Rule("q", "h > 0 and d > 0 and next_n > 0", "at least one token, one head and one dimension"),
         Rule("k_cache", "_stride[0] % 4 == 0 or pages <= 1", "a page stride that is a multiple of 4"),
+        Rule("k_cache", "page_size * (d + 4) < 2**31", "pages of less than 2 GiB"),
+    ),
+    values=(
+        Values("context_lens", "0", "min(max_context_len, page_size * blocks)", "clamped"),
+        Values("block_table", "0", "pages - 1", "keys of -inf", used="ceil(context_lens, page_size)"),
     ),
     returns=("out",),
     cases=_PAGED_CASES,

@@ -61,7 +61,8 @@ def sinks(generator: torch.Generator, heads: int, kind: str) -> Tensor | None:
 
 
 def lengths(generator: torch.Generator, rows: int, width: int, kind: str) -> Tensor | None:
-    """Lengths up to ``width``: ``none``, ``random`` (with a 0 and a full one), or ``zero``."""
+    """Lengths up to ``width``: ``none``, ``random`` (with a 0 and a full one), ``zero``, or ``any`` (below 0 and above
+    the width too)."""
     import torch
 
     if kind == "none":
@@ -69,6 +70,10 @@ def lengths(generator: torch.Generator, rows: int, width: int, kind: str) -> Ten
     if kind == "zero":
         return torch.zeros(rows, dtype=torch.int32)
     drawn = torch.randint(0, width + 1, (rows,), generator=generator, dtype=torch.int32)
+    if kind == "any":
+        for place, value in enumerate((width + 1, -1, 2**31 - 1, -(2**31), -width)):
+            drawn[2 * place :: 12] = value
+        return drawn
     drawn[:1] = width
     drawn[1:2] = 0
     return drawn

@@ -89,6 +89,26 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Values:
+    """The values that callers should give an argument that indexes, or says how much is read.
+
+    No other value faults either: the contract says what it then means. ``DSV4_BACKENDS_CHECK_VALUES=1`` looks for such
+    values (``contract/values.py``); nothing else does.
+
+    Attributes:
+        low, high: Expressions over sizes and arguments, both included.
+        otherwise: What any other value means.
+        used: How many entries of a row are looked at, an expression as well; empty, or an argument not given: all.
+    """
+
+    argument: str
+    low: str
+    high: str
+    otherwise: str
+    used: str = ""
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """How far one output may be from the oracle in fp64, with the reason for each number.
 
@@ -142,6 +162,7 @@ class OpContract:
         function: Signature, meaning and fake (see the module's docstring).
         args: Every argument in the order of the signature.
         rules: Relations between arguments.
+        values: What callers should put into arguments that index, and what anything else means.
         returns: Names of the results; a name that is also an argument is the caller's buffer where one is given.
         cases: Test inputs at three levels.
         make: ``make(device, generator, **params)`` builds a case's arguments.
@@ -157,6 +178,7 @@ class OpContract:
     tolerances: Mapping[str, Tolerance]
     cost: Callable[..., Cost]
     rules: tuple[Rule, ...] = ()
+    values: tuple[Values, ...] = ()
     name: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import inputs as draw
 from .models import FLASH, PRO
-from .op import Case, Cost, OpContract, Rule, ScalarArg, Tolerance, tensor
+from .op import Case, Cost, OpContract, Rule, ScalarArg, Tolerance, Values, tensor
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,9 @@ def sparse_mla_prefill(
         out[i, h]        = sum of exp(P) kv[j] over valid(i) / (exp(lse[i, h]) + exp(attn_sink[h]))
 
     An entry k of row i counts where ``0 <= indices[i, k] < s_kv`` and, if lengths are given,
-    ``k < topk_length[i]``. Every other value, the extremes of int32 included, is invalid. An index that appears
-    twice counts twice; order does not matter. The last 64 of the 512 dimensions carry RoPE.
+    ``k < topk_length[i]``. Every other value, the extremes of int32 included, is invalid. Lengths are clamped to
+    ``[0, topk]``. An index that appears twice counts twice; order does not matter. The last 64 of the 512 dimensions
+    carry RoPE.
 
     A row with nothing valid gives out 0, max_logits -inf and lse +inf, whatever the sink.
     A row of ``kv`` that no in-range index names may hold NaN.
@@ -87,10 +88,9 @@ def sparse_mla_decode(
     DeepSeek V4: the sliding window, and the compressed keys). A slot's key is 448 e4m3 values, each times the
     power of two of its block of 64, and 64 bf16 values; ``contract/layouts.py`` gives the bytes.
 
-    Entry k of row (i, s) counts where ``indices[i, s, k]`` is not -1 and, if lengths are given,
-    ``k < topk_length[i]``; likewise in the second scope. -1 is the only invalid index that a caller may use before
-    its length; at and beyond the length anything may stand. A provider that can mask other values outside
-    ``[0, pages * page_size)`` does. Slots that nothing references may hold NaN bytes, slot 0 included.
+    Entry k of row (i, s) counts where ``0 <= indices[i, s, k] < pages * page_size`` and, if lengths are given,
+    ``k < topk_length[i]``; likewise in the second scope. Every other value is invalid, and lengths are clamped to
+    ``[0, topk]``. Slots that nothing references may hold NaN bytes, slot 0 included.
 
     A row with nothing valid in either scope gives out 0 and lse +inf, whatever the sink.
 
@@ -166,7 +166,7 @@ def _make_prefill(
     named = indices.long().flatten()
     unnamed[named[(named >= 0) & (named < s_kv)]] = False
     kv[unnamed] = float("nan")
-    if layout == "strided":
+    if layout == "strided":  # what lies beside a row of indices is no index either
         q, kv, indices = draw.spread(q), draw.spread(kv), draw.spread(indices)
     elif layout == "heads":
         kv, indices = kv.unsqueeze(1), indices.unsqueeze(1)
@@ -206,6 +206,7 @@ def _make_scope(
         # Beyond its length a row may hold anything, so it does.
         indices[beyond] = 2**31 - 1
     slots = used.long().flatten().unique()
+    slots = slots[slots < size]
     layouts.write_kv(cache, slots, draw.normal(generator, len(slots), HEAD_DIM).bfloat16())
     return cache, indices
 
@@ -249,6 +250,8 @@ def _make_decode(
         made["extra_k_cache"] = cache
         made["extra_indices"] = indices.view(b, s_q, extra_topk)
         made["extra_topk_length"] = lens
+    if layout == "wide":  # what lies beside a row of indices is no index either
+        made |= {k: draw.spread(v) for k, v in made.items() if k.endswith("indices") and isinstance(v, torch.Tensor)}
     if layout == "heads":
         made |= {k: v.unsqueeze(2) for k, v in made.items() if k.endswith("k_cache") and isinstance(v, torch.Tensor)}
     return {k: draw.move(v, device) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
@@ -308,6 +311,9 @@ def _prefill_cases() -> tuple[Case, ...]:
         case("zero lengths", "smoke", s_q=3, h_q=8, s_kv=80, topk=48, length="zero"),
         case("strided", "smoke", s_q=4, h_q=9, s_kv=61, topk=31, layout="strided"),
         case("head dimension", "smoke", s_q=4, h_q=12, s_kv=61, topk=31, layout="heads"),
+        case(
+            "hostile values", "smoke", s_q=7, h_q=8, s_kv=61, topk=31, invalid="extreme", length="any", layout="strided"
+        ),
     ]
     for model in (FLASH, PRO):
         short = model.name.rpartition("-")[2].lower()
@@ -316,6 +322,9 @@ def _prefill_cases() -> tuple[Case, ...]:
             common = {"h_q": rank.heads, "topk": rank.topk, "length": "random"}
             cases.append(case(f"{short} tp{tp}", "default", s_q=5, s_kv=2048, **common))
             cases.append(case(f"{short} tp{tp} chunk", "full", s_q=512, s_kv=16384, invalid="tail", **common))
+    for heads in (8, 64, 128):
+        hostile = {"invalid": "extreme", "length": "any", "layout": "strided"}
+        cases.append(case(f"hostile values h={heads}", "default", s_q=13, h_q=heads, s_kv=700, topk=256, **hostile))
     cases += [
         case("flash tp16 heads", "default", s_q=7, h_q=4, s_kv=700, topk=640),
         case("window only", "default", s_q=129, h_q=16, s_kv=129, topk=128, invalid="tail"),
@@ -326,6 +335,9 @@ def _prefill_cases() -> tuple[Case, ...]:
         case("pro prefill", "full", s_q=4096, h_q=128, s_kv=32768, topk=1152, invalid="none"),
     ]
     return tuple(cases)
+
+
+_HOSTILE = {"invalid": "extreme", "length": "any", "extra_length": "any", "layout": "wide"}
 
 
 def _decode_cases() -> tuple[Case, ...]:
@@ -368,6 +380,7 @@ def _decode_cases() -> tuple[Case, ...]:
         case("packed pages", "smoke", b=2, s_q=1, h_q=8, topk=31, page_size=3, layout="packed"),
         case("head dimension", "smoke", b=2, s_q=1, h_q=8, topk=31, extra_topk=4, layout="heads"),
         case("strided", "smoke", b=3, s_q=2, h_q=8, topk=31, layout="strided"),
+        case("hostile values", "smoke", b=7, s_q=2, h_q=8, topk=31, extra_topk=20, extra_page_size=7, **_HOSTILE),
     ]
     for model in (FLASH, PRO):
         short = model.name.rpartition("-")[2].lower()
@@ -389,6 +402,10 @@ def _decode_cases() -> tuple[Case, ...]:
             )
         ratio_128 = {"h_q": model.heads, "topk": model.window, "extra_topk": 256, "extra_page_size": 2}
         cases.append(case(f"{short} ratio 128", "default", b=3, s_q=1, **ratio_128, extra_length="random"))
+    for heads in (8, 64, 128):
+        both = {"h_q": heads, "topk": 128, "extra_topk": 512, "extra_page_size": 2}
+        cases.append(case(f"hostile values h={heads}", "default", b=13, s_q=1, **both, **_HOSTILE))
+        cases.append(case(f"hostile values h={heads} batch", "full", b=160, s_q=1, **both, **_HOSTILE))
     cases += [
         case("flash tp16 heads", "default", b=3, s_q=1, h_q=4, topk=128, extra_topk=512),
         case("odd", "default", b=5, s_q=3, h_q=67, topk=129, page_size=61, extra_topk=63, extra_page_size=7),
@@ -414,6 +431,7 @@ _CACHE = "pages, page_size, 584 | pages, page_size, 1, 584"
 _EXTRA = "extra_pages, extra_page_size, 584 | extra_pages, extra_page_size, 1, 584"
 _BYTES = "uint8 int8 float8_e4m3fn"
 _HEADS = Rule("q", f"0 < h_q <= {MAX_HEADS}", f"1 to {MAX_HEADS} heads")
+_NO_KEY, _CLAMPED = "no key", "clamped"
 
 PREFILL = OpContract(
     function=sparse_mla_prefill,
@@ -427,6 +445,10 @@ PREFILL = OpContract(
         "out": tensor("bfloat16", "s_q, h_q, 512", "result buffer"),
     },
     rules=(_HEADS,),
+    values=(
+        Values("topk_length", "0", "topk", _CLAMPED),
+        Values("indices", "-1", "s_kv - 1", _NO_KEY, used="topk_length"),
+    ),
     returns=("out", "max_logits", "lse"),
     cases=_prefill_cases(),
     make=_make_prefill,
@@ -439,7 +461,7 @@ DECODE = OpContract(
     args={
         "q": tensor("bfloat16", "b, s_q, h_q, 512", "queries"),
         "k_cache": tensor(_BYTES, _CACHE, "packed FP8 cache, page-split", layout="page"),
-        "indices": tensor("int32", "b, s_q, topk", "slots; -1 is invalid"),
+        "indices": tensor("int32", "b, s_q, topk", "slots; outside [0, pages * page_size) is invalid"),
         "sm_scale": ScalarArg("float", about="softmax scale"),
         "attn_sink": tensor("float32", "h_q", "natural log, denominator only"),
         "topk_length": tensor("int32", "b", "entries of a row that count"),
@@ -450,6 +472,12 @@ DECODE = OpContract(
     },
     rules=(
         _HEADS,
+        Rule("k_cache", "page_size * 584 < 2**31", "pages of less than 2 GiB"),
+        Rule(
+            "extra_k_cache",
+            "extra_k_cache is None or extra_page_size * 584 < 2**31",
+            "pages of less than 2 GiB",
+        ),
         Rule(
             "extra_indices",
             "(extra_k_cache is None) == (extra_indices is None)",
@@ -460,6 +488,12 @@ DECODE = OpContract(
             "extra_topk_length is None or extra_k_cache is not None",
             "extra_k_cache wherever extra_topk_length is given",
         ),
+    ),
+    values=(
+        Values("topk_length", "0", "topk", _CLAMPED),
+        Values("indices", "-1", "pages * page_size - 1", _NO_KEY, used="topk_length"),
+        Values("extra_topk_length", "0", "extra_topk", _CLAMPED),
+        Values("extra_indices", "-1", "extra_pages * extra_page_size - 1", _NO_KEY, used="extra_topk_length"),
     ),
     returns=("out", "lse"),
     cases=_decode_cases(),

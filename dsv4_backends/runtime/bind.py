@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from ..contract import CONTRACTS, OpContract
+from ..contract.values import checking
 from ..errors import NoProviderError, PolicyError
 from ..selection import builds, machine, plugins, policy
 from ..selection import preferences as measured
@@ -42,9 +43,10 @@ class Bound:
 class Chain:
     """The accepted candidates of one resolution, best first, each imported when the ones before it refuse."""
 
-    def __init__(self, contract: OpContract, resolution: Resolution) -> None:
+    def __init__(self, contract: OpContract, resolution: Resolution, check_values: bool = False) -> None:
         self.contract = contract
         self.resolution = resolution
+        self.check_values = check_values
         self.bound: list[Bound] = []
         self.waiting = list(resolution.accepted)
         self.warned: set[tuple[str, str]] = set()
@@ -79,6 +81,8 @@ class Chain:
                 else:
                     if candidate.warning is not None:
                         self.warn_once(candidate.name, candidate.warning)
+                    if self.check_values:
+                        bound.function = checking(self.contract, bound.function)
                     self.bound.append(bound)
         return self.bound[index]
 
@@ -209,7 +213,7 @@ class Bindings:
             if (chain := self.chains.get(key)) is None:
                 where = machine.device_of(device)
                 resolution = self.resolve(contract.name, where)
-                chain = self.chains[key] = Chain(contract, resolution)
+                chain = self.chains[key] = Chain(contract, resolution, self.policy.check_values)
             return chain
 
 

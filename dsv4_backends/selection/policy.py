@@ -29,6 +29,8 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "DSV4_BACKENDS_MEASURED": "0: the choice ignores on which shapes a provider was measured to be faster",
         "DSV4_BACKENDS_STRICT": "1: a broken plugin raises instead of being listed",
         "DSV4_BACKENDS_BATCH_INVARIANT": "1: in the Triton provider a query's result does not depend on its batch",
+        "DSV4_BACKENDS_CHECK_VALUES": "1: for debugging, every call looks at the values of its indices and lengths "
+        "and raises where one is outside; it waits for the device",
         "DSV4_BACKENDS_ENGINE": "1 or vllm: vLLM runs over these ops; force: any version of it, untested",
         "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
     }
@@ -49,6 +51,7 @@ class Policy:
         measured: Measurements on a call's shapes may change the automatic choice.
         strict: A broken plugin raises.
         batch_invariant: Read by providers that have such a mode when they are imported.
+        check_values: Every call looks at the values of the arguments that index (``contract/values.py``).
     """
 
     order: tuple[str, ...] = ()
@@ -59,6 +62,7 @@ class Policy:
     measured: bool = True
     strict: bool = False
     batch_invariant: bool = False
+    check_values: bool = False
 
     def validate(self, known: Collection[str]) -> Policy:
         """Check every provider name against ``known`` and return self.
@@ -103,6 +107,7 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         measured=switch("MEASURED", environ, default=True),
         strict=switch("STRICT", environ),
         batch_invariant=switch("BATCH_INVARIANT", environ),
+        check_values=switch("CHECK_VALUES", environ),
     )
 
 

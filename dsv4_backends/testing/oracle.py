@@ -72,7 +72,7 @@ def sparse_mla_prefill(
     top = torch.empty(q.shape[:2], dtype=F64, device=q.device)
     lse = torch.empty_like(top)
     for i in range(s_q):
-        row = indices[i] if topk_length is None else indices[i][: int(topk_length[i])]
+        row = indices[i] if topk_length is None else indices[i][: max(int(topk_length[i]), 0)]
         row = row[(row >= 0) & (row < s_kv)].long()
         out[i], top[i], lse[i] = _softmax_row(q[i].to(F64), kv[row].to(F64), sm_scale, attn_sink)
     return out, top, lse
@@ -82,7 +82,7 @@ def _cache_keys(cache: Tensor, slots: Tensor) -> Tensor:
     """fp64 keys ``[n, 512]`` at valid slots, by the byte addresses of the page-split layout."""
     page_size, stride = cache.shape[1], cache.stride(0)
     last = (cache.shape[0] - 1) * stride + page_size * 584
-    raw = cache.view(torch.uint8).as_strided((last,), (1,), cache.storage_offset())
+    raw = cache.view(torch.uint8).as_strided((max(last, 0),), (1,), cache.storage_offset())
     page, offset = slots // page_size, slots % page_size
     data = (page * stride + offset * 576)[:, None]
     scale = (page * stride + page_size * 576 + offset * 8)[:, None]
@@ -114,7 +114,7 @@ def sparse_mla_decode(
                 (extra_k_cache, extra_indices, extra_topk_length),
             ):
                 if cache is not None and index is not None:
-                    row = index[i, s] if length is None else index[i, s, : int(length[i])]
+                    row = index[i, s] if length is None else index[i, s, : max(int(length[i]), 0)]
                     row = row[(row >= 0) & (row < cache.shape[0] * cache.shape[1])].long()
                     keys.append(_cache_keys(cache, row))
             out[i, s], _top, lse[i, s] = _softmax_row(q[i, s].to(F64), torch.cat(keys), sm_scale, attn_sink)
@@ -165,16 +165,21 @@ def paged_mqa_logits(
     out = torch.full((b * next_n, max_context_len), -math.inf, dtype=F64, device=q.device)
     for i in range(b):
         lengths = [int(context_lens[i] if context_lens.dim() == 1 else context_lens[i, j]) for j in range(next_n)]
-        lengths = [min(max(length, 0), max_context_len) for length in lengths]
+        lengths = [min(max(length, 0), max_context_len, page_size * block_table.shape[1]) for length in lengths]
         n = torch.arange(max(lengths), device=q.device)
-        base = block_table[i][n // page_size].long() * stride
+        page = block_table[i][n // page_size].long()
+        missing = (page < 0) | (page >= k_cache.shape[0])
+        if len(raw) == 0:  # a cache without pages has no key to stand in for those that are missing
+            continue
+        base = torch.where(missing, 0, page) * stride
         offset = n % page_size
         keys = e4m3(raw[(base + offset * d)[:, None] + torch.arange(d, device=q.device)])
         scale_at = (base + page_size * d + offset * 4)[:, None] + torch.arange(4, device=q.device)
         scale = raw[scale_at].flatten().view(torch.float32)
         for j, length in enumerate(lengths):
             row = i * next_n + j
-            out[row, :length] = _logits_row(q[i, j], keys[:length], scale[:length], weights[row])
+            found = _logits_row(q[i, j], keys[:length], scale[:length], weights[row])
+            out[row, :length] = torch.where(missing[:length], -math.inf, found)
     return (out,)
 
 

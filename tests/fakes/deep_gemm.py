@@ -152,7 +152,7 @@ def paged_mqa_logits(
     assert torch.equal(meta, schedule(lens, page_size, sms)), "a stale schedule"
     last = lens[:, -1]
     assert ((last >= 0) & (last <= width)).all(), "the kernel would write into the next row"
-    assert table.shape[1] > 0, "the kernel would read beyond the table"
+    assert ((last > 0) & (last <= page_size * table.shape[1])).all(), "the kernel would read beyond the table"
     assert (lens <= last[:, None]).all(), "the last column is the bound of the loop"
     if 4 in tokens:  # 2.8 goes from a request without keys to the next, and keeps its queries
         for i in (last == 0).nonzero().flatten().tolist():

@@ -47,6 +47,7 @@ def _prefill(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, d_v: int, 
     assert q.stride(0) % 8 == q.stride(1) % 8 == kv.stride(0) % 8 == 0
     assert indices.stride(0) % 4 == 0
     assert sink is None or sink.shape == (h_q,)
+    assert length is None or ((length >= 0) & (length <= topk)).all(), "indices would be read beyond their row"
     out, top, lse = oracle.sparse_mla_prefill(q, kv, indices, sm_scale, sink, length)
     return out.bfloat16(), top.float(), lse.float()
 
@@ -98,6 +99,7 @@ def _decode(
         assert index.stride(-1) == 1
         columns = torch.arange(index.shape[2])
         counts = torch.full((b,), index.shape[2]) if length is None else length
+        assert ((counts >= 0) & (counts <= index.shape[2])).all(), "indices would be read beyond their row"
         used = index[columns.expand_as(index) < counts[:, None, None]]
         assert ((used >= -1) & (used < pages * page_size)).all(), "an illegal read"
         shapes.append((page_size, index.shape[2]))

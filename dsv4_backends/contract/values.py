@@ -1,0 +1,105 @@
+"""A look at the values of arguments that index, on the device: ``DSV4_BACKENDS_CHECK_VALUES=1``, for debugging.
+
+What values a caller should give is in each contract (``OpContract.values``), and what any other value means. This finds
+the others, and waits for the device to do so.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ContractError
+from .op import OpContract, TensorArg, Values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = logging.getLogger("dsv4_backends")
+_FUNCTIONS = {"__builtins__": {}, "min": min, "ceil": lambda a, b: -(-a // b)}
+
+
+def _sizes(contract: OpContract, arguments: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that the forms of the arguments name."""
+    found: dict[str, int] = {}
+    for name, arg in contract.args.items():
+        value = arguments.get(name)
+        if isinstance(arg, TensorArg) and value is not None:
+            form = next(form for form in arg.forms if len(form.dims) == value.dim())
+            found |= {dim: size for dim, size in zip(form.dims, value.shape, strict=True) if dim.isidentifier()}
+    return found
+
+
+def _wrong(values: Values, value: Tensor, names: Mapping[str, Any]) -> tuple[Tensor, Any, Any]:
+    """Which entries are outside, and the bounds."""
+    import torch
+
+    low, high = (eval(bound, _FUNCTIONS, dict(names)) for bound in (values.low, values.high))
+    wrong = (value < low) | (value > high)
+    used = eval(values.used, _FUNCTIONS, dict(names)) if values.used else None
+    if used is not None:
+        counts = used.reshape(value.shape[0], -1).amax(1)
+        column = torch.arange(value.shape[-1], device=value.device)
+        wrong &= column < counts.view(-1, *[1] * (value.dim() - 1))
+    return wrong, low, high
+
+
+def check_values(contract: OpContract, arguments: Mapping[str, Any]) -> None:
+    """Look at the values of a call that fits the contract. Waits for the device.
+
+    Raises:
+        ContractError: a value that callers should not give; names op, argument, row and value.
+    """
+    import torch
+
+    # 64 bits wide: a bound may be beyond int32.
+    looked_at = {values.argument for values in contract.values}
+    names: dict[str, Any] = {**_sizes(contract, arguments), **{name: arguments.get(name) for name in contract.args}}
+    names |= {name: names[name].long() for name in looked_at if names[name] is not None}
+    for values in contract.values:
+        value = names[values.argument]
+        if value is None or value.numel() == 0:
+            continue
+        wrong, low, high = _wrong(values, value, names)
+        if not bool(wrong.any()):
+            continue
+        places = wrong.nonzero()
+        place = tuple(places[0].tolist())
+        low, high = (int(bound[place]) if isinstance(bound, torch.Tensor) else bound for bound in (low, high))
+        row, column = (place, "") if value.dim() == 1 else (place[:-1], f", column {place[-1]}")
+        more = f" ({len(places)} such values in all)" if len(places) > 1 else ""
+        raise ContractError(
+            f"{contract.name}: argument {values.argument}: row {', '.join(map(str, row))}{column}: expected {low} to "
+            f"{high} ({values.low} to {values.high}), got {int(value[place])}{more}; without "
+            f"DSV4_BACKENDS_CHECK_VALUES: {values.otherwise}"
+        )
+
+
+def checking(contract: OpContract, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of the contract's signature, with ``check_values`` before each call.
+
+    While a CUDA graph is captured nothing can be waited for: such a call is not checked, which is logged once for each
+    op. Calls before the capture are.
+    """
+    import torch
+
+    if not contract.values:
+        return function
+    told = False
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal told
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if not told:
+                told = True
+                _log.warning("%s: values are not checked while a CUDA graph is captured", contract.name)
+        else:
+            given = dict(zip(contract.args, args, strict=False)) | kwargs
+            if not next(iter(given.values())).is_meta:
+                check_values(contract, given)
+        return function(*args, **kwargs)
+
+    return call

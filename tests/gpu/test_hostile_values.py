@@ -1,0 +1,72 @@
+"""On a GPU no value faults either, whoever serves: the compiled kernels, the Gluon ones, and the native libraries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv4_backends import CONTRACTS, NoProviderError
+from dsv4_backends.testing import checks
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+HOSTILE = """
+import sys
+import torch
+from dsv4_backends.testing import checks
+provider, op, level = sys.argv[1:]
+target = checks.subject(provider, op, torch.device("cuda", 0))
+ran = 0
+for case in target.contract.at_level(level):
+    if "hostile" not in case.name and case.name != "any index":
+        continue
+    drawn = checks.drawn(op, case.name, target.device, 0)
+    if target.refusal(drawn) is None:
+        for check in ("inputs", "written", "fresh", "graph"):
+            checks.CHECKS[check](target, case)
+        torch.cuda.synchronize()
+        ran += 1
+print("ran", ran)
+"""
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: after an illegal access no call to the GPU succeeds."""
+    full = {**os.environ, **env}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=full, capture_output=True, text=True)
+
+
+def serves(provider: str, op: str) -> None:
+    try:
+        checks.subject(provider, op, torch.device("cuda", 0))
+    except NoProviderError as error:
+        pytest.skip(str(error))
+
+
+every_provider = pytest.mark.parametrize("provider", ["torch", "triton", "deep_gemm", "flash_mla"])
+every_op = pytest.mark.parametrize("op", [name for name, contract in CONTRACTS.items() if contract.values])
+
+
+@every_provider
+@every_op
+def test_hostile_cases(provider: str, op: str) -> None:
+    serves(provider, op)
+    done = run("-W", "ignore", "-c", HOSTILE, provider, op, "full")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert int(done.stdout.split()[-1]) > 0
+
+
+@every_provider
+@every_op
+def test_fuzz(provider: str, op: str) -> None:
+    serves(provider, op)
+    command = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore")
+    done = run(*command, f"tests/fuzz_values.py::test_{op}", FUZZED_PROVIDER=provider, FUZZED_EXAMPLES="100")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "1 passed" in done.stdout
