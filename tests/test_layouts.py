@@ -76,7 +76,7 @@ def test_kv_page_bytes(page_size: int, pad: int, dtype: torch.dtype) -> None:
     cache = raw[5:].as_strided((pages, page_size, 584), (stride, 584, 1), 5).view(dtype)
     slot = pages * page_size - 1
     kv = torch.randn(1, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
-    layouts.write_kv(cache, torch.tensor([slot, -1]), torch.cat([kv, kv]))
+    layouts.write_kv(cache, torch.tensor([slot, -1, slot + 1, 10**9]), torch.cat([kv] * 4))  # one of these is there
 
     start = 5 + (slot // page_size) * stride
     offset = slot % page_size
@@ -109,7 +109,7 @@ def test_indexer_page_bytes(page_size: int) -> None:
     cache = raw.as_strided((pages, page_size, d + 4), (stride, d + 4, 1))
     key = torch.randn(1, d, generator=torch.Generator().manual_seed(1))
     slot = pages * page_size - 1
-    layouts.write_indexer_keys(cache, torch.tensor([slot]), key)
+    layouts.write_indexer_keys(cache, torch.tensor([slot, -1, slot + 1, 10**9]), torch.cat([key] * 4))
     scale = exact_scale(float(key.abs().max()))
     want = raw.clone().fill_(0xEE)
     start, offset = stride, slot % page_size

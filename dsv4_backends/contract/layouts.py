@@ -148,9 +148,9 @@ def unpack_kv(data: Tensor, scales: Tensor) -> Tensor:
 
 
 def write_kv(cache: Tensor, slots: Tensor, kv: Tensor) -> None:
-    """Quantise ``kv`` (bf16 ``[n, 512]``) into the slots (int ``[n]``) of a KV cache. Slots below 0 are skipped."""
+    """Quantise ``kv`` (bf16 ``[n, 512]``) into the slots (int ``[n]``) of a KV cache; slots it lacks are skipped."""
     data, scales = kv_page_views(cache)
-    keep = slots >= 0
+    keep = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
     page, offset = slots[keep] // cache.shape[1], slots[keep] % cache.shape[1]
     data[page, offset], scales[page, offset] = pack_kv(kv[keep])
 
@@ -183,9 +183,9 @@ def indexer_page_views(cache: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_indexer_keys(cache: Tensor, slots: Tensor, keys: Tensor) -> None:
-    """Quantise ``keys`` (``[n, d]``, one scale each) into the slots of an indexer cache. Slots below 0 are skipped."""
+    """Quantise ``keys`` (``[n, d]``, one scale each) into the slots of an indexer cache; slots it lacks are skipped."""
     key_view, scale_view = indexer_page_views(cache)
-    keep = slots >= 0
+    keep = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
     page, offset = slots[keep] // cache.shape[1], slots[keep] % cache.shape[1]
     values, scale = quantize_e4m3(keys[keep], keys.shape[-1])
     key_view[page, offset] = values.view(torch.uint8)
