@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from packaging.version import Version
 
-from dsv4_backends import OPS, Limits
+from dsv4_backends import OPS, Limits, ops
 from dsv4_backends.commands import cli
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.models import FLASH, PRO, Model
@@ -51,11 +54,6 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 def test_answers(model: Model, tp: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On every architecture Triton serves all of it, and the reference where it may not."""
     name = "flash" if model is FLASH else "pro"
-    if model.o_groups % tp:
-        code, out, err = run(capsys, "--model", name, "--tp", str(tp), "--device", "sm_90")
-        assert (code, out) == (1, "")
-        assert err.strip().endswith("8 output groups cannot be divided over tensor parallel size 16")
-        return
     for sm in SMS:
         for deny, provider in (("", "triton"), ("triton", "torch")):
             monkeypatch.setenv("DSV4_BACKENDS_DENY", deny)
@@ -63,7 +61,9 @@ def test_answers(model: Model, tp: int, monkeypatch: pytest.MonkeyPatch, capsys:
             data = json.loads(out)
             assert code == 0
             assert data["ok"]
-            assert data["rank"] == {"heads": model.heads // tp, "o_groups": model.o_groups // tp, "index_heads": 64}
+            ranks = min(tp, model.o_groups)  # more of them have the same
+            rank = {"heads": model.heads // ranks, "o_groups": model.o_groups // ranks, "index_heads": 64}
+            assert data["rank"] == rank | {"replicas": tp // ranks}
             (device,) = data["devices"]
             assert {need["op"] for need in device["needs"]} == set(OPS)
             assert {need["selected"] for need in device["needs"]} == {provider}
@@ -160,14 +160,18 @@ def test_a_model_of_one_kind_of_layer() -> None:
 
 
 def config(**change: Any) -> dict[str, Any]:
+    """A small one that has every field that the ops and the memory depend on."""
     base: dict[str, Any] = {
+        "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
         "num_hidden_layers": 3,
-        "compress_ratios": [0, 4, 128],
+        "num_nextn_predict_layers": 1,
+        "compress_ratios": [0, 4, 128, 0],
         "hidden_size": 512,
         "num_attention_heads": 8,
         "o_groups": 2,
         "o_lora_rank": 128,
+        "q_lora_rank": 64,
         "index_n_heads": 32,
         "index_head_dim": 128,
         "index_topk": 512,
@@ -175,6 +179,12 @@ def config(**change: Any) -> dict[str, Any]:
         "hc_mult": 4,
         "max_position_embeddings": 8192,
         "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "vocab_size": 1000,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
     }
     return base | change
 
@@ -186,7 +196,8 @@ def test_a_folder_with_a_config(
     (tmp_path / "config.json").write_text(json.dumps(config()))
     code, out, _ = run(capsys, "--model", str(tmp_path), "--tp", "2", "--device", "sm_90")
     assert code == 0
-    assert "4 heads, 1 output group and 32 index heads on a rank; contexts up to 8192 tokens, 256 sequences" in out
+    words = " ".join(out.split())
+    assert "4 heads, 1 output group and 32 index heads on a rank; contexts up to 8192 tokens, 256 sequences" in words
     assert "warning: only the reference serves 16 of 16, which is slow" in out
 
 
@@ -198,7 +209,7 @@ def test_a_folder_with_a_config(
         (json.dumps({"model_type": "llama"}), "model_type: expected 'deepseek_v4', got 'llama'"),
         (json.dumps(config(model_type="deepseek_v41")), "got 'deepseek_v41'"),
         (json.dumps(config(o_groups=0)), "o_groups: expected a positive integer, got 0"),
-        (json.dumps(config(head_dim=576)), "head_dim: the ops are defined for 512, got 576"),
+        (json.dumps(config(o_groups=3)), "o_groups: expected a divisor of 8 attention heads, got 3"),
     ],
 )
 def test_a_wrong_config(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
@@ -215,9 +226,232 @@ def test_wrong_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert code == 2
     assert "nothing" in err
     code, _, err = run(capsys, "--model", "flash", "--max-model-len", "2000000", "--device", "cpu")
-    assert code == 1
+    assert code == 2
     assert "has 1048576 positions, got 2000000" in err
-    for flag in ("--tp", "--max-num-seqs", "--max-model-len"):
+    for command in ("check", "warmup"):
+        assert cli.main([command, "--model", "flash", "--tp", "3"]) == 2
+        assert "64 attention heads cannot be divided over tensor parallel size 3" in capsys.readouterr().err
+    code, _, err = run(capsys, "--model", "flash", "--device", "banana")
+    assert (code, err) == (2, "dsv4-backends: device: expected cpu or a GPU such as sm_86 or 8.6, got 'banana'\n")
+    for flag in ("--tp", "--max-num-seqs", "--max-model-len", "--next-n"):
         with pytest.raises(SystemExit) as caught:
             cli.main(["check", "--model", "flash", flag, "0"])
         assert caught.value.code == 2
+    for size in ("24", "24 gigabytes", "-1GiB", "0GiB", "nanGiB", ""):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["check", "--model", "flash", f"--memory={size}"])
+        assert caught.value.code == 2
+    capsys.readouterr()
+    for limits in ({"max_num_seqs": 0}, {"next_n": 0}, {"max_model_len": 0}, {"tp": 0}):
+        with pytest.raises(ValueError, match="expected at least 1, got 0"):
+            check.check("flash", **limits, device="cpu")
+
+
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_attention_heads": 300}, "sparse_mla_decode: argument q: expected 1 to 128 heads, got h_q 300"),
+        ({"hidden_size": 2**31 - 1, "hc_mult": 2**31 - 1}, "NOT SERVED: 6 of 16"),
+        ({"qk_rope_head_dim": 128}, "NOT SERVED: qk_rope_head_dim: expected 64, got 128"),
+        ({"head_dim": 576}, "NOT SERVED: head_dim: expected 512, got 576"),
+        (
+            {"quantization_config": NVFP4},
+            "NOT SERVED: quantization_config.quant_method: expected 'fp8', got 'modelopt'",
+        ),
+        ({"architectures": ["DeepseekV41ForCausalLM"]}, "NOT SERVED: architectures: expected"),
+        ({"compress_rate_csa": 8}, "NOT SERVED: compress_rate_csa: expected 4, got 8"),
+        ({"compress_ratios": [0, 8, 64]}, "NOT SERVED: compress_ratios: expected 0, 4 or 128, got 8 in layer 1"),
+    ],
+)
+def test_what_would_fail_is_not_served(
+    change: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fields that the ops are not defined for, and calls that the contract refuses."""
+    (tmp_path / "config.json").write_text(json.dumps(config(**change)))
+    code, out, _ = run(capsys, "--model", str(tmp_path), "--device", "sm_90")
+    assert code == 1
+    assert words in " ".join(out.split())
+    assert "everything is served" not in out
+    code, out, _ = run(capsys, "--model", str(tmp_path), "--device", "sm_90", "--json")
+    data = json.loads(out)
+    assert (code, data["ok"], data["devices"][0]["ok"]) == (1, False, False)
+    assert data["devices"][0]["memory"] is None
+    assert data["unsupported"] or data["devices"][0]["refused"]
+
+
+def test_what_was_not_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config(index_topk_freq=4)))
+    code, out, _ = run(capsys, "--model", str(tmp_path), "--device", "sm_90")
+    assert code == 0
+    assert "note: not looked at: index_topk_freq" in out
+
+
+@pytest.mark.parametrize("model", ["flash", "pro"])
+def test_text_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for sm in ("cpu", "sm_86", "sm_90"):
+        for more in ((), ("--tp", "32", "--next-n", "4", "--memory", "24GiB")):
+            _, out, _ = run(capsys, "--model", model, "--device", sm, *more)
+            assert max(map(len, out.splitlines())) <= 100
+
+
+def test_more_ranks_than_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--model", "flash", "--tp", "16", "--device", "sm_90")
+    assert code == 0
+    assert "8 output groups on 16 ranks: each rank has 1 group and its 8 heads, and 2 ranks have the same" in " ".join(
+        out.split()
+    )
+
+
+def test_speculative_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    """Said where it is not counted; counted, with the layers of its own, where it is asked for."""
+    _, out, _ = run(capsys, "--model", "pro", "--device", "sm_90")
+    assert "the model has 1 speculative (MTP) layer, not counted here" in " ".join(out.split())
+    code, out, _ = run(
+        capsys, "--model", "pro", "--device", "sm_90", "--next-n", "3", "--max-num-seqs", "4096", "--json"
+    )
+    data = json.loads(out)
+    assert (code, data["next_n"], data["notes"]) == (0, 3, [])
+    sizes = {(need["op"], need["role"]): need["sizes"] for need in data["devices"][0]["needs"]}
+    assert sizes["sparse_mla_decode", "speculative layers, decode"]["s_q"] == 3
+    assert sizes["paged_mqa_logits", "indexer, decode"]["next_n"] == 3
+    assert sizes["fp8_einsum", "output projection, prefill"]["b"] == 4096 * 3  # a step of decode has more than a chunk
+    (one,), (two,) = (check.check("pro", next_n=next_n, device="sm_90") for next_n in (1, 2))
+    assert one.memory is not None
+    assert two.memory is not None
+    assert 13e9 < (two.memory.weights or 0) - (one.memory.weights or 0) < 15e9  # one of 61 layers
+
+
+def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Against what is known of the checkpoints and counted by hand."""
+    (flash,) = check.check("flash", next_n=2, device="sm_90")
+    found = flash.memory
+    assert found is not None
+    assert found.weights is not None
+    assert found.weights == pytest.approx(159.6e9, rel=0.01)
+    assert found.call_of == "mqa_logits, indexer, prefill"
+    rows, keys = 8192, 262144
+    operands = rows * 64 * (128 + 4) + keys * (128 + 4) + 2 * 4 * rows
+    assert found.call == 4 * rows * keys + operands  # 8 GiB of logits
+    page_4, page_128, page_index = 65 * 576, 3 * 576, 15 * 576  # 64 and 2 tokens of 584 bytes, 64 of 132, padded
+    assert found.token == (21 * (page_4 + page_index) + 20 * page_128) / 256
+    states = 21 * 2 * 8 * 2 * (512 + 128) * 4 + 20 * 2 * 128 * 512 * 4
+    fixed = 44 * 4 * page_4 + states
+    assert found.sequence == 4096 * 256 * found.token + fixed
+    assert found.sequences == 256 * found.sequence
+    assert found.needed == found.weights + found.call + found.sequence
+    assert (found.device, found.fits, flash.ok) == (0, None, True)
+    (eighth,) = check.check("flash", tp=8, device="sm_90")
+    assert eighth.memory is not None
+    assert eighth.memory.weights == pytest.approx(20.65e9, rel=0.01)
+
+    code, out, _ = run(capsys, "--model", "pro", "--device", "sm_86", "--memory", "24GiB")
+    assert code == 1
+    assert "DOES NOT FIT: " in out
+    assert "the device has 24.0 GiB" in " ".join(out.split())
+    code, out, _ = run(capsys, "--model", "pro", "--device", "sm_86")
+    assert code == 0
+    assert "unknown; --memory SIZE compares" in out
+    assert "whether it fits into the device's memory is not known" in out
+    short = ("--max-model-len", "65536", "--tp", "8", "--memory", "80GB", "--json")
+    code, out, _ = run(capsys, "--model", "flash", "--device", "sm_90", *short)
+    assert code == 0
+    told = json.loads(out)["devices"][0]["memory"]
+    assert (told["fits"], told["device"]) == (True, 80 * 10**9)
+    code, out, _ = run(capsys, "--model", "flash", "--device", "sm_90", *short[:-1])
+    assert "it fits: " in out
+
+
+def test_memory_of_a_device_that_is_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each kind of GPU is compared with its own."""
+    gpus = tuple(
+        machine.Device("cuda", None, name, Version(capability), 100, gib << 30)
+        for name, capability, gib in (("large", "9.0", 141), ("small", "8.6", 24))
+    )
+    monkeypatch.setattr(machine, "probe", lambda: machine.Machine(gpus))
+    code, out, _ = run(capsys, "--model", "flash", "--tp", "4", "--json")
+    devices = json.loads(out)["devices"]
+    assert (code, [one["memory"]["fits"] for one in devices]) == (1, [True, False])
+
+
+def test_weights_that_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is known may be too much alone; it is never said to fit."""
+    source = config(moe_intermediate_size=None)
+    (ample,) = check.check(source, device="sm_90", memory=10**12)
+    (short,) = check.check(source, device="sm_90", memory=10**6)
+    assert (ample.fits, short.fits) == (None, False)
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    _, out, _ = run(capsys, "--model", str(tmp_path), "--device", "sm_90")
+    assert "not told by the configuration" in out
+    assert "at least" in out
+
+
+def draw_config(rng: random.Random) -> dict[str, Any]:
+    """A configuration that looks valid: mostly sizes that go together, now and then one that does not."""
+    layers = rng.randint(1, 4)
+    groups = rng.choice([1, 1, 2, 3, 4])
+    found = config(
+        num_hidden_layers=layers,
+        num_nextn_predict_layers=rng.choice([0, 1]),
+        compress_ratios=[rng.choice([0, 4, 128, rng.choice([0, 4, 8])]) for _ in range(layers + 1)],
+        hidden_size=rng.choice([64, 100, 256, 512]),
+        num_attention_heads=groups * rng.choice([1, 2, 3, 4, 8, 50]),
+        o_groups=groups,
+        o_lora_rank=rng.choice([32, 100, 128, 256]),
+        index_n_heads=rng.choice([1, 3, 8, 64]),
+        index_head_dim=rng.choice([16, 64, 100, 128]),
+        index_topk=rng.choice([1, 8, 64, 500]),
+        sliding_window=rng.choice([1, 16, 100, 128]),
+        hc_mult=rng.choice([1, 2, 3, 4]),
+        max_position_embeddings=rng.choice([1, 3, 64, 300]),
+    )
+    odd = {"head_dim": 256, "qk_rope_head_dim": 128, "o_groups": 3, "torch_dtype": "float16", "hc_mult": "4"}
+    if rng.random() < 0.2:
+        key = rng.choice(list(odd))
+        found[key] = odd[key]
+    return found
+
+
+def real(value: Any) -> Any:
+    """A tensor without storage as one of zeros, with its strides."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    span = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+    storage = torch.zeros(span * value.element_size(), dtype=torch.uint8).view(value.dtype)
+    return storage.as_strided(value.shape, value.stride())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_yes_is_kept(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``check`` says is served, the contract takes and the reference computes."""
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
+    rng = random.Random(seed)
+    drawn = draw_config(rng)
+    tp, next_n = rng.choice([1, 1, 2, 4, 8]), rng.choice([1, 1, 2, 3])
+    groups, limits = drawn["o_groups"], {"tp": tp, "max_num_seqs": rng.choice([1, 3]), "next_n": next_n}
+    divided = groups % tp == 0 or (tp > groups and tp % groups == 0)
+    if drawn["num_attention_heads"] % groups or drawn["hc_mult"] == "4" or not divided:
+        with pytest.raises(ValueError, match=r"o_groups: expected|hc_mult: expected|cannot be divided over tensor"):
+            check.check(drawn, **limits, device="cpu")
+        return
+    (found,) = check.check(drawn, **limits, device="cpu")
+    expected = (
+        drawn["head_dim"] == 512
+        and drawn["qk_rope_head_dim"] == 64
+        and "torch_dtype" not in drawn
+        and set(drawn["compress_ratios"]) <= {0, 4, 128}
+        and found.rank.heads <= 128
+    )
+    assert found.ok == expected, (found.unsupported, found.broken)
+    if not found.ok:
+        assert found.unsupported or found.broken
+        return
+    for need, _ in found.served:
+        arguments = need.arguments()
+        CONTRACTS[need.op].check(**arguments)
+        if all(value.numel() < 3e7 for value in arguments.values() if isinstance(value, torch.Tensor)):
+            made = getattr(ops, need.op)(**{name: real(value) for name, value in arguments.items()})
+            first = made[0] if isinstance(made, tuple) else made
+            assert first.device.type == "cpu"

@@ -23,6 +23,22 @@ CONFIG: dict[str, Any] = {
     "sliding_window": 128,
     "hc_mult": 4,
     "max_position_embeddings": 1048576,
+    "num_nextn_predict_layers": 1,
+    "vocab_size": 129280,
+    "q_lora_rank": 1024,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 2048,
+    "num_hash_layers": 3,
+    "expert_dtype": "fp4",
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
     "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],  # the last is the MTP layer's
 }
 
@@ -58,7 +74,7 @@ def test_from_layer_types() -> None:
         ({"model_type": "llama"}, "model_type: expected 'deepseek_v4', got 'llama'"),
         ({"hidden_size": None}, "hidden_size: expected a positive integer, got None"),
         ({"o_groups": 0}, "o_groups: expected a positive integer, got 0"),
-        ({"head_dim": 128}, "head_dim: the ops are defined for 512, got 128"),
+        ({"head_dim": 128}, "head_dim: expected 512, got 128"),
         ({"compress_ratios": [0] * 5}, "compress_ratios: expected 0, 4 or 128 for each of 43 layers"),
         ({"compress_ratios": [2] * 43}, "compress_ratios: expected 0, 4 or 128"),
         ({"compress_ratios": None}, "expected compress_ratios or layer_types"),
@@ -98,7 +114,28 @@ def test_ranks(model: Model, tp: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("tp", "what"), [(3, "64 attention heads"), (16, "8 output groups"), (0, "at least 1")])
+@pytest.mark.parametrize(
+    ("tp", "what"),
+    [(3, "64 attention heads"), (64 * 8 + 4, "attention heads"), (12, "attention heads"), (0, "at least 1")],
+)
 def test_ranks_that_do_not_divide(tp: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         FLASH.rank(tp)
+
+
+def test_more_ranks_than_groups() -> None:
+    """Each rank has one group with its heads, and several have the same."""
+    for tp in (16, 32):
+        rank = FLASH.rank(tp)
+        assert (rank.replicas, rank.heads, rank.o_groups, rank.o_in) == (tp // 8, 8, 1, 4096)
+    assert FLASH.rank(8).replicas == 1
+    odd = Model(**{**vars(FLASH), "heads": 48, "o_groups": 6})
+    with pytest.raises(ValueError, match="6 output groups cannot be divided over tensor parallel size 4"):
+        odd.rank(4)
+
+
+def test_groups_that_do_not_divide_the_heads() -> None:
+    with pytest.raises(ValueError, match="64 heads cannot be divided into 3 output groups"):
+        Model(**{**vars(FLASH), "o_groups": 3})
+    with pytest.raises(ValueError, match="o_groups: expected a divisor of 64 attention heads, got 3"):
+        from_config(CONFIG | {"o_groups": 3})

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HC_MULT = 4
-_LAYER_RATIO = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+EXPERT_BYTES = {"fp4": 1 / 2 + 1 / 32, "fp8": 1 + 1 / 128**2, "bf16": 2.0, "bfloat16": 2.0}
+"""Bytes of a weight with its share of the scales."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What decides the size of a model's weights besides the dimensions of its ops.
+
+    Attributes:
+        vocab: Rows of the embedding and of the head.
+        q_lora_rank: Width of the queries' latent.
+        experts, shared_experts, expert_width, experts_per_token: The mixture of experts of a layer.
+        hash_layers: Layers whose experts are looked up by token.
+        linear_dtype, expert_dtype: Names in ``EXPERT_BYTES``.
+        tied: Embedding and head are one.
+    """
+
+    vocab: int
+    q_lora_rank: int
+    experts: int
+    expert_width: int
+    experts_per_token: int = 6
+    shared_experts: int = 1
+    hash_layers: int = 3
+    linear_dtype: str = "fp8"
+    expert_dtype: str = "fp4"
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,6 +52,11 @@ class Model:
         hc_mult: Residual streams of the hyper-connections.
         compress_ratios: Per layer 0 (window only), 4 (indexer) or 128, without MTP layers.
         max_positions: Longest context.
+        speculative_layers: Layers that predict further tokens (MTP); they see the window only.
+        weights: What decides the size of the weights; None: unknown.
+
+    Raises:
+        ValueError: the heads cannot be divided into the groups.
     """
 
     name: str
@@ -42,17 +72,26 @@ class Model:
     compress_ratios: tuple[int, ...]
     max_positions: int
     head_dim: int = 512
+    speculative_layers: int = 0
+    weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        if self.o_groups < 1 or self.heads % self.o_groups:
+            raise ValueError(f"{self.name}: {self.heads} heads cannot be divided into {self.o_groups} output groups")
 
     def rank(self, tp: int) -> Rank:
         """What one of ``tp`` tensor-parallel ranks computes.
 
         Heads and output groups are divided; the indexer, the keys and the hyper-connections are whole on every rank.
+        Where there are more ranks than groups, each rank has one group with its heads, and several ranks have the same.
 
         Raises:
-            ValueError: heads or groups do not divide by ``tp``.
+            ValueError: heads or groups do not divide by ``tp``, nor ``tp`` by the groups.
         """
         if tp < 1:
             raise ValueError(f"tensor parallel size: expected at least 1, got {tp}")
+        if tp > self.o_groups and tp % self.o_groups == 0:
+            return Rank(self, tp)
         for what, count in (("attention heads", self.heads), ("output groups", self.o_groups)):
             if count % tp:
                 raise ValueError(f"{self.name}: {count} {what} cannot be divided over tensor parallel size {tp}")
@@ -71,12 +110,17 @@ class Rank:
     tp: int
 
     @property
+    def replicas(self) -> int:
+        """Ranks that have the same heads and output groups: 1, or more where there are more ranks than groups."""
+        return max(1, self.tp // self.model.o_groups)
+
+    @property
     def heads(self) -> int:
-        return self.model.heads // self.tp
+        return self.model.heads * self.replicas // self.tp
 
     @property
     def o_groups(self) -> int:
-        return self.model.o_groups // self.tp
+        return self.model.o_groups * self.replicas // self.tp
 
     @property
     def o_in(self) -> int:
@@ -111,6 +155,8 @@ FLASH = Model(
     hc_mult=HC_MULT,
     compress_ratios=(0, 0, *(4, 128) * 20, 4),
     max_positions=1048576,
+    speculative_layers=1,
+    weights=Weights(vocab=129280, q_lora_rank=1024, experts=256, expert_width=2048),
 )
 PRO = Model(
     name="DeepSeek-V4-Pro",
@@ -125,6 +171,8 @@ PRO = Model(
     hc_mult=HC_MULT,
     compress_ratios=(128, 128, *(4, 128) * 29, 4),
     max_positions=1048576,
+    speculative_layers=1,
+    weights=Weights(vocab=129280, q_lora_rank=1536, experts=384, expert_width=3072),
 )
 MODELS: Mapping[str, Model] = {"flash": FLASH, "pro": PRO}
 
@@ -133,67 +181,16 @@ def from_config(source: str | Path | Mapping[str, Any]) -> Model:
     """Read a model's dimensions.
 
     Args:
-        source: ``"flash"``, ``"pro"``, the path of a Hugging Face ``config.json`` or of the folder it is in, or its
-            contents.
+        source: What ``config.read`` takes: ``"flash"``, ``"pro"``, the path of a Hugging Face ``config.json`` or of
+            the folder it is in, the id of a model in the hub's cache, or the contents of a ``config.json``.
 
     Raises:
-        ValueError: not a DeepSeek V4 configuration, or a field is missing; names the field.
+        ValueError: not a DeepSeek V4 configuration, or one that the ops are not defined for; names the field.
         OSError: the file cannot be read.
     """
-    name = "config.json"
-    if isinstance(source, Mapping):
-        config: Mapping[str, Any] = source
-    elif isinstance(source, str) and source in MODELS:
-        return MODELS[source]
-    else:
-        path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
-        name = str(path)
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}: not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{name}: expected a JSON object, got {type(config).__name__}")
-    if config.get("model_type") != "deepseek_v4":
-        raise ValueError(f"{name}: model_type: expected 'deepseek_v4', got {config.get('model_type')!r}")
+    from .config import read
 
-    def number(key: str) -> int:
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: {key}: expected a positive integer, got {value!r}")
-        return value
-
-    layers = number("num_hidden_layers")
-    if ratios := config.get("compress_ratios"):
-        pass
-    elif types := config.get("layer_types"):
-        unknown = sorted(set(types) - set(_LAYER_RATIO))
-        if unknown:
-            raise ValueError(f"{name}: layer_types: expected {sorted(_LAYER_RATIO)}, got {unknown[0]!r}")
-        ratios = [_LAYER_RATIO[kind] for kind in types]
-    else:
-        raise ValueError(f"{name}: expected compress_ratios or layer_types: no default matches a released model")
-    if len(ratios) < layers or not set(ratios) <= {0, 4, 128}:
-        raise ValueError(
-            f"{name}: compress_ratios: expected 0, 4 or 128 for each of {layers} layers, "
-            f"got {len(ratios)} entries of {sorted(set(ratios), key=str)}"
-        )
-    model = Model(
-        name=str(config.get("_name_or_path") or name),
-        hidden=number("hidden_size"),
-        heads=number("num_attention_heads"),
-        o_groups=number("o_groups"),
-        o_lora_rank=number("o_lora_rank"),
-        index_heads=number("index_n_heads"),
-        index_dim=number("index_head_dim"),
-        index_topk=number("index_topk"),
-        window=number("sliding_window"),
-        hc_mult=number("hc_mult"),
-        compress_ratios=tuple(ratios[:layers]),
-        max_positions=number("max_position_embeddings"),
-        head_dim=number("head_dim"),
-    )
-    if model.head_dim != 512:
-        raise ValueError(f"{name}: head_dim: the ops are defined for 512, got {model.head_dim}")
-    return model
+    found = read(source)
+    if found.unsupported:
+        raise ValueError(f"{found.model.name}: {'; '.join(found.unsupported)}")
+    return found.model

@@ -7,11 +7,13 @@ shapes is asked with tensors that have no storage.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..contract import CONTRACTS
+from ..contract.config import Configuration, read
 from ..contract.models import Model, Rank
 from ..runtime import serving
 from ..runtime.serving import Limits
@@ -19,6 +21,9 @@ from ..selection import preferences as measured
 from ..selection.machine import Device, Machine
 from ..selection.provider import Reason, Tier
 from ..selection.resolve import Candidate, Resolution
+from ..selection.survey import survey
+from . import memory as memories
+from .memory import Memory
 
 PREFILL_TOKENS = 8192
 """Tokens of one prefill step; engines cut longer prompts into chunks of about this size."""
@@ -53,7 +58,8 @@ def needs(rank: Rank, limits: Limits, device: Device) -> tuple[Need, ...]:
         limits: How far the server goes.
         device: Engines pack scales for compute capability 10 and newer.
 
-    A model of layers of one kind asks for that kind only. Speculative decoding is counted with ``limits.next_n``.
+    A model of layers of one kind asks for that kind only. With ``limits.next_n`` above 1 the speculative layers, which
+    see the window only, ask too.
     """
     model = rank.model
     tokens, seqs, s_q, heads = limits.max_tokens, limits.max_requests, limits.next_n, limits.heads or rank.heads
@@ -63,10 +69,13 @@ def needs(rank: Rank, limits: Limits, device: Device) -> tuple[Need, ...]:
     def need(op: str, role: str, sizes: Mapping[str, int], make: Callable[..., serving.Arguments], *args: Any) -> None:
         found.append(Need(op, role, sizes, functools.partial(make, *args)))
 
+    speculative = limits.next_n > 1 and model.speculative_layers > 0
     for ratio in (0, 4, 128):
-        if ratio not in model.compress_ratios:
+        if ratio not in model.compress_ratios and (ratio or not speculative):
             continue
         name = f"ratio {ratio} layers" if ratio else "window layers"
+        if ratio not in model.compress_ratios:
+            name = "speculative layers"
         extra = serving.second_scope(rank, ratio, limits.max_context)
         width, page_size = extra or (0, 0)
         keys, topk = limits.max_context, serving.round_up(model.window + width, serving.TOPK_MULTIPLE)
@@ -95,13 +104,17 @@ def needs(rank: Rank, limits: Limits, device: Device) -> tuple[Need, ...]:
 
 @dataclass(frozen=True)
 class Check:
-    """Who serves each need on one device.
+    """Whether a model will run on one device, and who serves each need.
 
     Attributes:
         rank: The model and its tensor parallelism.
         limits: How far the server goes.
         machine, device: Where.
-        served: Each need with the choice for its shapes.
+        served: Each need with the choice for its shapes; without candidates where the contract refuses the call.
+        broken: The needs that the contract refuses, in its words.
+        unsupported: Fields of the configuration that the ops are not defined for.
+        notes: What was not looked at, and what is assumed.
+        memory: What serving takes of a rank's memory; None where the model cannot be served at all.
     """
 
     rank: Rank
@@ -109,6 +122,10 @@ class Check:
     machine: Machine
     device: Device
     served: tuple[tuple[Need, Resolution], ...]
+    broken: tuple[tuple[Need, str], ...]
+    unsupported: tuple[str, ...]
+    notes: tuple[str, ...]
+    memory: Memory | None
 
     @property
     def uncovered(self) -> tuple[Need, ...]:
@@ -123,39 +140,136 @@ class Check:
             if resolution.selected is not None and resolution.selected.provider.tier is Tier.REFERENCE
         )
 
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device's memory is enough for one sequence of the longest context; None: unknown."""
+        return None if self.memory is None else self.memory.fits
+
+    @property
+    def ok(self) -> bool:
+        """Every call that serving makes has a provider, and nothing says that memory is short."""
+        return not self.unsupported and not self.uncovered and self.fits is not False
+
 
 def check(
-    model: Model,
-    tp: int,
-    max_model_len: int | None,
-    max_num_seqs: int,
-    machine: Machine,
-    resolutions: Sequence[tuple[Device, Sequence[Resolution]]],
+    model: str | Path | Mapping[str, Any] | Model,
+    *,
+    tp: int = 1,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 256,
+    next_n: int = 1,
+    memory: int | None = None,
+    device: str | None = None,
 ) -> list[Check]:
-    """Judge every need of a model on every device.
+    """Whether a model will run here and who serves each op of one rank, before it is loaded.
 
     Args:
-        model: Dimensions.
+        model: ``"flash"``, ``"pro"``, a ``config.json`` or its folder, the id of a model in the hub's cache, the
+            contents of a ``config.json``, or a ``contract.models.Model``.
         tp: Tensor parallel size.
-        max_model_len: Longest context; None: the model's.
-        max_num_seqs: Sequences of one decode step.
-        machine: Where ``resolutions`` come from.
-        resolutions: For each device the choice for every op, as ``list`` makes it.
+        max_model_len: Tokens of the longest context; None: the model's.
+        max_num_seqs: Sequences of a decode step.
+        next_n: Tokens of one sequence in a decode step: more than 1 with speculative decoding.
+        memory: Bytes of a GPU's memory; None: what the device has, where it is known.
+        device: Judge as if the GPU were this one, such as ``"sm_86"``; None: this machine's devices.
+
+    Returns:
+        One ``Check`` for each kind of device; ``Check.ok`` is the verdict.
 
     Raises:
-        ValueError: the model cannot be divided by ``tp``, or has no positions for ``max_model_len``.
+        ValueError: not a DeepSeek V4 model, it cannot be divided by ``tp``, or a limit is out of range.
+        OSError: the configuration cannot be read.
+        PolicyError: the settings or the device cannot be understood.
     """
-    rank = model.rank(tp)
-    length = model.max_positions if max_model_len is None else max_model_len
-    if length > model.max_positions:
-        raise ValueError(f"max-model-len: {model.name} has {model.max_positions} positions, got {length}")
-    limits = Limits(min(PREFILL_TOKENS, length), max_num_seqs, length)
+    configuration = Configuration(model) if isinstance(model, Model) else read(model)
+    rank = configuration.model.rank(tp)
+    most = rank.model.max_positions
+    length = most if max_model_len is None else max_model_len
+    if length > most:
+        raise ValueError(f"max-model-len: {rank.model.name} has {most} positions, got {length}")
+    for name, value in (("max-num-seqs", max_num_seqs), ("next-n", next_n)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    tokens = max(min(PREFILL_TOKENS, length), max_num_seqs * next_n)
+    limits = Limits(tokens, max_num_seqs, length, next_n)
+    notes = (*_assumed(rank, limits), *configuration.notes)
+    found = survey(device)
     checks = []
-    for device, choices in resolutions:
+    for where, choices in found.resolutions:
         by_op = {resolution.op: resolution for resolution in choices}
-        served = tuple((need, _judge(need, by_op[need.op])) for need in needs(rank, limits, device))
-        checks.append(Check(rank, limits, machine, device, served))
+        served: list[tuple[Need, Resolution]] = []
+        broken: list[tuple[Need, str]] = []
+        for need in needs(rank, limits, where):
+            try:
+                CONTRACTS[need.op].check(**need.arguments())
+            except Exception as error:  # sizes of which there can be no tensor raise torch's own errors
+                broken.append((need, " ".join(str(error).split())))
+                served.append((need, replace(by_op[need.op], candidates=())))
+            else:
+                served.append((need, _judge(need, by_op[need.op])))
+        takes = None
+        if not configuration.unsupported and not broken:
+            takes = _memory(rank, limits, served, where, where.memory if memory is None else memory)
+        unsupported = configuration.unsupported
+        checks.append(
+            Check(rank, limits, found.machine, where, tuple(served), tuple(broken), unsupported, notes, takes)
+        )
     return checks
+
+
+def _assumed(rank: Rank, limits: Limits) -> list[str]:
+    """What a reader would not see in the table."""
+    model, notes = rank.model, []
+    if rank.replicas > 1:
+        heads = f"{rank.heads} head{'s' * (rank.heads != 1)}"
+        notes.append(
+            f"{model.o_groups} output groups on {rank.tp} ranks: each rank has 1 group and its {heads}, and "
+            f"{rank.replicas} ranks have the same (replicated)"
+        )
+    if model.speculative_layers and limits.next_n == 1:
+        layers = f"{model.speculative_layers} speculative (MTP) layer{'s' * (model.speculative_layers != 1)}"
+        notes.append(
+            f"the model has {layers}, not counted here: with speculative decoding check with "
+            f"--next-n {1 + model.speculative_layers}"
+        )
+    return notes
+
+
+def _memory(
+    rank: Rank, limits: Limits, served: list[tuple[Need, Resolution]], device: Device, available: int
+) -> Memory:
+    sizes = []
+    for need, resolution in served:
+        workspace = _workspace(need, resolution, device)
+        sizes.append((memories.call(need.op, need.arguments()) + (workspace or 0), workspace is not None, need))
+    call, workspace_known, need = max(sizes, key=lambda one: one[0])
+    token, sequence, sequences = memories.of_sequences(rank, limits)
+    return Memory(
+        weights=memories.weights(rank, speculative=limits.next_n > 1),
+        call=call,
+        call_of=f"{need.op}, {need.role}",
+        workspace=workspace_known,
+        token=token,
+        sequence=sequence,
+        sequences=sequences,
+        device=available,
+    )
+
+
+def _workspace(need: Need, resolution: Resolution, device: Device) -> int | None:
+    """Bytes that the chosen provider allocates beyond the results; None where it does not tell, or not from here."""
+    import torch
+
+    from ..runtime.bind import load_target
+
+    selected = resolution.selected
+    target = None if selected is None else selected.implementation.workspace
+    if target is None or device.index is None or not torch.cuda.is_available():
+        return None
+    try:
+        return int(load_target(target)(need.op, need.arguments(), torch.device(device.type, device.index)))
+    except Exception:  # a provider's code: the call itself will say what is wrong
+        return None
 
 
 def _judge(need: Need, resolution: Resolution) -> Resolution:
