@@ -282,6 +282,25 @@ def test_what_would_fail_is_not_served(
     assert data["unsupported"] or data["devices"][0]["refused"]
 
 
+def test_a_model_without_a_configuration() -> None:
+    """Its dimensions are judged as those of a file are."""
+    for change, words in (
+        ({"head_dim": 256}, "head_dim: expected 512, got 256"),
+        ({"compress_ratios": (4, 64)}, "compress_ratios: expected 0, 4 or 128, got 64 in layer 1"),
+    ):
+        (found,) = check.check(Model(**{**vars(FLASH), **change}), device="sm_90")
+        assert not found.ok
+        assert words in found.unsupported[0]
+
+
+def test_a_step_of_fewer_tokens() -> None:
+    """An engine that splits the indexer's logits needs less."""
+    (found,) = check.check("flash", max_num_batched_tokens=512, device="sm_90")
+    assert found.limits.max_tokens == 512
+    assert found.memory is not None
+    assert found.memory.call < 1.5 * 2**30
+
+
 def test_what_was_not_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config(index_topk_freq=4)))
     code, out, _ = run(capsys, "--model", str(tmp_path), "--device", "sm_90")
@@ -395,7 +414,7 @@ def draw_config(rng: random.Random) -> dict[str, Any]:
     found = config(
         num_hidden_layers=layers,
         num_nextn_predict_layers=rng.choice([0, 1]),
-        compress_ratios=[rng.choice([0, 4, 128, rng.choice([0, 4, 8])]) for _ in range(layers + 1)],
+        compress_ratios=[*(rng.choice([0, 4, 128, rng.choice([0, 4, 8])]) for _ in range(layers)), 0],
         hidden_size=rng.choice([64, 100, 256, 512]),
         num_attention_heads=groups * rng.choice([1, 2, 3, 4, 8, 50]),
         o_groups=groups,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import PolicyError
-from ..runtime.check import Check
+from ..runtime.check import STEP_TOKENS, Check
 from ..runtime.check import check as judge
 from ..runtime.memory import Memory
 from .render import SCHEMA_VERSION, hinted, resolution_json, table, versions
@@ -35,6 +35,13 @@ def add(command: AddCommand) -> None:
     )
     check.add_argument(
         "--max-num-seqs", type=positive, default=256, metavar="B", help="sequences of a decode step (default: 256)"
+    )
+    check.add_argument(
+        "--max-num-batched-tokens",
+        type=positive,
+        default=STEP_TOKENS,
+        metavar="T",
+        help=f"tokens of one step, as engines chunk prefill (default: {STEP_TOKENS})",
     )
     check.add_argument(
         "--next-n",
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             tp=args.tp,
             max_model_len=args.max_model_len,
             max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
             next_n=args.next_n,
             memory=args.memory,
             device=args.device,
@@ -85,6 +93,7 @@ def as_json(checks: Sequence[Check]) -> dict[str, Any]:
         "tp": rank.tp,
         "max_model_len": first.limits.max_context,
         "max_num_seqs": first.limits.max_requests,
+        "max_tokens": first.limits.max_tokens,
         "next_n": first.limits.next_n,
         "rank": {
             "heads": rank.heads,
@@ -227,6 +236,7 @@ def _verdict(check: Check) -> list[str]:
     else:
         lines.append(
             f"DOES NOT FIT: {_bytes(memory.needed)} are needed for one sequence of the longest context, the device has "
-            f"{_bytes(memory.device)}; more ranks (--tp) or a shorter context (--max-model-len) may fit"
+            f"{_bytes(memory.device)}; more ranks (--tp), a shorter context (--max-model-len) or fewer tokens of a "
+            "step (--max-num-batched-tokens) may fit"
         )
     return lines

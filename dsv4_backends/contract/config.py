@@ -230,11 +230,12 @@ class _Reader:
         if heads % groups:
             raise ValueError(f"{self.name}: o_groups: expected a divisor of {heads} attention heads, got {groups}")
         ratios, speculative = self.ratios(layers), self.speculative()
-        self.head(head_dim := self.number("head_dim"))
+        self.head()
         for key in ("torch_dtype", "dtype"):
             if (dtype := self.get(key)) is not None:
                 why = "the ops take bf16 activations"
-                self.expect(key, str(dtype).removeprefix("torch."), "bfloat16", "auto", why=why)
+                named = dtype if isinstance(dtype, int) else str(dtype).removeprefix("torch.")
+                self.expect(key, named, "bfloat16", "auto", why=why)
         for key in self.config:
             if _LATER.match(key) and self.get(key):
                 self.unsupported.append(f"{key}: a field of V4.1, which the ops are not defined for")
@@ -252,19 +253,20 @@ class _Reader:
             hc_mult=self.number("hc_mult"),
             compress_ratios=ratios,
             max_positions=self.number("max_position_embeddings"),
-            head_dim=head_dim,
+            head_dim=self.number("head_dim"),
             speculative_layers=speculative,
             weights=self.weights(quantized),
         )
         unknown = [_word(key) for key in self.config if key not in self.looked_at | _ELSEWHERE]
         if unknown:
             self.notes.append(f"not looked at: {', '.join(sorted(unknown))}")
-        return Configuration(model, tuple(self.unsupported), tuple(self.notes))
+        return Configuration(model, (*model.unsupported, *self.unsupported), tuple(self.notes))
 
     def unwrap(self) -> None:
         """A model of text and images has the text model's configuration inside its own."""
         inner = self.config.get("text_config")
-        if not isinstance(inner, Mapping) or self.config.get("model_type") == "deepseek_v4":
+        whole = self.config.get("model_type") == "deepseek_v4" and "num_hidden_layers" in self.config
+        if not isinstance(inner, Mapping) or whole:
             return
         outer = self.config
         kind = _short(outer.get("model_type"))
@@ -308,9 +310,9 @@ class _Reader:
         if len(ratios) < layers:
             expected = f"0, 4 or 128 for each of {layers} layers"
             raise ValueError(f"{self.name}: compress_ratios: expected {expected}, got {len(ratios)} entries")
-        for ratio in sorted(set(ratios) - {0, 4, 128}):
-            self.unsupported.append(
-                f"compress_ratios: expected 0, 4 or 128, got {ratio} in layer {ratios.index(ratio)}"
+        if any(ratios[layers:]):  # those of speculative layers are 0
+            self.notes.append(
+                f"compress_ratios: {len(ratios)} entries for {layers} layers; the first {layers} were read"
             )
         common = min(len(by_type), layers)
         differs = [i for i, (one, two) in enumerate(zip(by_type[:common], ratios, strict=False)) if one != two]
@@ -342,10 +344,9 @@ class _Reader:
             )
         return count
 
-    def head(self, head_dim: int) -> None:
+    def head(self) -> None:
         """512 dimensions, the last 64 with RoPE, and one head of keys that are also the values."""
         why = "the ops and the cache are defined for 448 + 64"
-        self.expect("head_dim", head_dim, 512, why=why)
         for keys, size in ((("qk_rope_head_dim", "rope_head_dim"), 64), (("qk_nope_head_dim",), 448)):
             for key in keys:
                 if (value := self.get(key)) is not None:
@@ -355,9 +356,10 @@ class _Reader:
                 self.expect(key, value, size)
         rope = self.get("rope_parameters")
         factors = {"partial_rotary_factor": self.get("partial_rotary_factor")}
-        for part in ("main", "compress"):
-            if isinstance(rope, Mapping) and isinstance(rope.get(part), Mapping):
-                factors[f"rope_parameters.{part}.partial_rotary_factor"] = rope[part].get("partial_rotary_factor")
+        if isinstance(rope, Mapping):
+            for name, part in {"": rope, ".main": rope.get("main"), ".compress": rope.get("compress")}.items():
+                if isinstance(part, Mapping):
+                    factors[f"rope_parameters{name}.partial_rotary_factor"] = part.get("partial_rotary_factor")
         for key, factor in factors.items():
             if factor is not None:
                 self.expect(key, factor, 64 / 512, why=why)
@@ -413,7 +415,7 @@ class _Reader:
         if missing:
             self.notes.append(f"the weights' size is unknown: the configuration has no {', '.join(missing)}")
             return None
-        if expert_dtype not in EXPERT_BYTES:
+        if not isinstance(expert_dtype, str) or expert_dtype not in EXPERT_BYTES:
             self.notes.append(f"the weights' size is unknown: expert_dtype: unknown value {_short(expert_dtype)}")
             return None
         return Weights(

@@ -79,6 +79,17 @@ class Model:
         if self.o_groups < 1 or self.heads % self.o_groups:
             raise ValueError(f"{self.name}: {self.heads} heads cannot be divided into {self.o_groups} output groups")
 
+    @property
+    def unsupported(self) -> tuple[str, ...]:
+        """Dimensions that the ops are not defined for, each with what is expected."""
+        found = []
+        if self.head_dim != 512:
+            found.append(f"head_dim: expected 512, got {self.head_dim}: the ops and the cache are defined for 448 + 64")
+        for ratio in sorted(set(self.compress_ratios) - {0, 4, 128}):
+            layer = self.compress_ratios.index(ratio)
+            found.append(f"compress_ratios: expected 0, 4 or 128, got {ratio} in layer {layer}")
+        return tuple(found)
+
     def rank(self, tp: int) -> Rank:
         """What one of ``tp`` tensor-parallel ranks computes.
 

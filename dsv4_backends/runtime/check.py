@@ -25,8 +25,8 @@ from ..selection.survey import survey
 from . import memory as memories
 from .memory import Memory
 
-PREFILL_TOKENS = 8192
-"""Tokens of one prefill step; engines cut longer prompts into chunks of about this size."""
+STEP_TOKENS = 8192
+"""Tokens of one step; engines cut longer prompts into chunks of about this size."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ def check(
     tp: int = 1,
     max_model_len: int | None = None,
     max_num_seqs: int = 256,
+    max_num_batched_tokens: int = STEP_TOKENS,
     next_n: int = 1,
     memory: int | None = None,
     device: str | None = None,
@@ -169,9 +170,13 @@ def check(
         tp: Tensor parallel size.
         max_model_len: Tokens of the longest context; None: the model's.
         max_num_seqs: Sequences of a decode step.
+        max_num_batched_tokens: Tokens of one step: an engine's chunk of prefill, or of the indexer's logits if it
+            splits them further.
         next_n: Tokens of one sequence in a decode step: more than 1 with speculative decoding.
         memory: Bytes of a GPU's memory; None: what the device has, where it is known.
         device: Judge as if the GPU were this one, such as ``"sm_86"``; None: this machine's devices.
+
+    Where a provider tells the workspace of its calls, it is asked, which may create a CUDA context in this process.
 
     Returns:
         One ``Check`` for each kind of device; ``Check.ok`` is the verdict.
@@ -181,16 +186,17 @@ def check(
         OSError: the configuration cannot be read.
         PolicyError: the settings or the device cannot be understood.
     """
-    configuration = Configuration(model) if isinstance(model, Model) else read(model)
+    configuration = Configuration(model, model.unsupported) if isinstance(model, Model) else read(model)
     rank = configuration.model.rank(tp)
     most = rank.model.max_positions
     length = most if max_model_len is None else max_model_len
     if length > most:
         raise ValueError(f"max-model-len: {rank.model.name} has {most} positions, got {length}")
-    for name, value in (("max-num-seqs", max_num_seqs), ("next-n", next_n)):
+    limits_given = {"max-num-seqs": max_num_seqs, "max-num-batched-tokens": max_num_batched_tokens, "next-n": next_n}
+    for name, value in limits_given.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    tokens = max(min(PREFILL_TOKENS, length), max_num_seqs * next_n)
+    tokens = max(min(max_num_batched_tokens, length), max_num_seqs * next_n)
     limits = Limits(tokens, max_num_seqs, length, next_n)
     notes = (*_assumed(rank, limits), *configuration.notes)
     found = survey(device)
