@@ -253,7 +253,10 @@ NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_attention_heads": 300}, "sparse_mla_decode: argument q: expected 1 to 128 heads, got h_q 300"),
+        (
+            {"num_attention_heads": 300},
+            "NOT SERVED: sparse_mla_decode: argument q: expected 1 to 128 heads, got h_q 300",
+        ),
         ({"hidden_size": 2**31 - 1, "hc_mult": 2**31 - 1}, "NOT SERVED: 6 of 16"),
         ({"qk_rope_head_dim": 128}, "NOT SERVED: qk_rope_head_dim: expected 64, got 128"),
         ({"head_dim": 576}, "NOT SERVED: head_dim: expected 512, got 576"),
@@ -393,6 +396,50 @@ def test_memory_of_a_device_that_is_known(monkeypatch: pytest.MonkeyPatch, capsy
     code, out, _ = run(capsys, "--model", "flash", "--tp", "4", "--json")
     devices = json.loads(out)["devices"]
     assert (code, [one["memory"]["fits"] for one in devices]) == (1, [True, False])
+
+
+WORKSPACE = """
+import dsv4_backends as d
+@d.hookimpl
+def dsv4_providers():
+    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=(
+        d.Implementation(op="mqa_logits", target="acme_kernels:mqa_logits", workspace="acme_kernels:workspace"),))
+"""
+WORKSPACE_KERNELS = """
+def mqa_logits(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None): ...
+def workspace(op, arguments, device):
+    assert (op, device.type, device.index, arguments["q"].device.type) == ("mqa_logits", "cuda", 0, "meta")
+    return 5 << 30 if arguments["q"].shape[0] > 512 else 1 // 0
+"""
+
+
+def test_workspace_of_a_provider_that_tells(
+    fake_plugin: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked on a GPU that is there, not on one that is only named."""
+    (tmp_path / "acme_kernels.py").write_text(WORKSPACE_KERNELS)
+    fake_plugin("acme", WORKSPACE)
+    (named,) = check.check("flash", device="sm_90")
+    gpu = machine.Device("cuda", 0, "a GPU", Version("9.0"), 100, 141 << 30)
+    monkeypatch.setattr(machine, "probe", lambda: machine.Machine((gpu,)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (there,) = check.check("flash")
+    (broken,) = check.check("flash", max_num_batched_tokens=512, max_num_seqs=1)
+    assert named.memory is not None
+    assert there.memory is not None
+    assert broken.memory is not None
+    assert there.memory.call_of == "mqa_logits, indexer, prefill"
+    assert there.memory.call == named.memory.call + (5 << 30)
+    assert (named.memory.workspace, there.memory.workspace, broken.memory.workspace) == (False, True, False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks the GPU for its memory")
+def test_memory_of_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "deep_gemm,flash_mla")
+    found, *_ = check.check("flash", tp=8, max_model_len=65536)
+    assert found.memory is not None
+    assert found.memory.device == torch.cuda.get_device_properties(0).total_memory
+    assert found.memory.workspace
 
 
 def test_weights_that_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

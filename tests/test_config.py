@@ -381,6 +381,8 @@ def test_no_path(source: str) -> None:
 
 
 def test_built_in() -> None:
+    with pytest.raises(OSError, match="FLASH: no such file or folder; flash and pro are built in"):
+        config.read("FLASH")
     for name, model in (("flash", FLASH), ("pro", PRO)):
         assert config.read(name) == config.Configuration(model)
 

@@ -172,7 +172,7 @@ def _needs(check: Check) -> str:
 
 def _reasons(check: Check) -> list[str]:
     """Why candidates do not serve, and what the chosen ones warn of; each once."""
-    reasons = dict.fromkeys(message for _, message in check.broken)
+    reasons: dict[str, None] = {}
     broken = [need for need, _ in check.broken]
     for need, resolution in check.served:
         selected = resolution.selected
@@ -217,7 +217,8 @@ def _memory(check: Check, memory: Memory) -> str:
 
 def _verdict(check: Check) -> list[str]:
     total = len(check.served)
-    lines = [f"NOT SERVED: {reason}" for reason in check.unsupported]
+    reasons = dict.fromkeys((*check.unsupported, *(message for _, message in check.broken)))
+    lines = [f"NOT SERVED: {reason}" for reason in reasons]
     if check.uncovered:
         lines.append(f"NOT SERVED: {len(check.uncovered)} of {total}; the model will not run here")
     memory = check.memory

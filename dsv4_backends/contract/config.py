@@ -93,7 +93,11 @@ def locate(source: str | Path) -> Path:
     path = _home(text)
     if path.is_dir():
         return _in_folder(path)
-    if path.exists() or path.is_symlink() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+    if path.exists() or path.is_symlink():
+        return path
+    if re.fullmatch(r"[\w-]+", text):
+        raise FileNotFoundError(f"{text}: no such file or folder; {' and '.join(MODELS)} are built in")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
         return path
     cached = _hub() / f"models--{text.replace('/', '--')}"
     if cached.is_dir():
