@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dsv4_backends.contract import config
-from dsv4_backends.contract.models import FLASH, PRO, Model, from_config
+from dsv4_backends.contract.models import FLASH, PRO, Model
 
 FP8 = {
     "activation_scheme": "dynamic",
@@ -182,7 +182,7 @@ def test_what_the_ops_are_not_defined_for(change: dict[str, Any], words: str) ->
     found = config.read(RELEASED | change)
     assert words in "; ".join(found.unsupported)
     with pytest.raises(ValueError, match=r"config\.json: "):
-        from_config(RELEASED | change)
+        config.from_config(RELEASED | change)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dsv4_backends.contract import CONTRACTS
-from dsv4_backends.contract.models import FLASH, MODELS, PRO, Model, from_config
+from dsv4_backends.contract.config import from_config
+from dsv4_backends.contract.models import FLASH, MODELS, PRO, Model
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v4",

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..contract.models import MODELS, Model, from_config
+from ..contract.config import from_config
+from ..contract.models import MODELS, Model
 
 RATIO = 4
 """Tokens per compressed key in a layer that has an indexer."""

@@ -37,12 +37,12 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..contract import models
+    from ..contract import config
     from ..runtime import ahead
     from ..runtime.serving import Limits
 
     try:
-        model = models.from_config(args.model)
+        model = config.from_config(args.model)
         model.rank(args.tp)
         limits = Limits(args.max_tokens, args.max_requests, args.max_context, args.next_n, args.heads)
     except (OSError, ValueError) as error:

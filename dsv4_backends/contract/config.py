@@ -446,3 +446,20 @@ def _word(value: object) -> str:
     if not isinstance(value, str):
         return ""
     return value if len(value) <= 200 and value.isprintable() else _short(value)
+
+
+def from_config(source: str | Path | Mapping[str, Any]) -> Model:
+    """Read a model's dimensions.
+
+    Args:
+        source: What ``read`` takes: ``"flash"``, ``"pro"``, the path of a Hugging Face ``config.json`` or of
+            the folder it is in, the id of a model in the hub's cache, or the contents of a ``config.json``.
+
+    Raises:
+        ValueError: not a DeepSeek V4 configuration, or one that the ops are not defined for; names the field.
+        OSError: the file cannot be read.
+    """
+    found = read(source)
+    if found.unsupported:
+        raise ValueError(f"{found.model.name}: {'; '.join(found.unsupported)}")
+    return found.model

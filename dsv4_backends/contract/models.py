@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 HC_MULT = 4
 EXPERT_BYTES = {"fp4": 1 / 2 + 1 / 32, "fp8": 1 + 1 / 128**2, "bf16": 2.0, "bfloat16": 2.0}
@@ -186,22 +184,3 @@ PRO = Model(
     weights=Weights(vocab=129280, q_lora_rank=1536, experts=384, expert_width=3072),
 )
 MODELS: Mapping[str, Model] = {"flash": FLASH, "pro": PRO}
-
-
-def from_config(source: str | Path | Mapping[str, Any]) -> Model:
-    """Read a model's dimensions.
-
-    Args:
-        source: What ``config.read`` takes: ``"flash"``, ``"pro"``, the path of a Hugging Face ``config.json`` or of
-            the folder it is in, the id of a model in the hub's cache, or the contents of a ``config.json``.
-
-    Raises:
-        ValueError: not a DeepSeek V4 configuration, or one that the ops are not defined for; names the field.
-        OSError: the file cannot be read.
-    """
-    from .config import read
-
-    found = read(source)
-    if found.unsupported:
-        raise ValueError(f"{found.model.name}: {'; '.join(found.unsupported)}")
-    return found.model

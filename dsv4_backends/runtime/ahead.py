@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..contract import CONTRACTS
-from ..contract.models import Model, from_config
+from ..contract.config import from_config
+from ..contract.models import Model
 from ..selection import machine
 from . import bind
 from .serving import Limits, calls
