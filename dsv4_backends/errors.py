@@ -25,6 +25,10 @@ class PluginError(DSV4Error, RuntimeError):
     """A plugin is broken and ``DSV4_BACKENDS_STRICT=1`` asked for that to be an error."""
 
 
+class CacheError(DSV4Error, RuntimeError):
+    """A compiler that runs in this process cannot use its cache on disk; names the directory and the variable."""
+
+
 class NoProviderError(DSV4Error, RuntimeError):
     """No provider can serve the op here. ``resolution`` (a ``Resolution``) has every candidate with its reasons."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .compat import native
+from .runtime.launching import cache_error, cache_problem, elsewhere, on_its_device
 from .runtime.steps import once_a_step
 from .selection.capability import Support, support
 from .selection.hookspecs import hookimpl
 from .selection.libraries import Library, Parameter, accepts, find_library, parameters, words
 from .selection.machine import device_of, simulate
-from .selection.policy import switch
 from .selection.provider import API_VERSION, REASONS, Build, Implementation, ProviderSpec, Reason, Tier
 
 __all__ = [
@@ -23,14 +23,17 @@ __all__ = [
     "Support",
     "Tier",
     "accepts",
+    "cache_error",
+    "cache_problem",
     "device_of",
+    "elsewhere",
     "find_library",
     "hookimpl",
     "native",
+    "on_its_device",
     "once_a_step",
     "parameters",
     "simulate",
     "support",
-    "switch",
     "words",
 ]

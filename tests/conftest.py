@@ -15,7 +15,7 @@ from dsv4_backends.selection import policy
 
 @pytest.fixture(autouse=True)
 def clean_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    kept = {"DSV4_BACKENDS_LEVEL"}
+    kept = {"DSV4_BACKENDS_LEVEL", "DSV4_BACKENDS_TORCH_DEVICE"}
     if request.node.get_closest_marker("simulates"):
         kept.add("DSV4_BACKENDS_DEVICE")
     for name in [name for name in os.environ if name.startswith(policy.PREFIX) and name not in kept]:

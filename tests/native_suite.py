@@ -54,9 +54,9 @@ def _step_in_a_graph(provider: str, op: str, case_name: str) -> None:
     case = next(case for case in contract.cases if case.name == case_name)
     made: dict[str, Any] = contract.inputs(case, target.device)
     target.run(made)
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(target.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), step():
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(target.device)), step():
         target.run(made)
         results = target.run(made)
     for variant in (1, 2, 0):
@@ -65,7 +65,7 @@ def _step_in_a_graph(provider: str, op: str, case_name: str) -> None:
             if isinstance(value, torch.Tensor):
                 checks._storage(value).copy_(checks._storage(other[name]))
         graph.replay()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(target.device)
         for name, result, want in zip(contract.returns, results, oracle.expected(op, other), strict=True):
             error = numerics.compare(result, want, contract.tolerances[name])
             assert error.ok, (variant, name, error)

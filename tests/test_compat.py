@@ -386,19 +386,29 @@ def test_metadata_belongs_to_its_shapes() -> None:
         decode(o, metadata=metadata)
 
 
-def test_batch_invariance_where_it_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Triton provider claims it for decode when its mode is on, and then the call is passed to it."""
-    from dsv4_backends.selection import plugins
-
+def test_batch_invariance_where_it_is_claimed(fake_plugin: Callable[..., None], monkeypatch: Any) -> None:
+    """By what the mode puts in place of the provider's usual function, once the mode is on."""
+    source = """
+from dsv4_backend_torch.attention import sparse_mla_decode
+from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
+def also(*args, **kwargs): raise AssertionError("only in the other mode")
+@hookimpl
+def dsv4_providers():
+    own = dict(op="sparse_mla_decode", devices=("cpu",))
+    yield ProviderSpec(name="steady", summary="s", tier=Tier.NATIVE, implementations=(
+        Implementation(target="steady_plugin:also", **own),
+        Implementation(
+            target="steady_plugin:sparse_mla_decode", batch_invariant=True, only_batch_invariant=True, **own
+        ),
+    ))
+"""
+    fake_plugin("steady", source)
+    with pytest.raises(UnsupportedError, match="enable_batch_invariant"):
+        decode(_decode(), enable_batch_invariant=True)
     monkeypatch.setenv("DSV4_BACKENDS_BATCH_INVARIANT", "1")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    plugins.load.cache_clear()
-    claims = {
-        i.op: i.batch_invariant for p in plugins.load().providers if p.name == "triton" for i in p.implementations
-    }
-    assert claims["sparse_mla_decode"]
-    assert not claims["mqa_logits"]
     bind.reset()
+    decode(_decode(), enable_batch_invariant=True)
+    assert bind.stats()["sparse_mla_decode"] == {"steady": 1}
 
 
 # ---------------------------------------------------------------------------------------- behind the names

@@ -101,3 +101,11 @@ def test_a_plan_is_of_what_lies_at_an_address(plan: Callable[..., int]) -> None:
         assert plan(whole, None) == plan(whole, None) != plan(None, whole)
         whole += 1
         assert plan(whole) > 6
+
+
+def test_without_lengths_a_plan_is_of_the_current_device(cuda: Cuda, plan: Callable[..., int]) -> None:
+    """Both devices' default streams have the handle 0."""
+    with step():
+        assert [plan(None), plan(None)] == [0, 0]
+        cuda.device = 1
+        assert [plan(None), plan(None)] == [1, 1]

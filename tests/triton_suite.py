@@ -12,8 +12,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dsv4_backend_triton import _numeric
+from dsv4_backend_triton import BATCH_INVARIANT, _numeric
 from dsv4_backend_triton._arch import arch_of, interpreting
+from dsv4_backend_triton._launch import launch
 from extremes import check_extreme_scale_codes
 from traffic import served
 
@@ -22,7 +23,7 @@ from dsv4_backends.contract.models import FLASH
 from dsv4_backends.runtime import ahead
 from dsv4_backends.runtime.serving import Limits
 from dsv4_backends.selection import policy
-from dsv4_backends.testing import ProviderConformance, oracle
+from dsv4_backends.testing import ProviderConformance, checks, numerics, oracle
 from dsv4_backends.testing.checks import default_device
 
 pytestmark = pytest.mark.simulates
@@ -30,6 +31,59 @@ pytestmark = pytest.mark.simulates
 
 class TestTriton(ProviderConformance):
     provider = "triton"
+
+
+class TestBatchInvariantMode(ProviderConformance):
+    """What the mode puts in place of the usual functions: right, and the same bits for a row alone."""
+
+    provider = "triton"
+    batch_invariant = True
+
+    @classmethod
+    def _ops(cls) -> list[str]:
+        return [op for op in super()._ops() if op not in BATCH_INVARIANT]
+
+    @classmethod
+    def _all_tests(cls) -> list[tuple[str, str, str]]:
+        return [test for test in super()._all_tests() if test[0] in ("numerics", "batch_invariant", "graph")]
+
+
+_SIZES = (1, 7, 9) if interpreting() else (1, 7, 64, 83, 84, 256, 1000, 8192)
+_SMALL = {
+    "sparse_mla_prefill": {"h_q": 16, "s_kv": 40, "topk": 40},
+    "sparse_mla_decode": {"s_q": 1, "h_q": 16, "topk": 40, "extra_topk": 40},
+    "mqa_logits": {"n": 70, "h": 32},
+    "paged_mqa_logits": {"context": 70, "h": 32},
+    "fp8_einsum": {"h": 1, "r": 256, "d": 64},
+    "hc_prenorm_gemm": {"k": 512},
+}
+_WIDE = {
+    "sparse_mla_prefill": {"h_q": 64, "s_kv": 4096, "topk": 640},
+    "sparse_mla_decode": {"s_q": 1, "h_q": 16, "topk": 128, "extra_topk": 512},
+    "mqa_logits": {"n": 3000, "h": 64},
+    "paged_mqa_logits": {"context": 1000, "h": 64},
+    "fp8_einsum": {"h": 8, "r": 4096, "d": 1024},
+    "hc_prenorm_gemm": {"k": 16384},
+}
+_BATCH = {"sparse_mla_prefill": "s_q", "mqa_logits": "m", "hc_prenorm_gemm": "m"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bits_of_a_row_in_every_batch(op: str) -> None:
+    """Rows of the largest batch, in batches of every size: first ones, and ones from its middle."""
+    target = checks.subject("triton", op, default_device(), batch_invariant=True)
+    assert target.implementation.batch_invariant
+    most = _SIZES[-1]
+    sizes = (_SMALL if interpreting() else _WIDE)[op]
+    made = target.contract.make(target.device, torch.Generator().manual_seed(5), **sizes, **{_BATCH.get(op, "b"): most})
+    whole = target.run(made)
+    for size in _SIZES:
+        for start in {0, (most - size) // 2}:
+            some = target.run(checks.some_rows(target.contract, made, slice(start, start + size)))
+            for name, all_rows, rows in zip(target.contract.returns, whole, some, strict=True):
+                per = len(all_rows) // most
+                same = numerics.same_bits(all_rows[start * per : (start + size) * per], rows)
+                assert same, f"{name}: {size} rows from {start} on"
 
 
 @triton.jit
@@ -43,7 +97,7 @@ def test_every_e4m3_and_e8m0_code() -> None:
     """By integer arithmetic, as SM80 and SM86 need it: subnormals, both NaN, 2^-127."""
     device = default_device()
     values, scales = torch.empty(256, device=device), torch.empty(256, device=device)
-    _decode_every_code[(1,)](values, scales)
+    launch(_decode_every_code, (1,), values, scales)
     codes = torch.arange(256, dtype=torch.uint8, device=device)
     for got, want in ((values, oracle.e4m3(codes)), (scales, oracle.e8m0(codes))):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=0, equal_nan=True)
@@ -64,7 +118,7 @@ def test_rounding_to_bf16() -> None:
     x[:6] = torch.tensor([float("inf"), -float("inf"), float("nan"), 1 + 2**-8, 0.0, -0.0])
     x = x.to(default_device())
     rounded = torch.empty(512, dtype=torch.bfloat16, device=x.device)
-    _round_bf16[(1,)](x, rounded)
+    launch(_round_bf16, (1,), x, rounded)
     torch.testing.assert_close(rounded, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -98,7 +152,7 @@ def test_nothing_compiles_after_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, fn, **_: compiled.append(fn.name))
     with policy.use_providers("triton"):
-        ready = ahead.warmup("flash", tp=2, limits=limits)
+        ready = ahead.warmup("flash", tp=2, limits=limits, device=default_device())
         assert all(made["triton"] > 0 for made in ready.values()), ready
         assert compiled
         compiled.clear()
@@ -106,7 +160,7 @@ def test_nothing_compiles_after_warmup(monkeypatch: pytest.MonkeyPatch) -> None:
             function = getattr(ops, op)
             for arguments in served(op, FLASH.rank(2), limits, 20, seed=1):
                 function(**{name: _on_gpu(value) for name, value in arguments.items()})
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(default_device())
     assert compiled == []
 
 
@@ -115,4 +169,4 @@ def _on_gpu(value: object) -> object:
     if not isinstance(value, torch.Tensor):
         return value
     extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return torch.zeros(extent, dtype=value.dtype, device="cuda").as_strided(value.shape, value.stride())
+    return torch.zeros(extent, dtype=value.dtype, device=default_device()).as_strided(value.shape, value.stride())

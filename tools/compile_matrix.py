@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from dsv4_backend_triton import ahead, decode
+from dsv4_backend_triton import BATCH_INVARIANT, ahead
 from dsv4_backend_triton._arch import arch_from_capability
 from dsv4_backend_triton._launch import Launch
 from packaging.version import Version
@@ -78,10 +78,10 @@ def launches(capability: str) -> tuple[Launch, ...]:
     arch = arch_from_capability(Version(capability))
     found: dict[tuple[Any, ...], Launch] = {}
     for invariant in (False, True):
-        decode.set_batch_invariant(invariant)
-        for op in ("sparse_mla_decode",) if invariant else OPS:
+        home = "batch_invariant" if invariant else ""
+        for op in (op for op in OPS if op not in BATCH_INVARIANT or not invariant):
             for rank in RANKS:
-                for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch):
+                for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch, home):
                     found.setdefault(_identity(launch), launch)
     return tuple(found.values())
 

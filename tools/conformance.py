@@ -1,6 +1,6 @@
 """Run a provider's suite on a GPU and keep what came of every test.
 
-Usage: python tools/conformance.py [--level full] [--jobs 8] [--only PROVIDER] [--json FILE]
+Usage: python tools/conformance.py [--level full] [--jobs 8] [--only PROVIDER] [--torch-device DEVICE] [--json FILE]
 
 Needs a GPU and pytest; with --jobs also pytest-xdist. An interrupt (SIGINT) ends it early: the file then says that it
 is not complete.
@@ -78,6 +78,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=0, help="processes; 0: this one")
     only = ("triton", *NATIVE)
     parser.add_argument("--only", choices=only, action="append", help="may be given twice; default: the native ones")
+    parser.add_argument("--torch-device", default="", help="such as cuda:1; cuda:0 stays current (default: the first)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     names = arguments.only or list(NATIVE)
@@ -87,6 +88,9 @@ def main() -> int:
     if code := os.environ.get("TRITON_OVERRIDE_ARCH"):  # Triton's: whose instructions it chooses
         words.append(f"TRITON_OVERRIDE_ARCH={code}")
     words += ["python tools/conformance.py", f"--level {arguments.level}", *(f"--only {n}" for n in names)]
+    if arguments.torch_device:
+        words.append(f"--torch-device {arguments.torch_device}")
+        os.environ["DSV4_BACKENDS_TORCH_DEVICE"] = arguments.torch_device
     result: dict[str, Any] = {
         "command": " ".join(words),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -102,7 +106,9 @@ def main() -> int:
     files = ["triton_suite.py"] if "triton" in names else []
     if chosen := " or ".join(NATIVE[name] for name in names if name in NATIVE):
         files.append("native_suite.py")
-        options += ["-k", f"{chosen} or triton_suite"]
+        options += ["-k", f"{chosen} or triton_suite or two_gpus"]
+    if arguments.torch_device:
+        files.append("test_two_gpus.py")
     status = pytest.main([*(str(ROOT / "tests" / file) for file in files), *options], plugins=[kept])
     kept.write(complete=status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
     print(json.dumps({"libraries": result["libraries"], **kept.counts, "complete": result["complete"]}))

@@ -46,6 +46,10 @@ BENCH_CODE = "h200-bench-code-sm_80.json"
 ADVICE = {
     "capability": "Nothing, if another provider serves the op: `list` names it. Otherwise look for one that "
     "covers your GPU.",
+    "batch-variant": "Nothing, if the provider's results may depend on the batch; else install one that claims it.",
+    "slower-kernels": "Install a version of Triton whose names are those that the message misses.",
+    "cache-unusable": "Set TRITON_CACHE_DIR to a directory that can be written, with room.",
+    "notices-failed": "Report it to the provider's author.",
     "device-type": "Nothing, unless you expected a GPU here: `doctor` says what the driver answered.",
     "distribution-missing": "Install what the hint names.",
     "distribution-version": "Upgrade or pin the distribution that the message names.",

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from dsv4_backends.provider import cache_error
+
 _BLOCK = 4096
 _MOVED_BLOCK = 2048
 _ROWS_TO_MOVE = 256
@@ -168,7 +170,8 @@ def _launch(
     aligned: bool = True,
     early: bool = False,
 ) -> None:
-    """Launch a kernel without Triton's own look at every argument, which takes longer than the kernel.
+    """Launch a kernel without Triton's own look at every argument, which takes longer than the kernel. The device of
+    the tensors must be current: the ops of this package see to that.
 
     Args:
         tensors, numbers: Its first arguments, all of these on ``device``, and those that follow.
@@ -181,7 +184,12 @@ def _launch(
     if found is not None:
         found(grid, tensors, numbers)
         return
-    compiled = kernel[grid](*tensors, *numbers, *flags, **({"launch_pdl": True} if early else {}))
+    try:
+        compiled = kernel[grid](*tensors, *numbers, *flags, **({"launch_pdl": True} if early else {}))
+    except Exception as error:
+        if (named := cache_error(error)) is not None:
+            raise named from error
+        raise
     if not _INTERPRETED:
         _compiled[key] = _runner(compiled, device, flags)
 

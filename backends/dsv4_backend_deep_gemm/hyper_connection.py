@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_backends.provider import Reason
+from dsv4_backends.provider import Reason, elsewhere, on_its_device
 
 from ._alignment import ALIGNMENT, aligned
 from .probe import deep_gemm
@@ -41,6 +41,9 @@ def hc_prenorm_gemm(
     sqr_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``dsv4_backends.contract.hyper_connection``. Splits beyond the blocks of k are 0."""
+    if elsewhere(x):
+        with on_its_device(x):
+            return hc_prenorm_gemm(x, fn, num_splits=num_splits, out=out, sqr_sum=sqr_sum)
     m, k = x.shape
     n = fn.shape[0]
     lead = () if num_splits is None else (num_splits,)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_backends.provider import Reason, once_a_step
+from dsv4_backends.provider import Reason, elsewhere, on_its_device, once_a_step
 
 from ._alignment import ALIGNMENT, dense
 from ._finish import bounds, finish
@@ -73,6 +73,9 @@ def mqa_logits(
     DeepGEMM 2.5 and 2.6 clean the full form themselves. The compressed form is cleaned here; from 2.8 on the full
     form is made from it.
     """
+    if elsewhere(q):
+        with on_its_device(q):
+            return mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k=max_seqlen_k, out=out)
     m, heads, _ = q.shape
     n = k.shape[0]
     width = n if max_seqlen_k is None else max_seqlen_k
@@ -158,6 +161,9 @@ def paged_mqa_logits(
     made anew in every call, or once in a ``dsv4_backends.step()`` block. Keys come through a tensor map, by which a
     page that the cache does not have is zeros; its logits are made -inf with those beyond the lengths.
     """
+    if elsewhere(q):
+        with on_its_device(q):
+            return paged_mqa_logits(q, k_cache, weights, context_lens, block_table, max_context_len, out=out)
     b, next_n, heads, dim = q.shape
     table = block_table
     shape, strides = k_cache.shape, k_cache.stride()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_backends.contract import layouts
-from dsv4_backends.provider import Reason
+from dsv4_backends.provider import Reason, elsewhere, on_its_device
 
 from ._alignment import ALIGNMENT, aligned
 from .probe import deep_gemm
@@ -64,6 +64,9 @@ def _tokens_contiguous(scale: Tensor) -> Tensor:
 
 def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     """See ``dsv4_backends.contract.projection``."""
+    if elsewhere(x):
+        with on_its_device(x):
+            return fp8_einsum(x, x_scale, w, w_scale, out=out)
     b, h, r = x.shape
     d = w.shape[1]
     wanted = x.new_empty((b, h, d), dtype=torch.bfloat16) if out is None else out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_backends.contract.layouts import KV_BYTES
-from dsv4_backends.provider import Reason, once_a_step
+from dsv4_backends.provider import Reason, elsewhere, on_its_device, once_a_step
 
 from ._bounds import Scope, bounded
 from ._padding import ALIGNMENT, heads_for, padded_heads, padded_sink
@@ -79,6 +79,20 @@ def sparse_mla_decode(
     FlashMLA knows no invalid index but -1 and no bound of a length: one launch makes both safe.
     FlashMLA's schedule is made anew in every call, or once in a ``dsv4_backends.step()`` block.
     """
+    if elsewhere(q):
+        with on_its_device(q):
+            return sparse_mla_decode(
+                q,
+                k_cache,
+                indices,
+                sm_scale,
+                attn_sink=attn_sink,
+                topk_length=topk_length,
+                extra_k_cache=extra_k_cache,
+                extra_indices=extra_indices,
+                extra_topk_length=extra_topk_length,
+                out=out,
+            )
     b, s_q, count, _ = q.shape
     if b == 0 or s_q == 0:
         result = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_backends.provider import elsewhere, on_its_device
+
 from ._padding import ALIGNMENT, copied, heads_for, padded_heads, padded_indices, padded_sink
 from .probe import flash_mla
 
@@ -23,6 +25,9 @@ def sparse_mla_prefill(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``dsv4_backends.contract.sparse_mla``. Heads are padded to 64 or 128, indices to a multiple of 128."""
+    if elsewhere(q):
+        with on_its_device(q):
+            return sparse_mla_prefill(q, kv, indices, sm_scale, attn_sink=attn_sink, topk_length=topk_length, out=out)
     s_q, count, _ = q.shape
     if s_q == 0 or kv.numel() == 0 or indices.numel() == 0:  # FlashMLA asserts, or would read a key
         result = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out.zero_()

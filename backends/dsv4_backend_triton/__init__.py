@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl, switch
+from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
 
 HOMES = {
     "sparse_mla_prefill": "prefill",
@@ -20,6 +20,26 @@ HOMES = {
     "fp8_einsum": "einsum",
     "hc_prenorm_gemm": "hyper_connection",
 }
+
+BATCH_INVARIANT = ("sparse_mla_prefill", "paged_mqa_logits")
+"""The ops of which no kernel, tile or split follows from the batch. The others have a function more, which is so."""
+
+
+def _implementation(
+    op: str, home: str, ahead: str, interpreted: bool, *, invariant: bool, mode: bool
+) -> Implementation:
+    return Implementation(
+        op=op,
+        target=f"dsv4_backend_triton.{home}:{op}",
+        warmup=f"dsv4_backend_triton.{ahead}:warmup",
+        workspace=f"dsv4_backend_triton.{ahead}:workspace",
+        notices="dsv4_backend_triton.ahead:notices",
+        devices=("cuda", "cpu") if interpreted else ("cuda",),
+        capability=(">=8.0",),
+        note="launch configurations measured on compute capability 9.0; elsewhere derived, not run on hardware",
+        batch_invariant=invariant,
+        only_batch_invariant=mode,
+    )
 
 
 @hookimpl
@@ -32,17 +52,15 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
         tier=Tier.PORTABLE,
         requires=("triton>=3.6",),
         hint="pip install 'dsv4-backends[triton]'",
-        implementations=tuple(
-            Implementation(
-                op=op,
-                target=f"dsv4_backend_triton.{module}:{op}",
-                warmup="dsv4_backend_triton.ahead:warmup",
-                workspace="dsv4_backend_triton.ahead:workspace",
-                devices=("cuda", "cpu") if interpreted else ("cuda",),
-                capability=(">=8.0",),
-                note="launch configurations measured on compute capability 9.0; elsewhere derived, not run on hardware",
-                batch_invariant=op == "sparse_mla_decode" and switch("BATCH_INVARIANT", os.environ),
-            )
-            for op, module in HOMES.items()
+        implementations=(
+            *(
+                _implementation(op, home, "ahead", interpreted, invariant=op in BATCH_INVARIANT, mode=False)
+                for op, home in HOMES.items()
+            ),
+            *(
+                _implementation(op, "batch_invariant", "batch_invariant", interpreted, invariant=True, mode=True)
+                for op in HOMES
+                if op not in BATCH_INVARIANT
+            ),
         ),
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
+from triton.experimental.gluon.language.nvidia import hopper
 
-# one tensor-map box to shared memory; renamed in Triton 3.9
-load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-# cp.async; renamed in Triton 3.9
-async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-# all threads of a role; renamed in Triton 3.9
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-# renamed in Triton 3.9
-PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+from ._variants import either
+
+# Renamed in Triton 3.9. What is missing altogether is noticed for the kernels that use it, see _variants.py.
+# one tensor-map box to shared memory
+load_box = either(either(hopper, "tma"), "async_load", "async_copy_global_to_shared")
+# cp.async
+async_load = either(either(hopper, "async_copy"), "async_load", "async_copy_global_to_shared")
+# all threads of a role
+barrier = either(gl, "barrier", "thread_barrier")
+PRIVATE_REINTERPRET = gl.constexpr(hasattr(getattr(gl, "shared_memory_descriptor", None), "_reinterpret"))
 
 NEGATIVE = gl.constexpr(-1.0e30)  # a running maximum before the first key: finite, so that -inf - -inf cannot arise
 LN2 = gl.constexpr(0.6931471805599453)

@@ -13,6 +13,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from dsv4_backends.provider import cache_error, elsewhere, on_its_device
+
 from ._arch import Arch, pretending
 
 
@@ -33,7 +37,12 @@ class Launch:
 
     def compile(self) -> Any:
         """Compile for Triton's active driver, or find that it has been."""
-        return self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
+        try:
+            return self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
+        except Exception as error:
+            if (named := cache_error(error)) is not None:
+                raise named from error
+            raise
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -48,10 +57,27 @@ _recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("dsv4_backen
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """``kernel[grid](*args, **kwargs)``, or a record of it."""
+    """``kernel[grid](*args, **kwargs)`` on the device of the first argument, or a record of it.
+
+    Args:
+        kernel: Its first argument is a tensor, or a tensor map over one.
+
+    Raises:
+        CacheError: Triton has to compile the kernel and cannot keep it.
+    """
     record = _recorder.get()
     if record is None:
-        kernel[grid](*args, **kwargs, **_FUSED)
+        where = args[0] if isinstance(args[0], Tensor) else args[0].base
+        try:
+            if elsewhere(where):
+                with on_its_device(where):
+                    kernel[grid](*args, **kwargs, **_FUSED)
+            else:
+                kernel[grid](*args, **kwargs, **_FUSED)
+        except Exception as error:
+            if (named := cache_error(error)) is not None:
+                raise named from error
+            raise
         return
     names = kernel.arg_names
     arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}

@@ -10,15 +10,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import triton
+
+from dsv4_backends.provider import Reason, cache_problem
 
 from . import HOMES
-from ._arch import Arch, arch_of
+from ._arch import Arch, arch_of, interpreting
 from ._launch import Launch, recording
+from ._variants import VARIANTS, missing
 
 
-def record(op: str, calls: Iterable[dict[str, Any]], arch: Arch) -> Iterable[Launch]:
-    """The launches of each call, one after the other, as ``arch`` would see them."""
-    function = _function(op)
+def record(op: str, calls: Iterable[dict[str, Any]], arch: Arch, home: str = "") -> Iterable[Launch]:
+    """The launches of each call, one after the other, as ``arch`` would see them. ``home``: the module of the op's
+    function, where that is not its usual one."""
+    function = _function(op, home)
     launches: list[Launch] = []
     for arguments in calls:
         with recording(launches.append, arch):
@@ -27,20 +32,21 @@ def record(op: str, calls: Iterable[dict[str, Any]], arch: Arch) -> Iterable[Lau
         launches.clear()
 
 
-def warmup(op: str, calls: Iterable[dict[str, Any]], device: torch.device) -> int:
+def warmup(op: str, calls: Iterable[dict[str, Any]], device: torch.device, home: str = "") -> int:
     """Compile and load every kernel that the calls ask for; returns how many there are.
 
     Args:
         op: The contract's name.
         calls: Arguments with tensors on the meta device, aligned to 16 bytes as an engine's are.
         device: The GPU. In Triton's interpreter there is nothing to compile.
+        home: As for ``record``.
     """
     arch = arch_of(device)
     if arch.interpret:
         return 0
     ready: set[int] = set()
     with torch.cuda.device(device):
-        for launch in record(op, calls, arch):
+        for launch in record(op, calls, arch, home):
             kernel = launch.compile()
             if id(kernel) not in ready:
                 ready.add(id(kernel))
@@ -48,7 +54,7 @@ def warmup(op: str, calls: Iterable[dict[str, Any]], device: torch.device) -> in
     return len(ready)
 
 
-def workspace(op: str, arguments: dict[str, Any], device: torch.device) -> int:
+def workspace(op: str, arguments: dict[str, Any], device: torch.device, home: str = "") -> int:
     """Bytes that a call allocates on ``device`` beyond its results: what its kernels are given that is neither an
     argument nor a result.
 
@@ -56,8 +62,9 @@ def workspace(op: str, arguments: dict[str, Any], device: torch.device) -> int:
         op: The contract's name.
         arguments: With tensors on the meta device.
         device: The GPU, whose multiprocessors decide how often keys are split.
+        home: As for ``record``.
     """
-    function = _function(op)
+    function = _function(op, home)
     launches: list[Launch] = []
     with recording(launches.append, arch_of(device)):
         results = function(**arguments)
@@ -67,9 +74,19 @@ def workspace(op: str, arguments: dict[str, Any], device: torch.device) -> int:
     return sum({_storage(t): t.untyped_storage().nbytes() for t in given if _storage(t) not in known}.values())
 
 
+def notices(op: str) -> Iterable[Reason]:
+    """What keeps kernels of an op from being compiled here, or makes slower ones serve."""
+    if not interpreting() and (problem := cache_problem()) is not None:
+        yield problem
+    for name in VARIANTS[op]:
+        if why := missing(name):
+            message = f"triton {triton.__version__}: {why}; slower plain kernels serve in place of {name}"
+            yield Reason("slower-kernels", message)
+
+
 def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _function(op: str) -> Any:
-    return getattr(importlib.import_module(f"{__package__}.{HOMES[op]}"), op)
+def _function(op: str, home: str) -> Any:
+    return getattr(importlib.import_module(f"{__package__}.{home or HOMES[op]}"), op)

@@ -8,7 +8,6 @@ own length.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,8 +16,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dsv4_backends.provider import switch
-
 from . import prefill
 from ._arch import Arch, arch_of
 from ._launch import launch
@@ -26,6 +23,7 @@ from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
 from ._numeric import round_to
 from ._sizes import cdiv, pow2
+from ._variants import variant
 
 _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
 # Decoded keys are kept as value * 2^-60. A byte's e4m3 bits placed into bf16 read as value * 2^-120, so one
@@ -597,18 +595,6 @@ _STAGE_KEYS, _STAGE_WARPS = 32, 4
 _MOST_SPLITS = 40  # the registers of one that combines them
 _INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
 
-_invariant = switch("BATCH_INVARIANT", os.environ)
-
-
-def set_batch_invariant(on: bool) -> None:
-    """Whether a query's result must not depend on how many others share its call.
-
-    With ``on`` the kernel, its tile and the split count follow from heads, widths and machine alone, never
-    from the batch. The initial value is the environment's ``DSV4_BACKENDS_BATCH_INVARIANT``.
-    """
-    global _invariant
-    _invariant = on
-
 
 def _tiles(topk: int, extra_topk: int, keys: int) -> int:
     return max(cdiv(topk, keys) + cdiv(extra_topk, keys), 1)
@@ -653,18 +639,20 @@ def plan(
     """The launch for ``rows`` = b * s_q queries, from shapes and machine alone.
 
     ``gluon=False`` rules out the Gluon kernels (cache pages or strides they cannot take); ``rough`` says that pages are
-    not even 8-byte aligned, where byte loads make the 64-key tile outgrow 99 KiB.
+    not even 8-byte aligned, where byte loads make the 64-key tile outgrow 99 KiB. ``batch_invariant``: kernel,
+    tile and split count are those of 16 rows, whatever ``rows`` is.
     """
-    gluon = gluon and arch.major in (8, 9, 12) and not arch.interpret and prefill.has_gluon()
-    hopper = gluon and arch.major == 9 and arch.smem >= 210 * 1024
+    gluon = gluon and not arch.interpret
+    ampere = gluon and arch.major in (8, 9, 12) and variant("decode_ampere") is not None
+    hopper = gluon and arch.major == 9 and arch.smem >= 210 * 1024 and variant("decode_hopper") is not None
     small, tiles = _tiles(topk, extra_topk, _SMALL.keys), _tiles(topk, extra_topk, 64)
     narrow = cdiv(heads, 16)
     if batch_invariant:
         rows = _INVARIANT_ROWS
-    if gluon and (each := cdiv(rows * narrow * small, arch.sms)) <= 3:
+    if ampere and (each := cdiv(rows * narrow * small, arch.sms)) <= 3:
         # few rows are latency: up to three small tiles a program, every program on the machine at once
         return Plan(_AMPERE_FEW, cdiv(small, max(each, cdiv(small, _MOST_SPLITS))), ampere=True)
-    if gluon and (arch.major != 9 or heads <= 16):
+    if ampere and (arch.major != 9 or heads <= 16):
         few = rows * cdiv(heads, 32) * small <= 6 * arch.sms
         tile = _AMPERE_SMALL if few or heads <= 32 or arch.smem < prefill.AMPERE_SHARED else _AMPERE
         tile = _AMPERE_FEW if heads <= 16 else tile
@@ -872,8 +860,7 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
     )
     grid = (rows * blocks, splits)
     if chosen.hopper:
-        from . import decode_hopper  # Gluon: imported where it is used only
-
+        decode_hopper = variant("decode_hopper")
         loaders, registers = decode_hopper.LOADERS[chosen.single]
         launch(
             decode_hopper._decode_hopper_kernel,
@@ -887,10 +874,8 @@ def _launch(q, scopes: _Scopes, sm_scale, attn_sink, out, lse, arch: Arch, chose
             num_warps=8,
         )
     elif chosen.ampere:
-        from . import decode_ampere
-
         launch(
-            decode_ampere._decode_ampere_kernel,
+            variant("decode_ampere")._decode_ampere_kernel,
             grid,
             *arguments,
             SPLIT=splits > 1,
@@ -974,6 +959,33 @@ def sparse_mla_decode(
     Workspace (``dsv4_backends.workspace_bytes`` has the number): where the keys are split, 513 fp32 per row, split and
     head; where the rows are decoded to bf16 first, 1 KiB + 4 bytes per index and 4 bytes per row and per (row, head).
     """
+    return _sparse_mla_decode(
+        q,
+        k_cache,
+        indices,
+        sm_scale,
+        attn_sink,
+        topk_length,
+        extra_k_cache,
+        extra_indices,
+        extra_topk_length,
+        out,
+    )
+
+
+def _sparse_mla_decode(
+    q,
+    k_cache,
+    indices,
+    sm_scale,
+    attn_sink=None,
+    topk_length=None,
+    extra_k_cache=None,
+    extra_indices=None,
+    extra_topk_length=None,
+    out=None,
+    batch_invariant=False,
+):
     b, s_q, heads, _ = q.shape
     if out is None:
         out = torch.empty((b, s_q, heads, 512), dtype=torch.bfloat16, device=q.device)
@@ -991,7 +1003,7 @@ def sparse_mla_decode(
         scopes.topk2,
         gluon=gluon,
         rough=scopes.unit == 1,
-        batch_invariant=_invariant,
+        batch_invariant=batch_invariant,
     )
     _launch(q, scopes, sm_scale, attn_sink, out, lse, arch, chosen)
     return out, lse

@@ -14,14 +14,7 @@ from ._arch import Arch, arch_of
 from ._launch import launch
 from ._numeric import e8m0_to_fp32, fp8_operand, round_to
 from ._sizes import cdiv, pow2
-
-try:
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
-    from .einsum_hopper import einsum_few_kernel, einsum_hopper_kernel
-except ImportError:  # a Triton without Gluon: the plain kernel serves every shape
-    einsum_hopper_kernel = None
+from ._variants import variant
 
 # how a scale tensor stores its values
 FP32, E8M0, PACKED = 0, 1, 2
@@ -345,26 +338,25 @@ def _launch_hopper(x, xs, w, ws, out, config: HopperConfig | FewConfig, sms: int
     b, h, r = x.shape
     d = w.shape[1]
     x_view = _hopper_rows(x.stride(0), x.stride(1), b, h, r)
+    hopper = variant("einsum_hopper")
     if x_view is None or w.stride(1) < r or w.stride(0) % w.stride(1):
         return False
     if isinstance(config, FewConfig):
-        kernel, x_box, scales, block_d = einsum_few_kernel, config.block_b, max(config.block_b, 32), 64
+        kernel, x_box, scales, block_d = hopper.einsum_few_kernel, config.block_b, max(config.block_b, 32), 64
         grid, most_registers = cdiv(d, 64) * h, 128  # two blocks share a multiprocessor
     else:
-        kernel, x_box, scales, block_d = einsum_hopper_kernel, 64, 128, config.block_d
+        kernel, x_box, scales, block_d = hopper.einsum_hopper_kernel, 64, 128, config.block_d
         grid, most_registers = min(cdiv(d, block_d) * h * cdiv(b, 128), sms), None
     rows, columns, x_row_h, x_col_h = x_view
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     w_row_h = w.stride(0) // w.stride(1)
-    x_desc = GluonDescriptor(x, [rows, columns], [x.stride(0), 1], [x_box, 128], layout)
-    w_desc = GluonDescriptor(w, [(h - 1) * w_row_h + d, r], [w.stride(1), 1], [block_d, 128], layout)
+    x_desc = hopper.boxes(x, [rows, columns], [x.stride(0), 1], [x_box, 128], 8)
+    w_desc = hopper.boxes(w, [(h - 1) * w_row_h + d, r], [w.stride(1), 1], [block_d, 128], 8)
     xs_b, xs_h, xs_k = xs.stride()
     scale_box = xs_b == 1 and xs_k % 4 == 0 and xs_k >= b and xs_h % xs_k == 0 and xs.data_ptr() % 16 == 0
     xs_desc, xs_row_h = None, 0
     if scale_box:
         xs_row_h = xs_h // xs_k
-        line = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-        xs_desc = GluonDescriptor(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, scales], line)
+        xs_desc = hopper.boxes(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, scales], 32, swizzle=0)
     launch(
         kernel,
         (grid,),
@@ -440,6 +432,7 @@ _TABLE: dict[Any, list[tuple[int, EinsumConfig]]] = {
 # The warp-specialised kernels. So many tokens make the N of a product. Beyond, the wide tile where it gives most
 # multiprocessors work, else the narrow one for so many tokens. To redo: tools/sweep.py fp8_einsum.
 _FEW_TOKENS = range(17, 65)
+_INVARIANT_TOKENS = 128  # that the batch-invariant mode is laid out for
 _NARROW_TOKENS = 128
 _HOPPER_NARROW = HopperConfig(64, 8, 152, _H200)
 _HOPPER_WIDE = HopperConfig(128, 6, 216, _H200)
@@ -457,7 +450,7 @@ def _plain_config(arch: Arch, b: int, w_rows: bool) -> EinsumConfig:
 def _config(arch: Arch, b: int, h: int, d: int, w_rows: bool) -> EinsumConfig | HopperConfig | FewConfig:
     # few tokens: what keeps memory busy is the bytes that a multiprocessor waits for, in one block or in two
     alone = cdiv(d, 64) * h <= arch.sms
-    usable = arch.cc == 90 and not arch.interpret and einsum_hopper_kernel is not None and not w_rows
+    usable = arch.cc == 90 and not arch.interpret and not w_rows and variant("einsum_hopper") is not None
     if usable and b in _FEW_TOKENS:
         return FewConfig(32 if b <= 32 else 64, 6 if alone else 4, _H200_FEW)
     if usable and b > _FEW_TOKENS[-1]:
@@ -511,10 +504,10 @@ def fp8_einsum(
     or int32 [b, h, ceil(r/512)] of four packed E8M0; ``w_scale`` likewise [h, ceil(d/128) or d, ...]; any
     strides. Deterministic. Workspace: splits * b * h * d fp32 for classes that split r, else none.
     """
-    return _fp8_einsum(x, x_scale, w, w_scale, out, None)
+    return _fp8_einsum(x, x_scale, w, w_scale, out)
 
 
-def _fp8_einsum(x, x_scale, w, w_scale, out, config):
+def _fp8_einsum(x, x_scale, w, w_scale, out=None, config=None, batch_invariant=False):
     b, h, r = x.shape
     d = w.shape[1]
     if out is None:
@@ -527,7 +520,10 @@ def _fp8_einsum(x, x_scale, w, w_scale, out, config):
     operand = _operand(arch)
     w_rows = w_scale.shape[1] == d and d > 1
     if config is None:
-        config = _config(arch, b, h, d, w_rows)
+        if batch_invariant:
+            config = _plain_config(arch, _INVARIANT_TOKENS, w_rows)
+        else:
+            config = _config(arch, b, h, d, w_rows)
     view = torch.float8_e4m3fn if operand == tl.float8e4nv else torch.uint8
     x, w = x.view(view), w.view(view)
     xs, x_kind = _scale_args(x_scale)

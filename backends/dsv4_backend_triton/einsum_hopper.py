@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from ._boxes import boxes  # noqa: F401  (for those who launch)
 from ._gluon import load_box
 
 TOKENS = gl.constexpr(64)  # per warpgroup: the M of one wgmma

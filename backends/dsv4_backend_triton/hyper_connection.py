@@ -14,14 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._arch import Arch, arch_of
 from ._launch import launch
 from ._sizes import cdiv, pow2
-
-try:
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
-    from .hyper_connection_hopper import hc_hopper_kernel
-except ImportError:  # a Triton without Gluon: the plain kernel serves every shape
-    hc_hopper_kernel = None
+from ._variants import variant
 
 _SIZES = [
     "M",
@@ -259,16 +252,21 @@ _HOPPER = [
 ]
 
 
+def _plain_config(arch: Arch, m: int) -> HcConfig:
+    return next(config for limit, config in _TABLE.get(arch.cc, _TABLE["any"]) if m <= limit)
+
+
 def _config(arch: Arch, m: int, n: int, k: int, aligned: bool) -> HcConfig | HopperConfig:
-    usable = arch.cc == 90 and not arch.interpret and hc_hopper_kernel is not None
-    if usable and aligned and m >= _HOPPER_ROWS and n <= 32:
+    if arch.cc == 90 and not arch.interpret and aligned and m >= _HOPPER_ROWS and n <= 32:
         special = next(config for limit, config in _HOPPER if m <= limit)
-        if k % special.block_k == 0:
+        if k % special.block_k == 0 and variant("hyper_connection_hopper") is not None:
             return special
-    for limit, config in _TABLE.get(arch.cc, _TABLE["any"]):
-        if m <= limit:
-            return config
-    raise AssertionError("the last class has no limit")
+    return _plain_config(arch, m)
+
+
+_INVARIANT_ROWS, _INVARIANT_SPLITS = 256, 16
+"""The rows that the batch-invariant mode is laid out for, and into how many pieces it cuts k. With fewer pieces, few
+rows keep fewer multiprocessors busy; with more, many rows write more partials."""
 
 
 def default_splits(arch: Arch, m: int, k: int, config: HcConfig | HopperConfig) -> int:
@@ -293,12 +291,6 @@ def _constants(config: HcConfig, n: int, k: int, mode: str, aligned: bool, pdl: 
     )
 
 
-def _boxes(t: torch.Tensor, rows: int, columns: int, bits: int) -> Any:
-    """A tensor map over ``t`` [rows, k] for the Gluon kernel."""
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
-    return GluonDescriptor(t, list(t.shape), [max(t.stride(0), t.shape[1]), 1], [rows, columns], layout)
-
-
 def hc_prenorm_gemm(
     x: torch.Tensor,
     fn: torch.Tensor,
@@ -313,10 +305,10 @@ def hc_prenorm_gemm(
     m] that sum to them. Deterministic. Workspace: where k is cut into more pieces than the caller asks for
     (``default_splits``), pieces * m * (n + 1) fp32.
     """
-    return _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, None)
+    return _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum)
 
 
-def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
+def _hc_prenorm_gemm(x, fn, num_splits=None, out=None, sqr_sum=None, config=None, splits=None, batch_invariant=False):
     m, k = x.shape
     n = fn.shape[0]
     lead = () if num_splits is None else (num_splits,)
@@ -328,19 +320,21 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
         return out, sqr_sum
     if k == 0:
         return out.zero_(), sqr_sum.zero_()
-    if n == 0:
-        sqr_sum.zero_()
-        torch.sum(x.float().square(), dim=1, out=sqr_sum if num_splits is None else sqr_sum[0])
+    if n == 0:  # the sums of squares are wanted all the same
+        _hc_prenorm_gemm(x, fn.new_zeros((1, k)), num_splits, None, sqr_sum, config, splits, batch_invariant)
         return out, sqr_sum
     arch = arch_of(x.device)
     aligned = x.stride(0) % 8 == 0 and fn.stride(0) % 4 == 0
     aligned = aligned and x.data_ptr() % 16 == 0 and fn.data_ptr() % 16 == 0
     if config is None:
-        config = _config(arch, m, n, k, aligned)
+        config = _plain_config(arch, _INVARIANT_ROWS) if batch_invariant else _config(arch, m, n, k, aligned)
     results = num_splits or 1
     if splits is None:
         # A caller that asks for few partials gets the sums of more of them: cheaper than an idle machine.
-        group = max(1, default_splits(arch, m, k, config) // results)
+        wanted = default_splits(arch, m, k, config)
+        if batch_invariant:
+            wanted = min(_INVARIANT_SPLITS, k // (2 * config.block_k))
+        group = max(1, wanted // results)
         splits = results * group
     per = cdiv(cdiv(k, config.block_k), splits) * config.block_k
     out_strides = (0, *out.stride())[-3:-1]
@@ -355,11 +349,12 @@ def _hc_prenorm_gemm(x, fn, num_splits, out, sqr_sum, config, splits=None):
     common = (target, target_sqr, m, n, k)
     strides = (*o_strides, *s_strides)
     if isinstance(config, HopperConfig):
+        hopper = variant("hyper_connection_hopper")
         launch(
-            hc_hopper_kernel,
+            hopper.hc_hopper_kernel,
             (tiles, splits),
-            _boxes(x, config.block_m, config.block_k, 16),
-            _boxes(fn, 32, config.block_k, 32),
+            hopper.boxes(x, x.shape, [max(x.stride(0), k), 1], [config.block_m, config.block_k], 16),
+            hopper.boxes(fn, fn.shape, [max(fn.stride(0), k), 1], [32, config.block_k], 32),
             *common,
             *strides,
             per,

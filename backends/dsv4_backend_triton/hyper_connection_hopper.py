@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ._boxes import boxes  # noqa: F401  (for those who launch)
 from ._gluon import barrier, launch_dependents, load_box
 
 MIXES = gl.constexpr(32)  # rows of fn in a tile; those beyond n are zeros that the tensor map fills in

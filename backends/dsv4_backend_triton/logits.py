@@ -19,14 +19,7 @@ from ._arch import Arch, arch_of
 from ._launch import launch
 from ._numeric import fp8_operand
 from ._sizes import cdiv, pow2
-
-try:
-    from triton.experimental.gluon.language import NVMMASharedLayout
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-
-    from .logits_hopper import mqa_hopper_kernel
-except ImportError:  # a Triton without Gluon: the plain kernel serves every shape
-    mqa_hopper_kernel = None
+from ._variants import variant
 
 
 @triton.jit
@@ -370,13 +363,13 @@ _HOPPER = HopperConfig(128, 2, 6, 232, _H200)
 def _launch_hopper(q, k, k_scale, weights, row_starts, row_ends, out, config: HopperConfig, sms: int) -> None:
     """The warp-specialised kernel: 64 heads of 128, q contiguous, k rows 16-byte aligned, full form."""
     m, n = q.shape[0], k.shape[0]
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    q_desc = GluonDescriptor(q, [m * 64, 128], [128, 1], [128, 128], layout)
-    k_desc = GluonDescriptor(k, [n, 128], [k.stride(0), 1], [config.keys, 128], layout)
+    hopper = variant("logits_hopper")
+    q_desc = hopper.boxes(q, [m * 64, 128], [128, 1], [128, 128], 8)
+    k_desc = hopper.boxes(k, [n, 128], [k.stride(0), 1], [config.keys, 128], 8)
     row_blocks = cdiv(m, 2 * config.consumers)
     chunk = _balanced_chunk(n, row_blocks, config.keys, sms)
     launch(
-        mqa_hopper_kernel,
+        hopper.mqa_hopper_kernel,
         (min(sms, row_blocks * cdiv(n, chunk)),),
         q_desc,
         k_desc,
@@ -425,8 +418,8 @@ def _plain_mqa_config(arch: Arch, m: int, block_h: int, block_d: int) -> LogitsC
 
 
 def _mqa_config(arch: Arch, m: int, block_h: int, block_d: int) -> LogitsConfig | HopperConfig:
-    usable = arch.cc == 90 and not arch.interpret and mqa_hopper_kernel is not None
-    if usable and m >= _HOPPER_ROWS and (block_h, block_d) == (64, 128):
+    fits = arch.cc == 90 and not arch.interpret and m >= _HOPPER_ROWS and (block_h, block_d) == (64, 128)
+    if fits and variant("logits_hopper") is not None:
         return _HOPPER
     return _plain_mqa_config(arch, m, block_h, block_d)
 
@@ -504,10 +497,12 @@ def mqa_logits(
     with ``max_seqlen_k`` the compressed [m, max_seqlen_k] whose column j is key ``start + j``, -inf beyond
     the row's end. No workspace.
     """
-    return _mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k, out, None)
+    return _mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k, out)
 
 
-def _mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k, out, config):
+def _mqa_logits(
+    q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k=None, out=None, config=None, batch_invariant=False
+):
     m, h, d = q.shape
     n = k.shape[0]
     compressed = max_seqlen_k is not None
@@ -519,17 +514,19 @@ def _mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k, out,
     arch = arch_of(q.device)
     operand = _operand(arch)
     block_h, block_d = pow2(h, 16), pow2(d, 32)
+    # The mode that is batch-invariant has for few rows what many have.
+    rows = max(m, _HOPPER_ROWS) if batch_invariant else m
     if config is None:
         choose = _plain_mqa_config if compressed else _mqa_config
-        config = choose(arch, m, block_h, block_d)
+        config = choose(arch, rows, block_h, block_d)
     q, k = _bytes(q, operand), _bytes(k, operand)
     if isinstance(config, HopperConfig):
-        contiguous = q.stride(2) == 1 and q.stride(1) == 128 and (m == 1 or q.stride(0) == 8192)
+        contiguous = q.stride(2) == 1 and q.stride(1) == 128 and (rows == 1 or q.stride(0) == 8192)
         pointers = (q.data_ptr() | k.data_ptr()) % 16 == 0 and k.stride(0) % 16 == 0 and k.stride(0) >= 128
         if (h, d) == (64, 128) and not compressed and contiguous and pointers:
             _launch_hopper(q, k, k_scale, weights, row_starts, row_ends, out, config, arch.sms)
             return out
-        config = _plain_mqa_config(arch, m, block_h, block_d)
+        config = _plain_mqa_config(arch, rows, block_h, block_d)
     aligned = q.stride(0) % 16 == 0 and q.stride(1) % 16 == 0 and k.stride(0) % 16 == 0
     tma = config.tma and k.stride(0) % 16 == 0 and k.data_ptr() % 16 == 0 and n > 0 and d == block_d
     k_src = TensorDescriptor(k, [n, d], [k.stride(0), 1], [config.block_n, block_d]) if tma else k

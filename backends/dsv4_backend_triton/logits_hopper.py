@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from ._boxes import boxes  # noqa: F401  (for those who launch)
 from ._gluon import load_box
 
 COLUMNS = gl.constexpr(128)  # two queries of 64 heads: the N of one wgmma

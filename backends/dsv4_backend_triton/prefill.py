@@ -7,9 +7,7 @@ further ahead.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -20,11 +18,7 @@ from ._launch import launch
 from ._numeric import LN2 as _LN2
 from ._numeric import NEGATIVE as _NEGATIVE
 from ._numeric import round_to
-
-try:
-    from . import prefill_hopper
-except ImportError:  # a Triton without Gluon: the plain kernel serves every machine
-    prefill_hopper = None  # type: ignore[assignment]
+from ._variants import variant
 
 
 @triton.jit
@@ -151,19 +145,6 @@ _AMPERE_FEW = Tile(16, 64, 4, 1, ampere=True)  # for up to 16 heads: 81 KiB, two
 AMPERE_SHARED = 138 * 1024
 """What the larger tile of either Gluon kernel for mma.sync fits."""
 
-_log = logging.getLogger("dsv4_backends")
-
-
-@cache
-def has_gluon() -> bool:
-    """Whether this Triton has what the Gluon kernels of attention ask for. Gluon is experimental: its names change."""
-    try:
-        from . import decode_ampere, decode_hopper, prefill_ampere  # noqa: F401
-    except (ImportError, AttributeError) as error:
-        _log.warning("triton %s: no Gluon kernels of attention, the slower plain ones: %s", triton.__version__, error)
-        return False
-    return True
-
 
 def plan(arch: Arch, heads: int, *, gluon: bool) -> Tile:
     """The tile for a head count on a machine. All but the largest take 81 KiB or less, so that two programs fit a
@@ -171,7 +152,7 @@ def plan(arch: Arch, heads: int, *, gluon: bool) -> Tile:
 
     ``gluon=False`` rules out the Gluon kernel (strides it cannot take).
     """
-    if gluon and arch.major in (8, 12) and not arch.interpret and has_gluon():
+    if gluon and arch.major in (8, 12) and not arch.interpret and variant("prefill_ampere") is not None:
         if heads <= 16:
             return _AMPERE_FEW
         return _AMPERE if heads > 32 and arch.smem >= AMPERE_SHARED else _AMPERE_SMALL
@@ -218,9 +199,7 @@ def _launch(
         indices.stride(0),
     )
     if tile.ampere:
-        from . import prefill_ampere  # Gluon: imported where it is used only
-
-        kernel = prefill_ampere._prefill_ampere_kernel
+        kernel = variant("prefill_ampere")._prefill_ampere_kernel
         launch(kernel, grid, *arguments, HEADS=tile.heads, KEYS=tile.keys, num_warps=tile.warps)
         return
     launch(
@@ -253,9 +232,11 @@ def sparse_mla_prefill(
     (natural log, with the scale, without the sink; 0, -inf and +inf where a row has no key). No workspace.
     """
     s_q, heads, _ = q.shape
+    arch = arch_of(q.device)
+    hopper = variant("prefill_hopper") if arch.cc == 90 and not arch.interpret else None
     # At 8 heads its 64-row tile still takes no longer than the plain kernel does.
-    if prefill_hopper is not None and prefill_hopper.supports(q, kv, out):
-        return prefill_hopper.sparse_mla_prefill(
+    if hopper is not None and hopper.supports(q, kv, out):
+        return hopper.sparse_mla_prefill(
             q, kv, indices, sm_scale, attn_sink=attn_sink, topk_length=topk_length, out=out
         )
     if out is None:
@@ -263,5 +244,5 @@ def sparse_mla_prefill(
     max_logits = torch.empty((s_q, heads), dtype=torch.float32, device=q.device)
     lse = torch.empty_like(max_logits)
     if q.numel():
-        _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch_of(q.device))
+        _launch(q, kv, indices, sm_scale, attn_sink, topk_length, out, max_logits, lse, arch)
     return out, max_logits, lse

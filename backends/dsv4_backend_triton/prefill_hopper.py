@@ -525,9 +525,11 @@ def _prefill(
 
 
 def _aligned(t: torch.Tensor) -> bool:
-    """Rows on 16-byte boundaries: the base, and every stride that is ever multiplied by something."""
-    rows = zip(t.shape[:-1], t.stride()[:-1], strict=True)
-    return t.data_ptr() % 16 == 0 and all(n <= 1 or stride % 8 == 0 for n, stride in rows)
+    """Rows on 16-byte boundaries: the base, and every stride that is ever multiplied by something. That of the first
+    dimension counts for a single row too, so that a row alone is served as it is among others."""
+    rows = zip(t.shape[1:-1], t.stride()[1:-1], strict=True)
+    fits = t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0
+    return fits and all(n <= 1 or stride % 8 == 0 for n, stride in rows)
 
 
 def supports(q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor | None = None) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError
-from ..selection import policy
+from ..selection import builds, policy
 from ..selection.machine import Machine
 from ..selection.provider import Tier
 from ..selection.survey import Survey, survey
@@ -100,6 +100,20 @@ def _library_findings(surveyed: Survey) -> list[Finding]:
     return list(found.values())
 
 
+def _notices(surveyed: Survey) -> list[Finding]:
+    """What the providers that serve say of themselves here; the same words for several ops once."""
+    found: dict[str, list[str]] = {}
+    for _, resolutions in surveyed.resolutions:
+        for resolution in resolutions:
+            selected = resolution.selected
+            for reason in builds.notices(selected) if selected is not None else ():
+                assert selected is not None
+                ops = found.setdefault(f"{selected.name}: [{reason.code}] {reason}", [])
+                if resolution.op not in ops:
+                    ops.append(resolution.op)
+    return [Finding("provider", False, f"{message} ({', '.join(ops)})") for message, ops in found.items()]
+
+
 def doctor(surveyed: Survey, problem: PolicyError | None) -> list[Finding]:
     """Everything that can be wrong on this machine, looked at one by one."""
     machine = surveyed.machine
@@ -122,7 +136,7 @@ def doctor(surveyed: Survey, problem: PolicyError | None) -> list[Finding]:
         bad = plugin in surveyed.plugins.broken
         message = "; ".join(f"[{r.code}] {r}" for r in plugin.problems) or "loaded"
         found.append(Finding("plugin", not bad, f"{plugin.name} of {plugin.origin}: {message}"))
-    return found + _library_findings(surveyed) + _provider_findings(surveyed)
+    return found + _library_findings(surveyed) + _provider_findings(surveyed) + _notices(surveyed)
 
 
 def text(findings: Sequence[Finding]) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..contract.names import OPS
-from ..selection.resolve import Resolution
+from ..selection import builds
+from ..selection.policy import PREFIX
+from ..selection.resolve import Candidate, Resolution
 from ..selection.survey import survey
-from .render import SCHEMA_VERSION, hinted, resolution_json
+from .render import SCHEMA_VERSION, hinted, reason_json, resolution_json
 from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 
@@ -29,8 +31,25 @@ def as_json(resolutions: Sequence[Resolution]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "op": resolutions[0].op,
-        "devices": [{"device": r.device.json(), **resolution_json(r)} for r in resolutions],
+        "devices": [
+            {
+                "device": r.device.json(),
+                **resolution_json(r),
+                "notices": {c.name: [reason_json(n) for n in builds.notices(c)] for c in r.accepted},
+            }
+            for r in resolutions
+        ],
     }
+
+
+def _batch_invariance(candidate: Candidate) -> str:
+    implementation = candidate.implementation
+    if implementation.batch_invariant:
+        return "batch-invariant: a row's bits do not depend on the other rows"
+    other = [i for i in candidate.provider.implementations if i.op == implementation.op and i.only_batch_invariant]
+    if other:
+        return f"not batch-invariant; with {PREFIX}BATCH_INVARIANT=1 {other[0].target} is, in its place"
+    return "does not claim to be batch-invariant"
 
 
 def text(resolution: Resolution) -> str:
@@ -49,10 +68,12 @@ def text(resolution: Resolution) -> str:
             lines.append(f"   {candidate.build.name}")
         if implementation.note:
             lines.append(f"   {implementation.note}")
+        lines.append(f"   {_batch_invariance(candidate)}")
         if implementation.refuses:
             lines.append(f"   may refuse a call by its shapes, then the next one serves it ({implementation.refuses})")
         if candidate.warning is not None:
             lines.append(f"   [{candidate.warning.code}] {candidate.warning}")
+        lines += [f"   [{r.code}] {r}" for r in builds.notices(candidate)]
         lines += [f"   [{r.code}] {hinted(r, resolution)}" for r in candidate.reasons]
     if not resolution.candidates:
         lines.append("no installed provider implements it")

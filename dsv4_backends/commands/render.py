@@ -36,6 +36,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "tier": candidate.provider.tier.label,
         "target": candidate.implementation.target,
         "build": None if candidate.build is None else candidate.build.name,
+        "batch_invariant": candidate.implementation.batch_invariant,
         "accepted": candidate.accepted,
         "reasons": [reason_json(r) for r in candidate.reasons],
         "warning": None if candidate.warning is None else reason_json(candidate.warning),

@@ -23,6 +23,7 @@ from ..contract.layouts import (
     KV_SCALE_BYTES,
     NOPE_DIM,
 )
+from ..runtime.launching import cache_error, elsewhere, on_its_device
 
 _FLOOR = tl.constexpr(AMAX_FLOOR)
 _OVER_MAX = tl.constexpr(1.0 / E4M3_MAX)
@@ -34,9 +35,14 @@ _KEY_SCALE = tl.constexpr(INDEXER_SCALE_BYTES)
 
 def _launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *arguments: Any, **constants: Any) -> None:
     """Launch on the device of ``where``."""
-    with torch.cuda.device(where.device) if where.is_cuda else nullcontext():
-        # Said at every launch: Triton 3.9 warns where it is not, and 3.10 changes the default.
-        kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+    try:
+        with on_its_device(where) if elsewhere(where) else nullcontext():
+            # Said at every launch: Triton 3.9 warns where it is not, and 3.10 changes the default.
+            kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+    except Exception as error:
+        if (named := cache_error(error)) is not None:
+            raise named from error
+        raise
 
 
 @triton.jit

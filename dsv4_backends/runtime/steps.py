@@ -72,9 +72,9 @@ def once_a_step(key: Hashable, lengths: Sequence[Tensor | None], make: Callable[
     """``make()``, or what it gave earlier in the caller's ``step()`` block; for authors of providers.
 
     Args:
-        key: Everything that the result depends on, apart from ``lengths`` and the current stream.
-        lengths: Tensors whose values it depends on.
-        make: Computes it on the current stream.
+        key: Everything that the result depends on, apart from ``lengths``, their device and its current stream.
+        lengths: Tensors whose values it depends on, all on one device; without any, the device is the current one.
+        make: Computes it on the current stream of that device.
     """
     current = _current.get()
     if current is None:
@@ -91,12 +91,14 @@ def once_a_step(key: Hashable, lengths: Sequence[Tensor | None], make: Callable[
     if (cuda := _cuda()) is not None:
         is_capturing, device, stream_of = cuda
         here = device()
-        stream = stream_of(here if index < 0 else index)
+        if index < 0:
+            index = here
+        stream = stream_of(index)
         # A graph must not read what was computed outside it: its memory may be gone at the replay, and is stale then.
         # Stream 0 is never captured, so that a call on it need not ask.
-        if ((stream != 0 or 0 <= index != here) and is_capturing()) is not current.capturing:
+        if ((stream != 0 or index != here) and is_capturing()) is not current.capturing:
             return make()
-        key = key, stream
+        key = key, index, stream
     found = current.kept.get(key)
     if found is None:
         # The tensors are kept too, so that no other tensor takes their memory while the block lasts.

@@ -24,7 +24,7 @@ from .libraries import words
 from .machine import Device
 from .policy import Policy
 from .provider import Build, ProviderSpec, Reason
-from .resolve import Resolution, resolve
+from .resolve import Candidate, Resolution, resolve
 
 Builds = Mapping[str, Build]
 
@@ -62,6 +62,22 @@ def load(provider: ProviderSpec) -> Builds:
 def load_apart(provider: ProviderSpec) -> Builds:
     """What an import of the library in a child process says."""
     return _ask_child(provider.probe) if provider.probe else {}
+
+
+def notices(candidate: Candidate) -> tuple[Reason, ...]:
+    """What an accepted candidate says of itself here, see ``Implementation.notices``. Imports its compiler."""
+    target = candidate.implementation.notices
+    if target is None or not candidate.accepted:
+        return ()
+    module, _, name = target.partition(":")
+    try:
+        found = tuple(getattr(importlib.import_module(module), name)(candidate.implementation.op))
+        if all(isinstance(reason, Reason) for reason in found):
+            return found
+        message = f"{target} did not return Reason objects"
+    except (Exception, SystemExit) as error:
+        message = f"{target} raised {words(error)}"
+    return (Reason("notices-failed", message),)
 
 
 def forget() -> None:

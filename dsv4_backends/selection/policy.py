@@ -28,10 +28,11 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "DSV4_BACKENDS_EXPERIMENTAL": "1: experimental providers take part in the automatic choice",
         "DSV4_BACKENDS_MEASURED": "0: the choice ignores on which shapes a provider was measured to be faster",
         "DSV4_BACKENDS_STRICT": "1: a broken plugin raises instead of being listed",
-        "DSV4_BACKENDS_BATCH_INVARIANT": "1: in the Triton provider a query's result does not depend on its batch",
+        "DSV4_BACKENDS_BATCH_INVARIANT": "1: providers serve first whose results for a row do not depend on its batch",
         "DSV4_BACKENDS_CHECK_VALUES": "1: for debugging, every call looks at the values of its indices and lengths "
         "and raises where one is outside; it waits for the device",
         "DSV4_BACKENDS_ENGINE": "1 or vllm: vLLM runs over these ops; force: any version of it, untested",
+        "DSV4_BACKENDS_TORCH_DEVICE": "the torch device that the conformance suite runs on: cuda:1",
         "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
     }
 )
@@ -50,7 +51,7 @@ class Policy:
         experimental: Experimental providers take part in the automatic choice.
         measured: Measurements on a call's shapes may change the automatic choice.
         strict: A broken plugin raises.
-        batch_invariant: Read by providers that have such a mode when they are imported.
+        batch_invariant: Implementations that claim it serve first: a row's result does not depend on its batch.
         check_values: Every call looks at the values of the arguments that index (``contract/values.py``).
     """
 
@@ -152,12 +153,13 @@ def use_providers(
     allow: Iterable[str] | None = None,
     deny: Iterable[str] | None = None,
     experimental: bool | None = None,
+    batch_invariant: bool | None = None,
 ) -> Iterator[Policy]:
     """Change the choice within a ``with`` block, for the current thread or task.
 
     Args:
         pins: ``{"sparse_mla_decode": "triton"}``, or one provider's name for every op. Pins add to the outer ones.
-        order, allow, deny, experimental: Replace the outer setting where given.
+        order, allow, deny, experimental, batch_invariant: Replace the outer setting where given.
 
     Raises:
         PolicyError: an unknown op or provider, with the known ones.
@@ -175,6 +177,7 @@ def use_providers(
         deny=base.deny if deny is None else frozenset(deny),
         pins=_pins([*base.pins.items(), *pairs]),
         experimental=base.experimental if experimental is None else experimental,
+        batch_invariant=base.batch_invariant if batch_invariant is None else batch_invariant,
     )
     policy.validate(plugins.load(from_environment().deny, base.strict).names)
     token = _active.set(policy)

@@ -50,6 +50,10 @@ REASONS: dict[str, str] = {
     "compiler-missing": "The library compiles its kernels when they are first used, and there is no nvcc.",
     "probe-failed": "The provider's own look at its library failed.",
     "untested": "The GPU is a newer part of a family that the implementation names. Not a refusal: it ranks last.",
+    "batch-variant": "DSV4_BACKENDS_BATCH_INVARIANT=1, and the implementation does not claim it. Not a refusal.",
+    "slower-kernels": "The installed compiler lacks what some kernels need; slower ones serve. Not a refusal.",
+    "cache-unusable": "The compiler cannot keep its kernels on disk: the first call of each kernel will fail.",
+    "notices-failed": "The provider's own look at what is worth knowing failed. Not a refusal.",
     "experimental": "The provider is experimental and nobody asked for it.",
     "denied": "DSV4_BACKENDS_DENY (or use_providers(deny=...)) names the provider.",
     "not-allowed": "DSV4_BACKENDS_ALLOW (or use_providers(allow=...)) is set and does not name the provider.",
@@ -141,6 +145,10 @@ class Implementation:
         priority: Within a tier, higher comes first.
         deterministic: Claims that the same inputs give the same bits.
         batch_invariant: Claims that a row's result does not depend on the other rows of the call.
+        only_batch_invariant: Serves only where ``DSV4_BACKENDS_BATCH_INVARIANT=1`` asks for the claim above, in place
+            of the provider's implementation that does not make it.
+        notices: Optional ``"package.module:function"``, called as ``function(op)``; returns Reasons that keep it from
+            nothing but are worth knowing here, e.g. that slower code serves. ``explain`` and ``doctor`` show them.
         note: One line that ``explain`` shows.
     """
 
@@ -154,13 +162,15 @@ class Implementation:
     priority: int = 0
     deterministic: bool = True
     batch_invariant: bool = False
+    only_batch_invariant: bool = False
+    notices: str | None = None
     note: str = ""
 
     def __post_init__(self) -> None:
         where = f"Implementation of {self.op!r}"
         if not isinstance(self.op, str) or not _NAME.fullmatch(self.op):
             raise ValueError(f"{where}: op must be an identifier in lower case")
-        for field in ("target", "refuses", "warmup", "workspace"):
+        for field in ("target", "refuses", "warmup", "workspace", "notices"):
             text = getattr(self, field)
             if text is not None and not (isinstance(text, str) and _TARGET.fullmatch(text)):
                 raise ValueError(f"{where}: {field} must be 'package.module:function', got {text!r}")

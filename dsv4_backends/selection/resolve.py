@@ -117,17 +117,17 @@ def resolve(
     ``builds`` is what the providers' probes found, by provider and op; a provider that is not in it is judged by its
     own claims alone.
 
-    Rank: the user's order, tested before untested, tier, priority, name. A pin removes all other candidates. Of
-    ``preferences``, those are kept that change this ranking and no wish of the user.
+    Rank: the user's order, tested before untested, tier, priority, name. In the batch-invariant mode, what does not
+    claim it ranks as untested. A pin removes all other candidates. Of ``preferences``, those are kept that change this
+    ranking and no wish of the user.
     """
     pinned = policy.pins.get(op)
     judged = []
     for provider in providers:
-        for implementation in provider.implementations:
-            if implementation.op == op:
-                build = (builds or {}).get(provider.name, {}).get(op)
-                reasons, warning = _judge(provider, implementation, build, device, installed, policy, pinned, findable)
-                judged.append(Candidate(provider, implementation, reasons, warning, build))
+        for implementation in _in_mode(op, provider, policy):
+            build = (builds or {}).get(provider.name, {}).get(op)
+            reasons, warning = _judge(provider, implementation, build, device, installed, policy, pinned, findable)
+            judged.append(Candidate(provider, implementation, reasons, warning, build))
 
     def rank(candidate: Candidate) -> tuple[int, bool, int, int, str, str]:
         order = policy.order
@@ -147,6 +147,14 @@ def resolve(
     wanted = policy.measured and not policy.batch_invariant and pinned is None
     kept = tuple(p for p in preferences if p.op == op and _changes(p, ranked, policy)) if wanted else ()
     return Resolution(op, device, ranked, pinned, kept)
+
+
+def _in_mode(op: str, provider: ProviderSpec, policy: Policy) -> list[Implementation]:
+    """A provider's implementations of an op, as the batch-invariant mode or its absence leaves them."""
+    found = [i for i in provider.implementations if i.op == op]
+    if not policy.batch_invariant:
+        return [i for i in found if not i.only_batch_invariant]
+    return [i for i in found if i.batch_invariant] or found
 
 
 def _changes(preference: Preference, ranked: Iterable[Candidate], policy: Policy) -> bool:
@@ -204,6 +212,10 @@ def _judge(
         elif verdict is cc.Support.UNTESTED:
             message = f"tested on compute capability {named}, this GPU is the newer {device.capability}"
             warning = Reason("untested", message, f"pin another provider if {name} misbehaves")
+
+    if policy.batch_invariant and not implementation.batch_invariant and warning is None:
+        message = "does not claim to be batch-invariant, which DSV4_BACKENDS_BATCH_INVARIANT=1 asks for"
+        warning = Reason("batch-variant", message)
 
     for text in provider.requires:
         requirement = Requirement(text)

@@ -6,6 +6,7 @@ A check returns None, or raises ``CheckFailed`` with its name. They run in the o
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,8 +57,11 @@ class Subject:
         return f"{self.provider}: {self.contract.name}"
 
 
-def subject(provider: str, op: str, device: torch.device | str) -> Subject:
+def subject(provider: str, op: str, device: torch.device | str, *, batch_invariant: bool | None = None) -> Subject:
     """The implementation of ``op`` that ``provider`` would serve on ``device`` with.
+
+    Args:
+        batch_invariant: In the batch-invariant mode; None: as the environment says.
 
     Raises:
         NoProviderError: it would not, with all reasons.
@@ -65,8 +69,10 @@ def subject(provider: str, op: str, device: torch.device | str) -> Subject:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    loaded = plugins.load(policy.from_environment().deny)
-    wishes = policy.Policy(pins={op: provider}).validate(loaded.names)
+    settings = policy.from_environment()
+    loaded = plugins.load(settings.deny)
+    mode = settings.batch_invariant if batch_invariant is None else batch_invariant
+    wishes = policy.Policy(pins={op: provider}, batch_invariant=mode).validate(loaded.names)
     where = machine.device_of(device)
     resolution = builds.choose(op, where, Installed(), loaded.providers, wishes, builds.load)
     selected = resolution.selected
@@ -79,7 +85,9 @@ def subject(provider: str, op: str, device: torch.device | str) -> Subject:
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU."""
+    """What ``DSV4_BACKENDS_TORCH_DEVICE`` names; without it the first GPU, or the CPU."""
+    if named := os.environ.get("DSV4_BACKENDS_TORCH_DEVICE", "").strip():
+        return torch.device(named)
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -378,14 +386,14 @@ def check_graph(target: Subject, case: Case) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # so it is, where there is no row
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):  # its own would be of the current device
                 results = target.run(arguments)
     except RuntimeError as error:
         raise CheckFailed("graph", f"{target.name}: {case.name}: cannot be captured: {error}") from error
     for result in results:
         result.fill_(float("nan"))
     _overwrite(arguments, _inputs(target, case, 1))
-    graph.replay()
+    graph.replay()  # on the current stream of the device that was captured
     torch.cuda.synchronize(target.device)
     _judge("graph", target, case, arguments, results, variant=1, what=" (replay with new inputs)")
 

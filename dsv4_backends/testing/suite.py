@@ -31,7 +31,9 @@ class ProviderConformance:
     Attributes:
         provider: The name in the provider's ``ProviderSpec``; its plugin must be installed.
         level: ``"smoke"``, ``"default"`` or ``"full"``; the environment variable ``DSV4_BACKENDS_LEVEL`` wins.
-        device: Such as ``"cpu"`` or ``"cuda:1"``; empty: the first GPU, or the CPU.
+        device: Such as ``"cpu"`` or ``"cuda:1"``; empty: what the environment variable ``DSV4_BACKENDS_TORCH_DEVICE``
+            names, else the first GPU, or the CPU. The current device stays what it is.
+        batch_invariant: Run what serves under ``DSV4_BACKENDS_BATCH_INVARIANT=1``.
         known_failures: Patterns over test ids (``"numerics-mqa_logits-*"``) to the reason. Such a test must fail; a
             pattern that matches nothing fails as well.
 
@@ -41,6 +43,7 @@ class ProviderConformance:
     provider: str = ""
     level: str = "smoke"
     device: str = ""
+    batch_invariant: bool = False
     known_failures: Mapping[str, str] = {}
 
     @classmethod
@@ -74,7 +77,11 @@ class ProviderConformance:
             for op in cls._ops()
             for case in CONTRACTS[op].at_level(level)
             for check in checks.CHECKS
-            if any(checks.claimed(check, i) for i in implementations if i.op == op)
+            if any(
+                checks.claimed(check, i)
+                for i in implementations
+                if i.op == op and (cls.batch_invariant or not i.only_batch_invariant)
+            )
         ]
 
     @classmethod
@@ -100,7 +107,7 @@ class ProviderConformance:
     def _subject(self, op: str) -> checks.Subject:
         device = torch.device(self.device) if self.device else checks.default_device()
         try:
-            return checks.subject(self.provider, op, device)
+            return checks.subject(self.provider, op, device, batch_invariant=self.batch_invariant)
         except NoProviderError as error:
             if error.resolution is None:
                 raise checks.CheckFailed("signature", str(error)) from error

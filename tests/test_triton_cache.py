@@ -1,0 +1,149 @@
+"""Triton's cache on disk, where it cannot be used: an error that names the variable, and ``doctor`` finds it before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from dsv4_backend_deep_gemm import _finish
+from dsv4_backend_triton import _launch, ahead
+from dsv4_backend_triton._arch import arch_from_capability
+from packaging.version import Version
+
+from dsv4_backends import OPS
+from dsv4_backends.commands import cli
+from dsv4_backends.commands.shared import FINDING
+from dsv4_backends.engines import _transformers_kernels
+from dsv4_backends.errors import CacheError, DSV4Error
+from dsv4_backends.runtime import launching, serving
+
+X = torch.zeros(4)
+
+
+class Kernel:
+    """A kernel whose compilation fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.fn, self.arg_names = error, object(), ["x"]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.warmup
+
+    def warmup(self, *args: Any, **kwargs: Any) -> None:
+        raise self.error
+
+
+DOORS: dict[str, Callable[[Any], None]] = {
+    "triton": lambda kernel: _launch.launch(kernel, (1,), X),
+    "triton ahead": lambda kernel: _launch.Launch(kernel, (1,), {}, {}).compile(),
+    "deep_gemm": lambda kernel: _finish._launch(kernel, -1, (1, 1, 1), (X,), (), ()),
+    "transformers": lambda kernel: _transformers_kernels._launch(kernel, (1,), X, X),
+}
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/nope/.triton/cache")
+    return "/nope/.triton/cache"
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "/nope"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/nope/.triton/cache/abc"),
+        OSError(errno.EROFS, "Read-only file system", "/nope/.triton/cache/abc/tmp.pid_1"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("`ptxas` failed: No space left on device"),
+        RuntimeError("Could not create or locate cache dir"),
+    ],
+    ids=str,
+)
+def test_the_error_names_the_variable_and_the_path(folder: str, door: str, error: Exception) -> None:
+    with pytest.raises(CacheError) as raised:
+        DOORS[door](Kernel(error))
+    assert isinstance(raised.value, DSV4Error)
+    for word in (folder, "TRITON_CACHE_DIR", "TRITON_HOME", str(error)):
+        assert word in str(raised.value)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "No such file", "/usr/bin/gcc"), RuntimeError("CUDA error"), ValueError()]
+)
+def test_other_errors_stay_what_they_are(folder: str, door: str, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        DOORS[door](Kernel(error))
+    assert raised.value is error
+
+
+def _unusable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> str:
+    file = tmp_path / "file"
+    file.write_text("")
+    home = {"home": file, "cache": tmp_path / "x", "full": tmp_path / "x"}[how]
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", str(home))
+    if how == "cache":
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(file / "cache"))
+        return str(file / "cache")
+    if how == "full":
+
+        class Full:
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None: ...
+
+            def write(self, data: bytes) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    return str(home / ".triton" / "cache")
+
+
+@pytest.mark.parametrize("how", ["home", "cache", "full"])
+def test_it_is_found_ahead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file stands where the directory would be, or the disk is full; so it fails for root as well."""
+    path = _unusable(monkeypatch, tmp_path, how)
+    problem = launching.cache_problem()
+    assert problem is not None
+    assert path in problem.message
+    monkeypatch.setattr(ahead, "interpreting", lambda: False)
+    assert cli.main(["doctor", "--device", "sm_90"]) == FINDING
+    said = capsys.readouterr().out
+    assert "[cache-unusable]" in said
+    assert "TRITON_CACHE_DIR" in said
+    assert said.count("[cache-unusable]") == 1
+    assert cli.main(["explain", "fp8_einsum", "--device", "sm_90"]) == 0
+    assert "[cache-unusable]" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_a_good_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "yet"))
+    assert launching.cache_problem() is None
+    assert list(tmp_path.iterdir()) == []
+    assert [list(ahead.notices(op)) for op in OPS] == [[]] * len(OPS)
+
+
+def test_triton_itself_fails_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A real compilation, whose error is Triton's own."""
+    from test_triton_ahead import _matrix
+
+    path = _unusable(monkeypatch, tmp_path, "home")
+    monkeypatch.setattr(triton.runtime.driver, "_active", _matrix().NoGpu(80))
+    call = serving.hyper_connection(8, 1024, 24)
+    launch = next(iter(ahead.record("hc_prenorm_gemm", [call], arch_from_capability(Version("8.0")))))
+    with pytest.raises(CacheError) as raised:
+        launch.compile()
+    assert path in str(raised.value)

@@ -1,0 +1,208 @@
+"""Gluon is experimental: a Triton that lacks a name costs the kernels that use it, and nothing else.
+
+Which names those are is read from the sources. Each in turn is taken from Triton, in a process that was forked after
+Triton's import, and every op is then asked what it would launch on every architecture.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from dsv4_backend_triton import _variants
+
+from dsv4_backends import OPS
+
+HERE = Path(__file__).resolve()
+PACKAGE = HERE.parents[1] / "backends" / "dsv4_backend_triton"
+GLUON = "triton.experimental.gluon"
+MODULES = sorted({name for names in _variants.VARIANTS.values() for name in names})
+CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
+PLAIN = {
+    "sparse_mla_prefill": {"_prefill_kernel"},
+    "sparse_mla_decode": {"_decode_kernel", "_combine_kernel", "_stage_kernel", "_prefill_kernel"},
+    "mqa_logits": {"_mqa_logits_kernel"},
+    "paged_mqa_logits": {"_paged_mqa_logits_kernel"},
+    "fp8_einsum": {"_einsum_kernel"},
+    "hc_prenorm_gemm": {"_hc_kernel", "_hc_reduce_kernel"},
+}
+
+
+def _sources() -> Iterator[ast.Module]:
+    for path in sorted(PACKAGE.glob("*.py")):
+        if GLUON in path.read_text():
+            yield ast.parse(path.read_text())
+
+
+def names() -> list[tuple[str, str]]:
+    """Every (owner, attribute) of Gluon that the sources use: imported, through a module, or of shared memory."""
+    found: set[tuple[str, str]] = set()
+    methods: set[str] = set()
+    for tree in _sources():
+        roots: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(GLUON):
+                for alias in node.names:
+                    found.add((str(node.module), alias.name))
+                    roots[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value)
+                root, _, rest = owner.partition(".")
+                if root in roots:
+                    found.add((f"{roots[root]}.{rest}".rstrip("."), node.attr))
+                else:
+                    methods.add(node.attr)
+    shared = _owner(f"{GLUON}.language.shared_memory_descriptor")
+    tensor = _owner("triton.language.tensor")
+    of_shared = {m for m in methods if callable(getattr(shared, m, None)) and not hasattr(tensor, m)}
+    found |= {(f"{GLUON}.language.shared_memory_descriptor", m) for m in of_shared}
+    return sorted((o, a) for o, a in found if _owner(o) is not None and hasattr(_owner(o), a))
+
+
+def _owner(path: str) -> Any:
+    head, *rest = path.split(".")
+    value: Any = importlib.import_module(head)
+    for part in rest:
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            try:
+                value = importlib.import_module(f"{value.__name__}.{part}")
+            except (ImportError, AttributeError):
+                return None
+    return value
+
+
+def _look() -> dict[str, Any]:
+    """What every op would launch where, and what is said of it, in this process."""
+    import logging
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dsv4_backends").addHandler(handler)
+    from dsv4_backend_triton import ahead
+    from dsv4_backend_triton._arch import arch_from_capability
+    from packaging.version import Version
+
+    from dsv4_backends.contract.models import FLASH
+    from dsv4_backends.runtime import serving
+
+    rank = FLASH.rank(1)
+    narrow = serving.Limits(max_tokens=8, max_requests=2, max_context=2000)
+    calls = {op: list(serving.calls(op, rank, narrow))[:4] for op in OPS}
+    calls["sparse_mla_prefill"] += [serving.prefill(heads, 512, 4096, 640) for heads in (16, 64)]
+    calls["sparse_mla_decode"] += [serving.decode(64, b, 1, 128, (512, 64)) for b in (1, 8, 128)]
+    calls["mqa_logits"] = list(serving.calls("mqa_logits", rank, serving.Limits(max_tokens=64, max_context=2000)))[-4:]
+    calls["fp8_einsum"] += [serving.einsum(rank, tokens) for tokens in (16, 32, 200, 4000)]
+    calls["hc_prenorm_gemm"] += [serving.hyper_connection(m, 4096, 24) for m in (8, 200, 8192)]
+    launched = {}
+    for op in OPS:
+        for capability in CAPABILITIES:
+            recorded = ahead.record(op, calls[op], arch_from_capability(Version(capability)))
+            kernels = {one.kernel.__name__ for one in recorded}
+            launched[f"{op} {capability}"] = sorted(kernels)
+    notices = {op: [str(r) for r in ahead.notices(op) if r.code == "slower-kernels"] for op in OPS}
+    missing = {name: _variants_of()[name] for name in MODULES}
+    return {"launched": launched, "said": said, "notices": notices, "missing": missing}
+
+
+def _variants_of() -> dict[str, str]:
+    from dsv4_backend_triton import _variants as variants
+
+    return {name: variants.missing(name) for name in MODULES}
+
+
+def _child(owner: str, attribute: str) -> dict[str, Any]:
+    """What ``_look`` finds in a fork of this process from which a name was taken."""
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            if owner:
+                gone = getattr(_owner(owner), attribute)
+                delattr(_owner(owner), attribute)
+                if isinstance(gone, ModuleType):
+                    sys.modules[gone.__name__] = None  # type: ignore[assignment]
+            answer = _look()
+        except BaseException as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = json.load(pipe)
+    os.waitpid(pid, 0)
+    return dict(answer)
+
+
+NAMES = names()
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """By name: what a process without it would launch and say; "" is the process that lacks nothing."""
+    done = subprocess.run([sys.executable, str(HERE)], capture_output=True, text=True, check=False, cwd=HERE.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout))
+
+
+def test_this_triton_has_all_of_them(found: dict[str, Any]) -> None:
+    whole = found[""]
+    assert whole["said"] == []
+    assert set(whole["missing"].values()) == {""}
+    launched = {kernel for kernels in whole["launched"].values() for kernel in kernels}
+    assert {"_prefill", "_decode_hopper_kernel", "mqa_hopper_kernel", "hc_hopper_kernel"} <= launched
+    assert {"_prefill_ampere_kernel", "_decode_ampere_kernel", "einsum_hopper_kernel", "einsum_few_kernel"} <= launched
+
+
+@pytest.mark.parametrize("name", [f"{owner}:{attribute}" for owner, attribute in NAMES])
+def test_a_missing_name_costs_what_uses_it(name: str, found: dict[str, Any]) -> None:
+    whole, without = found[""], found[name]
+    assert "error" not in without, without
+    lost = {module for module, why in without["missing"].items() if why}
+    assert lost or name in SPARE, "no kernel of Gluon is given up"
+    # One line for each variant that is asked for, and no line twice; explain names every one that the op has.
+    assert len(set(without["said"])) == len(without["said"]) <= 1
+    assert bool(without["said"]) == bool(lost)
+    for op in OPS:
+        own = set(_variants.VARIANTS[op]) & lost
+        assert len(without["notices"][op]) == len(own)
+        # Staged decode attends as prefill does.
+        touched = own or (op == "sparse_mla_decode" and lost & {"prefill_ampere"})
+        for capability in CAPABILITIES:
+            before, after = (set(f["launched"][f"{op} {capability}"]) for f in (whole, without))
+            if not touched:
+                assert after == before
+            else:
+                assert after <= before | PLAIN[op]
+                assert after
+            gone = {"prefill_hopper": "_prefill", "prefill_ampere": "_prefill_ampere_kernel"}
+            gone |= {"decode_hopper": "_decode_hopper_kernel", "decode_ampere": "_decode_ampere_kernel"}
+            gone |= {"logits_hopper": "mqa_hopper_kernel", "hyper_connection_hopper": "hc_hopper_kernel"}
+            assert not after & {gone.get(module, "einsum_hopper_kernel") for module in lost}
+
+
+SPARE: set[str] = {f"{GLUON}.language.shared_memory_descriptor:_reinterpret"}
+"""What a kernel can do without: it has another form for Tritons that lack it."""
+
+
+if __name__ == "__main__":
+    import torch  # noqa: F401
+    import triton  # noqa: F401
+
+    from dsv4_backends.runtime import serving as serving_first  # noqa: F401
+
+    for module in [m for m in sys.modules if m.startswith("dsv4_backend_triton")]:
+        del sys.modules[module]
+    every = [("", ""), *NAMES]
+    print(json.dumps({f"{o}:{a}" if o else "": _child(o, a) for o, a in every}))
