@@ -29,7 +29,14 @@ MODULES = sorted({name for names in _variants.VARIANTS.values() for name in name
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
 PLAIN = {
     "sparse_mla_prefill": {"_prefill_kernel"},
-    "sparse_mla_decode": {"_decode_kernel", "_combine_kernel", "_stage_kernel", "_prefill_kernel"},
+    # Staged, it attends as prefill does.
+    "sparse_mla_decode": {
+        "_decode_kernel",
+        "_combine_kernel",
+        "_stage_kernel",
+        "_prefill_kernel",
+        "_prefill_ampere_kernel",
+    },
     "mqa_logits": {"_mqa_logits_kernel"},
     "paged_mqa_logits": {"_paged_mqa_logits_kernel"},
     "fp8_einsum": {"_einsum_kernel"},
