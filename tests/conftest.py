@@ -7,10 +7,23 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import interpreter
 import pytest
 
 from dsv4_backends.runtime import bind
 from dsv4_backends.selection import policy
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if interpreter.ON and (why := interpreter.trouble_here()):
+        raise pytest.UsageError(f"TRITON_INTERPRET=1: {why}")
+
+
+@pytest.fixture
+def triton_interpreter() -> None:
+    """For tests that start a process with ``TRITON_INTERPRET=1``."""
+    if why := interpreter.trouble_here():
+        pytest.skip(why)
 
 
 @pytest.fixture(autouse=True)

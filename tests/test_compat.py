@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from dsv4_backends import ContractError, UnsupportedError, compat
@@ -657,6 +658,80 @@ def test_without_a_library() -> None:
             compat.native("deep_gemm")
         assert sys.modules["deep_gemm"] is front
     assert "deep_gemm" not in sys.modules
+
+
+ENGINES_IMPORT = """
+import deep_gemm, deep_gemm.utils.layout, deep_gemm.utils.math, flash_mla
+from deep_gemm import fp8_fp4_mqa_logits, fp8_fp4_paged_mqa_logits, fp8_paged_mqa_logits
+from deep_gemm import get_paged_mqa_logits_metadata
+from deep_gemm import per_block_cast_to_fp8, transform_sf_into_required_layout, transform_weights_for_mega_moe
+from deep_gemm.utils import align, get_tma_aligned_size
+from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
+from deep_gemm.utils.math import pack_ue8m0_to_int, transform_ue4m3_sf_into_required_layout
+from flash_mla import fused_norm_rope_attn_rope_cast
+from flash_mla.flash_mla_interface import FlashMLASchedMeta
+deep_gemm.utils.layout.get_mn_major_tma_aligned_packed_ue8m0_tensor
+flash_mla.get_mla_decoding_metadata
+assert deep_gemm.__version__ and flash_mla.__version__
+"""
+"""What SGLang 0.5.23 imports of the two modules, at import and in functions. vLLM 0.33 has getattr with a default."""
+
+
+def test_what_engines_import_exists_without_a_library() -> None:
+    assert importlib.util.find_spec("deep_gemm") is None, "this test is about a machine without it"
+    before = set(sys.modules)
+    with compat.install():
+        exec(ENGINES_IMPORT, {})
+        for module, names in compat.IMPORTED.items():
+            front = importlib.import_module(module)
+            assert set(names) <= set(dir(front))
+            for name in names:
+                call = getattr(front, name)
+                with pytest.raises(UnsupportedError, match=rf"^{module}\.{name}: no op .* stands for it, and no "):
+                    call(1, other=2)
+        front = importlib.import_module("deep_gemm")
+        Version(front.__version__)
+        # SGLang and vLLM ask for these before they choose a path of their own.
+        for name in (
+            "fp8_gemm_nt",
+            "m_grouped_fp8_fp4_gemm_nt_contiguous",
+            "mega_mhc",
+            "fp8_mega_moe",
+            "bf16_mega_gate",
+        ):
+            assert not hasattr(front, name)
+    assert not {name for name in set(sys.modules) - before if name.partition(".")[0] in compat.LIBRARIES}
+
+
+def test_what_engines_import_is_the_librarys_where_it_has_it(libraries: Path) -> None:
+    (libraries / "deep_gemm" / "utils" / "__init__.py").write_text(
+        "from .math import *\ndef align(x, y): return 'own'\n"
+    )
+    with (libraries / "flash_mla" / "__init__.py").open("a") as file:
+        file.write("def get_mla_decoding_metadata(): return 'own'\n")
+    with compat.install():
+        from deep_gemm.utils import align, ceil_div
+        from flash_mla import fused_norm_rope_attn_rope_cast, get_mla_decoding_metadata
+
+        assert align(1, 2) == get_mla_decoding_metadata() == "own"
+        assert ceil_div(3, 2) == 2
+        with pytest.raises(UnsupportedError, match="the library behind it has none either"):
+            fused_norm_rope_attn_rope_cast()
+
+
+def test_another_library_under_the_name_gets_no_calls(libraries: Path) -> None:
+    """AppMana's flash-mla has flash_mla_with_kvcache with other arguments, and names of its own."""
+    for file in ("__init__", "flash_mla_interface"):
+        (libraries / "flash_mla" / f"{file}.py").write_text(
+            "from fakes.flash_mla import appmana\nglobals().update(appmana())"
+        )
+    with compat.install("flash_mla"):
+        front: Any = importlib.import_module("flash_mla")
+        assert front.flash_sparse_mla_decode(1, 2, 3, 4) == "AppMana's own"
+        with pytest.raises(UnsupportedError, match="dense attention"):
+            front.flash_mla_with_kvcache(
+                *(torch.zeros(1, 1, 1, 512),) * 2, None, None, 512, front.get_mla_metadata()[0]
+            )
 
 
 def test_a_library_that_does_not_load(libraries: Path, caplog: pytest.LogCaptureFixture) -> None:

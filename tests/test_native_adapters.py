@@ -379,6 +379,7 @@ def test_a_kernel_is_looked_up_by_what_compiles_it(monkeypatch: pytest.MonkeyPat
         del finish._compiled[made]
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 def test_kernels_in_the_interpreter() -> None:
     """The kernels agree with the PyTorch code that stands in for them on a CPU."""
     code = """

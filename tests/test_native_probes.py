@@ -243,6 +243,30 @@ def test_flash_mla_without_hopper(site: Path, compiled: bytes) -> None:
         assert ("since 2026.09.30" in reason.message) == (compiled is SINCE_2026_09_30)
 
 
+APPMANA = f"# has flash_sparse_mla_decode\n{IMPORT.format(module='flash_mla', line='appmana')}"
+
+
+@pytest.mark.parametrize("version", ["0.9", "2.0.0"])
+@pytest.mark.parametrize("ask", [None, builds.load])
+def test_another_library_under_the_name_is_recognised(site: Path, version: str, ask: Callable[..., Any] | None) -> None:
+    """AppMana's wheel is called flash-mla too. Nothing that would overwrite it is suggested."""
+    flash_mla(site, "flash-mla", version, source=APPMANA, compiled=None)
+    for op in flash_mla_probe.FUNCTIONS:
+        reason = only(judged(FLASH_MLA, op, ask=ask))
+        assert reason.code == "library-signature"
+        assert f"flash-mla {version} is AppMana's library for SM8x and SM12x" in reason.message
+        assert not [name for name in ("pip", *flash_mla_probe.DISTRIBUTIONS) if name in reason.hint]
+    candidate = judged(FLASH_MLA, "sparse_mla_decode", "8.6")
+    assert candidate.build is not None
+    assert candidate.build.name == f"flash-mla {version}"
+    assert {reason.code for reason in candidate.reasons} == {"capability"}
+
+
+def test_a_build_of_appmanas_with_flash_mlas_functions_is_judged_by_them(site: Path) -> None:
+    flash_mla(site, "flash-mla", "3.0", source=f"# flash_sparse_mla_decode, flash_mla_sparse_fwd\n{FLASH_MLA_SOURCE}")
+    assert judged(FLASH_MLA, "sparse_mla_decode").accepted
+
+
 def test_sgl_without_its_legacy_half(site: Path) -> None:
     source = "from fakes.flash_mla import sgl\nglobals().update(sgl(legacy=False))\n"
     flash_mla(site, "sgl-flash-mla", source=source)
@@ -347,6 +371,14 @@ def test_the_commands_tell(site: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "deep_gemm: tokenspeed-deepgemm 2.5.0" in told
     assert "flash_mla: tokenspeed-flashmla 1.0.0, sgl-flash-mla 1.0.0: [library-owners]" in told
     assert "deep_gemm" not in sys.modules
+
+
+def test_doctor_tells_of_another_library(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dsv4_backends import cli
+
+    flash_mla(site, "flash-mla", "2.0.0", source=APPMANA, compiled=None)
+    cli.main(["doctor", "--device", "sm_86"])
+    assert "flash-mla 2.0.0 is AppMana's library" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------- signatures

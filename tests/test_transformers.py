@@ -651,6 +651,7 @@ def test_the_small_kernels_compile(
         assert compiled.asm["cubin"]
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 def test_the_small_kernels_in_the_interpreter() -> None:
     """Triton reads the interpreter's switch when it is imported, so in a process of its own."""
     # NumPy's own words about the interpreter's arithmetic: what is then masked, and how it reads scalars.

@@ -7,9 +7,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import interpreter
 import pytest
+from packaging.requirements import Requirement
 
 from dsv4_backends import OPS
 from dsv4_backends.commands import cli
@@ -28,6 +31,7 @@ def triton_is_installed() -> None:
     assert importlib.util.find_spec("triton"), "the test extra installs triton"
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("device", ["sm_80", "sm_120"])
 def test_suite_in_the_interpreter(device: str) -> None:
     """The whole conformance suite, level smoke, on CPU tensors; all of it for one architecture's configurations."""
@@ -40,6 +44,20 @@ def test_suite_in_the_interpreter(device: str) -> None:
     summary = done.stdout.splitlines()[-1]
     assert "passed" in summary
     assert "failed" not in summary
+
+
+def test_an_interpreter_that_cannot_run_is_told_with_both_versions() -> None:
+    assert interpreter.trouble("3.6.0", "2.3.5") == ""
+    assert interpreter.trouble("3.7.0", "2.4.6") == ""
+    why = interpreter.trouble("3.6.0", "2.4.0")
+    assert "Triton 3.6.0" in why
+    assert "NumPy 2.4.0" in why
+    (numpy,) = [
+        Requirement(text)
+        for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+        if text.startswith("numpy")
+    ]
+    assert not numpy.specifier.contains("2.4.0"), "what the extra installs runs with every Triton that it allows"
 
 
 def test_compiles_for_every_architecture(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[tuple[str, ...], ...]]] = {
 # and the 584-byte cache, and that of the releases since 2026.09.30, which have neither.
 _BUILT_FOR = re.compile(rb"Sparse Attention Forward Kernel is only supported on ([\w ,]+?) architectures")
 _WITHOUT = re.compile(rb"\(sparse_(?:decode|prefill)_fwd\) is only supported on")
+_APPMANA = "flash_sparse_mla_decode"
+"""A function of AppMana's wheel, which has FlashMLA's names, serves SM8x and SM12x, and takes other arguments."""
 
 
 def find() -> Library:
@@ -77,11 +79,27 @@ def built_for(files: list[Path]) -> tuple[tuple[str, ...], str]:
     return (), f"does not say in {', '.join(path.name for path in files) or 'any compiled file'} what it was built for"
 
 
+def _another_library(library: Library) -> tuple[Reason, ...]:
+    """What is said where the module is not FlashMLA at all; found in its text, since its versions overlap."""
+    if library.folder is None or any(reason.code == "library-owners" for reason in library.reasons):
+        return ()
+    files = (library.folder / "__init__.py", library.folder / "flash_mla_interface.py")
+    text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file())
+    if _APPMANA not in text or "flash_mla_sparse_fwd" in text:
+        return ()
+    message = (
+        f"{library.build} is AppMana's library for SM8x and SM12x, which shares only the name with FlashMLA: "
+        f"it has {_APPMANA} and no flash_mla_sparse_fwd, and this adapter does not know its arguments"
+    )
+    hint = "keep it for what uses it: any build of FlashMLA would overwrite its files"
+    return (Reason("library-signature", message, hint),)
+
+
 def probe(load: bool) -> Mapping[str, Build]:
     """See ``dsv4_backends.selection.builds``."""
     library = find()
     claim: tuple[str, ...] = KNOWN
-    reasons = library.reasons
+    reasons = _another_library(library) or library.reasons
     if library.folder is not None and not reasons:
         claim, wrong = built_for(_compiled(library))
         if wrong:

@@ -3,6 +3,10 @@
 ``compat.deep_gemm`` and ``compat.flash_mla`` have the functions that engines call for DeepSeek V4, with the arguments
 of every release line and the results that the callers of that line expect. ``install()`` puts them behind ``import
 deep_gemm`` and ``import flash_mla``. Importing this package imports neither torch nor a library.
+
+Engines import other names beside these. A name that an engine imports without asking whether it is there exists
+(``IMPORTED``), and calling it raises ``UnsupportedError`` where no library serves it. A name that engines look for with
+``hasattr`` does not exist without a library, so that they take their own way without it.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any, cast
 
+from .. import __version__ as _version
 from ..errors import UnsupportedError
 
 LIBRARIES = ("deep_gemm", "flash_mla")
@@ -31,6 +36,18 @@ _FRONTS = {
     "flash_mla.flash_mla_interface": "flash_mla",
 }
 """Module name to the module of this package that stands for it."""
+_LAYOUT = ("get_mn_major_tma_aligned_packed_ue8m0_tensor", "get_mn_major_tma_aligned_tensor", "get_tma_aligned_size")
+_MATH = ("align", "pack_ue8m0_to_int", "per_block_cast_to_fp8", "transform_ue4m3_sf_into_required_layout")
+IMPORTED: dict[str, tuple[str, ...]] = {
+    "deep_gemm": ("per_block_cast_to_fp8", "transform_sf_into_required_layout", "transform_weights_for_mega_moe"),
+    "deep_gemm.utils": (*_LAYOUT, *_MATH),
+    "deep_gemm.utils.layout": _LAYOUT,
+    "deep_gemm.utils.math": _MATH,
+    "flash_mla": ("fused_norm_rope_attn_rope_cast", "get_mla_decoding_metadata"),
+    "flash_mla.flash_mla_interface": ("fused_norm_rope_attn_rope_cast", "get_mla_decoding_metadata"),
+}
+"""By module: what engines import and no op stands for (SGLang 0.5.23; vLLM 0.33 asks before it imports). A module that
+is not in ``_FRONTS`` is put there only where no library brings it."""
 _before: dict[str, ModuleType | None] = {}
 """What ``sys.modules`` held for the names that are installed."""
 _native: dict[str, ModuleType] = {}
@@ -116,41 +133,60 @@ def _search_locations(name: str) -> list[str]:
 
 
 class _Front(ModuleType):
-    """A module with our functions that has every other attribute of the library behind it."""
+    """A module with our functions, if any, that has every other attribute of the library behind it."""
 
     def __init__(self, name: str, locations: list[str]) -> None:
-        ours = importlib.import_module(f"{__name__}.{_FRONTS[name]}")
-        super().__init__(name, ours.__doc__)
-        spec = importlib.machinery.ModuleSpec(name, None, origin=__name__, is_package="." not in name)
-        if "." not in name:
+        ours = importlib.import_module(f"{__name__}.{_FRONTS[name]}") if name in _FRONTS else None
+        super().__init__(name, ours.__doc__ if ours else None)
+        is_package = any(other.startswith(f"{name}.") for other in (*_FRONTS, *IMPORTED)) or "." not in name
+        spec = importlib.machinery.ModuleSpec(name, None, origin=__name__, is_package=is_package)
+        if is_package:
             spec.submodule_search_locations = self.__path__ = locations
             self.__package__ = name
         else:
             self.__package__ = name.rpartition(".")[0]
         self.__spec__ = spec
-        for public in ours.__all__:
+        for public in ours.__all__ if ours else ():
             value = getattr(ours, public)
-            if not isinstance(value, type):
+            if ours and not isinstance(value, type):
                 value = or_native(value, functools.partial(_own, ours, name, public), name)
             setattr(self, public, value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__version__":
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        where = f"module {self.__name__!r}, put there by dsv4_backends.compat, has no attribute {name!r}, and"
         try:
             library = native(self.__name__)
-        except ModuleNotFoundError as error:
-            if error.name != self.__name__:
-                raise AttributeError(f"{where} the import of the library behind it raised {error!r}") from error
-            raise AttributeError(f"{where} no {self.__name__} is installed behind it") from None
+            if hasattr(library, name):
+                return getattr(library, name)
+            why = "the library behind it has none either"
         except Exception as error:  # a library that does not load says so in many ways
-            raise AttributeError(f"{where} the import of the library behind it raised {error!r}") from error
-        return getattr(library, name)
+            why = f"the import of the library behind it raised {error!r}"
+            if isinstance(error, ModuleNotFoundError) and f"{self.__name__}.".startswith(f"{error.name}."):
+                why = f"no {error.name} is installed behind it"
+        if name == "__version__":
+            return f"{_version}+dsv4.backends"
+        if name in IMPORTED.get(self.__name__, ()):
+            return _unserved(f"{self.__name__}.{name}", why)
+        raise AttributeError(
+            f"module {self.__name__!r}, put there by dsv4_backends.compat, has no attribute {name!r}, and {why}"
+        )
 
     def __dir__(self) -> list[str]:
         library = _native.get(self.__name__)
-        return sorted({*super().__dir__(), *(dir(library) if library is not None else ())})
+        beside = IMPORTED.get(self.__name__, ())
+        return sorted({*super().__dir__(), *beside, *(dir(library) if library is not None else ())})
+
+
+def _unserved(name: str, why: str) -> Callable[..., Any]:
+    """What an engine gets that imports a name which no op and no library serves."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(f"{name}: no op of dsv4_backends stands for it, and {why}")
+
+    call.__name__ = call.__qualname__ = name.rpartition(".")[2]
+    call.__doc__ = f"Raises UnsupportedError: {why}."
+    return call
 
 
 def _own(ours: ModuleType, name: str, public: str) -> Callable[..., Any] | None:
@@ -163,7 +199,7 @@ def _own(ours: ModuleType, name: str, public: str) -> Callable[..., Any] | None:
         return None
     if not hasattr(library, public):
         return None
-    return cast("Callable[..., Any]", ours.own(library, public))
+    return cast("Callable[..., Any] | None", ours.own(library, public))
 
 
 class Installed:
@@ -206,13 +242,16 @@ def install(*names: str) -> Installed:
             if isinstance(sys.modules.get(package), _Front):
                 continue
             locations = _search_locations(package)
-            for front in (name for name in _FRONTS if name.partition(".")[0] == package):
+            # A package that is installed brings its own modules; the import system finds them by the locations.
+            fronts = _FRONTS if locations else dict.fromkeys((*_FRONTS, *IMPORTED))
+            for front in (name for name in fronts if name.partition(".")[0] == package):
                 _before[front] = sys.modules.get(front)
                 if (module := _before[front]) is not None:
                     _native[front] = module
                 sys.modules[front] = _Front(front, locations)
                 if "." in front:
-                    setattr(sys.modules[package], front.rpartition(".")[2], sys.modules[front])
+                    parent, _, last = front.rpartition(".")
+                    setattr(sys.modules[parent], last, sys.modules[front])
             done.append(package)
     return Installed(tuple(done))
 

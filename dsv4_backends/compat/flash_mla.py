@@ -252,8 +252,13 @@ def _remember(metadata: FlashMLASchedMeta, config: tuple[object, ...]) -> None:
         )
 
 
-def own(library: Any, name: str) -> Callable[..., Any]:
-    """The library's function, for a call that ours passes on. It gets metadata of the library's own kind."""
+def own(library: Any, name: str) -> Callable[..., Any] | None:
+    """The library's function, for a call that ours passes on. It gets metadata of the library's own kind.
+
+    None where the library only shares the name with FlashMLA (AppMana's): its functions take other arguments.
+    """
+    if not hasattr(library, "flash_mla_sparse_fwd"):
+        return None
     function = cast("Callable[..., Any]", getattr(library, name))
     if name != "flash_mla_with_kvcache":
         return function

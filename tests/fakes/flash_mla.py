@@ -1,4 +1,7 @@
-"""FlashMLA's builds: ``source`` (upstream and tokenspeed), ``sgl`` (``use_legacy=True``), ``vllm`` (``out=``)."""
+"""FlashMLA's builds: ``source`` (upstream and tokenspeed), ``sgl`` (``use_legacy=True``), ``vllm`` (``out=``).
+
+``appmana`` is another library of that name.
+"""
 
 from __future__ import annotations
 
@@ -287,3 +290,29 @@ def vllm() -> dict[str, Any]:
 
 
 LINES = {"source": source, "sgl": sgl, "vllm": vllm}
+
+
+def appmana() -> dict[str, Any]:
+    """AppMana's flash-mla 2.0.0 for SM8x and SM12x: FlashMLA's names of 2025, and sparse functions of its own."""
+
+    def get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k):
+        raise AssertionError("not FlashMLA's")
+
+    def flash_mla_with_kvcache(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits,
+        softmax_scale=None,
+        causal=False,
+        warp_spec=True,
+    ):
+        raise AssertionError("not FlashMLA's")
+
+    def flash_sparse_mla_decode(q, swa_cache, swa_indices, swa_lens, scale=None, attn_sink=None):
+        return "AppMana's own"
+
+    return locals()
