@@ -238,18 +238,17 @@ def _contract(contract: OpContract) -> str:
             for v in contract.values
         ]
         parts.append(table(("values of", "from", "to", "where", "any other value"), rows))
-    # A result may have a better name in the text than the buffer that a caller can have it written to.
-    pairs = list(zip(results, contract.returns, strict=True))
+    assert tuple(results) == contract.returns, (contract.name, "a result and its buffer have one name")
     parts.append(
         table(
             ("result", "what comes back", "buffer"),
             (
-                (code(name), results[name].rstrip("."), code(given) if given in contract.buffers else "")
-                for name, given in pairs
+                (code(name), results[name].rstrip("."), code(name) if name in contract.buffers else "")
+                for name in results
             ),
         )
     )
-    rows = [_tolerance(name, contract.tolerances[given]) for name, given in pairs]
+    rows = [_tolerance(name, contract.tolerances[name]) for name in results]
     parts.append(table(("tolerance of", "`rtol`", "`atol`", "`atol_rms`", "`calc_diff`", "why"), rows))
     counts = ", ".join(f"{len(contract.at_level(level))} {level}" for level in LEVELS)
     parts.append(f"Cases: {counts}. Native functions: {_source(contract)}.")

@@ -23,7 +23,7 @@ def hc_prenorm_gemm(
 ) -> tuple[Tensor, Tensor]:
     """The GEMM before the norm of a hyper-connection, and the sum of squares that the norm needs::
 
-        mixes   = x @ fn.T
+        out     = x @ fn.T
         sqr_sum = sum over k of x ** 2
 
     in one pass over x, which holds the residual streams of a token side by side. No norm is applied. With
@@ -36,11 +36,11 @@ def hc_prenorm_gemm(
         x: bf16 ``[m, k]``.
         fn: fp32 ``[n, k]``; DeepSeek V4: n = 24, k = 4 * hidden, or k = hidden for the broadcast first layer.
         num_splits: Number of partials, at least 1; None for the finished sums.
-        out: fp32 ``[m, n]``, or ``[num_splits, m, n]``, to write the mixes to; needs no initial value.
+        out: fp32 ``[m, n]``, or ``[num_splits, m, n]``, to write to; needs no initial value.
         sqr_sum: fp32 ``[m]``, or ``[num_splits, m]``; given exactly if ``out`` is.
 
     Returns:
-        mixes: fp32 ``[m, n]``, or ``[num_splits, m, n]``.
+        out: fp32 ``[m, n]``, or ``[num_splits, m, n]``.
         sqr_sum: fp32 ``[m]``, or ``[num_splits, m]``.
 
     Raises:
@@ -52,9 +52,9 @@ def hc_prenorm_gemm(
 
     lead = () if num_splits is None else (num_splits,)
     m, n = x.shape[0], fn.shape[0]
-    mixes = torch.empty((*lead, m, n), dtype=torch.float32, device=x.device) if out is None else out
+    product = torch.empty((*lead, m, n), dtype=torch.float32, device=x.device) if out is None else out
     squares = torch.empty((*lead, m), dtype=torch.float32, device=x.device) if sqr_sum is None else sqr_sum
-    return mixes, squares
+    return product, squares
 
 
 def _make(
@@ -124,7 +124,7 @@ HC_PRENORM_GEMM = OpContract(
                 Form("float32", "m, n", when="num_splits is None"),
                 Form("float32", "num_splits, m, n", when="num_splits is not None"),
             ),
-            about="buffer for the mixes",
+            about="result buffer",
         ),
         "sqr_sum": TensorArg(
             (
