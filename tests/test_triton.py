@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -62,9 +63,31 @@ def test_an_interpreter_that_cannot_run_is_told_with_both_versions() -> None:
 
 def test_compiles_for_every_architecture(tmp_path: Path) -> None:
     """Every third variant, so that each comes up on some architectures; the full table is in the docs."""
-    done = run("tools/compile_matrix.py", "--every", "3", TRITON_CACHE_DIR=str(tmp_path))
+    done = run("tools/compile_matrix.py", "--every", "3", "--kept", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert ", 0 bad" in done.stdout
+
+
+def test_the_kept_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest Triton, the one that engines bring and the newest; a spill that is not kept is found."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    matrix = importlib.import_module("matrix")
+    spilled_more = importlib.import_module("compile_matrix").spilled_more
+    kept = matrix.kept()
+    assert [made.release for made in kept] == [(3, 6), (3, 8), (3, 9)]
+    for made in kept:
+        assert not [cell.error for cells in made.kernels.values() for cell in cells.values() if cell.error]
+        matrix.write(made, tmp_path / "compile-matrix-again.json")
+        assert matrix.read(tmp_path / "compile-matrix-again.json") == made
+        assert matrix.kept_for(f"{made.triton}.post1+vendor") == made
+        assert spilled_more(made, made) == []
+        name, cells = next(iter(made.kernels.items()))
+        where, cell = next(iter(cells.items()))
+        cells[where] = dataclasses.replace(cell, stack=cell.stack + 8)
+        (told,) = spilled_more(made, matrix.kept_for(made.triton))
+        assert name in told
+        assert f"{cell.stack + 8} bytes of stack, kept are {cell.stack}" in told
+    assert matrix.kept_for("3.7.1") is None
 
 
 @pytest.mark.parametrize("device", ["sm_80", "sm_100", "sm_121"])

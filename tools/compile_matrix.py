@@ -2,13 +2,12 @@
 
 What is compiled is what dispatch asks for when Flash and Pro are served on 1 to 8 ranks: the launches are recorded from
 the ops' own functions. Each becomes a cubin; its shared memory must fit the architecture and its stack must not exceed
-32 bytes a thread. Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--every N] [--json FILE]
+48 bytes a thread. Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--every N] [--kept] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -20,14 +19,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import matrix
 import triton
 from dsv4_backend_triton import BATCH_INVARIANT, ahead
 from dsv4_backend_triton._arch import arch_from_capability
 from dsv4_backend_triton._launch import Launch
+from matrix import Cell, Matrix
 from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 
 from dsv4_backends import OPS
+from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.contract.models import FLASH, PRO
 from dsv4_backends.runtime.serving import Limits, calls
 from dsv4_backends.selection.capability import sm
@@ -36,7 +38,8 @@ CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 RANKS = tuple(model.rank(tp) for model in (FLASH, PRO) for tp in (1, 2, 4, 8))
 # Beyond these no new kernel appears on any rank: more requests and tokens only make the grids larger.
 LIMITS = Limits(max_tokens=4224, max_requests=160, max_context=16384, next_n=2)
-MOST_STACK = 32
+MOST_STACK = 48
+"""A spill of 12 registers: what Triton 3.8 makes of one decode kernel on SM100."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -99,34 +102,40 @@ def registers_and_stack(compiled: Any) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
-def compile_one(capability: str, index: int) -> dict[str, Any]:
-    """Compile the index-th launch for a capability; a row of the table."""
+def compile_one(capability: str, index: int) -> tuple[str, str, Cell]:
+    """Compile the index-th launch for a capability: the kernel's name, the capability, and what it takes."""
     arch = arch_from_capability(Version(capability))
     launch = launches(capability)[index]
-    row: dict[str, Any] = {
-        "capability": capability,
-        "kernel": label(launch),
-        "warps": launch.options["num_warps"],
-        "stages": launch.options.get("num_stages", ""),
-    }
+    name = f"{label(launch)} warps={launch.options['num_warps']}"
     triton.runtime.driver.set_active(NoGpu(arch.cc))
     try:
         compiled = launch.compile()
-    except Exception as error:  # a row of the table, and a failure of the whole
-        return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    except Exception as error:  # a cell of the table, and a failure of the whole
+        return name, capability, Cell(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     shared = int(compiled.metadata.shared)
     registers, stack = registers_and_stack(compiled)
-    row |= {"registers": registers, "stack": stack, "shared": shared, "shared_limit": arch.smem, "error": ""}
+    error = ""
     if shared > arch.smem:
-        row["error"] = f"{shared} bytes of shared memory, {sm(Version(capability))} has {arch.smem}"
+        error = f"{shared} bytes of shared memory, {sm(Version(capability))} has {arch.smem}"
     elif stack > MOST_STACK:
-        row["error"] = f"{stack} bytes of stack"
-    return row
+        error = f"{stack} bytes of stack"
+    return name, capability, Cell(registers, stack, shared, error)
 
 
-def compile_share(capability: str, first: int, every: int) -> list[dict[str, Any]]:
+def compile_share(capability: str, first: int, every: int) -> list[tuple[str, str, Cell]]:
     """Every ``every``-th launch of a capability, in a process of its own: finding the launches takes a while."""
     return [compile_one(capability, index) for index in range(first, len(launches(capability)), every)]
+
+
+def spilled_more(made: Matrix, kept: Matrix | None) -> list[str]:
+    """Where a kernel has more stack than in the kept matrix of the same release of Triton."""
+    worse = []
+    for name, cells in made.kernels.items():
+        for capability, cell in cells.items():
+            before = kept.kernels.get(name, {}).get(capability) if kept else None
+            if before is not None and cell.stack > before.stack:
+                worse.append(f"{sm(Version(capability))} {name}: {cell.stack} bytes of stack, kept are {before.stack}")
+    return worse
 
 
 def main() -> int:
@@ -134,27 +143,33 @@ def main() -> int:
     parser.add_argument("--capability", nargs="+", default=CAPABILITIES)
     parser.add_argument("--every", type=int, default=1, help="compile each N-th only, from a start that differs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    parser.add_argument("--kept", action="store_true", help="a kernel may not spill more than in docs/results")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     start = time.perf_counter()
+    chosen = [] if tuple(args.capability) == CAPABILITIES else ["--capability", *args.capability]
+    chosen += [] if args.every == 1 else ["--every", str(args.every)]
+    told = provenance(" ".join(["python tools/compile_matrix.py", *chosen, "--json FILE"]))
+    made = Matrix(told["command"], told["date"], told["commit"], triton.__version__)
+    made.shared_limit = {c: arch_from_capability(Version(c)).smem for c in args.capability}
     with ProcessPoolExecutor(args.jobs) as pool:
         shares = [(capability, place % args.every, args.every) for place, capability in enumerate(args.capability)]
-        rows = [row for rows in pool.map(compile_share, *zip(*shares, strict=True)) for row in rows]
-    bad = [row for row in rows if row["error"]]
-    for row in bad:
-        print(f"{sm(Version(row['capability']))} {row['kernel']}: {row['error']}")
-    seconds = time.perf_counter() - start
-    print(f"Triton {triton.__version__}: {len(rows)} kernels in {seconds:.0f} s, {len(bad)} bad")
+        for cells in pool.map(compile_share, *zip(*shares, strict=True)):
+            for name, capability, cell in cells:
+                assert capability not in made.kernels.setdefault(name, {}), f"two kernels are called {name}"
+                made.kernels[name][capability] = cell
+    bad = [
+        f"{sm(Version(capability))} {name}: {cell.error}"
+        for name, cells in made.kernels.items()
+        for capability, cell in cells.items()
+        if cell.error
+    ]
+    bad += spilled_more(made, matrix.kept_for(triton.__version__)) if args.kept else []
+    print(*bad, sep="\n", end="\n" if bad else "")
+    count = sum(map(len, made.kernels.values()))
+    print(f"Triton {triton.__version__}: {count} kernels in {time.perf_counter() - start:.0f} s, {len(bad)} bad")
     if args.json:
-        chosen = [] if tuple(args.capability) == CAPABILITIES else ["--capability", *args.capability]
-        chosen += [] if args.every == 1 else ["--every", str(args.every)]
-        result = {
-            "command": " ".join(["python tools/compile_matrix.py", *chosen, "--json FILE"]),
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "triton": triton.__version__,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(result, indent=0) + "\n")
+        matrix.write(made, args.json)
     return 1 if bad else 0
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
+from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.selection import builds, plugins
-from dsv4_backends.selection.machine import probe
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = {"deep_gemm": "DeepGemm or deep_gemm", "flash_mla": "FlashMla or flash_mla"}
@@ -92,9 +92,7 @@ def main() -> int:
         words.append(f"--torch-device {arguments.torch_device}")
         os.environ["DSV4_BACKENDS_TORCH_DEVICE"] = arguments.torch_device
     result: dict[str, Any] = {
-        "command": " ".join(words),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": probe().json(),
+        **provenance(" ".join(words)),
         "libraries": {name: next(iter(by_op.values())).name for name, by_op in found.items()},
         "level": arguments.level,
     }

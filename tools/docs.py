@@ -18,15 +18,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matrix
+from matrix import Cell, Matrix
 from packaging.version import Version
 
+from dsv4_backends.bench.provenance import said_commit
 from dsv4_backends.commands import cli
 from dsv4_backends.commands import list as list_command
 from dsv4_backends.contract import CONTRACTS, LEVELS, OpContract, Tolerance
 from dsv4_backends.contract.op import Form, ScalarArg
 from dsv4_backends.selection import machine, plugins, policy, provider, resolve
 from dsv4_backends.selection import preferences as measured
-from dsv4_backends.selection.capability import describe
+from dsv4_backends.selection.capability import describe, sm
 from dsv4_backends.selection.survey import Survey
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -412,8 +415,8 @@ def _measured_on(result: dict[str, Any]) -> str:
     device = machine_["devices"][0]
     packages = ", ".join(f"{name} {version}" for name, version in machine_["packages"].items())
     return (
-        f"Measured on {result['date']}: {device['name']}, Python {machine_['python']}, {packages}. "
-        f"To redo it: `{result['command']}`."
+        f"Measured on {result['date']}: {device['name']}, Python {machine_['python']}, {packages}, "
+        f"{said_commit(result)}. To redo it: `{result['command']}`."
     )
 
 
@@ -517,8 +520,8 @@ def measured_choice() -> str:
     for path in sorted(measured.FOLDER.glob("*.json")):
         made = json.loads(path.read_text(encoding="utf-8"))
         told = [
-            f"{source['device']}, {source['date']}, {', '.join(f'{n} {v}' for n, v in source['packages'].items())}: "
-            f"`{source['command']}`"
+            f"{source['device']}, {source['date']}, {', '.join(f'{n} {v}' for n, v in source['packages'].items())}, "
+            f"{said_commit(source)}: `{source['command']}`"
             for source in made["sources"]
         ]
         rows = [
@@ -551,7 +554,9 @@ def native_listings() -> str:
     for path in sorted((ROOT / "docs" / "results").glob("*-native-list-*.txt")):
         gpu, _, line = path.stem.partition("-native-list-")
         text = path.read_text(encoding="utf-8").strip()
-        shown.append(f"With the {line} builds, {gpu.upper()}:\n\n```console\n$ dsv4-backends list\n{text}\n```")
+        made = _results(f"{gpu}-native-conformance-{line}.json")  # in the same run
+        when = f"{gpu.upper()}, {made['date']}, {said_commit(made)}"
+        shown.append(f"With the {line} builds, {when}:\n\n```console\n$ dsv4-backends list\n{text}\n```")
     return "\n\n".join(shown) or "Not kept yet."
 
 
@@ -655,33 +660,29 @@ def build_fields() -> str:
     return fields(provider.Build)
 
 
-def _matrices() -> list[dict[str, Any]]:
-    names = sorted(path.name for path in (ROOT / "docs" / "results").glob("compile-matrix-*.json"))
-    return sorted((_results(name) for name in names), key=lambda result: Version(result["triton"]))
-
-
-def _by_capability(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["capability"], []).append(row)
+def _by_capability(made: Matrix) -> dict[str, list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cells in made.kernels.values():
+        for capability, cell in cells.items():
+            found.setdefault(capability, []).append(cell)
     return found
 
 
 def matrix_summary() -> str:
     rows = []
-    for result in _matrices():
-        for capability, made in _by_capability(result["rows"]).items():
-            whole = [row for row in made if not row["error"]]
+    for made in matrix.kept():
+        for capability, cells in _by_capability(made).items():
+            good = [cell for cell in cells if not cell.error]
             rows.append(
                 (
-                    f"sm_{capability.replace('.', '')}",
-                    result["triton"],
-                    str(len(made)),
-                    str(len(made) - len(whole)),
-                    f"{max(row['shared'] for row in whole) / 1024:.1f} of {whole[0]['shared_limit'] / 1024:.0f}",
-                    str(max(row["registers"] for row in whole)),
-                    str(sum(row["stack"] > 0 for row in whole)),
-                    str(max(row["stack"] for row in whole)),
+                    sm(Version(capability)),
+                    made.triton,
+                    str(len(cells)),
+                    str(len(cells) - len(good)),
+                    f"{max(c.shared for c in good) / 1024:.1f} of {made.shared_limit[capability] / 1024:.0f}",
+                    str(max(c.registers for c in good)),
+                    str(sum(c.stack > 0 for c in good)),
+                    str(max(c.stack for c in good)),
                 )
             )
     rows.sort(key=lambda row: int(row[0].removeprefix("sm_")))
@@ -695,33 +696,29 @@ def matrix_summary() -> str:
         "with any stack",
         "most stack, bytes a thread",
     )
-    commands = " and ".join(sorted({f"`{result['command']}`" for result in _matrices()}))
-    dates = ", ".join(sorted({result["date"] for result in _matrices()}))
-    return f"Compiled on {dates}. To redo it: {commands}.\n\n{table(header, rows)}"
+    commands = " and ".join(sorted({f"`{made.command}`" for made in matrix.kept()}))
+    told = sorted({f"{made.date}, {said_commit({'commit': made.commit})}" for made in matrix.kept()})
+    return f"Compiled on {'; '.join(told)}. To redo it: {commands}.\n\n{table(header, rows)}"
 
 
 def matrix_rows() -> str:
     """One row for each kernel and architecture; what differs between the releases of Triton stands side by side."""
-    results = _matrices()
-    merged: dict[tuple[str, str], list[dict[str, Any] | None]] = {}
-    for place, result in enumerate(results):
-        for row in result["rows"]:
-            key = (row["capability"], f"{row['kernel']} warps={row['warps']}")
-            merged.setdefault(key, [None] * len(results))[place] = row
+    all_made = matrix.kept()
+    names = list(dict.fromkeys(name for made in all_made for name in made.kernels))
 
-    def each(rows: list[dict[str, Any] | None], name: str) -> str:
-        values = [str(row[name]) if row and not row["error"] else "-" for row in rows]
+    def each(cells: list[Cell | None], name: str) -> str:
+        values = [str(getattr(cell, name)) if cell and not cell.error else "-" for cell in cells]
         return values[0] if len(set(values)) == 1 else " / ".join(values)
 
     header = ("kernel and constants", "shared memory, bytes", "registers", "stack, bytes")
-    parts = [" / ".join(f"Triton {result['triton']}" for result in results) + ", where they differ."]
-    for capability in sorted({capability for capability, _ in merged}, key=Version):
-        lines = [
-            (kernel, each(rows, "shared"), each(rows, "registers"), each(rows, "stack"))
-            for (where, kernel), rows in merged.items()
-            if where == capability
-        ]
-        parts += [f"### sm_{capability.replace('.', '')}", table(header, lines)]
+    parts = [" / ".join(f"Triton {made.triton}" for made in all_made) + ", where they differ."]
+    for capability in sorted({where for made in all_made for where in made.shared_limit}, key=Version):
+        lines = []
+        for name in names:
+            cells = [made.kernels.get(name, {}).get(capability) for made in all_made]
+            if any(cells):
+                lines.append((name, each(cells, "shared"), each(cells, "registers"), each(cells, "stack")))
+        parts += [f"### {sm(Version(capability))}", table(header, lines)]
     return "\n\n".join(parts)
 
 

@@ -15,6 +15,8 @@ shift 2
 steps=${*:-overhead verify bench conformance transformers native}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
+# An installed copy does not know its commit; a copy of this tree without .git does not either: then set it.
+export GIT_COMMIT=${GIT_COMMIT:-$(python3 -c 'from dsv4_backends.bench.provenance import commit; print(commit())')}
 export JOBS=${JOBS:-8}
 lines=()
 for line in tokenspeed sgl vllm; do if [ -d "$wheels/$line" ]; then lines+=("$line"); fi; done

@@ -13,6 +13,8 @@ shift 3
 steps=${*:-list suite overhead}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
+# An installed copy does not know its commit; a copy of this tree without .git does not either: then set it.
+export GIT_COMMIT=${GIT_COMMIT:-$(python3 -c 'from dsv4_backends.bench.provenance import commit; print(commit())')}
 jobs=${JOBS:-8}
 site=/tmp/site-$line
 rm -rf "$site"

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import native_calls
 
 from dsv4_backends import CONTRACTS, ops, step, use_providers
-from dsv4_backends.selection.machine import probe
+from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.testing import checks
 
 MORE, ROUNDS = 8, 21
@@ -239,8 +239,7 @@ def main() -> None:
         shown = row.get("error") or " ".join(f"{k} {v:.2f}" for k, v in row.items() if isinstance(v, float))
         print(f"{row['op']:20} {row['case']:30} {row['mode']:4} {shown}", flush=True)
         if arguments.json:
-            result = {"command": "python tools/native_overhead.py", "date": time.strftime("%Y-%m-%d", time.gmtime())}
-            result |= {"machine": probe().json(), "rows": rows}
+            result = {**provenance("python tools/native_overhead.py"), "rows": rows}
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
     for op in chosen:

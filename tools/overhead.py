@@ -22,8 +22,8 @@ from unittest import mock
 import torch
 
 from dsv4_backends import CONTRACTS, ops, use_providers
+from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.runtime import bind
-from dsv4_backends.selection.machine import probe
 
 CALLS, REPEATS = 20_000, 9
 CASES = {
@@ -98,8 +98,7 @@ def main() -> None:
         rows.append({"op": op, "tensors": tensors, **row})
         print(f"{op:20} {tensors} tensors, us:", *(f"{name[:-3]} {value:.2f}" for name, value in row.items()))
     if target:
-        result = {"command": "python tools/overhead.py", "date": time.strftime("%Y-%m-%d", time.gmtime())}
-        target.write_text(json.dumps({**result, "machine": probe().json(), "rows": rows}, indent=1) + "\n")
+        target.write_text(json.dumps({**provenance("python tools/overhead.py"), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ from dsv4_backend_triton._arch import arch_of
 from dsv4_backend_triton._sizes import cdiv
 
 from dsv4_backends.bench import inputs, run, timing
+from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.bench.shapes import Row
 from dsv4_backends.errors import NoProviderError
-from dsv4_backends.selection.machine import probe
 from dsv4_backends.testing import checks
 
 NATIVE = {
@@ -246,8 +245,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             if arguments.json:
                 under = f"DSV4_BACKENDS_DEVICE={SIMULATED} " if SIMULATED else ""
-                result = {"command": f"{under}python tools/sweep.py {' '.join(arguments.op)}", "rows": rows}
-                result |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": probe().json()}
+                result = {**provenance(f"{under}python tools/sweep.py {' '.join(arguments.op)}"), "rows": rows}
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -431,8 +431,7 @@ def main() -> None:
     if args.child:
         child(args.child[0], args.child[1:], args.small)
         return
-
-    from dsv4_backends.selection.machine import probe
+    from dsv4_backends.bench.provenance import provenance
 
     rows: list[dict[str, Any]] = []
     parts: list[str] = []
@@ -447,9 +446,7 @@ def main() -> None:
             shown = {k: v for k, v in row.items() if k not in ("side", "row", "kernels")}
             print(f"{row['side']}/{row['row']}: {json.dumps(shown)}", flush=True)
         result = {
-            "command": "python tools/transformers_bench.py",
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "machine": probe().json(),
+            **provenance("python tools/transformers_bench.py"),
             "transformers": importlib.metadata.version("transformers"),
             "model": MODEL,
             "small": args.small,

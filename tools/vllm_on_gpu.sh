@@ -11,6 +11,8 @@ shift 2
 runs=${*:-triton native}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
+# An installed copy does not know its commit; a copy of this tree without .git does not either: then set it.
+export GIT_COMMIT=${GIT_COMMIT:-$(python3 -c 'from dsv4_backends.bench.provenance import commit; print(commit())')}
 here=$(mktemp -d)
 trap 'rm -rf "$here"' EXIT
 install() { python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$@"; }
@@ -42,12 +44,12 @@ for run in $runs; do
 done
 wait
 PYTHONPATH="$here/self:$here/vllm${PYTHONPATH:+:$PYTHONPATH}" python3 - "$out" $runs << 'PYTHON'
-import json, sys, time
+import json, sys
 from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dsv4_backends.selection.machine import probe
+from dsv4_backends.bench.provenance import provenance
 
 out, failed = Path(sys.argv[1]), False
 results = {}
@@ -64,9 +66,7 @@ for run in sys.argv[2:]:
     results[run] = row
     failed = failed or bool(row["failed"]) or not row["tests"]
 kept = {
-    "command": "tools/vllm_on_gpu.sh WHEELS OUT",
-    "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    "machine": probe().json(),
+    **provenance("tools/vllm_on_gpu.sh WHEELS OUT"),
     "vllm": version("vllm"),
     "runs": results,
 }

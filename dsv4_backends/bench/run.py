@@ -20,6 +20,7 @@ from ..selection import builds, machine, plugins, policy
 from ..selection import capability as cc
 from ..selection.provider import ProviderSpec, Tier
 from . import inputs, shapes
+from .provenance import provenance
 from .results import SCHEMA_VERSION
 
 CHECKED_ROWS = 256
@@ -80,9 +81,7 @@ def bench(
     done: list[dict[str, Any]] = []
     result = {
         "schema_version": SCHEMA_VERSION,
-        "command": _command(wanted_ops, providers, models, tp, also_as, scales),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine.probe().json(),
+        **provenance(_command(wanted_ops, providers, models, tp, also_as, scales)),
         "device": machine.device_of(where).json(),
         "providers": {spec.name: _versions(spec) for spec in _specs() if spec.name in names},
         "absent": absent,

@@ -37,6 +37,7 @@ def tune(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         {
             "device": result["device"]["name"],
             "date": result["date"],
+            "commit": result.get("commit", ""),
             "command": result["command"],
             "packages": result["machine"]["packages"],
             "providers": result["providers"],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..bench.provenance import provenance
 from ..contract.names import OPS
 from ..contract.op import LEVELS
 from ..selection import machine
@@ -77,10 +77,8 @@ def text(rows: Sequence[Row]) -> str:
 def as_json(rows: Sequence[Row], level: str, machine: Machine, all_passed: bool) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "command": " ".join(["dsv4-backends", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **provenance(" ".join(["dsv4-backends", *sys.argv[1:]]), machine),
         "level": level,
-        "machine": machine.json(),
         "ok": all_passed,
         "rows": [asdict(row) for row in rows],
     }
