@@ -19,6 +19,7 @@ def result_of(*rows: dict[str, Any]) -> dict[str, Any]:
         "schema_version": 1,
         "command": "dsv4-backends bench --json result.json",
         "date": "2026-01-01",
+        "commit": "0123456789ab",
         "machine": {"python": "3.12", "packages": {"torch": "2.11.0"}, "devices": [{"name": "GPU X"}]},
         "device": {"name": "GPU X", "type": "cuda", "capability": "9.0"},
         "rates": {"copy_gbps": 1000.0, "read_gbps": 900.0, "bf16_tflops": 200.0, "launch_us": 2.0},

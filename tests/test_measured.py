@@ -190,7 +190,10 @@ def test_the_docs_show_a_shipped_table(tmp_path: Path, monkeypatch: pytest.Monke
     assert DOCS.measured_choice().startswith("No table")
     (tmp_path / "sm_90.json").write_text(json.dumps(tune.tune([results(decode("1", 1, a=20.0, b=10.0))])))
     assert "| `sparse_mla_decode` | h_q=64, any b * s_q | `b` | `a` | 2.00 |" in DOCS.measured_choice()
-    assert "GPU X, 2026-01-01, torch 2.11.0: `dsv4-backends bench --json result.json`" in DOCS.measured_choice()
+    assert (
+        "GPU X, 2026-01-01, torch 2.11.0, commit 0123456789ab: `dsv4-backends bench --json result.json`"
+        in DOCS.measured_choice()
+    )
 
 
 def test_tables_are_read_by_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,7 @@ def tune(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sources = [
         {
             "device": result["device"]["name"],
-            "date": result["date"],
-            "commit": result.get("commit", ""),
-            "command": result["command"],
+            **{name: result[name] for name in ("date", "commit", "command") if name in result},
             "packages": result["machine"]["packages"],
             "providers": result["providers"],
         }
