@@ -21,6 +21,7 @@ import torch
 from bench_results import result_of, row_of
 
 from dsv4_backends.commands import cli
+from dsv4_backends.commands.shared import FINDINGS
 from dsv4_backends.contract import CONTRACTS, LEVELS
 from dsv4_backends.contract.op import TensorArg
 from dsv4_backends.runtime import bind
@@ -145,6 +146,7 @@ def test_every_command_is_told() -> None:
     assert len(subs.choices) > 1
     for command in subs.choices:
         assert f"`dsv4-backends {command} " in TEXTS[README], command
+    assert {command for command, _ in DOCS._parsers(cli.parser())} == set(FINDINGS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

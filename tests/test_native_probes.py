@@ -374,7 +374,7 @@ def test_the_commands_tell(site: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_doctor_tells_of_another_library(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dsv4_backends import cli
+    from dsv4_backends.commands import cli
 
     flash_mla(site, "flash-mla", "2.0.0", source=APPMANA, compiled=None)
     cli.main(["doctor", "--device", "sm_86"])

@@ -23,7 +23,7 @@ from matrix import Cell, Matrix
 from packaging.version import Version
 
 from dsv4_backends.bench.provenance import said_commit
-from dsv4_backends.commands import cli
+from dsv4_backends.commands import cli, shared
 from dsv4_backends.commands import list as list_command
 from dsv4_backends.contract import CONTRACTS, LEVELS, OpContract, Tolerance
 from dsv4_backends.contract.op import Form, ScalarArg
@@ -298,19 +298,27 @@ def tiers() -> str:
 # ------------------------------------------------------------------------------------------- command and list
 
 
+def _parsers(parser: argparse.ArgumentParser, above: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command with its parser, a command of a command too."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                yield f"{above}{name}", sub
+                yield from _parsers(sub, f"{above}{name} ")
+
+
+def exit_codes() -> str:
+    """What exit code 1 of each command means."""
+    rows = ((code(name), shared.FINDINGS[name] or "never") for name, _ in _parsers(cli.parser()))
+    return table(("command", "exit code 1"), rows)
+
+
 def commands() -> str:
-    top = cli.parser()
-    (subs,) = (action for action in top._actions if isinstance(action, argparse._SubParsersAction))
     rows = []
-    parsers = list(subs.choices.items())
-    for name, sub in parsers:
+    for name, sub in _parsers(cli.parser()):
         words = [f"dsv4-backends {name}"]
         for action in sub._actions:
-            if action.dest == "help":
-                continue
-            if isinstance(action, argparse._SubParsersAction):  # a command of a command: in a row of its own
-                at = parsers.index((name, sub)) + 1
-                parsers[at:at] = [(f"{name} {inner}", choice) for inner, choice in action.choices.items()]
+            if action.dest == "help" or isinstance(action, argparse._SubParsersAction):
                 continue
             shown = str(action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper())
             flag = action.option_strings[0] if action.option_strings else ""
@@ -732,6 +740,7 @@ PARTS: dict[str, Callable[[], str]] = {
         compat,
         contracts,
         environment,
+        exit_codes,
         implementation_fields,
         layouts,
         listing,

@@ -17,7 +17,7 @@ from ..errors import DSV4Error, PolicyError
 from ..selection.policy import VARIABLES
 from . import bench, check, doctor, engine, explain, plugins, tune, verify, warmup
 from . import list as listing
-from .shared import FINDING, INTERNAL, OK, USAGE
+from .shared import EXIT_CODES, FINDING, INTERNAL, OK, USAGE
 
 COMMANDS = (listing, explain, plugins, doctor, check, engine, verify, warmup, bench, tune)
 
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="dsv4-backends",
         description="DeepSeek V4's hot ops: who serves them on this machine, and why.",
-        epilog=f"environment:\n{variables}\n\nexit codes: 0 fine, 1 a finding, 2 usage, 3 an internal error",
+        epilog=f"environment:\n{variables}\n\nexit codes: {EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

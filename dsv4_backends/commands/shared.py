@@ -9,6 +9,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 OK, FINDING, USAGE, INTERNAL = 0, 1, 2, 3
+EXIT_CODES = "0 fine, 1 a finding, 2 usage, 3 an internal error"
+FINDINGS = {
+    "list": "an op without a provider, or a broken plugin",
+    "explain": "the op has no provider",
+    "plugins": "a broken plugin",
+    "doctor": "anything that it found wrong",
+    "check": "something that the model needs is not served or is refused, or the memory does not suffice",
+    "engine": "something is refused",
+    "verify": "a case failed, or a named provider cannot run",
+    "warmup": "an op without a provider, or a kernel that does not compile",
+    "bench": "a wrong result, a failure, or nobody to measure",
+    "bench compare": "something got slower, or lost its time",
+    "bench plot": "",
+    "tune": "",
+}
+"""What exit code 1 of each command means; empty where it never comes. A model that cannot be divided as it is asked for
+is usage (2) for every command."""
 DEVICE: dict[str, Any] = {"metavar": "SM", "help": "choose as if the GPU were this one: sm_86, sm_120, cpu"}
 
 
