@@ -37,7 +37,6 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def _generator() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "tools"))
     spec = importlib.util.spec_from_file_location("docs_generator", ROOT / "tools" / "docs.py")
     assert spec is not None
     assert spec.loader is not None

@@ -68,9 +68,8 @@ def test_compiles_for_every_architecture(tmp_path: Path) -> None:
     assert ", 0 bad" in done.stdout
 
 
-def test_the_kept_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kept_matrices(tmp_path: Path) -> None:
     """The oldest Triton, the one that engines bring and the newest; a spill that is not kept is found."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
     matrix = importlib.import_module("matrix")
     spilled_more = importlib.import_module("compile_matrix").spilled_more
     kept = matrix.kept()
