@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -59,6 +60,16 @@ def test_an_interpreter_that_cannot_run_is_told_with_both_versions() -> None:
         if text.startswith("numpy")
     ]
     assert not numpy.specifier.contains("2.4.0"), "what the extra installs runs with every Triton that it allows"
+
+
+def test_every_test_in_the_interpreter_asks_whether_it_can_run() -> None:
+    asked = 0
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        if re.search(r"""TRITON_INTERPRET(": |=)"1\"""", text) and path.name != Path(__file__).name:
+            assert '"triton_interpreter"' in text, path.name
+            asked += 1
+    assert asked
 
 
 def test_compiles_for_every_architecture(tmp_path: Path) -> None:

@@ -22,7 +22,17 @@ CPU = torch.device("cpu")
 WITH_VALUES = [name for name, contract in CONTRACTS.items() if contract.values]
 
 
-@pytest.mark.parametrize(("provider", "device"), [("torch", ""), ("triton", "sm_80"), ("triton", "sm_90")])
+INTERPRETED = pytest.mark.usefixtures("triton_interpreter")
+
+
+@pytest.mark.parametrize(
+    ("provider", "device"),
+    [
+        ("torch", ""),
+        pytest.param("triton", "sm_80", marks=INTERPRETED),
+        pytest.param("triton", "sm_90", marks=INTERPRETED),
+    ],
+)
 def test_no_value_faults(provider: str, device: str) -> None:
     """In a process of its own: a fault would kill it."""
     interpreted = {"TRITON_INTERPRET": "1", "DSV4_BACKENDS_DEVICE": device} if device else {}
