@@ -346,10 +346,10 @@ MQA_LOGITS = OpContract(
     args={
         "q": tensor("float8_e4m3fn", "m, h, d", "queries, scale folded into weights"),
         "k": tensor("float8_e4m3fn", "n, d", "keys"),
-        "k_scale": tensor("float32", "n", "one scale per key"),
+        "k_scale": tensor("float32", "n", "one scale per key", layout="vector"),
         "weights": tensor("float32", "m, h", "weight of each head"),
-        "row_starts": tensor("int32", "m", "first key of a row"),
-        "row_ends": tensor("int32", "m", "one past its last key"),
+        "row_starts": tensor("int32", "m", "first key of a row", layout="vector"),
+        "row_ends": tensor("int32", "m", "one past its last key", layout="vector"),
         "max_seqlen_k": ScalarArg("int", 0, about="columns of the compressed form"),
         "out": TensorArg(
             (
@@ -382,13 +382,14 @@ PAGED_MQA_LOGITS = OpContract(
             layout="page",
         ),
         "weights": tensor("float32", "b * next_n, h", "weight of each head"),
-        "context_lens": tensor("int32", "b, next_n | b", "keys of each row"),
+        "context_lens": tensor("int32", "b, next_n | b", "keys of each row", layout="vector"),
         "block_table": tensor("int32", "b, blocks", "pages of each request"),
         "max_context_len": ScalarArg("int", 0, about="columns of the result"),
         "out": tensor("float32", "b * next_n, max_context_len", "result buffer"),
     },
     rules=(
         Rule("q", "h > 0 and d > 0 and next_n > 0", "at least one token, one head and one dimension"),
+        Rule("k_cache", "page_size > 0", "at least one token in a page"),
         Rule("k_cache", "_stride[0] % 4 == 0 or pages <= 1", "a page stride that is a multiple of 4"),
         Rule("k_cache", "page_size * (d + 4) < 2**31", "pages of less than 2 GiB"),
     ),

@@ -7,16 +7,18 @@ every call and the tables in the docs are made, the cases, the tolerances, and t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import linecache
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ContractError
+from ..errors import ContractError, DSV4Error
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +53,8 @@ class TensorArg:
     Attributes:
         forms: Tried in order; the first whose dtype, rank and ``when`` fit decides which sizes are expected.
         layout: ``"last"``: the last dimension is contiguous, other strides are free. ``"page"``: within a page
-            (dimension 0) the bytes are contiguous, the page stride is free. ``"any"``: no rule.
+            (dimension 0) the bytes are contiguous, the page stride is free. ``"any"``: no rule. ``"vector"``: no
+            rule for callers, ``"last"`` for providers: the check hands on a contiguous copy where it has to.
         about: For the docs.
     """
 
@@ -62,7 +65,8 @@ class TensorArg:
 
 @dataclass(frozen=True)
 class ScalarArg:
-    """A Python number.
+    """A number: Python's, or what ``numbers`` counts as one (NumPy's scalars and arrays without dimensions too), of
+    which a Python number is made. No bool, and no tensor. A float is finite in fp32, an int is at most 2^31 - 1.
 
     Attributes:
         kind: ``"float"`` or ``"int"``.
@@ -258,7 +262,7 @@ class OpContract:
 
     @cached_property
     def check(self) -> Callable[..., torch.device]:
-        """Check a call's arguments and return the device they are on. Shapes, dtypes and strides only.
+        """Check a call's arguments and return the device they are on. Everything but the values of tensors.
 
         Raises:
             ContractError: naming op, argument, what was expected and what came.
@@ -268,13 +272,16 @@ class OpContract:
         return checker
 
     def checked_function(
-        self, before: Sequence[str], after: Sequence[str], namespace: Mapping[str, Any]
+        self, before: Sequence[str], after: Sequence[str], namespace: Mapping[str, Any], foreign: str = ""
     ) -> Callable[..., Any]:
         """A function with the contract's signature whose body is ``before``, the check, then ``after``.
 
         The check stands before every call, where a function call of its own would cost as much as it does; hence
-        source lines. ``after`` finds the arguments by name, as ``where`` a key for their device (the index of a GPU,
-        else the ``torch.device``), and as ``known`` a name for calls like this one: None where it has none (yet), else
+        source lines. ``foreign`` is a line for calls with tensors of another class, or under a dispatch mode of
+        PyTorch's; without it they are checked like others.
+
+        ``after`` finds the arguments by name, as ``where`` a key for their device (the index of a GPU, else the
+        ``torch.device``), and as ``known`` a name for calls like this one: None where it has none (yet), else
         the same object for calls that differ in nothing but the values and addresses of their tensors.
         """
         import torch
@@ -283,13 +290,13 @@ class OpContract:
             return ContractError(_describe(self, argument, value, names))
 
         def explain(error: Exception, names: Mapping[str, Any]) -> Exception:
-            if isinstance(error, ContractError):
+            if isinstance(error, DSV4Error):
                 return error
             for name, arg in self.args.items():
                 value = names[name]
                 if isinstance(arg, ScalarArg) or (value is None and self.is_optional(name)):
                     continue
-                if not isinstance(value, torch.Tensor) or all(value.dim() != len(form.dims) for form in arg.forms):
+                if not _is_plain(value) or all(value.dim() != len(form.dims) for form in arg.forms):
                     return wrong(name, value, names)
             return error
 
@@ -299,17 +306,30 @@ class OpContract:
             got = f", got {sizes}" if sizes else ""
             return ContractError(f"{self.name}: argument {rule.argument}: expected {rule.expected}{got}")
 
-        source = _Checker(self, before, after).source
+        def number(argument: str, names: Mapping[str, Any]) -> int | float:
+            arg = self.args[argument]
+            assert isinstance(arg, ScalarArg)
+            made = _number(names[argument], arg.kind)
+            if made is None:
+                raise wrong(argument, names[argument], names)
+            return made
+
+        source = _Checker(self, before, after, foreign).source
         filename = f"<contract of {self.name}>"
         # So that a traceback and a debugger can show the generated lines.
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         scope: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "wrong": wrong, "broken": broken}
         seen = _Seen()
-        scope |= {"explain": explain, "seen": seen.signatures, "remember": seen.remember}
+        scope |= {"explain": explain, "seen": seen.signatures, "remember": seen.remember, "number": number}
+        scope |= {"grad_on": torch.is_grad_enabled, "strided": torch.strided, "usual": _usual()}
+        scope |= {"modes": _dispatch_modes(), "transforms": _transforms()}
+        for ask in (needs_no_grad, not_transformed, is_foreign, own_memory):
+            scope[ask.__name__] = functools.partial(ask, self)
         # Each stands for one argument that is None; no argument of any contract looks like them.
-        scope |= {f"no_{n}": torch.empty((), dtype=torch.complex64) for n in self.args if self.is_optional(n)}
+        scope |= {
+            f"no_{n}": torch.empty((), dtype=torch.complex64, device="cpu") for n in self.args if self.is_optional(n)
+        }
         scope["ceil"] = lambda a, b: -(-a // b)
-        scope["number"] = (int, float)
         scope |= {f"torch_{dtype}": getattr(torch, dtype) for dtype in _DTYPES} | dict(namespace)
         exec(compile(source, filename, "exec"), scope)
         function: Callable[..., Any] = scope[self.name]
@@ -342,10 +362,19 @@ class _Seen:
         if shape == self.last and distinct and self.guards is not None:
             sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
             made = self.guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+            if any(tensor.requires_grad for tensor in tensors):
+                made = _without_grad_mode(made)
             self.signatures.insert(0, (made, numbers))
             del self.signatures[self.SIZE :]
         self.last = shape
         return made
+
+
+def _without_grad_mode(check: Callable[..., bool]) -> Callable[..., bool]:
+    """A guard compares what requires grad, not whether that means anything: a call with it is known where not."""
+    import torch
+
+    return lambda *tensors: not torch.is_grad_enabled() and check(*tensors)
 
 
 def _tensor_guards() -> Any:
@@ -354,13 +383,134 @@ def _tensor_guards() -> Any:
 
     try:
         guards: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
-        x = torch.empty(2, 3)
-        guard = guards(x, dynamic_dims_sizes=[[2, 3]], dynamic_dims_strides=[[3, 1]])
-        others = (torch.empty(3, 2), torch.empty(3, 2).T, x.double(), x.to("meta"), x[0], None)
-        usable = guard.check(torch.empty(2, 3)) and not any(guard.check(other) for other in others)
+        # Whatever is set where this is first imported.
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            x, y = (torch.empty(2, 3, dtype=torch.float32) for _ in range(2))
+            guard = guards(x, dynamic_dims_sizes=[[2, 3]], dynamic_dims_strides=[[3, 1]])
+            others = (x.new_empty(3, 2), x.new_empty(3, 2).T, x.double(), x.to("meta"), x[0], None)
+            usable = guard.check(y) and not any(guard.check(other) for other in others)
+            usable = usable and not guard.check(y.requires_grad_())
     except Exception:  # it is private: whatever another release makes of it, calls are then checked in full
         return None
     return guards if usable else None
+
+
+_INT_MAX = 2**31 - 1
+_FLOAT_MAX = (2 - 2.0**-23) * 2.0**127
+
+
+def _number(value: Any, kind: str) -> int | float | None:
+    """A Python number of a ``ScalarArg``'s kind; None where the value is not one."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()  # a bool stays one
+    wanted = numbers.Integral if kind == "int" else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        return None
+    try:
+        return int(value) if kind == "int" else float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return float("inf")
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**128 else f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+@functools.cache
+def _usual() -> frozenset[type]:
+    """What an argument is as a rule. Exact types: another subclass may mean something else by every operation."""
+    import torch
+
+    return frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
+
+
+def _is_plain(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def _dispatch_modes() -> Callable[[], int]:
+    """Tells how many dispatch modes are active, such as FakeTensorMode."""
+    import torch
+
+    return getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def _transforms() -> Callable[[], Any]:
+    """Tells whether a transform of ``torch.func`` is active: None where none is."""
+    import torch
+
+    return getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+
+def needs_no_grad(contract: OpContract, names: Mapping[str, Any]) -> None:
+    """Raise for the argument that requires grad: the ops have no backward, and no provider detaches silently."""
+    import torch
+
+    for name in contract.args:
+        if isinstance(value := names[name], torch.Tensor) and value.requires_grad:
+            told = "the op has no backward: call it under torch.no_grad() or torch.inference_mode(), or pass"
+            raise ContractError(f"{contract.name}: argument {name}: requires grad, and {told} {name}.detach()")
+
+
+def not_transformed(contract: OpContract, names: Mapping[str, Any]) -> None:
+    """Raise for an argument that a transform of ``torch.func`` has wrapped."""
+    import torch
+
+    for name in contract.args:
+        value = names[name]
+        if isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            kind = "vmap" if torch._C._functorch.is_batchedtensor(value) else "a transform"
+            told = "the op has no rule for it: call it outside, with the dimension as part of the batch"
+            raise ContractError(f"{contract.name}: argument {name}: comes from {kind} of torch.func, and {told}")
+
+
+def is_foreign(contract: OpContract, names: Mapping[str, Any]) -> bool:
+    """Whether an argument is a tensor of a class of its own; a FakeTensor among tensors with values is refused."""
+    import torch
+    from torch._subclasses import FakeTensor
+
+    tensors = {name: names[name] for name in contract.args if isinstance(names[name], torch.Tensor)}
+    fakes = [value for value in tensors.values() if isinstance(value, FakeTensor)]
+    if fakes and not fakes[0].fake_mode.allow_non_fake_inputs:
+        for name, value in tensors.items():
+            if not isinstance(value, FakeTensor):
+                told = "expected a FakeTensor, as others of this call are"
+                raise ContractError(f"{contract.name}: argument {name}: {told}, got a tensor with values")
+    return any(type(value) not in _usual() and _is_plain(value) for value in tensors.values())
+
+
+def overlaps_itself(x: torch.Tensor) -> bool:
+    """Whether two elements of x may be in one place, by sizes and strides."""
+    reach = 1
+    for stride, size in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
+        if stride < reach:
+            return x.numel() > 0
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def own_memory(contract: OpContract, buffer: str, names: Mapping[str, Any]) -> None:
+    """Raise where a result buffer overlaps itself or, as far as can be told, another argument."""
+    out = names[buffer]
+    start = out.data_ptr() if type(out) in _usual() and not out.is_meta else 0
+    if not (dense := out.is_contiguous()) and overlaps_itself(out):
+        told = f"expected rows that do not overlap, got {list(out.shape)} with strides {list(out.stride())}"
+        raise ContractError(f"{contract.name}: argument {buffer}: {told}")
+    if start == 0:  # a tensor without memory
+        return
+    end = start + out.nbytes
+    for name, arg in contract.args.items():
+        other = names[name]
+        if name == buffer or other is None or isinstance(arg, ScalarArg) or (there := other.data_ptr()) == 0:
+            continue
+        # Tensors with gaps may lie in each other's.
+        if there == start or (dense and there < end and start < there + other.nbytes and other.is_contiguous()):
+            raise ContractError(
+                f"{contract.name}: argument {buffer}: expected memory of its own, shares that of {name}"
+            )
 
 
 _DTYPES = (
@@ -377,7 +527,7 @@ _DTYPES = (
 class _Checker:
     """Writes the source of a contract's check: straight-line code, since it runs before every call."""
 
-    def __init__(self, contract: OpContract, before: Sequence[str], after: Sequence[str]) -> None:
+    def __init__(self, contract: OpContract, before: Sequence[str], after: Sequence[str], foreign: str) -> None:
         self.contract = contract
         self.bound: set[str] = set()
         self.lines: list[str] = []
@@ -390,28 +540,55 @@ class _Checker:
         self.emit(1, "try:")
         first = next(name for name, arg in contract.args.items() if isinstance(arg, TensorArg))
         # Numbers first: shapes may be expressed in them.
-        for name, arg in contract.args.items():
-            if isinstance(arg, ScalarArg):
-                self.scalar(name, arg, contract.is_optional(name))
+        scalars = {name: arg for name, arg in contract.args.items() if isinstance(arg, ScalarArg)}
+        for name, arg in scalars.items():
+            given = f"{name} is not None and " if contract.is_optional(name) else ""
+            self.emit(2, f"if {given}type({name}) is not {arg.kind}: {name} = number({name!r}, locals())")
         # A CUDA index is cheaper to get, to compare and to look up than a device, and this stands before every call.
         self.emit(2, f"on_gpu = {first}.is_cuda; where = {first}.get_device() if on_gpu else {first}.device")
         # An int decides shapes too, and a provider may refuse any number: a call is known by its tensors and numbers.
         tensors = [name for name, arg in contract.args.items() if isinstance(arg, TensorArg)]
         passed = [f"{n} if {n} is not None else no_{n}" if contract.is_optional(n) else n for n in tensors]
-        scalars = [name for name, arg in contract.args.items() if isinstance(arg, ScalarArg)]
         numbers = f"({', '.join(scalars)},)" if scalars else "()"
         self.emit(2, "for known, numbers in seen:")
         self.emit(3, f"if known({', '.join(passed)})" + (f" and numbers == {numbers}: break" if scalars else ": break"))
         self.emit(2, "else:")
+        # From here on only for calls that are not known: what a guard does not let through costs a known call nothing.
+        if foreign:
+            kinds = f"not {{{', '.join(f'type({name})' for name in tensors)}}} <= usual"
+            self.emit(3, f"if ({kinds} and is_foreign(locals())) or modes(): on = True; {foreign}")
+        self.emit(3, "if transforms() is not None: not_transformed(locals())")
+        differentiable = [
+            f"({n} is not None and {n}.requires_grad)" if contract.is_optional(n) else f"{n}.requires_grad"
+            for n in tensors
+            if self._floats(n)
+        ]
+        self.emit(3, f"if grad_on() and ({' or '.join(differentiable)}): needs_no_grad(locals())")
+        for name, arg in scalars.items():
+            self.bounds(name, arg, contract.is_optional(name))
+        vectors = [name for name in tensors if contract.args[name].layout == "vector"]
+        if vectors:
+            self.emit(3, "copy = False")
         for name, arg in contract.args.items():
             if isinstance(arg, TensorArg):
                 self.tensor(name, arg, contract.is_optional(name), is_first=name == first)
             for index, rule in enumerate(contract.rules):
                 if rule.argument == name:  # here, so that a wrong argument is named rather than those that follow it
                     self.emit(3, f"if not ({rule.expression}): raise broken({index}, locals())")
+        for name in contract.buffers:
+            self.emit(3, f"if {name} is not None: own_memory({name!r}, locals())")
+        if vectors:  # again with the copies, which is then a known call as a rule
+            call = {name: name for name in contract.args}
+            for name in vectors:
+                call[name] = f"{name}.contiguous()"
+                if contract.is_optional(name):
+                    call[name] += f" if {name} is not None else None"
+            again = ", ".join(f"{n}={v}" if contract.is_keyword(n) else v for n, v in call.items())
+            self.emit(3, f"if copy: on = True; return {contract.name}({again})")
         self.emit(3, f"known = remember({numbers}, {', '.join(passed)})")
         # A list, a None, a tensor of another rank: looking for them is dearer than waiting for what they break.
-        self.emit(1, "except (AttributeError, ValueError) as error:")
+        self.emit(1, "except (AttributeError, ValueError, RuntimeError, TypeError) as error:")
+        self.emit(2, "if 'on' in locals(): raise")  # not of this check
         self.emit(2, "raise explain(error, locals()) from None")
         for line in after:
             self.emit(1, line)
@@ -423,13 +600,15 @@ class _Checker:
     def emit(self, depth: int, line: str) -> None:
         self.lines.append("    " * depth + line)
 
-    def scalar(self, name: str, arg: ScalarArg, optional: bool) -> None:
-        kinds = "int" if arg.kind == "int" else "number"
-        test = f"not isinstance({name}, {kinds}) or {name} is True or {name} is False"
-        if arg.minimum is not None:
-            test += f" or {name} < {arg.minimum}"
-        guard = f"{name} is not None and ({test})" if optional else test
-        self.emit(2, f"if {guard}: raise wrong({name!r}, {name}, locals())")
+    def bounds(self, name: str, arg: ScalarArg, optional: bool) -> None:
+        low, high = (-_FLOAT_MAX, _FLOAT_MAX) if arg.kind == "float" else (arg.minimum or 0, _INT_MAX)
+        guard = f"{name} is not None and " if optional else ""
+        self.emit(3, f"if {guard}not {low!r} <= {name} <= {high!r}: raise wrong({name!r}, {name}, locals())")
+
+    def _floats(self, name: str) -> bool:
+        arg = self.contract.args[name]
+        assert isinstance(arg, TensorArg)
+        return any("float" in form.dtypes for form in arg.forms)
 
     def tensor(self, name: str, arg: TensorArg, optional: bool, *, is_first: bool) -> None:
         depth = 3
@@ -437,14 +616,16 @@ class _Checker:
             self.emit(depth, f"if {name} is not None:")
             depth += 1
         elsewhere = f"({name}.get_device() if on_gpu else {name}.device) != where"
-        if len(arg.forms) == 1 and len(arg.forms[0].dims) == 1 and self._known(arg.forms[0]) and arg.layout == "last":
-            # A vector, in one condition: contiguous is all that its layout can be.
+        failure = f"raise wrong({name!r}, {name}, locals())"
+        if len(arg.forms) == 1 and len(arg.forms[0].dims) == 1 and self._known(arg.forms[0]) and arg.layout == "vector":
+            # In one condition.
             (dtype,), (size,) = arg.forms[0].dtypes.split(), arg.forms[0].dims
             test = f"{name}.dtype is not torch_{dtype} or {name}.shape != ({size},) or {elsewhere}"
-            self.emit(depth, f"if {test} or not {name}.is_contiguous(): raise wrong({name!r}, {name}, locals())")
+            self.emit(depth, f"if {test} or {name}.layout is not strided: {failure}")
+            self.emit(depth, f"if not {name}.is_contiguous(): copy = True")
             return
+        self.emit(depth, f"if {name}.layout is not strided: {failure}")
         self.emit(depth, f"_dtype = {name}.dtype; _shape = {name}.shape")
-        failure = f"raise wrong({name!r}, {name}, locals())"
         new: set[str] = set()
         for index, form in enumerate(arg.forms):
             # Sizes that are all known take part in the choice: forms of one rank differ in nothing else.
@@ -468,13 +649,13 @@ class _Checker:
         self.bound |= new
         if not is_first:
             self.emit(depth, f"if {elsewhere}: {failure}")
-        if arg.layout == "last":
-            strided = f"not {name}.is_contiguous() and {name}.stride()[-1] != 1 and _shape[-1] > 1"
-            self.emit(depth, f"if {strided}: {failure}")
+        if arg.layout in ("last", "vector"):
+            scattered = f"not {name}.is_contiguous() and {name}.stride()[-1] != 1 and _shape[-1] > 1"
+            self.emit(depth, f"if {scattered}: {failure if arg.layout == 'last' else 'copy = True'}")
         elif arg.layout == "page":  # pages are padded as a rule, so the strides are needed as a rule
             self.emit(depth, f"_stride = {name}.stride()")
-            strided = "_stride[-1] != 1 or (_stride[1] != _shape[-1] and _shape[1] > 1)"
-            self.emit(depth, f"if {strided}: {failure}")
+            scattered = "_stride[-1] != 1 or (_stride[1] != _shape[-1] and _shape[1] > 1)"
+            self.emit(depth, f"if {scattered}: {failure}")
 
     def _known(self, form: Form) -> bool:
         return all(not dim.isidentifier() or dim in self.bound or self._is_scalar(dim) for dim in form.dims)
@@ -510,7 +691,14 @@ def _describe(contract: OpContract, argument: str, value: object, names: Mapping
     if isinstance(arg, ScalarArg):
         bound = "" if arg.minimum is None else f" of at least {arg.minimum}"
         expected = f"{'an int' if arg.kind == 'int' else 'a number'}{bound}"
-        return f"{contract.name}: argument {argument}: expected {expected}, got {value!r}"
+        if isinstance(value, torch.Tensor):
+            got = f"a tensor {list(value.shape)}, whose value a call would have to wait for: pass {argument}.item()"
+        elif (number := _number(value, arg.kind)) is None or (arg.kind == "int" and number < (arg.minimum or 0)):
+            got = _shown(value)
+        else:
+            expected = f"an int of at most {_INT_MAX}" if arg.kind == "int" else "a number that is finite in fp32"
+            got = _shown(value)
+        return f"{contract.name}: argument {argument}: expected {expected}, got {got}"
 
     def size(dim: str) -> str:
         known = {k: v for k, v in names.items() if isinstance(v, int) and not k.startswith("_")}
@@ -530,10 +718,16 @@ def _describe(contract: OpContract, argument: str, value: object, names: Mapping
         "last": ", last dimension contiguous",
         "page": ", contiguous within a page",
         "any": "",
+        "vector": "",
     }[arg.layout]
     if not isinstance(value, torch.Tensor):
         return f"{contract.name}: argument {argument}: expected a tensor {forms}, got {type(value).__name__}"
     dtype = str(value.dtype).removeprefix("torch.")
+    if not _is_plain(value):
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
+        return (
+            f"{contract.name}: argument {argument}: expected a strided tensor {forms}{where}, got a {kind} one, {dtype}"
+        )
     return (
         f"{contract.name}: argument {argument}: expected {forms}{where}{layout}, "
         f"got {dtype} {list(value.shape)} with strides {list(value.stride())} on {value.device}"

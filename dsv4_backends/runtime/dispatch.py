@@ -61,11 +61,10 @@ def define(function: _F) -> _F:
         results = tuple(given[name] if name in buffers else next(rest) for name in contract.returns)
         return results if len(results) > 1 else results[0]
 
-    # Other tracers than Dynamo bring tensors of their own class.
+    # Other tracers than Dynamo bring tensors of their own class, or are dispatch modes.
     scope |= {"as_library_op": as_library_op, "is_compiling": torch.compiler.is_dynamo_compiling}
-    subclassed = f"type({names[0]}) is not Tensor and isinstance({names[0]}, Tensor)"
-    by_library = f"if is_compiling() or ({subclassed}): return as_library_op({passed})"
-    call = contract.checked_function((by_library,), dispatch, scope)
+    by_library = f"return as_library_op({passed})"
+    call = contract.checked_function((f"if is_compiling(): {by_library}",), dispatch, scope, by_library)
     return cast("_F", functools.update_wrapper(call, function))
 
 
