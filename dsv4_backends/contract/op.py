@@ -463,8 +463,12 @@ def not_transformed(contract: OpContract, names: Mapping[str, Any]) -> None:
         value = names[name]
         if isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
             kind = "vmap" if torch._C._functorch.is_batchedtensor(value) else "a transform"
-            told = "the op has no rule for it: call it outside, with the dimension as part of the batch"
-            raise ContractError(f"{contract.name}: argument {name}: comes from {kind} of torch.func, and {told}")
+            raise ContractError(transformed(contract, name, kind))
+
+
+def transformed(contract: OpContract, argument: str, kind: str) -> str:
+    told = "the op has no rule for it: call it outside, with the dimension as part of the batch"
+    return f"{contract.name}: argument {argument}: comes from {kind} of torch.func, and {told}"
 
 
 def is_foreign(contract: OpContract, names: Mapping[str, Any]) -> bool:

@@ -3,6 +3,9 @@
 Eager calls check the contract and go straight to the bound implementation. Under ``torch.compile`` (and for fake or
 other subclassed tensors) the same call is one ``torch.library`` op, ``torch.ops.dsv4_backends.<op>``, or
 ``<op>_out`` where the caller brings result buffers.
+
+The ops are for inference. Where grad mode is on and an argument requires grad, a call raises ``ContractError``, whoever
+would serve it: there is no backward, and nothing is detached silently. Results never require grad.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..contract import CONTRACTS, OpContract
+from ..contract.op import TensorArg, needs_no_grad, transformed
+from ..errors import ContractError
 from ..selection import policy
 from . import bind
 
@@ -51,11 +56,15 @@ def define(function: _F) -> _F:
     buffers = contract.buffers
     functional_names = contract.library_names(with_buffers=False)
     buffer_names = contract.library_names(with_buffers=True)
+    codes = _e8m0_arguments(contract)
 
     def as_library_op(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         if all(given.get(buffer) is None for buffer in buffers):
             return functional(*[given.get(name) for name in functional_names])
+        for name in codes:  # Inductor cannot take an op apart that mutates one tensor and is given another as E8M0
+            if given[name].dtype is torch.float8_e8m0fnu:
+                given[name] = given[name].view(torch.uint8)
         others = with_buffers(*[given.get(name) for name in buffer_names])
         rest = iter(others if isinstance(others, tuple) else (others,))
         results = tuple(given[name] if name in buffers else next(rest) for name in contract.returns)
@@ -68,12 +77,48 @@ def define(function: _F) -> _F:
     return cast("_F", functools.update_wrapper(call, function))
 
 
+def _e8m0_arguments(contract: OpContract) -> tuple[str, ...]:
+    """The arguments that may be E8M0. The library op with buffers takes their bytes as uint8 besides."""
+    args = contract.args.items()
+    return tuple(n for n, a in args if isinstance(a, TensorArg) and any("e8m0" in form.dtypes for form in a.forms))
+
+
+def _for_inference(contract: OpContract, name: str, names: tuple[str, ...]) -> None:
+    """Let a ``torch.library`` op refuse what requires grad, and ``vmap``, as an eager call does."""
+    library = torch.library.Library("dsv4_backends", "IMPL")
+    _libraries.append(library)  # forgotten, it takes its kernels with it
+    for key in ("AutogradCPU", "AutogradCUDA"):
+        kernel = torch.library.get_kernel(name, key)
+
+        def refuse(keyset: Any, *values: Any, kernel: Any = kernel) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values):
+                needs_no_grad(contract, dict.fromkeys(contract.args) | dict(zip(names, values, strict=False)))
+            return kernel.call_boxed(keyset, *values)
+
+        library.impl(name.partition("::")[2], refuse, key, with_keyset=True)
+
+    def batched(info: Any, dims: tuple[Any, ...], *values: Any) -> Any:
+        argument = next(n for n, dim in zip(names, dims, strict=False) if dim is not None)
+        raise ContractError(transformed(contract, argument, "vmap"))
+
+    torch.library.register_vmap(name, batched, lib=library)
+
+
+_libraries: list[torch.library.Library] = []
+
+
 def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> tuple[Any, Any]:
+    codes = _e8m0_arguments(contract)
+
     def with_names(run: Callable[..., Any], *, with_buffers: bool) -> Callable[..., Any]:
         names = contract.library_names(with_buffers=with_buffers)
 
         def results_of(values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-            results = run(**dict(zip(names, values, strict=False)))  # trailing defaults may be missing
+            given = dict(zip(names, values, strict=False))  # trailing defaults may be missing
+            for name in codes if with_buffers else ():
+                if given[name].dtype is torch.uint8:
+                    given[name] = given[name].view(torch.float8_e8m0fnu)
+            results = run(**given)
             return results if isinstance(results, tuple) else (results,)
 
         def call(*values: Any) -> Any:
@@ -96,5 +141,6 @@ def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> tuple[An
         run = with_names(dispatch, with_buffers=bool(buffers))
         defined = torch.library.custom_op(name + suffix, run, mutates_args=buffers, schema=schema)
         defined.register_fake(with_names(contract.function, with_buffers=bool(buffers)))
+        _for_inference(contract, name + suffix, contract.library_names(with_buffers=bool(buffers)))
     namespace = torch.ops.dsv4_backends
     return getattr(namespace, contract.name), getattr(namespace, f"{contract.name}_out")
