@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsv4_backends.contract import layouts
 
+from .exact import matmul, under_any_setting
 from .memory import row_chunks
 
 HEAD_DIM = layouts.HEAD_DIM
@@ -26,7 +27,7 @@ def _attend(
     Returns:
         fp32 out ``[n, h, 512]``, and max_logits and lse ``[n, h]``.
     """
-    logits = (q.float() @ keys.transpose(1, 2)) * sm_scale
+    logits = matmul(q.float(), keys.transpose(1, 2)) * sm_scale
     logits = logits.masked_fill_(~valid.unsqueeze(1), -torch.inf)
     # A column of -inf gives a row without keys something to reduce over.
     max_logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).amax(-1)
@@ -34,13 +35,14 @@ def _attend(
     p = torch.exp_(logits.sub_(max_logits.masked_fill(empty, 0.0).unsqueeze(-1)))
     total = p.sum(-1)
     lse = max_logits + total.log()
-    out = (p @ keys) / total.unsqueeze(-1)
+    out = matmul(p, keys) / total.unsqueeze(-1)
     if sink is not None:
         out = out * torch.sigmoid(lse - sink).unsqueeze(-1)
     out = out.masked_fill(empty.unsqueeze(-1), 0.0)
     return out, max_logits, lse.masked_fill(empty, torch.inf)
 
 
+@under_any_setting
 def sparse_mla_prefill(
     q: Tensor,
     kv: Tensor,
@@ -80,12 +82,13 @@ def _gather(cache: Tensor, slots: Tensor, length: Tensor | None) -> tuple[Tensor
     if length is not None:
         valid &= torch.arange(slots.shape[1], device=slots.device) < length.unsqueeze(-1)
     if pages * page_size == 0:
-        return torch.zeros((*slots.shape, HEAD_DIM), device=slots.device), valid
+        return torch.zeros((*slots.shape, HEAD_DIM), dtype=torch.float32, device=slots.device), valid
     safe = slots.masked_fill(~valid, 0).long().flatten()
     keys = layouts.read_kv(cache, safe).float().view(*slots.shape, HEAD_DIM)
     return keys.masked_fill_(~valid.unsqueeze(-1), 0.0), valid
 
 
+@under_any_setting
 def sparse_mla_decode(
     q: Tensor,
     k_cache: Tensor,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .exact import matmul, under_any_setting
 from .memory import row_chunks
 
 
+@under_any_setting
 def hc_prenorm_gemm(
     x: Tensor,
     fn: Tensor,
@@ -28,6 +30,6 @@ def hc_prenorm_gemm(
         share = slice(split * k // splits, (split + 1) * k // splits)
         for rows in row_chunks(m, 4 * k):
             part = x[rows, share].float()
-            mixes[split, rows] = part @ fn[:, share].T
+            mixes[split, rows] = matmul(part, fn[:, share].T)
             squares[split, rows] = part.square_().sum(-1)
     return out, sqr_sum

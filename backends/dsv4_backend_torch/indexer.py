@@ -7,15 +7,17 @@ from torch import Tensor
 
 from dsv4_backends.contract import layouts
 
+from .exact import matmul, under_any_setting
 from .memory import row_chunks
 
 
 def _logits(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
     """fp32 ``[n, keys]`` from q ``[n, h, d]``, k fp32 ``[keys, d]`` or ``[n, keys, d]`` and weights ``[n, h]``."""
-    products = (q.float() @ k.transpose(-1, -2)).relu_()
-    return (weights.unsqueeze(1) @ products).squeeze(1)
+    products = matmul(q.float(), k.transpose(-1, -2)).relu_()
+    return matmul(weights.unsqueeze(1), products).squeeze(1)
 
 
+@under_any_setting
 def mqa_logits(
     q: Tensor,
     k: Tensor,
@@ -48,6 +50,7 @@ def mqa_logits(
     return out
 
 
+@under_any_setting
 def paged_mqa_logits(
     q: Tensor,
     k_cache: Tensor,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-CHUNK_BYTES = 128 * 2**20
-"""Size aimed at for the largest temporary of a step. A step holds at most five of that size, so 1 GiB is never met."""
+CHUNK_BYTES = 64 * 2**20
+"""Size aimed at for the largest temporary of a step. A step holds at most five of that size, and
+while products are in fp64 six more, so 1 GiB is never met."""
 
 
 def row_chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:

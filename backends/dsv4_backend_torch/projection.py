@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsv4_backends.contract import layouts
 
+from .exact import matmul, under_any_setting
 from .memory import row_chunks
 
 BLOCK = 128
@@ -26,6 +27,7 @@ def _expand(scale: Tensor, dim: int, size: int) -> Tensor:
     return scale.repeat_interleave(BLOCK, dim).narrow(dim, 0, size)
 
 
+@under_any_setting
 def fp8_einsum(
     x: Tensor,
     x_scale: Tensor,
@@ -46,5 +48,5 @@ def fp8_einsum(
         weight = w[group].float() * _expand(rows_of_w, 1, r)
         for tokens in row_chunks(b, 4 * max(r, d)):
             inputs = x[tokens, group].float() * _expand(x_scales[tokens, group], 1, r)
-            out[tokens, group] = (inputs @ weight.T).to(torch.bfloat16)
+            out[tokens, group] = matmul(inputs, weight.T).to(torch.bfloat16)
     return out

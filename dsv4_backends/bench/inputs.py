@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..contract.autocast import without_autocast
 from ..runtime.serving import WINDOW_PAGE as PAGE
 from ..runtime.serving import round_up
 from .shapes import SCALES, Row
@@ -27,7 +28,8 @@ def draw(row: Row, device: torch.device) -> dict[str, Any]:
     import torch
 
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{row.op}/{row.name}".encode()))
-    return _DRAW[row.op](_Draw(generator, device), **row.params)
+    with without_autocast():
+        return _DRAW[row.op](_Draw(generator, device), **row.params)
 
 
 class _Draw:
@@ -48,7 +50,7 @@ class _Draw:
         return torch.randint(low, high, shape, generator=self.generator, device=self.device)
 
     def powers(self, *shape: int) -> Tensor:
-        return 2.0 ** self.integers(-3, 4, *shape)
+        return 2.0 ** self.integers(-3, 4, *shape).float()
 
     def pages(self, count: int, each: int) -> Tensor:
         """A table ``[count, each]`` that deals out shuffled pages."""

@@ -137,14 +137,14 @@ def _make_mqa(
     import torch
 
     q, k = _e4m3(generator, m, h, d), _e4m3(generator, n, d)
-    k_scale = 2.0 ** torch.randint(-4, 3, (n,), generator=generator)
+    k_scale = draw.powers(generator, -4, 3, n)
     weights = draw.normal(generator, m, h, scale=h**-0.5)
     if ranges == "causal":  # chunked prefill: row i sees all keys before the chunk and its share of the chunk
         ends = (torch.arange(1, m + 1) * n) // max(m, 1)
         starts = torch.zeros(m, dtype=torch.long)
     elif ranges == "random":
         starts = torch.randint(0, n + 1, (m,), generator=generator)
-        ends = starts + (torch.rand(m, generator=generator) * (n + 1 - starts)).long()
+        ends = starts + (draw.uniform(generator, m) * (n + 1 - starts)).long()
     elif ranges == "batch":  # two requests side by side
         half = torch.arange(m) >= m // 2
         starts = torch.where(half, n // 2, 0)

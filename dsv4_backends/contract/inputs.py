@@ -19,7 +19,21 @@ def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tenso
     """fp32 standard normal times ``scale``."""
     import torch
 
-    return torch.randn(shape, generator=generator) * scale
+    return torch.randn(shape, generator=generator, dtype=torch.float32) * scale
+
+
+def powers(generator: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
+    """fp32 powers of two from 2^low up to and without 2^high."""
+    import torch
+
+    return 2.0 ** torch.randint(low, high, shape, generator=generator).float()
+
+
+def uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """fp32 in [0, 1)."""
+    import torch
+
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def e4m3(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
@@ -94,13 +108,13 @@ def choices(generator: torch.Generator, rows: int, topk: int, pool: Tensor, size
         keep = torch.randint(0, topk + 1, (rows, 1), generator=generator)
         picked[torch.arange(topk) >= keep] = -1
     elif invalid == "mixed":
-        picked[torch.rand(rows, topk, generator=generator) < 0.3] = -1
+        picked[uniform(generator, rows, topk) < 0.3] = -1
     elif invalid == "all":
         picked.fill_(-1)
     elif invalid == "extreme":
         bad = torch.tensor([-1, -2, -(2**31), 2**31 - 1, size, size + 1], dtype=torch.int32)
         drawn = bad[torch.randint(0, len(bad), (rows, topk), generator=generator)]
-        where = torch.rand(rows, topk, generator=generator) < 0.5
+        where = uniform(generator, rows, topk) < 0.5
         where[:1] = True
         picked = torch.where(where, drawn, picked)
     return picked

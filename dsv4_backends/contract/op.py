@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError, DSV4Error
+from .autocast import without_autocast
 
 if TYPE_CHECKING:
     import torch
@@ -257,8 +258,9 @@ class OpContract:
         import torch
 
         # Drawn on the CPU: the streams of CPU and GPU generators differ, and a case must not.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.name}/{case.name}/{variant}".encode()))
-        return self.make(torch.device(device), generator, **case.params)
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.name}/{case.name}/{variant}".encode()))
+        with torch.device("cpu"), without_autocast():
+            return self.make(torch.device(device), generator, **case.params)
 
     @cached_property
     def check(self) -> Callable[..., torch.device]:

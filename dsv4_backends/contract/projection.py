@@ -74,16 +74,16 @@ def _make(
     from . import layouts
 
     blocks = -(-r // 128)
-    x_scale = 2.0 ** torch.randint(-3, 4, (b, h, blocks), generator=generator)
+    x_scale = draw.powers(generator, -3, 4, b, h, blocks)
     rows = d if per_row else -(-d // 128)
-    w_scale = 2.0 ** torch.randint(-3, 4, (h, rows, blocks), generator=generator)
+    w_scale = draw.powers(generator, -3, 4, h, rows, blocks)
     x = draw.e4m3(generator, device, b, h, r)
     # Weights of a real case are drawn a group at a time to bound the memory of the draw.
     groups = [draw.e4m3(generator, device, d, r) for _ in range(h)]
     w = torch.stack(groups) if groups else torch.empty(0, d, r, dtype=torch.float8_e4m3fn, device=device)
     if scales == "any fp32":
-        x_scale *= 1 + torch.rand(x_scale.shape, generator=generator)
-        w_scale *= 1 + torch.rand(w_scale.shape, generator=generator)
+        x_scale *= 1 + draw.uniform(generator, *x_scale.shape)
+        w_scale *= 1 + draw.uniform(generator, *w_scale.shape)
     elif scales != "fp32":
         codes = layouts.e8m0_encode(x_scale), layouts.e8m0_encode(w_scale)
         if scales == "e8m0":
