@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from dsv4_backends.contract import layouts
+from dsv4_backends.contract.settings import matmul
 
-from .exact import matmul, under_any_setting
 from .memory import row_chunks
+from .settings import under_any_setting
 
 HEAD_DIM = layouts.HEAD_DIM
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .exact import matmul, under_any_setting
+from dsv4_backends.contract.settings import matmul
+
 from .memory import row_chunks
+from .settings import under_any_setting
 
 
 @under_any_setting

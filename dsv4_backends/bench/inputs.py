@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..contract.autocast import without_autocast
+from ..contract.settings import without_autocast
 from ..runtime.serving import WINDOW_PAGE as PAGE
 from ..runtime.serving import round_up
 from .shapes import SCALES, Row

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError, DSV4Error
-from .autocast import without_autocast
+from .settings import without_autocast
 
 if TYPE_CHECKING:
     import torch
@@ -405,11 +405,12 @@ def _number(value: Any, kind: str) -> int | float | None:
     """A Python number of a ``ScalarArg``'s kind; None where the value is not one."""
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()  # a bool stays one
-    wanted = numbers.Integral if kind == "int" else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, wanted):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
+    if kind == "int":
+        return int(value) if isinstance(value, numbers.Integral) else None
     try:
-        return int(value) if kind == "int" else float(value)  # type: ignore[arg-type]
+        return float(value)
     except OverflowError:
         return float("inf")
 
@@ -547,13 +548,13 @@ class _Checker:
         first = next(name for name, arg in contract.args.items() if isinstance(arg, TensorArg))
         # Numbers first: shapes may be expressed in them.
         scalars = {name: arg for name, arg in contract.args.items() if isinstance(arg, ScalarArg)}
-        for name, arg in scalars.items():
+        for name, scalar in scalars.items():
             given = f"{name} is not None and " if contract.is_optional(name) else ""
-            self.emit(2, f"if {given}type({name}) is not {arg.kind}: {name} = number({name!r}, locals())")
+            self.emit(2, f"if {given}type({name}) is not {scalar.kind}: {name} = number({name!r}, locals())")
         # A CUDA index is cheaper to get, to compare and to look up than a device, and this stands before every call.
         self.emit(2, f"on_gpu = {first}.is_cuda; where = {first}.get_device() if on_gpu else {first}.device")
         # An int decides shapes too, and a provider may refuse any number: a call is known by its tensors and numbers.
-        tensors = [name for name, arg in contract.args.items() if isinstance(arg, TensorArg)]
+        tensors = {name: arg for name, arg in contract.args.items() if isinstance(arg, TensorArg)}
         passed = [f"{n} if {n} is not None else no_{n}" if contract.is_optional(n) else n for n in tensors]
         numbers = f"({', '.join(scalars)},)" if scalars else "()"
         self.emit(2, "for known, numbers in seen:")
@@ -566,13 +567,13 @@ class _Checker:
         self.emit(3, "if transforms() is not None: not_transformed(locals())")
         differentiable = [
             f"({n} is not None and {n}.requires_grad)" if contract.is_optional(n) else f"{n}.requires_grad"
-            for n in tensors
-            if self._floats(n)
+            for n, arg in tensors.items()
+            if any("float" in form.dtypes for form in arg.forms)
         ]
         self.emit(3, f"if grad_on() and ({' or '.join(differentiable)}): needs_no_grad(locals())")
-        for name, arg in scalars.items():
-            self.bounds(name, arg, contract.is_optional(name))
-        vectors = [name for name in tensors if contract.args[name].layout == "vector"]
+        for name, scalar in scalars.items():
+            self.bounds(name, scalar, contract.is_optional(name))
+        vectors = [name for name, arg in tensors.items() if arg.layout == "vector"]
         if vectors:
             self.emit(3, "copy = False")
         for name, arg in contract.args.items():
@@ -610,11 +611,6 @@ class _Checker:
         low, high = (-_FLOAT_MAX, _FLOAT_MAX) if arg.kind == "float" else (arg.minimum or 0, _INT_MAX)
         guard = f"{name} is not None and " if optional else ""
         self.emit(3, f"if {guard}not {low!r} <= {name} <= {high!r}: raise wrong({name!r}, {name}, locals())")
-
-    def _floats(self, name: str) -> bool:
-        arg = self.contract.args[name]
-        assert isinstance(arg, TensorArg)
-        return any("float" in form.dtypes for form in arg.forms)
 
     def tensor(self, name: str, arg: TensorArg, optional: bool, *, is_first: bool) -> None:
         depth = 3

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..contract.settings import matmul
+
 CHUNK_BYTES = 256 * 2**20
 """Size aimed at for the largest temporary that a step makes."""
 
@@ -38,18 +40,18 @@ def sparse_mla_prefill(
         index = indices[rows]
         valid = (index >= 0) & (columns < topk_length[rows].unsqueeze(-1))
         keys = kv[index.masked_fill(~valid, 0)].float().masked_fill_(~valid.unsqueeze(-1), 0.0)
-        logits = (q[rows].float() @ keys.transpose(1, 2)) * sm_scale
+        logits = matmul(q[rows].float(), keys.transpose(1, 2)) * sm_scale
         logits = logits.masked_fill_(~valid.unsqueeze(1), -torch.inf)
         # The sink is one more column without a value; a row with nothing valid attends to it alone.
         sink = attn_sink.view(1, -1, 1).expand(len(logits), -1, 1)
         share = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
-        out[rows] = (share @ keys).to(out.dtype)
+        out[rows] = matmul(share, keys).to(out.dtype)
 
 
 def hc_prenorm_gemm(x: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
     """What ``ops.hc_prenorm_gemm`` means, for any float dtype."""
     wide = x.float()
-    return wide @ fn.T, wide.square().sum(-1)
+    return matmul(wide, fn.T), wide.square().sum(-1)
 
 
 def scores(q: Tensor, k: Tensor, weights: Tensor, row_ends: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def scores(q: Tensor, k: Tensor, weights: Tensor, row_ends: Tensor) -> Tensor:
     out = torch.empty((q.shape[0], k.shape[0]), dtype=torch.float32, device=q.device)
     keys, columns = k.float().T, torch.arange(k.shape[0], device=q.device)
     for rows in row_chunks(q.shape[0], 4 * q.shape[1] * k.shape[0]):
-        products = (q[rows].float() @ keys).relu_()
-        total = (weights[rows].unsqueeze(1) @ products).squeeze(1)
+        products = matmul(q[rows].float(), keys).relu_()
+        total = matmul(weights[rows].unsqueeze(1), products).squeeze(1)
         out[rows] = total.masked_fill_(columns >= row_ends[rows].unsqueeze(-1), -torch.inf)
     return out

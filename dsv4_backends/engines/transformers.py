@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..contract import layouts
+from ..contract.settings import without_autocast
 from ..contract.sparse_mla import HEAD_DIM, MAX_HEADS
 from ..errors import DSV4Error
 from ..selection.provider import Reason
@@ -211,7 +212,25 @@ class _Replaced:
         self.function, self.module, self.mode, self.state = function, module, mode, state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.module, self.mode, *self.state, *args, **kwargs)
+        if torch.is_grad_enabled():
+            _refuse_gradients(*args, *kwargs.values(), *self.module.parameters(recurse=False))
+        with without_autocast():
+            return self.function(self.module, self.mode, *self.state, *args, **kwargs)
+
+
+def _refuse_gradients(*values: Any) -> None:
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        raise EngineError(Reason("engine-mode", "the ops have no backward", "use torch.no_grad()"))
+
+
+def _refuse_autocast(device: torch.device, dtype: torch.dtype) -> None:
+    """Autocast casts in transformers' own layers: harmless to the model's own dtype, to another a mix of both."""
+    if not torch.is_autocast_enabled(device.type):
+        return
+    if (target := torch.get_autocast_dtype(device.type)) is dtype is torch.bfloat16:
+        return
+    told = f"torch.autocast to {target} is on and the model is {dtype}: served are a bfloat16 model under autocast to"
+    raise EngineError(Reason("engine-mode", f"{told} bfloat16, and any model without autocast", "leave torch.autocast"))
 
 
 def register() -> None:
@@ -434,10 +453,12 @@ def _window(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     device: Any = "cpu",
+    dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> _Window:
     """transformers' mask function: no mask, but what it would have said."""
     _handover.take()  # what a call that raised may have left
+    _refuse_autocast(torch.device(device), dtype)
     if not allow_is_causal_skip:
         raise EngineError(
             Reason("engine-mode", "packed sequences and custom mask functions are not served", "use attn 'eager'")
@@ -539,12 +560,22 @@ def _attention(
         raise EngineError(Reason("engine-mode", told, "pass a mask [batch, places], or none"))
     if module.compressor is not None and selected is None:
         raise EngineError(Reason("engine-state", "the model's compressors are transformers' own", "enable(model)"))
-    if dropout or (torch.is_grad_enabled() and query.requires_grad):
-        raise EngineError(Reason("engine-mode", "the ops have no backward and no dropout", "use torch.no_grad()"))
+    if dropout:
+        raise EngineError(Reason("engine-mode", "the ops have no dropout", "use model.eval()"))
+    if torch.is_grad_enabled():
+        _refuse_gradients(query, key, module.sinks)
     sinks: Tensor = module.sinks.float()  # type: ignore[assignment]
     size: int = module.sliding_window  # type: ignore[assignment]
-    if pages is not None:
-        return _attend_pages(pages, query, window, selected, size, scaling, sinks), None
+    with without_autocast():
+        if pages is not None:
+            return _attend_pages(pages, query, window, selected, size, scaling, sinks), None
+        return _attend(query, key, window, selected, size, scaling, sinks), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, window: _Window, selected: _Selected | None, size: int, scaling: float, sinks: Tensor
+) -> Tensor:
+    """Attention over keys in memory."""
     batch, heads, length, _ = query.shape
     attend: Callable[..., Any] = ops.sparse_mla_prefill
     if query.dtype is not torch.bfloat16:
@@ -570,7 +601,7 @@ def _attention(
                 topk_length=lengths,
                 out=_cut(out, sequences, rows).view(-1, heads, HEAD_DIM),
             )
-    return out, None
+    return out
 
 
 def _flat_lists(

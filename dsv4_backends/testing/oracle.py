@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.autocast import without_autocast
+from ..contract.settings import without_autocast
 
 F64 = torch.float64
 
