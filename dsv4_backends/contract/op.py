@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..errors import ContractError, DSV4Error
 from .settings import without_autocast
@@ -295,16 +295,14 @@ class OpContract:
             if isinstance(error, DSV4Error):
                 return error
             for name, arg in self.args.items():
-                value = names[name]
-                if isinstance(arg, ScalarArg) or (value is None and self.is_optional(name)):
-                    continue
-                if not _is_plain(value) or all(value.dim() != len(form.dims) for form in arg.forms):
-                    return wrong(name, value, names)
+                if isinstance(arg, TensorArg) and not _may_be(self, name, names[name]):
+                    return wrong(name, names[name], names)
             return error
 
         def broken(index: int, names: Mapping[str, Any]) -> ContractError:
             rule = self.rules[index]
-            sizes = ", ".join(f"{k} {v}" for k, v in names.items() if isinstance(v, int) and k in rule.expression)
+            named = set(re.findall(r"\w+", rule.expression))
+            sizes = ", ".join(f"{k} {v}" for k, v in names.items() if isinstance(v, int) and k in named)
             got = f", got {sizes}" if sizes else ""
             return ContractError(f"{self.name}: argument {rule.argument}: expected {rule.expected}{got}")
 
@@ -325,7 +323,7 @@ class OpContract:
         scope |= {"explain": explain, "seen": seen.signatures, "remember": seen.remember, "number": number}
         scope |= {"grad_on": torch.is_grad_enabled, "strided": torch.strided, "usual": _usual()}
         scope |= {"modes": _dispatch_modes(), "transforms": _transforms()}
-        for ask in (needs_no_grad, not_transformed, is_foreign, own_memory):
+        for ask in (is_foreign, not_transformed, needs_no_grad, own_memory):
             scope[ask.__name__] = functools.partial(ask, self)
         # Each stands for one argument that is None; no argument of any contract looks like them.
         scope |= {
@@ -428,7 +426,7 @@ def _usual() -> frozenset[type]:
     return frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: object) -> TypeGuard[torch.Tensor]:
     import torch
 
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
@@ -475,18 +473,37 @@ def transformed(contract: OpContract, argument: str, kind: str) -> str:
 
 
 def is_foreign(contract: OpContract, names: Mapping[str, Any]) -> bool:
-    """Whether an argument is a tensor of a class of its own; a FakeTensor among tensors with values is refused."""
+    """Whether others than this check have to see a call: a tensor is of a class of its own, or a dispatch mode is on.
+
+    Sizes may be symbols then, so that no more is checked than that there are tensors of the right ranks, and that a
+    FakeTensor is not among tensors with values.
+    """
     import torch
     from torch._subclasses import FakeTensor
 
-    tensors = {name: names[name] for name in contract.args if isinstance(names[name], torch.Tensor)}
+    tensors = {name: names[name] for name, arg in contract.args.items() if isinstance(arg, TensorArg)}
+    if _dispatch_modes()() == 0 and not any(
+        isinstance(value, torch.Tensor) and type(value) not in _usual() for value in tensors.values()
+    ):
+        return False
     fakes = [value for value in tensors.values() if isinstance(value, FakeTensor)]
-    if fakes and not fakes[0].fake_mode.allow_non_fake_inputs:
-        for name, value in tensors.items():
-            if not isinstance(value, FakeTensor):
-                told = "expected a FakeTensor, as others of this call are"
-                raise ContractError(f"{contract.name}: argument {name}: {told}, got a tensor with values")
-    return any(type(value) not in _usual() and _is_plain(value) for value in tensors.values())
+    mixed = bool(fakes) and not fakes[0].fake_mode.allow_non_fake_inputs
+    for name, value in tensors.items():
+        if not _may_be(contract, name, value):
+            raise ContractError(_describe(contract, name, value, names))
+        if mixed and value is not None and not isinstance(value, FakeTensor):
+            told = "expected a FakeTensor, as others of this call are"
+            raise ContractError(f"{contract.name}: argument {name}: {told}, got a tensor with values")
+    return True
+
+
+def _may_be(contract: OpContract, argument: str, value: object) -> bool:
+    """Whether a value is a tensor that has one of an argument's ranks, or None where that may be."""
+    arg = contract.args[argument]
+    assert isinstance(arg, TensorArg)
+    if value is None:
+        return contract.is_optional(argument)
+    return _is_plain(value) and any(value.dim() == len(form.dims) for form in arg.forms)
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
@@ -561,9 +578,11 @@ class _Checker:
         self.emit(3, f"if known({', '.join(passed)})" + (f" and numbers == {numbers}: break" if scalars else ": break"))
         self.emit(2, "else:")
         # From here on only for calls that are not known: what a guard does not let through costs a known call nothing.
+        for name, scalar in scalars.items():
+            self.bounds(name, scalar, contract.is_optional(name))
         if foreign:
             kinds = f"not {{{', '.join(f'type({name})' for name in tensors)}}} <= usual"
-            self.emit(3, f"if ({kinds} and is_foreign(locals())) or modes(): on = True; {foreign}")
+            self.emit(3, f"if ({kinds} or modes()) and is_foreign(locals()): on = True; {foreign}")
         self.emit(3, "if transforms() is not None: not_transformed(locals())")
         differentiable = [
             f"({n} is not None and {n}.requires_grad)" if contract.is_optional(n) else f"{n}.requires_grad"
@@ -571,8 +590,6 @@ class _Checker:
             if any("float" in form.dtypes for form in arg.forms)
         ]
         self.emit(3, f"if grad_on() and ({' or '.join(differentiable)}): needs_no_grad(locals())")
-        for name, scalar in scalars.items():
-            self.bounds(name, scalar, contract.is_optional(name))
         vectors = [name for name, arg in tensors.items() if arg.layout == "vector"]
         if vectors:
             self.emit(3, "copy = False")
