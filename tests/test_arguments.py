@@ -367,8 +367,12 @@ def _changed(data: st.DataObject, value: torch.Tensor) -> Any:
     if kind == "dtype":
         return torch.zeros(value.shape, dtype=data.draw(st.sampled_from(DTYPES)))
     if kind == "shape":
-        sizes = st.sampled_from([0, 1, 2, 3, 4, 8, 512, 584, *value.shape])
-        return torch.zeros(data.draw(st.lists(sizes, max_size=4)), dtype=value.dtype)
+        sizes = list(value.shape)
+        if sizes and data.draw(st.booleans()):
+            sizes[data.draw(st.integers(0, len(sizes) - 1))] = data.draw(st.sampled_from([0, 1, 2, 3, 129, 512, 584]))
+        else:
+            sizes = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 8]), max_size=5))
+        return torch.zeros(sizes, dtype=value.dtype)
     if kind == "stride":
         strides = data.draw(st.lists(st.integers(0, 600), min_size=value.dim(), max_size=value.dim()))
         reach = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, strides, strict=True) if size)

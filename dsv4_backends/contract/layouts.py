@@ -25,6 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .settings import without_autocast
+
 HEAD_DIM = 512
 NOPE_DIM = 448
 ROPE_DIM = 64
@@ -81,6 +83,11 @@ def quantize_e4m3(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     Returns:
         e4m3 ``[..., n]`` and fp32 powers of two ``[..., ceil(n / block)]``.
     """
+    with without_autocast():
+        return _quantized(x, block)
+
+
+def _quantized(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     n = x.shape[-1]
     if x.dtype is torch.bfloat16 and n % block == 0:
         # The same values without an fp32 copy: scaling bf16 by a power of two rounds nothing above e4m3's least
@@ -144,7 +151,8 @@ def unpack_kv(data: Tensor, scales: Tensor) -> Tensor:
     nope = data[:, :NOPE_DIM].contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (-1, KV_BLOCK))
     nope = nope * e8m0_decode(scales[:, : NOPE_DIM // KV_BLOCK]).unsqueeze(-1)
     rope = data[:, NOPE_DIM:].contiguous().view(torch.bfloat16)
-    return torch.cat([nope.flatten(-2).to(torch.bfloat16), rope], -1)
+    with without_autocast():
+        return torch.cat([nope.flatten(-2).to(torch.bfloat16), rope], -1)
 
 
 def write_kv(cache: Tensor, slots: Tensor, kv: Tensor) -> None:

@@ -1,0 +1,36 @@
+"""PyTorch's settings change no numbers: the suite of that in processes of its own, since they are the process's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*more: str, **env: str) -> None:
+    quiet = ["-W", "ignore:Conversion of an array", "-W", "ignore::RuntimeWarning"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, *more, "tests/settings_suite.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=1200
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_the_reference_on_the_cpu() -> None:
+    run(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+
+
+def test_triton_in_the_interpreter() -> None:
+    only = ("-k", "providers or buffers")
+    run(*only, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TRITON_INTERPRET="1", DSV4_BACKENDS_DEVICE="sm_80")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; there: pytest tests/settings_suite.py")
+def test_every_provider_on_the_gpu() -> None:
+    run()
