@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -389,3 +390,20 @@ def test_default_level_on_the_cpu(op: str) -> None:
         for name, result, want in zip(contract.returns, results, oracle.expected(op, made), strict=True):
             error = numerics.compare(result, want, contract.tolerances[name])
             assert error.ok, (case.name, name, error)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's own, at the import of Inductor
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_einsum_with_e8m0_scales_and_a_buffer(backend: str) -> None:
+    """Inductor cannot take an op apart that mutates one tensor and is given another as E8M0."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler on the CPU")
+    made = arguments("fp8_einsum", "e8m0")
+    eager = ops.fp8_einsum(**made)
+    torch.compiler.reset()
+    out = torch.empty_like(eager)
+    compiled = torch.compile(lambda out, **made: ops.fp8_einsum(**made, out=out), fullgraph=True, backend=backend)
+    result = compiled(out, **made)
+    assert torch.equal(result, eager)
+    assert torch.equal(out, eager)
+    torch.compiler.reset()

@@ -8,6 +8,7 @@ expert moves the logits of a whole random model by more than any tolerance could
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -831,3 +833,96 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert (ran["outcome"], ran["finite"], ran["context"]) == ("ran", True, 512)
     assert {op: list(served) for op, served in ran["served"].items()}["sparse_mla_decode"] == ["torch"]
     assert failed["outcome"] == "error"  # and is told, where the others go on
+
+
+# ------------------------------------------------------------------------------------------- PyTorch's settings
+
+
+@contextmanager
+def _set(put: Callable[[Any], None], value: Any, usual: Any) -> Iterator[None]:
+    put(value)
+    try:
+        yield
+    finally:
+        put(usual)
+
+
+MODEL_SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "default dtype fp64": lambda: _set(torch.set_default_dtype, torch.float64, torch.float32),
+    "default dtype bf16": lambda: _set(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "precision medium": lambda: _set(torch.set_float32_matmul_precision, "medium", "highest"),
+    "deterministic": lambda: _set(torch.use_deterministic_algorithms, True, False),
+    "inference mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("setting", MODEL_SETTINGS)
+def test_settings_change_no_float32_model(eager: Any, ours: Any, setting: str) -> None:
+    ids = tokens(1, 150)
+    with MODEL_SETTINGS[setting]():
+        same(ours(ids).logits, eager(ids).logits)
+
+
+@pytest.mark.parametrize("setting", [*MODEL_SETTINGS, "autocast bf16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_settings_change_no_module_of_a_bfloat16_model(setting: str, packed: bool) -> None:
+    """Every replaced module and the attention, on the inputs that they have without the setting."""
+    model = tiny(torch.bfloat16)
+    engine.enable(model)
+    calls: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []
+    for _, plan in engine._replacements(model):
+        function = plan.function
+        if function in (engine._hyper_connection, engine._hyper_head, engine._grouped_linear):
+
+            def kept(*args: Any, function: Any = function, **kwargs: Any) -> Any:
+                found = function(*args, **kwargs)
+                calls.append((function, found, args, kwargs))
+                return found
+
+            plan.function = kept
+    ids = tokens(2, 150)
+    cache = engine.packed_cache(model) if packed else DynamicCache(config=model.config)
+    logits = model(ids, past_key_values=cache).logits
+    step = model(ids[:, :1], past_key_values=cache).logits
+    assert len(calls) > 10
+    change = MODEL_SETTINGS.get(setting, lambda: torch.autocast("cpu", torch.bfloat16))
+    with change():
+        for function, found, args, kwargs in list(calls):
+            plan = engine._Replaced(function, args[0], args[1])
+            again = plan(*args[2:], **kwargs)
+            for a, b in zip(_all(found), _all(again), strict=True):
+                if setting == "precision medium":  # fp64 instead of fp32 may round to the other neighbour
+                    assert torch.allclose(a.float(), b.float(), rtol=2**-7, atol=1e-6), function.__name__
+                else:
+                    assert torch.equal(a, b), function.__name__
+        cache = engine.packed_cache(model) if packed else DynamicCache(config=model.config)
+        again = model(ids, past_key_values=cache).logits
+        assert again.dtype is torch.bfloat16
+        assert model(ids[:, :1], past_key_values=cache).logits.shape == step.shape
+    if setting in ("deterministic", "inference mode"):  # others change what transformers' own layers do
+        assert torch.equal(again, logits)
+
+
+def _all(found: Any) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def test_other_autocasts_are_refused(ours: Any) -> None:
+    ids = tokens(1, 9)
+    half = tiny(torch.bfloat16)
+    engine.enable(half)
+    for model, target in ((ours, torch.bfloat16), (ours, torch.float16), (half, torch.float16)):
+        with torch.autocast("cpu", target):
+            refusal(functools.partial(model, ids), "engine-mode", "torch.autocast to")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half(ids).logits.isfinite().all()
+
+
+def test_a_frozen_model_is_served_in_grad_mode() -> None:
+    model = tiny()
+    ids = tokens(1, 9)
+    engine.enable(model)
+    with torch.enable_grad():
+        refusal(lambda: model(ids), "engine-mode", "no backward")
+        model.requires_grad_(False)
+        assert not model(ids).logits.requires_grad
