@@ -342,7 +342,8 @@ class _Seen:
     A check is a pure function of the types, dtypes, shapes, strides and devices of a call's tensors, and of its
     numbers. PyTorch compares the tensors in one call, a tenth of what reading them from Python costs: that is how
     ``torch.compile`` finds that a compiled graph still fits. The class is PyTorch's own affair; where it is missing,
-    every call goes through the whole check.
+    every call goes through the whole check. (One fault of it is let be, since to avoid it would cost every call: asked
+    about a nested tensor of the strided kind, which PyTorch is giving up, it ends the process.)
     """
 
     SIZE = 4

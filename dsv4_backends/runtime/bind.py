@@ -305,8 +305,9 @@ def resolution_under(wishes: policy.Policy, op: str, device: torch.device) -> Re
 def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[..., Any]]:
     """The provider's name and the function that a call of ``op`` on ``device`` would reach, bound on the way.
 
-    For those who have checked their arguments and want the last microsecond, and for tools. A function that refuses
-    some shapes is returned all the same; where measurements choose by shape, it is the one for all other shapes.
+    For those who have checked their arguments and want the last microsecond, and for tools. Vectors have to be
+    contiguous then, numbers Python's, and nothing may require grad. A function that refuses some shapes is returned all
+    the same; where measurements choose by shape, it is the one for all other shapes.
     """
     chain = current().bind(CONTRACTS[op], torch.empty(0, device=device).device)
     first = chain.at(0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..contract import CONTRACTS, Case, OpContract
-from ..contract.op import TensorArg
+from ..contract.op import TensorArg, overlaps_itself
 from ..errors import NoProviderError
 from ..runtime.bind import load_implementation, signature_mismatch
 from ..selection import builds, machine, plugins, policy
@@ -256,12 +256,8 @@ def check_stride(target: Subject, case: Case) -> None:
     for name, result in zip(target.contract.returns, results, strict=True):
         if result.numel() == 0:
             continue
-        dims = sorted((stride, size) for size, stride in zip(result.shape, result.stride(), strict=True) if size > 1)
-        reach = 1
-        for stride, size in dims:
-            if stride < reach:
-                raise CheckFailed("stride", f"{target.name}: {case.name}: {name} overlaps itself: {result.stride()}")
-            reach = stride * (size - 1) + 1
+        if overlaps_itself(result):
+            raise CheckFailed("stride", f"{target.name}: {case.name}: {name} overlaps itself: {result.stride()}")
         if result.shape[-1] > 1 and result.stride(-1) != 1:
             raise CheckFailed("stride", f"{target.name}: {case.name}: {name} has strides {result.stride()}")
 
