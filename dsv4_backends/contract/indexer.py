@@ -235,10 +235,10 @@ def _make_paged(
         wide[:, :blocks] = table
         table = wide[:, :blocks]
         some = torch.tensor([context + 1, -1, 2**31 - 1, -(2**31), blocks * page_size + 600], dtype=torch.int32)
-        spoilt = torch.rand(context_lens.shape, generator=generator) < 0.5
+        spoilt = draw.uniform(generator, *context_lens.shape) < 0.5
         context_lens[spoilt] = some[torch.randint(0, len(some), (int(spoilt.sum()),), generator=generator)]
         some = torch.tensor([-1, -(2**31), 2**31 - 1, 10**9, pages], dtype=torch.int32)
-        spoilt = torch.rand(table.shape, generator=generator) < 0.3
+        spoilt = draw.uniform(generator, *table.shape) < 0.3
         table[spoilt] = some[torch.randint(0, len(some), (int(spoilt.sum()),), generator=generator)]
     made = {"q": q, "k_cache": cache, "weights": weights, "context_lens": context_lens, "block_table": table}
     moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
