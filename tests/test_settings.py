@@ -26,6 +26,7 @@ def test_the_reference_on_the_cpu() -> None:
     run(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
 
+@pytest.mark.usefixtures("triton_interpreter")
 def test_triton_in_the_interpreter() -> None:
     only = ("-k", "providers or buffers")
     run(*only, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TRITON_INTERPRET="1", DSV4_BACKENDS_DEVICE="sm_80")
