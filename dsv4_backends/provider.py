@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .compat import native
+from .errors import NoProviderError
 from .runtime.launching import cache_error, cache_problem, elsewhere, on_its_device
 from .runtime.steps import once_a_step
 from .selection.capability import Support, support
@@ -17,6 +18,7 @@ __all__ = [
     "Build",
     "Implementation",
     "Library",
+    "NoProviderError",
     "Parameter",
     "ProviderSpec",
     "Reason",

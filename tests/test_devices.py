@@ -19,6 +19,7 @@ from dsv4_backend_triton import _launch
 from test_native_adapters import PLAIN, ops_of, subject
 from test_native_adapters import use as use  # a fixture
 
+from dsv4_backends import NoProviderError
 from dsv4_backends.contract import CONTRACTS, Case
 from dsv4_backends.engines import _transformers_kernels
 from dsv4_backends.runtime import launching
@@ -160,3 +161,30 @@ def test_nothing_launches_beside_the_doors() -> None:
     doors = {("_launch.py", "launch"), ("_transformers_kernels.py", "_launch")}
     # Called by the ops of that package only, which have made the device current.
     assert found == doors | {("_finish.py", "_launch"), ("_finish.py", "_runner")}
+
+
+class OnGpu:
+    """As much of a tensor as is asked for its device."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def get_device(self) -> int:
+        return self.index
+
+
+def test_deep_gemm_serves_the_gpu_of_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv4_backend_deep_gemm import _device
+
+    library = object()
+    monkeypatch.setattr(_device, "deep_gemm", lambda: library)
+    monkeypatch.setattr(_device, "_served", None)
+    assert _device.refuses_device(OnGpu(1)) is None
+    assert _device.library_for(OnGpu(1)) is library
+    assert _device.library_for(OnGpu(1)) is library
+    assert _device.library_for(OnGpu(-1)) is library  # the CPU of the tests
+    reason = _device.refuses_device(OnGpu(0))
+    assert reason is not None
+    assert "here cuda:1; this call is on cuda:0" in str(reason)
+    with pytest.raises(NoProviderError, match="one GPU in a process"):
+        _device.library_for(OnGpu(0))

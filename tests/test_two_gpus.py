@@ -51,6 +51,14 @@ def served(provider: str, op: str) -> tuple[checks.Subject, list[tuple[Case, dic
     return subject, [(case, arguments) for case, arguments in made if subject.refusal(arguments) is None]
 
 
+def moved(value: Any, device: str) -> Any:
+    """A tensor on another device with the strides that it has: pages stay as far apart."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    storage = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())
+    return storage.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+
+
 @pytest.mark.parametrize("in_step", [False, True])
 @pytest.mark.parametrize(("provider", "op"), PAIRS)
 def test_calls(provider: str, op: str, in_step: bool) -> None:
@@ -60,8 +68,9 @@ def test_calls(provider: str, op: str, in_step: bool) -> None:
         with step() if in_step else nullcontext():
             # In a step the second call uses what the first one planned, and a call on cuda:0 between them does not.
             for device in ("cuda:1", "cuda:0", "cuda:1"):
-                here = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-                here = arguments if device == "cuda:1" else here
+                here = arguments if device == "cuda:1" else {k: moved(v, device) for k, v in arguments.items()}
+                if subject.refusal(here) is not None:  # a library that serves one GPU in a process
+                    continue
                 results = subject.run(here)
                 if device == "cuda:1":
                     assert {result.device for result in results} == {OTHER}

@@ -73,6 +73,7 @@ ADVICE = {
     "denied": "Remove the name from `DSV4_BACKENDS_DENY`, or from `use_providers(deny=...)`.",
     "not-allowed": "Add the name to `DSV4_BACKENDS_ALLOW`, or unset it.",
     "not-pinned": "Nothing: the pin asks for it.",
+    "device": "Run a process for each GPU, as engines do; other GPUs are served by the next provider.",
     "shape": "Nothing: the next provider serves the call. The log says once that this happens.",
     "shape-unknown": "Run `check` on the machine with the GPU.",
     "no-provider": "Read the message: it has every provider's reason.",

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv4_backends.provider import Reason, elsewhere, on_its_device
 
 from ._alignment import ALIGNMENT, aligned
-from .probe import deep_gemm
+from ._device import library_for, refuses_device
 
 _BLOCK = 64
 _MAX_N = 32
@@ -24,6 +24,8 @@ def hc_prenorm_gemm_refuses(
     sqr_sum: Tensor | None = None,
 ) -> Reason | None:
     """Sizes that the kernel does not have."""
+    if (reason := refuses_device(x)) is not None:
+        return reason
     k, n = x.shape[1], fn.shape[0]
     if k == 0 or k % _BLOCK:
         return Reason("shape", f"needs k to be a multiple of 64 and not 0, this call has {k}")
@@ -60,7 +62,7 @@ def hc_prenorm_gemm(
         and squares.is_contiguous()
         and (num_splits is None or num_splits * _BLOCK <= k)
     ):
-        deep_gemm().prenorm_gemm(x, fn, mixes, squares, num_splits)
+        library_for(x).prenorm_gemm(x, fn, mixes, squares, num_splits)
         return mixes, squares
     direct = mixes.is_contiguous() and squares.is_contiguous() and mixes.data_ptr() % ALIGNMENT == 0
     d = mixes if direct else torch.empty_like(mixes, memory_format=torch.contiguous_format)
@@ -71,7 +73,7 @@ def hc_prenorm_gemm(
         d[splits:].zero_()
         s[splits:].zero_()
     used = (d, s) if splits == num_splits else (d[:splits], s[:splits])
-    deep_gemm().prenorm_gemm(aligned(x), aligned(fn), *used, splits)
+    library_for(x).prenorm_gemm(aligned(x), aligned(fn), *used, splits)
     if not direct:
         mixes.copy_(d)
         squares.copy_(s)

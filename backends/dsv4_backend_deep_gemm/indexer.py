@@ -10,6 +10,7 @@ from torch import Tensor
 from dsv4_backends.provider import Reason, elsewhere, on_its_device, once_a_step
 
 from ._alignment import ALIGNMENT, dense
+from ._device import library_for, refuses_device
 from ._finish import bounds, finish
 from .probe import DeepGEMM, deep_gemm
 
@@ -54,7 +55,7 @@ def mqa_logits_refuses(
     out: Tensor | None = None,
 ) -> Reason | None:
     """Head counts and dimensions that the kernels do not have."""
-    return _head_refusal(q.shape[1], q.shape[2])
+    return refuses_device(q) or _head_refusal(q.shape[1], q.shape[2])
 
 
 def mqa_logits(
@@ -82,7 +83,7 @@ def mqa_logits(
     if m == 0 or n == 0 or width == 0:
         empty = torch.empty((m, width), dtype=torch.float32, device=q.device) if out is None else out
         return empty.fill_(-torch.inf)
-    library = deep_gemm()
+    library = library_for(q)
     q, weights = (dense(q), dense(weights)) if heads in _HEADS else _padded_heads(q, weights)
     k, k_scale = dense(k), dense(k_scale)
     starts, ends = once_a_step(
@@ -112,7 +113,7 @@ def paged_mqa_logits_refuses(
     out: Tensor | None = None,
 ) -> Reason | None:
     """Head counts, dimensions and pages that the kernels do not have."""
-    if (reason := _head_refusal(q.shape[2], q.shape[3])) is not None:
+    if (reason := refuses_device(q) or _head_refusal(q.shape[2], q.shape[3])) is not None:
         return reason
     sizes = (64,) if deep_gemm().cleans else (32, 64)
     if k_cache.shape[1] not in sizes:
@@ -172,7 +173,7 @@ def paged_mqa_logits(
         size = (b * next_n, max_context_len)
         empty = torch.empty(size, dtype=torch.float32, device=q.device) if out is None else out
         return empty.fill_(-torch.inf)
-    library = deep_gemm()
+    library = library_for(q)
     q, weights = (dense(q), dense(weights)) if heads in _HEADS else _padded_heads(q, weights)
     requests, tokens = b, next_n
     if next_n not in ((1, 2) if library.cleans else (1, 2, 4)):

@@ -9,7 +9,7 @@ from dsv4_backends.contract import layouts
 from dsv4_backends.provider import Reason, elsewhere, on_its_device
 
 from ._alignment import ALIGNMENT, aligned
-from .probe import deep_gemm
+from ._device import library_for, refuses_device
 
 _EXPRESSION = "bhr,hdr->bhd"
 _BLOCK = 128
@@ -30,6 +30,8 @@ def fp8_einsum_refuses(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: Tensor | None = None
 ) -> Reason | None:
     """Widths that are not whole blocks, and scales that the kernels of the architecture do not have."""
+    if (reason := refuses_device(x)) is not None:
+        return reason
     r, d = x.shape[2], w.shape[1]
     if r % _BLOCK or d % _BLOCK:
         return Reason("shape", f"needs r and d to be multiples of 128, this call has {r} and {d}")
@@ -82,7 +84,7 @@ def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: T
         and b > 0
         and r > 0
     ):
-        deep_gemm().einsum(_EXPRESSION, (x, x_scale), (w, w_scale), wanted, None, _BLOCKWISE)
+        library_for(x).einsum(_EXPRESSION, (x, x_scale), (w, w_scale), wanted, None, _BLOCKWISE)
         return wanted
     if b == 0 or r == 0:
         return wanted.zero_()
@@ -98,5 +100,5 @@ def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: T
     # The kernel stores through the tensor memory accelerator.
     direct = all(stride % 8 == 0 for stride in wanted.stride()[:2]) and wanted.data_ptr() % ALIGNMENT == 0
     target = wanted if direct else torch.empty((b, h, d), dtype=torch.bfloat16, device=x.device)
-    deep_gemm().einsum(_EXPRESSION, (aligned(x), sfa), (aligned(w), sfb), target, None, recipe)
+    library_for(x).einsum(_EXPRESSION, (aligned(x), sfa), (aligned(w), sfb), target, None, recipe)
     return wanted if direct else wanted.copy_(target)

@@ -58,6 +58,7 @@ REASONS: dict[str, str] = {
     "denied": "DSV4_BACKENDS_DENY (or use_providers(deny=...)) names the provider.",
     "not-allowed": "DSV4_BACKENDS_ALLOW (or use_providers(allow=...)) is set and does not name the provider.",
     "not-pinned": "The op is pinned to another provider.",
+    "device": "The library serves one GPU in a process, and an earlier call was on another.",
     "shape": "The implementation refuses this call's shapes; the next provider serves the call.",
     "shape-unknown": "`check` could not ask the implementation about the shapes. Not a refusal: the call itself will.",
     "no-provider": "No provider serves the op here, so the engine's own function stays.",
