@@ -149,7 +149,7 @@ def test_what_nothing_serves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert code == 1
     (row,) = (line for line in out.splitlines() if line.startswith("mqa_logits "))
     assert row.rstrip().endswith("none")
-    assert "mqa_logits: triton: runs on an NVIDIA GPU, this is CPU" in out
+    assert "mqa_logits: triton: runs on an NVIDIA GPU, this is the CPU" in out
     assert "NOT SERVED: 1 of 14" in out
 
 

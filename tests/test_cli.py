@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
-from dsv4_backends import OPS
+from dsv4_backends import OPS, Build, __version__
 from dsv4_backends.commands import cli
 from dsv4_backends.commands import list as listing
+from dsv4_backends.selection import machine, plugins, policy, preferences, resolve
+from dsv4_backends.selection.survey import Survey
 
 SMS = ["cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
 
@@ -44,9 +47,10 @@ def test_list_on_every_device(capsys: pytest.CaptureFixture[str], device: str) -
     assert code == 0
     lines = out.splitlines()
     assert device == "cpu" or f"simulated {device} GPU" in lines[0]
-    rows = [line for line in lines[3:] if not line.startswith(" ")]  # several reasons take several lines
+    rows = [line for line in lines[4:] if not line.startswith(" ")]  # several reasons take several lines
     assert [line.split()[0] for line in rows] == list(OPS)
-    assert all(line.split()[1] != "none" for line in lines[3:])
+    assert all(line.split()[1] != "none" for line in rows)
+    assert max(map(len, lines)) <= 100
     code, data = as_json(capsys, "list", "--device", device)
     assert [row["op"] for row in data["devices"][0]["ops"]] == list(OPS)
     assert all(row["selected"] for row in data["devices"][0]["ops"])
@@ -57,11 +61,13 @@ def test_reasons_stand_in_the_ops_own_row(fake_plugin: Callable[..., None], caps
     _, out, _ = run(capsys, "list", "--device", "sm_86")
     (row,) = [line for line in out.splitlines() if line.startswith("mqa_logits")]
     assert row.split()[:3] == ["mqa_logits", "triton", "portable"]
-    assert "acme: needs compute capability 9.0 or 10.0, this GPU is 8.6; triton serves it" in row
-    assert "acme-kernels 2.0 is installed, needs >=3" in row
+    assert "acme, deep_gemm: needs compute capability 9.0 or 10.0, not" in row
+    assert "acme-kernels" not in out  # to install it would change nothing
+    _, out, _ = run(capsys, "list", "--device", "sm_90")
+    assert "acme-kernels 2.0 is installed, needs >=3" in out
     _, data = as_json(capsys, "list", "--device", "sm_86")
     (op,) = [op for op in data["devices"][0]["ops"] if op["op"] == "mqa_logits"]
-    assert [r["code"] for r in op["candidates"][0]["reasons"]] == ["capability", "distribution-version"]
+    assert [r["code"] for r in op["candidates"][0]["reasons"]] == ["capability"]
 
 
 def test_explain(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +108,8 @@ def test_untested_selection_is_said_in_list(
     _, out, _ = run(capsys, "list", "--device", "sm_103")
     (row,) = [line for line in out.splitlines() if line.startswith("mqa_logits")]
     assert "acme" in row
-    assert "untested: tested on compute capability 9.0 or 10.0" in row
+    assert "pinned to acme" in row
+    assert "untested: tested on compute capability 9.0 or 10.0" in out
 
 
 def test_a_pin_that_cannot_be_met_is_a_finding(
@@ -119,7 +126,83 @@ def test_a_pin_that_cannot_be_met_is_a_finding(
     monkeypatch.setenv("DSV4_BACKENDS_PIN", "fp8_einsum=acme")
     code, out, _ = run(capsys, "list", "--device", "sm_90")
     assert code == 1
-    assert "pinned to acme, which does not implement it" in out
+    assert "pinned to acme, which does not implement it" in " ".join(out.split())
+
+
+def test_a_denied_plugin_has_its_reason_on_every_op(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not imported, so nobody knows what it would have implemented."""
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
+    monkeypatch.setenv("DSV4_BACKENDS_PIN", "fp8_einsum=triton")
+    denied = "triton: denied by DSV4_BACKENDS_DENY; it was not imported"
+    code, out, _ = run(capsys, "list", "--device", "sm_86")
+    assert code == 1
+    assert out.count(denied) == len(OPS) - 1
+    assert "pinned to triton, whose plugin gives no provider: denied by DSV4_BACKENDS_DENY" in " ".join(out.split())
+    assert "does not implement" not in out
+    _, data = as_json(capsys, "list", "--device", "sm_86")
+    for op in data["devices"][0]["ops"]:
+        (absent,) = op["absent"]
+        assert (absent["plugin"], [r["code"] for r in absent["reasons"]]) == ("triton", ["denied"])
+    _, out, _ = run(capsys, "explain", "mqa_logits", "--device", "sm_86")
+    assert "triton: [denied] denied by DSV4_BACKENDS_DENY; it was not imported" in out
+
+
+H200 = """
+NVIDIA H200 (compute capability 9.0, sm_90)
+dsv4-backends {version}, torch 2.11.0, triton 3.6.0, tokenspeed-flashmla 1.0.0.post20260429,
+tokenspeed-deepgemm 2.5.0.post20260424
+
+OP                  PROVIDER           TIER      OTHERWISE, AND WHY NOT A BETTER ONE
+sparse_mla_prefill  triton (measured)  portable  otherwise flash_mla: sizes that were not measured
+sparse_mla_decode   triton (measured)  portable  otherwise flash_mla: h_q=128, b * s_q >= 46; sizes
+                                                   that were not measured
+mqa_logits          deep_gemm          native    -
+paged_mqa_logits    triton (measured)  portable  otherwise deep_gemm: sizes that were not measured
+fp8_einsum          deep_gemm          native    triton (measured): h=8|16 d=1024 r=4096, b <= 64
+hc_prenorm_gemm     deep_gemm          native    triton (measured): n=24 k=16384|28672, m <= 64
+"""
+
+
+def test_list_says_the_measured_choice_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H200 with both native libraries, under a table of measurements as it is shipped."""
+    device = machine.Device("cuda", 0, "NVIDIA H200", Version("9.0"))
+    installed = {"torch": "2.11.0", "triton": "3.6.0"}
+    loaded = plugins.load()
+    names = {
+        "flash_mla": "tokenspeed-flashmla 1.0.0.post20260429",
+        "deep_gemm": "tokenspeed-deepgemm 2.5.0.post20260424",
+    }
+    builds = {key: dict.fromkeys(OPS, Build(name=name, capability=("==9.0",))) for key, name in names.items()}
+
+    def pairs(op: str, over: str, *ranges: tuple[str, int | None]) -> list[preferences.Preference]:
+        return [preferences.Preference(op, shapes, 1, high, "triton", over, 1.1, "X") for shapes, high in ranges]
+
+    known = [
+        *pairs("sparse_mla_prefill", "flash_mla", ("h_q=64 topk>256", None), ("h_q=64 topk<=256", None)),
+        *pairs("sparse_mla_decode", "flash_mla", ("h_q=64", None), ("h_q=128", 45), ("h_q=32", None)),
+        *pairs("paged_mqa_logits", "deep_gemm", ("h=64 d=128", None)),
+        *pairs("fp8_einsum", "deep_gemm", ("h=8 d=1024 r=4096", 64), ("h=16 d=1024 r=4096", 64)),
+        *pairs("hc_prenorm_gemm", "deep_gemm", ("n=24 k=16384", 64), ("n=24 k=28672", 64)),
+    ]
+    found = tuple(
+        resolve.resolve(
+            op, device, installed, loaded.providers, policy.Policy(), builds=builds, preferences=known, findable=bool
+        )
+        for op in OPS
+    )
+    text = listing.text(Survey(machine.Machine((device,), installed), loaded, ((device, found),)))
+    assert text == H200.strip().format(version=__version__)
+    summaries = {r.op: r.serves().summary for r in found}
+    assert summaries["sparse_mla_decode"] == "triton (measured, else flash_mla)"
+    assert summaries["fp8_einsum"] == "deep_gemm (triton where measured)"
+    assert summaries["mqa_logits"] == "deep_gemm"
+    # The same object says it for a call.
+    decode = found[1]
+    assert decode.serves(((46, 1, 128, 512), (46, 1, 128))).shown == "flash_mla"
+    assert decode.serves(((45, 1, 128, 512), (45, 1, 128))).shown == "triton (measured)"
+    assert decode.serves(((1, 1, 24, 512), (1, 1, 128))).shown == "flash_mla"
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +231,32 @@ def test_doctor_imports_what_was_chosen(fake_plugin: Callable[..., None], capsys
     code, out, _ = run(capsys, "doctor", "--device", "sm_90")
     assert code == 1
     assert "json:nothing raised AttributeError" in out
+
+
+def test_doctor_asks_what_a_call_asks(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    fake_plugin("acme", NATIVE, version="3.1")  # json.dumps is no mqa_logits
+    code, data = as_json(capsys, "doctor", "--device", "sm_90")
+    assert code == 1
+    (bad,) = [f for f in data["findings"] if not f["ok"]]
+    assert bad["check"] == "signature"
+    assert bad["message"].startswith("mqa_logits on simulated sm_90 GPU: acme: json:dumps has (")
+    # And it says who serves instead.
+    assert {"check": "served", "ok": True, "message": "mqa_logits on simulated sm_90 GPU: triton"} in data["findings"]
+
+
+@pytest.mark.parametrize("capability", ["9.0", "10.0"])
+def test_doctor_finds_a_probe_that_raised(
+    fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str], capability: str
+) -> None:
+    source = NATIVE.replace('requires=("acme-kernels>=3",)', 'probe="acme_plugin:probe"')
+    source = source.replace('("==9.0", "==10.0")', f'("=={capability}",)')
+    fake_plugin("acme", source + "def probe(load):\n    raise RuntimeError('no such file')\n")
+    code, data = as_json(capsys, "doctor", "--device", "sm_90")
+    assert code == 1
+    (library,) = [f for f in data["findings"] if f["message"].startswith("acme: ")]
+    assert (library["check"], library["ok"]) == ("library", False)
+    assert "nothing installed" not in library["message"]
+    assert "[probe-failed] the probe acme_plugin:probe raised RuntimeError: no such file" in library["message"]
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 from bench_results import result_of, row_of
 from packaging.version import Version
 
-from dsv4_backends import CONTRACTS, OPS, ops, stats, use_providers
+from dsv4_backends import CONTRACTS, OPS, Reason, ops, stats, use_providers
 from dsv4_backends.bench import inputs, shapes, tune
 from dsv4_backends.commands import cli
 from dsv4_backends.commands import tune as tune_command
@@ -315,6 +315,22 @@ def test_calls_are_served_by_shape(two: Callable[..., Callable[[int], str]]) -> 
     assert set(stats()["hc_prenorm_gemm"]) == {"a", "b", "torch"}
 
 
+def test_the_answer_is_that_of_a_call(two: Callable[..., Callable[[int], str]]) -> None:
+    """What ``Resolution.serves`` says of shapes is whom a call of these shapes reaches."""
+    serves = two()
+    resolution = bind.resolution("hc_prenorm_gemm", "cpu")
+    assert (resolution.serves().provider, resolution.serves().by) == ("a", "rank")
+    for m in (1, 8, 9, 100):
+        served = resolution.serves(((m, 512), (24, 512)))
+        assert served.provider == serves(m)
+        assert served.by == ("measured" if m <= 8 else "rank")
+        assert served.unless == ()
+    no = (Reason("shape", "no"),)
+    refused = resolution.serves(((1, 512), (24, 512)), lambda c: dataclasses.replace(c, reasons=no))
+    assert (refused.candidate, refused.by, refused.provider) == (None, "", "")
+    assert [c.name for c in refused.passed_over if c.reasons == no] == ["b", "a", "torch"]
+
+
 def test_the_setting_turns_it_off(two: Callable[..., Callable[[int], str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSV4_BACKENDS_MEASURED", "0")
     assert two()(1) == "a"
@@ -364,21 +380,35 @@ def test_memory_is_bounded(two: Callable[..., Callable[[int], str]]) -> None:
     two()(1)
     (chain,) = bind.current().chains.values()
     for m in range(5000):
-        assert chain.preferred((torch.Size((m, 512)), torch.Size((24, 512)))).provider == ("b" if 1 <= m <= 8 else "a")
+        assert chain.by_shapes((torch.Size((m, 512)), torch.Size((24, 512)))).provider == ("b" if 1 <= m <= 8 else "a")
     assert len(chain.by_shape) <= 4096
 
 
-def test_list_and_explain_say_so(two: Callable[..., Callable[[int], str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_and_explain_say_so(
+    two: Callable[..., Callable[[int], str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     two()
     told = "b where n=24 k=512, m <= 8: at least 1.25 times as fast as a (X)"
     assert cli.main(["list", "--device", "cpu"]) == cli.OK
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hc_prenorm_gemm")]
-    assert line.split()[:3] == ["hc_prenorm_gemm", "a", "native"]
-    assert told in line
+    assert line.split(maxsplit=3) == ["hc_prenorm_gemm", "a", "native", "b (measured): n=24 k=512, m <= 8"]
     assert cli.main(["explain", "hc_prenorm_gemm", "--device", "cpu"]) == cli.OK
     out = capsys.readouterr().out
     assert told in out
     assert "DSV4_BACKENDS_MEASURED=0 turns it off" in out
+    monkeypatch.setattr(measured, "preferences", lambda device: (preference(high=None),))
+    assert cli.main(["list", "--device", "cpu"]) == cli.OK
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hc_prenorm_gemm")]
+    assert line.split(maxsplit=4) == [
+        "hc_prenorm_gemm",
+        "b",
+        "(measured)",
+        "portable",
+        "otherwise a: sizes that were not measured",
+    ]
+    assert cli.main(["explain", "hc_prenorm_gemm", "--device", "cpu"]) == cli.OK
+    assert "b: selected, since it was measured to be faster" in capsys.readouterr().out
+    monkeypatch.setattr(measured, "preferences", lambda device: (preference(),))
     assert cli.main(["explain", "hc_prenorm_gemm", "--device", "cpu", "--json"]) == cli.OK
     (found,) = json.loads(capsys.readouterr().out)["devices"][0]["measured"]
     assert (found["prefer"], found["low"], found["high"]) == ("b", 1, 8)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from packaging.version import Version
 
-from dsv4_backends import Implementation, ProviderSpec, Tier
+from dsv4_backends import Implementation, ProviderSpec, Reason, Tier
+from dsv4_backends.selection.capability import Support, support
 from dsv4_backends.selection.machine import CPU, Device
 from dsv4_backends.selection.policy import Policy
 from dsv4_backends.selection.resolve import Resolution, resolve
@@ -78,7 +81,7 @@ def test_on_cpu() -> None:
 def test_reason_has_rule_value_and_no_doubt() -> None:
     reason = choose(gpu("8.6")).passed_over[0].reasons[0]
     assert reason.code == "capability"
-    assert reason.message == "needs compute capability 9.0 or 10.0, this GPU is 8.6"
+    assert reason.message == "needs compute capability 9.0 or 10.0, not 8.6"
 
 
 def test_untested_ranks_last_and_warns() -> None:
@@ -168,7 +171,7 @@ def test_pin_that_cannot_be_met_falls_back_to_nobody() -> None:
     assert resolution.selected is None
     text = resolution.explain()
     assert "pinned to native" in text
-    assert "native: needs compute capability 9.0 or 10.0, this GPU is 8.6" in text
+    assert "native: needs compute capability 9.0 or 10.0, not 8.6" in text
     assert "torch: the op is pinned to native" in text
 
 
@@ -207,3 +210,86 @@ def test_nobody() -> None:
 def test_bad_claims_are_refused_when_made(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ------------------------------------------------------------------------------------- every reason is true
+
+NAMES = st.sampled_from(["native", "portable", "torch", "lab"])
+SOME = st.frozensets(NAMES, max_size=3)
+POLICIES = st.builds(
+    lambda pin, order, allow, deny, experimental: Policy(
+        order=tuple(order),
+        allow=allow,
+        deny=deny - {"torch"},
+        pins={} if pin is None else {OP: pin},
+        experimental=experimental,
+    ),
+    st.none() | NAMES,
+    st.lists(NAMES, max_size=3, unique=True),
+    st.none() | SOME,
+    SOME,
+    st.booleans(),
+)
+DEVICES = st.sampled_from([CPU, gpu("7.5"), gpu("8.6"), gpu("9.0"), gpu("10.3")])
+LAPTOP = {"torch": "2.13.0"}
+
+
+@given(POLICIES, DEVICES, st.sampled_from([INSTALLED, LAPTOP]), st.frozensets(NAMES, max_size=2))
+def test_every_reason_is_true(policy: Policy, device: Device, installed: dict[str, str], gone: frozenset[str]) -> None:
+    """In every combination of wishes, devices, packages and denied plugins."""
+    plugins = {name: (Reason("denied", "denied by DSV4_BACKENDS_DENY; it was not imported"),) for name in gone}
+    present = tuple(spec for spec in ALL if spec.name not in gone)
+    resolution = resolve(OP, device, installed, present, policy, absent=plugins)
+    pinned = policy.pins.get(OP)
+    for candidate in resolution.candidates:
+        name, found = candidate.name, {reason.code: str(reason) for reason in candidate.reasons}
+        (claim,) = candidate.provider.implementations
+        asked = name == pinned or name in policy.order or name in (policy.allow or ())
+        runs = device.type in claim.devices
+        here = device.capability is None or support(claim.capability, device.capability) is not Support.UNSUPPORTED
+        lacks = [text for text in candidate.provider.requires if text.partition(">")[0] not in installed]
+        assert found.keys() == {
+            code
+            for code, holds in {
+                "not-pinned": pinned is not None and name != pinned,
+                "denied": name in policy.deny,
+                "not-allowed": policy.allow is not None and name not in policy.allow and name != "torch",
+                "experimental": name == "lab" and not policy.experimental and not asked,
+                "device-type": not runs,
+                "capability": runs and not here,
+                "distribution-missing": runs and here and bool(lacks),  # to install it would change something
+            }.items()
+            if holds
+        }
+        if "not-pinned" in found:
+            assert found["not-pinned"] == f"the op is pinned to {pinned}"
+        if "not-allowed" in found:
+            words = found["not-allowed"].removeprefix("the user's settings allow only ").split(", ")
+            assert set(words) == {*(policy.allow or ()), "torch"}
+    served = resolution.serves()
+    assert served.by == ("" if served.candidate is None else resolution.by_wish(served.candidate))
+    assert (served.by == "pin") == (pinned is not None and served.candidate is not None)
+    assert all(not c.accepted for c in served.passed_over)
+    text = resolution.explain()
+    for name in gone:
+        assert f"plugin {name}: denied by DSV4_BACKENDS_DENY; it was not imported" in text
+    if pinned is None:
+        assert resolution.pin_text == ""
+    elif pinned in gone:
+        assert "whose plugin gives no provider: denied by DSV4_BACKENDS_DENY" in resolution.pin_text
+    else:
+        assert resolution.pin_text == f"pinned to {pinned}, so no other provider may serve it"
+
+
+def test_a_pin_to_what_is_denied_does_not_say_that_it_lacks_the_op() -> None:
+    resolution = choose(gpu("9.0"), Policy(pins={OP: "portable"}, deny=frozenset({"portable"})))
+    assert "which does not implement it" not in resolution.explain()
+    assert codes(resolution, "portable") == ["denied"]
+    assert "which does not implement it" in choose(gpu("9.0"), Policy(pins={OP: "acme"})).explain()
+
+
+def test_what_would_change_nothing_is_not_to_be_installed() -> None:
+    for device in (CPU, gpu("7.5")):
+        found = resolve(OP, device, LAPTOP, ALL, Policy(), findable=lambda _: True)
+        assert "install" not in found.explain()
+    assert "install" in resolve(OP, gpu("8.0"), LAPTOP, ALL, Policy(), findable=lambda _: True).explain()

@@ -7,6 +7,7 @@ objects that the code itself uses, so that a page cannot promise what the code d
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import json
@@ -14,7 +15,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -365,11 +366,7 @@ def listing() -> str:
     gpu = machine.simulate(SAMPLE_GPU).gpus[0]
     here = machine.Machine((gpu,), installed=SAMPLE_PACKAGES, simulated=True)
     loaded = _in_tree()
-    choices = tuple(
-        resolve.resolve(op, gpu, SAMPLE_PACKAGES, loaded.providers, policy.Policy(), findable=lambda _: True)
-        for op in CONTRACTS
-    )
-    shown = list_command.text(Survey(here, loaded, ((gpu, choices),)))
+    shown = list_command.text(Survey(here, loaded, ((gpu, _choices(gpu, SAMPLE_PACKAGES, loaded)),)))
     return f"```console\n$ dsv4-backends list --device sm_{version.major}{version.minor}\n{shown}\n```"
 
 
@@ -558,15 +555,45 @@ def native_builds() -> str:
 
 
 def native_listings() -> str:
-    """What ``list`` printed with each release line installed, as kept."""
+    """What ``list`` says where each release line is installed: the machines are those of the kept listings."""
     shown = []
     for path in sorted((ROOT / "docs" / "results").glob("*-native-list-*.txt")):
         gpu, _, line = path.stem.partition("-native-list-")
-        text = path.read_text(encoding="utf-8").strip()
+        head = path.read_text(encoding="utf-8").split("\n\n")[0].replace(",\n", ", ")
+        name, capability, packages = re.split(r" \(compute capability ([\d.]+), \w+\)[;\n] ?", head)
+        text = list_command.text(_with_libraries(name, capability, packages.strip().split(", ")))
         made = _results(f"{gpu}-native-conformance-{line}.json")  # in the same run
-        when = f"{gpu.upper()}, {made['date']}, {said_commit(made)}"
-        shown.append(f"With the {line} builds, {when}:\n\n```console\n$ dsv4-backends list\n{text}\n```")
+        when = f"tested on {made['date']}, {said_commit(made)}"
+        shown.append(f"With the {line} builds, {name} ({when}):\n\n```console\n$ dsv4-backends list\n{text}\n```")
     return "\n\n".join(shown) or "Not kept yet."
+
+
+def _with_libraries(name: str, capability: str, packages: Sequence[str]) -> Survey:
+    """The choice for a GPU with these packages, the builds of native libraries among them."""
+    gpu = machine.Device("cuda", 0, name, Version(capability))
+    installed = dict(package.split(" ") for package in packages if re.match(r"(torch|triton) ", package))
+    loaded = _in_tree()
+    builds = {}
+    for spec in loaded.providers:
+        if (probe := _probe_module(spec)) is None:
+            continue
+        library = spec.name.replace("_", "")
+        build = next((p for p in packages if re.sub("[-_]", "", p).partition(" ")[0].endswith(library)), "")
+        reason = provider.Reason("distribution-missing", f"{spec.name} is not installed", probe.HINT)
+        found = provider.Build(name=build, capability=probe.KNOWN, reasons=() if build else (reason,))
+        builds[spec.name] = dict.fromkeys(CONTRACTS, found)
+    return Survey(machine.Machine((gpu,), installed), loaded, ((gpu, _choices(gpu, installed, loaded, builds)),))
+
+
+def _choices(
+    gpu: machine.Device,
+    installed: Mapping[str, str],
+    loaded: plugins.Plugins,
+    builds: Mapping[str, Mapping[str, provider.Build]] | None = None,
+) -> tuple[resolve.Resolution, ...]:
+    made = functools.partial(resolve.resolve, builds=builds, findable=lambda _: True)
+    known = measured.preferences(gpu)
+    return tuple(made(op, gpu, installed, loaded.providers, policy.Policy(), preferences=known) for op in CONTRACTS)
 
 
 def _conformance(pattern: str) -> str:

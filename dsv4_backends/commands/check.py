@@ -178,7 +178,7 @@ def _reasons(check: Check) -> list[str]:
         selected = resolution.selected
         for candidate in resolution.passed_over:
             for reason in candidate.reasons:
-                reasons.setdefault(f"{need.op}: {candidate.name}: {hinted(reason, resolution)}")
+                reasons.setdefault(f"{need.op}: {candidate.name}: {hinted(reason, selected)}")
         if selected is not None and selected.warning is not None:
             reasons.setdefault(f"{need.op}: {selected.name}: {selected.warning}")
         if selected is None and not resolution.candidates and need not in broken:

@@ -7,7 +7,7 @@ import importlib
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from ..errors import PolicyError
 from ..selection import builds, policy
 from ..selection.machine import Machine
 from ..selection.provider import Tier
+from ..selection.resolve import Candidate, Resolution
 from ..selection.survey import Survey, survey
-from .render import SCHEMA_VERSION, table, versions
+from .render import SCHEMA_VERSION, table, terminal_width, versions
 from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 
@@ -27,7 +28,7 @@ def add(command: AddCommand) -> None:
 def run(args: argparse.Namespace) -> int:
     problem: list[PolicyError] = []
     findings = doctor(survey(args.device, problem), problem[0] if problem else None)
-    show(args, lambda: as_json(findings), lambda: text(findings))
+    show(args, lambda: as_json(findings), lambda: text(findings, terminal_width(0)))
     return OK if all(f.ok for f in findings) else FINDING
 
 
@@ -56,33 +57,34 @@ def _torch_findings(machine: Machine) -> list[Finding]:
     return found
 
 
-def _provider_findings(surveyed: Survey) -> list[Finding]:
-    """What the choice itself says: nobody serves, only the reference serves, or the chosen code does not import."""
+def _provider_findings(surveyed: Survey, torch_imports: bool) -> list[Finding]:
+    """Who serves, after asking every provider what a call would: does it import, with the contract's signature."""
     found = []
-    imported: dict[str, str] = {}
     for device, resolutions in surveyed.resolutions:
         for resolution in resolutions:
             where = f"{resolution.op} on {device.name}"
-            selected = resolution.selected
-            if selected is None:
+            if torch_imports:
+                resolution, failed = _bound(resolution)
+                found += [Finding(r.code, False, f"{where}: {c.name}: {r}") for c in failed for r in c.reasons]
+            served = resolution.serves()
+            if served.candidate is None:
                 found.append(Finding("served", False, resolution.explain()))
-                continue
-            target = selected.implementation.target
-            if target not in imported:
-                module, _, name = target.partition(":")
-                try:
-                    getattr(importlib.import_module(module), name)
-                    imported[target] = ""
-                except (Exception, SystemExit) as error:
-                    imported[target] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            slow = device.type == "cuda" and selected.provider.tier is Tier.REFERENCE and not resolution.pinned
-            if imported[target]:
-                found.append(Finding("import", False, f"{where}: {target} raised {imported[target]}"))
-            elif slow:
+            elif device.type == "cuda" and served.candidate.provider.tier is Tier.REFERENCE and not served.wished:
                 found.append(Finding("served", False, f"{where}: only the reference serves it, which is slow"))
             else:
-                found.append(Finding("served", True, f"{where}: {selected.name}"))
+                found.append(Finding("served", True, f"{where}: {served.summary}"))
     return found
+
+
+def _bound(resolution: Resolution) -> tuple[Resolution, list[Candidate]]:
+    """The choice with what binding every accepted candidate said, and those that it refused."""
+    from ..contract import CONTRACTS
+    from ..runtime.bind import ask
+
+    contract = CONTRACTS[resolution.op]
+    asked = [ask(contract, c, load=builds.load_apart) if c.accepted else c for c in resolution.candidates]
+    failed = [c for c, before in zip(asked, resolution.candidates, strict=True) if c is not before]
+    return replace(resolution, candidates=tuple(asked)), failed
 
 
 def _library_findings(surveyed: Survey) -> list[Finding]:
@@ -92,11 +94,14 @@ def _library_findings(surveyed: Survey) -> list[Finding]:
         for candidate in (c for r in resolutions for c in r.candidates if c.build is not None):
             build = candidate.build
             assert build is not None
-            wrong = "; ".join(f"[{r.code}] {r}" for r in build.reasons)
+            # Without a library there is nothing that can be wrong; but a probe that failed has not found out.
+            wrong = [r for r in build.reasons if build.owners or r.code != "distribution-missing"]
             if candidate.name not in found or (wrong and found[candidate.name].ok):
-                owners = ", ".join(build.owners) or "nothing installed"
-                message = f"{candidate.name}: {owners}{f': {wrong}' if wrong and build.owners else ''}"
-                found[candidate.name] = Finding("library", not (wrong and build.owners), message)
+                owners = ", ".join(build.owners) or ("what is installed is not known" if wrong else "nothing installed")
+                message = f"{candidate.name}: {owners}"
+                if wrong:
+                    message += f": {'; '.join(f'[{r.code}] {r}' for r in wrong)}"
+                found[candidate.name] = Finding("library", not wrong, message)
     return list(found.values())
 
 
@@ -131,20 +136,21 @@ def doctor(surveyed: Survey, problem: PolicyError | None) -> list[Finding]:
     driver_fails = "cuInit" in machine.note or "probe" in machine.note
     note = f" ({machine.note})" if machine.note else ""
     found.append(Finding("gpu", not driver_fails, (gpus or "no GPU") + note))
-    found += _torch_findings(machine)
+    torch_found = _torch_findings(machine)
+    found += torch_found
     for plugin in surveyed.plugins.plugins:
         bad = plugin in surveyed.plugins.broken
         message = "; ".join(f"[{r.code}] {r}" for r in plugin.problems) or "loaded"
         found.append(Finding("plugin", not bad, f"{plugin.name} of {plugin.origin}: {message}"))
-    return found + _library_findings(surveyed) + _provider_findings(surveyed) + _notices(surveyed)
+    return found + _library_findings(surveyed) + _provider_findings(surveyed, torch_found[0].ok) + _notices(surveyed)
 
 
-def text(findings: Sequence[Finding]) -> str:
+def text(findings: Sequence[Finding], width: int = 0) -> str:
     home = str(Path.home())
     bad = sum(not f.ok for f in findings)
     rows = [("ok" if f.ok else "FINDING", f.check, f.message) for f in findings]
     end = f"{bad} finding{'s' * (bad != 1)}" if bad else "nothing found"
-    return (table(("", "CHECK", ""), rows) + "\n\n" + end).replace(home, "~")
+    return (table(("", "CHECK", ""), rows, width) + "\n\n" + end).replace(home, "~")
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def add(command: AddCommand) -> None:
 def run(args: argparse.Namespace) -> int:
     resolutions = [r for _, all_ops in survey(args.device).resolutions for r in all_ops if r.op == args.op]
     show(args, lambda: as_json(resolutions), lambda: "\n\n".join(map(text, resolutions)))
-    return OK if all(r.selected for r in resolutions) else FINDING
+    return OK if all(r.serves().candidate for r in resolutions) else FINDING
 
 
 def as_json(resolutions: Sequence[Resolution]) -> dict[str, Any]:
@@ -54,12 +54,16 @@ def _batch_invariance(candidate: Candidate) -> str:
 
 def text(resolution: Resolution) -> str:
     """Every candidate of one op, ranked, with everything that speaks for and against it."""
+    served = resolution.serves()
+    selected = served.candidate
     lines = [f"{resolution.op} on {resolution.device.label}"]
     if resolution.pinned:
         lines.append(resolution.pin_text)
     for place, candidate in enumerate(resolution.candidates, 1):
         provider, implementation = candidate.provider, candidate.implementation
-        verdict = "selected" if candidate is resolution.selected else "can serve" if candidate.accepted else "refused"
+        verdict = "selected" if candidate is selected else "can serve" if candidate.accepted else "refused"
+        if candidate is selected and served.by == "measured":
+            verdict = "selected, since it was measured to be faster on most shapes"
         lines.append("")
         lines.append(f"{place}. {candidate.name}: {verdict}")
         lines.append(f"   {provider.tier.label} tier, priority {implementation.priority}: {provider.summary}")
@@ -74,10 +78,16 @@ def text(resolution: Resolution) -> str:
         if candidate.warning is not None:
             lines.append(f"   [{candidate.warning.code}] {candidate.warning}")
         lines += [f"   [{r.code}] {r}" for r in builds.notices(candidate)]
-        lines += [f"   [{r.code}] {hinted(r, resolution)}" for r in candidate.reasons]
+        lines += [f"   [{r.code}] {hinted(r, selected)}" for r in candidate.reasons]
     if not resolution.candidates:
         lines.append("no installed provider implements it")
+    if served.unless:
+        lines += ["", "otherwise:"]
+        lines += [f"   {u.provider}{' (measured)' * u.measured}: {u.where}" for u in served.unless]
     if resolution.measured:
         lines += ["", "measured on this architecture; DSV4_BACKENDS_MEASURED=0 turns it off:"]
         lines += [f"   {preference}" for preference in resolution.measured]
+    if resolution.absent:
+        lines += ["", "plugins that gave no provider, so what they implement is not known:"]
+        lines += [f"   {name}: [{reason.code}] {reason}" for name, reasons in resolution.absent for reason in reasons]
     return "\n".join(lines)

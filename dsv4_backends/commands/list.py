@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 from .. import __version__
+from ..selection.resolve import Served
 from ..selection.survey import Survey, survey
-from .render import SCHEMA_VERSION, hinted, plugins_json, resolution_json, table, versions
+from .render import SCHEMA_VERSION, WIDTH, plugins_json, resolution_json, table, terminal_width, versions
 from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 
@@ -17,7 +20,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     found = survey(args.device)
-    show(args, lambda: as_json(found), lambda: text(found))
+    show(args, lambda: as_json(found), lambda: text(found, terminal_width()))
     return FINDING if found.uncovered or found.plugins.broken else OK
 
 
@@ -35,31 +38,52 @@ def as_json(survey: Survey) -> dict[str, Any]:
     }
 
 
-def text(survey: Survey) -> str:
+def text(survey: Survey, width: int = WIDTH) -> str:
     parts = []
     for device, resolutions in survey.resolutions:
+        answers = [resolution.serves() for resolution in resolutions]
         rows = []
-        for resolution in resolutions:
-            selected = resolution.selected
-            why = [f"{c.name}: {'; '.join(hinted(r, resolution) for r in c.reasons)}" for c in resolution.passed_over]
-            if selected is None:
-                if resolution.pinned:
-                    why.insert(0, resolution.pin_text)
-                rows.append((resolution.op, "none", "", "\n".join(why) or "no installed provider implements it"))
-                continue
-            if resolution.pinned:
-                why.insert(0, f"pinned to {resolution.pinned}")
-            if selected.warning is not None:
-                why.insert(0, f"untested: {selected.warning}")
-            why += map(str, resolution.measured)
-            rows.append((resolution.op, selected.name, selected.provider.tier.label, "\n".join(why) or "-"))
-        chosen = (r.selected.build for r in resolutions if r.selected is not None)
-        names = dict.fromkeys(build.name for build in chosen if build is not None and build.name)
-        parts.append("; ".join((device.label, ", ".join((versions(survey.machine), *names)))))
-        parts.append(table(("OP", "PROVIDER", "TIER", "WHY NOT A BETTER ONE"), rows))
+        for served in answers:
+            selected = served.candidate
+            tier = "" if selected is None else selected.provider.tier.label
+            rows.append((served.resolution.op, served.shown, tier, "\n".join(_why(served)) or "-"))
+        serving = (c.build for r in resolutions for c in r.accepted)
+        names = dict.fromkeys(build.name for build in serving if build is not None and build.name)
+        installed = ", ".join((versions(survey.machine), *names))
+        wrapped = textwrap.fill(installed, width, break_long_words=False, break_on_hyphens=False)
+        parts.append(f"{device.label}\n{wrapped}")
+        parts.append(table(("OP", "PROVIDER", "TIER", "OTHERWISE, AND WHY NOT A BETTER ONE"), rows, width))
     broken = [
         f"plugin {p.name} of {p.origin} is broken: {'; '.join(map(str, p.problems))}" for p in survey.plugins.broken
     ]
     if broken:
         parts.append("\n".join(broken))
     return "\n\n".join(parts)
+
+
+def _why(served: Served) -> Iterator[str]:
+    """What stands beside an op: its pin, who else serves it, and what keeps a better one from it."""
+    resolution, selected = served.resolution, served.candidate
+    if resolution.pinned:
+        yield f"pinned to {resolution.pinned}" if selected is not None else resolution.pin_text
+    if selected is not None and selected.warning is not None:
+        yield f"{selected.warning.code}: {selected.warning}"
+    places: dict[tuple[str, bool], list[str]] = {}
+    for unless in served.unless:
+        places.setdefault((unless.provider, unless.measured), []).append(unless.where)
+    for (name, measured), where in places.items():
+        yield f"{name} (measured): {'; '.join(where)}" if measured else f"otherwise {name}: {'; '.join(where)}"
+    reasons: dict[str, list[str]] = {}
+    for candidate in served.passed_over:
+        if all(reason.code != "not-pinned" for reason in candidate.reasons):  # the pin has been said
+            reasons.setdefault("; ".join(map(str, candidate.reasons)), []).append(candidate.name)
+    for name, problems in resolution.absent:
+        if name != resolution.pinned:
+            for problem in problems:
+                if problem.code == "denied":  # the broken ones have lines of their own
+                    reasons.setdefault(str(problem), []).append(name)
+    for why, names in reasons.items():
+        named = ", ".join(dict.fromkeys(names))
+        yield why if why.startswith(f"{named} ") else f"{named}: {why}"
+    if not resolution.candidates:
+        yield "no installed provider implements it"

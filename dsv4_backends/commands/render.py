@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,15 +17,39 @@ from ..selection.resolve import Candidate, Resolution
 SCHEMA_VERSION = 1
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Left-aligned columns; a cell may hold several lines."""
+WIDTH = 100
+"""Columns of a table that goes into a file or a pipe."""
+
+
+def terminal_width(otherwise: int = WIDTH) -> int:
+    """Columns of the terminal, or of the variable ``COLUMNS``."""
+    return shutil.get_terminal_size((otherwise, 24)).columns
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 0) -> str:
+    """Left-aligned columns; a cell may hold several lines.
+
+    Args:
+        width: The last column is wrapped so that a line has no more columns; 0: it is not.
+    """
     lines: list[list[str]] = [list(header)]
-    for row in rows:
-        cells = [cell.split("\n") for cell in row]
-        height = max(len(cell) for cell in cells)
-        lines += [[cell[i] if i < len(cell) else "" for cell in cells] for i in range(height)]
+    cells = [[cell.split("\n") for cell in row] for row in rows]
+    others = sum(
+        2 + max(len(line) for row in ([[name] for name in header], *cells) for line in row[column])
+        for column in range(len(header) - 1)
+    )
+    for row in cells:
+        if width:
+            row[-1] = [part for line in row[-1] for part in _wrapped(line, max(width - others, 24))]
+        height = max(len(cell) for cell in row)
+        lines += [[cell[i] if i < len(cell) else "" for cell in row] for i in range(height)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line in pieces, those after the first indented; no word is cut."""
+    return textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def reason_json(reason: Reason) -> dict[str, str]:
@@ -45,20 +71,23 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
 
 def resolution_json(resolution: Resolution) -> dict[str, Any]:
     """One op on one device."""
-    selected = resolution.selected
+    served = resolution.serves()
+    selected = served.candidate
     return {
         "op": resolution.op,
         "selected": None if selected is None else selected.name,
         "tier": None if selected is None else selected.provider.tier.label,
+        "by": served.by,
+        "unless": [asdict(unless) for unless in served.unless],
         "pinned": resolution.pinned,
         "measured": [asdict(preference) for preference in resolution.measured],
         "candidates": [candidate_json(c) for c in resolution.candidates],
+        "absent": [{"plugin": name, "reasons": list(map(reason_json, why))} for name, why in resolution.absent],
     }
 
 
-def hinted(reason: Reason, resolution: Resolution) -> str:
+def hinted(reason: Reason, selected: Candidate | None) -> str:
     """A reason in words, with who serves the op instead where the reason itself knows no next step."""
-    selected = resolution.selected
     if reason.hint or selected is None or reason.code not in ("capability", "device-type"):
         return str(reason)
     return f"{reason.message}; {selected.name} serves it"

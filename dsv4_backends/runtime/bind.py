@@ -17,8 +17,9 @@ from ..contract.values import checking
 from ..errors import NoProviderError, PolicyError
 from ..selection import builds, machine, plugins, policy
 from ..selection import preferences as measured
-from ..selection.provider import Implementation, Reason
-from ..selection.resolve import Candidate, Resolution
+from ..selection.libraries import words
+from ..selection.provider import Implementation, ProviderSpec, Reason
+from ..selection.resolve import Candidate, Resolution, Served
 
 _log = logging.getLogger("dsv4_backends")
 lock = threading.RLock()
@@ -41,67 +42,67 @@ class Bound:
 
 
 class Chain:
-    """The accepted candidates of one resolution, best first, each imported when the ones before it refuse."""
+    """The candidates of one resolution, each imported when a call first asks it."""
 
     def __init__(self, contract: OpContract, resolution: Resolution, check_values: bool = False) -> None:
         self.contract = contract
         self.resolution = resolution
         self.check_values = check_values
         self.bound: list[Bound] = []
-        self.waiting = list(resolution.accepted)
+        self.by_implementation: dict[int, Bound] = {}
         self.warned: set[tuple[str, str]] = set()
-        if (first := self.at(0)) is None:
-            raise self.failure("no provider can serve")
-        # Who serves whatever the shapes are, or None.
-        self.head = first if first.refuses is None else None
         self.known: dict[Hashable, Bound] = {}
-        self.by_shape: dict[tuple[torch.Size, torch.Size], Bound] = {}
-        self.measured: tuple[measured.Preference, ...] = ()
+        self.served = resolution.serves()
+        self.by_shape: dict[tuple[torch.Size, torch.Size], Served] = {}
         if resolution.measured:
-            while self.at(len(self.bound)) is not None:  # nothing is imported while serving
-                pass
-            names = [bound.provider for bound in self.bound]
-            # An import may have failed since, and left another provider first.
-            self.measured = tuple(p for p in resolution.measured if p.over == names[0] and p.prefer in names)
-            if self.measured:
-                self.head = None
+            for candidate in resolution.accepted:  # nothing is imported while serving
+                self.bind(candidate)
+        served = self.served.asked(self.bind)
+        if served.candidate is None:
+            raise self.failure("no provider can serve", served.resolution)
+        self.general = self.bound_of(served)
+        """Who serves unless the shapes of a call or a refusal change it."""
+        by_shape = served.by == "measured" or bool(served.unless)
+        self.head = None if by_shape or self.general.refuses is not None else self.general
+        """Who serves whatever the shapes are, or None."""
 
-    def at(self, index: int) -> Bound | None:
-        """The index-th candidate that imports, or None when there are no more."""
-        while len(self.bound) <= index:
-            with lock:
-                if len(self.bound) > index:
-                    break
-                if not self.waiting:
-                    return None
-                candidate = self.waiting.pop(0)
-                bound = bind_candidate(self.contract, candidate)
-                if isinstance(bound, tuple):
-                    self.reject(candidate, bound)
-                else:
-                    if candidate.warning is not None:
-                        self.warn_once(candidate.name, candidate.warning)
-                    if self.check_values:
-                        bound.function = checking(self.contract, bound.function)
-                    self.bound.append(bound)
-        return self.bound[index]
+    def bind(self, candidate: Candidate) -> Candidate:
+        """Import a candidate, once. It comes back with reasons where that fails."""
+        key = id(candidate.implementation)  # they live as long as the resolution
+        if key in self.by_implementation:
+            return candidate
+        with lock:
+            if key in self.by_implementation:
+                return candidate
+            found = bind_candidate(self.contract, candidate)
+            if isinstance(found, Bound):
+                if candidate.warning is not None:
+                    self.warn_once(candidate.name, candidate.warning)
+                if self.check_values:
+                    found.function = checking(self.contract, found.function)
+                self.bound.append(found)
+                self.by_implementation[key] = found
+                return candidate
+            for reason in found:
+                self.warn_once(candidate.name, reason)
+            failed = replace(candidate, reasons=found)
+            candidates = (failed if c is candidate else c for c in self.resolution.candidates)
+            self.resolution = replace(self.resolution, candidates=tuple(candidates))
+            self.served = self.resolution.serves()
+            self.by_shape.clear()
+            return failed
 
-    def preferred(self, shapes: tuple[torch.Size, torch.Size]) -> Bound:
-        """The candidate that measurements put first for these shapes, else the first one. A pure function of them."""
-        found = measured.preferred(self.measured, self.contract.name, shapes)
-        bound = self.bound[0] if found is None else next(b for b in self.bound if b.provider == found.prefer)
+    def bound_of(self, served: Served) -> Bound:
+        assert served.candidate is not None
+        return self.by_implementation[id(served.candidate.implementation)]
+
+    def by_shapes(self, shapes: tuple[torch.Size, torch.Size]) -> Served:
+        """Who is asked first for these shapes. A pure function of them."""
+        served = self.resolution.serves(shapes)
         if len(self.by_shape) >= 4096:  # more than a server meets in a day; but memory has a bound
             self.by_shape.clear()
-        self.by_shape[shapes] = bound
-        return bound
-
-    def reject(self, candidate: Candidate, reasons: tuple[Reason, ...]) -> None:
-        for reason in reasons:
-            self.warn_once(candidate.name, reason)
-        self.resolution = replace(
-            self.resolution,
-            candidates=tuple(replace(c, reasons=reasons) if c is candidate else c for c in self.resolution.candidates),
-        )
+        self.by_shape[shapes] = served
+        return served
 
     def warn_once(self, provider: str, reason: Reason) -> None:
         """Once for each provider and reason: a better candidate does not serve, and why."""
@@ -120,28 +121,64 @@ class Chain:
 
     def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """The first candidate that takes these shapes. A pure function of what makes a call known."""
-        refusals = []
-        if self.measured:
-            names = list(self.contract.args)
-            one, two = (args[i] if args else kwargs[names[i]] for i in measured.CLASSES[self.contract.name].tensors)
-            shapes = one.shape, two.shape
-            best = self.by_shape.get(shapes) or self.preferred(shapes)
-            reason = best.refuses(*args, **kwargs) if best.refuses is not None else None
-            if reason is None:
-                return best
-            self.warn_once(best.provider, reason)
-        index = 0
-        while (bound := self.at(index)) is not None:
-            reason = bound.refuses(*args, **kwargs) if bound.refuses is not None else None
-            if reason is None:
-                return bound
-            self.warn_once(bound.provider, reason)
-            refusals.append(f"  {bound.provider}: {reason}")
-            index += 1
-        raise self.failure("no provider takes these shapes", "\n".join(["", "for this call:", *refusals]))
 
-    def failure(self, what: str, more: str = "") -> NoProviderError:
-        return NoProviderError(f"{what} {self.resolution.explain()}{more}", self.resolution)
+        def ask(candidate: Candidate) -> Candidate:
+            candidate = self.bind(candidate)
+            if not candidate.accepted:
+                return candidate
+            refuses = self.by_implementation[id(candidate.implementation)].refuses
+            reason = refuses(*args, **kwargs) if refuses is not None else None
+            if reason is None:
+                return candidate
+            self.warn_once(candidate.name, reason)
+            return replace(candidate, reasons=(reason,))
+
+        if self.resolution.measured:
+            shapes = deciding_shapes(self.contract, args, kwargs)
+            served = (self.by_shape.get(shapes) or self.by_shapes(shapes)).asked(ask)
+        else:
+            served = self.served.asked(ask)
+        if served.candidate is None:
+            raise self.failure("no provider takes these shapes", served.resolution)
+        return self.bound_of(served)
+
+    def failure(self, what: str, resolution: Resolution) -> NoProviderError:
+        return NoProviderError(f"{what} {resolution.explain()}", resolution)
+
+
+def deciding_shapes(
+    contract: OpContract, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[torch.Size, torch.Size]:
+    """The shapes of a call that ``Resolution.serves`` looks at."""
+    names = list(contract.args)
+    one, two = (args[i] if args else kwargs[names[i]] for i in measured.CLASSES[contract.name].tensors)
+    return one.shape, two.shape
+
+
+def ask(
+    contract: OpContract,
+    candidate: Candidate,
+    arguments: Mapping[str, Any] | None = None,
+    load: Callable[[ProviderSpec], builds.Builds] = builds.load,
+) -> Candidate:
+    """What a call would meet: the candidate, with reasons where it does not import or refuses these arguments.
+
+    Args:
+        arguments: Tensors perhaps on the meta device; None: only the import is asked about. A provider that cannot be
+            asked with them gets the warning ``shape-unknown``.
+        load: As for ``bind_candidate``.
+    """
+    bound = bind_candidate(contract, candidate, load)
+    if isinstance(bound, tuple):
+        return replace(candidate, reasons=bound)
+    if arguments is None or bound.refuses is None:
+        return candidate
+    try:
+        reason = bound.refuses(**arguments)
+    except Exception as error:  # a provider's code, which may want a GPU
+        message = f"could not be asked about these shapes: {words(error)}"
+        return replace(candidate, warning=Reason("shape-unknown", message))
+    return candidate if reason is None else replace(candidate, reasons=(reason,))
 
 
 def keep(kept: dict[Any, Bound], key: Hashable, bound: Bound) -> None:
@@ -150,10 +187,16 @@ def keep(kept: dict[Any, Bound], key: Hashable, bound: Bound) -> None:
     kept[key] = bound
 
 
-def bind_candidate(contract: OpContract, candidate: Candidate) -> Bound | tuple[Reason, ...]:
-    """Import a candidate's functions and compare their signatures, or say why that failed."""
+def bind_candidate(
+    contract: OpContract, candidate: Candidate, load: Callable[[ProviderSpec], builds.Builds] = builds.load
+) -> Bound | tuple[Reason, ...]:
+    """Import a candidate's functions and compare their signatures, or say why that failed.
+
+    Args:
+        load: How the library behind it is asked; ``builds.load_apart`` does not import it in this process.
+    """
     implementation = candidate.implementation
-    build = builds.load(candidate.provider).get(contract.name)
+    build = load(candidate.provider).get(contract.name)
     if build is not None and build.reasons:
         return build.reasons
     try:
@@ -205,7 +248,7 @@ class Bindings:
         self.chains: dict[tuple[str, torch.device], Chain] = {}
 
     def resolve(self, op: str, where: machine.Device) -> Resolution:
-        return builds.choose(op, where, self.installed, self.plugins.providers, self.policy)
+        return builds.choose(op, where, self.installed, self.plugins.providers, self.policy, absent=self.plugins.absent)
 
     def bind(self, contract: OpContract, device: torch.device) -> Chain:
         with lock:
@@ -307,12 +350,10 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[.
 
     For those who have checked their arguments and want the last microsecond, and for tools. Vectors have to be
     contiguous then, numbers Python's, and nothing may require grad. A function that refuses some shapes is returned all
-    the same; where measurements choose by shape, it is the one for all other shapes.
+    the same; where measurements choose by shape, it is the one that `list` names.
     """
     chain = current().bind(CONTRACTS[op], torch.empty(0, device=device).device)
-    first = chain.at(0)
-    assert first is not None  # a chain without a candidate raises when it is made
-    return first.provider, first.function
+    return chain.general.provider, chain.general.function
 
 
 def serving(op: str, device: torch.device, arguments: dict[str, Any]) -> Bound:

@@ -17,10 +17,9 @@ from ..contract.config import Configuration, read
 from ..contract.models import Model, Rank
 from ..runtime import serving
 from ..runtime.serving import Limits
-from ..selection import preferences as measured
 from ..selection.machine import Device, Machine
-from ..selection.provider import Reason, Tier
-from ..selection.resolve import Candidate, Resolution
+from ..selection.provider import Tier
+from ..selection.resolve import Resolution
 from ..selection.survey import survey
 from . import memory as memories
 from .memory import Memory
@@ -279,34 +278,9 @@ def _workspace(need: Need, resolution: Resolution, device: Device) -> int | None
 
 
 def _judge(need: Need, resolution: Resolution) -> Resolution:
-    """A choice by capability as one for these shapes: the measured candidate first, without those that refuse them."""
-    judged = []
-    decided = False
-    candidates = list(resolution.candidates)
-    if resolution.measured:
-        made, names = need.arguments(), list(CONTRACTS[need.op].args)
-        one, two = (made[names[position]].shape for position in measured.CLASSES[need.op].tensors)
-        if (found := measured.preferred(resolution.measured, need.op, (one, two))) is not None:
-            candidates.sort(key=lambda candidate: candidate.name != found.prefer)
-    for candidate in candidates:
-        if candidate.accepted and not decided:
-            candidate = _ask(need, candidate)
-            decided = candidate.accepted  # what comes after it need not be imported
-        judged.append(candidate)
-    return replace(resolution, candidates=tuple(judged))
+    """A choice by capability as one for these shapes: in the order of a call, with who refuses them."""
+    from ..runtime.bind import ask, deciding_shapes
 
-
-def _ask(need: Need, candidate: Candidate) -> Candidate:
-    from ..runtime.bind import bind_candidate
-
-    bound = bind_candidate(CONTRACTS[need.op], candidate)
-    if isinstance(bound, tuple):
-        return replace(candidate, reasons=bound)
-    if bound.refuses is None:
-        return candidate
-    try:
-        reason = bound.refuses(**need.arguments())
-    except Exception as error:  # a provider's code, which may want a GPU
-        message = f"could not be asked about these shapes: {type(error).__name__}: {' '.join(str(error).split())}"
-        return replace(candidate, warning=Reason("shape-unknown", message))
-    return candidate if reason is None else replace(candidate, reasons=(reason,))
+    contract, made = CONTRACTS[need.op], need.arguments()
+    shapes = deciding_shapes(contract, (), made)
+    return resolution.serves(shapes, lambda candidate: ask(contract, candidate, made)).resolution

@@ -137,19 +137,21 @@ def choose(
     providers: Iterable[ProviderSpec],
     policy: Policy,
     ask: Callable[[ProviderSpec], Builds] | None = None,
+    absent: Mapping[str, tuple[Reason, ...]] | None = None,
 ) -> Resolution:
     """``resolve`` with what probes find out and what was measured on the architecture.
 
     Args:
         ask: ``load`` or ``load_apart``, for every provider that nothing cheaper refuses; None: import no library.
+        absent: The plugins that gave no provider, with the reasons.
     """
     providers = tuple(providers)
     builds = {provider.name: look(provider) for provider in providers if provider.probe}
     known = measured.preferences(device)
-    resolution = resolve(op, device, installed, providers, policy, builds=builds, preferences=known)
+    resolution = resolve(op, device, installed, providers, policy, builds=builds, preferences=known, absent=absent)
     if ask is None:
         return resolution
     asked = {c.name: ask(c.provider) for c in resolution.accepted if c.provider.probe}
     if not asked:
         return resolution
-    return resolve(op, device, installed, providers, policy, builds=builds | asked, preferences=known)
+    return resolve(op, device, installed, providers, policy, builds=builds | asked, preferences=known, absent=absent)

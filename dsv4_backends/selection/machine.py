@@ -24,6 +24,7 @@ from packaging.version import Version
 from ..contract.names import OPS
 from ..errors import PolicyError
 from . import capability as cc
+from .requirements import version_of
 
 _PROBE = """
 import ctypes, json
@@ -97,11 +98,7 @@ class Installed(Mapping[str, str]):
     """Installed distributions by name, looked up when asked: reading all their metadata takes a second."""
 
     def __getitem__(self, name: str) -> str:
-        try:
-            version: str | None = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            version = None
-        if version is None:  # importlib.metadata returns None for a directory without metadata
+        if (version := version_of(name)) is None:
             raise KeyError(name)
         return version
 

@@ -50,6 +50,11 @@ class Plugins:
         return frozenset(p.name for p in self.providers) | frozenset(p.name for p in self.plugins)
 
     @property
+    def absent(self) -> dict[str, tuple[Reason, ...]]:
+        """The plugins that gave no provider, with the reasons: denied, or broken."""
+        return {p.name: p.problems for p in self.plugins if p.problems and not p.providers}
+
+    @property
     def broken(self) -> tuple[Plugin, ...]:
         return tuple(p for p in self.plugins if any(r.code != "denied" for r in p.problems))
 
@@ -75,7 +80,7 @@ def load_entry_points(found: Iterable[EntryPoint], *, deny: Container[str] = (),
         specs: list[ProviderSpec] = []
         problems: list[Reason] = []
         if point.name in deny:
-            problems.append(Reason("denied", f"DSV4_BACKENDS_DENY names {point.name!r}; it was not imported"))
+            problems.append(Reason("denied", "denied by DSV4_BACKENDS_DENY; it was not imported"))
         else:
             specs, problems = _load_one(point, origin)
         kept = []

@@ -7,8 +7,10 @@ call's class looks at shapes only, so a choice that is captured in a CUDA graph 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -83,19 +85,27 @@ class Preference:
         return self.shapes == shapes and self.low <= load and (self.high is None or load <= self.high)
 
     @property
+    def whole(self) -> bool:
+        """Whether it holds on every load of its class."""
+        return self.low <= 1 and self.high is None
+
+    @property
     def where(self) -> str:
         """The range in words."""
         load = CLASSES[self.op].load
-        if self.high is None:
-            reach = f"{load} >= {self.low}" if self.low > 1 else f"any {load}"
-        else:
-            reach = f"{load} <= {self.high}" if self.low <= 1 else f"{self.low} <= {load} <= {self.high}"
-        return f"{self.shapes}, {reach}"
+        return f"{self.shapes}, {_reach(load, self.low, self.high) or f'any {load}'}"
 
     def __str__(self) -> str:
         return (
             f"{self.prefer} where {self.where}: at least {self.ratio:.2f} times as fast as {self.over} ({self.source})"
         )
+
+
+def _reach(load: str, low: int, high: int | None) -> str:
+    """A range of loads in words; empty for all."""
+    if high is None:
+        return f"{load} >= {low}" if low > 1 else ""
+    return f"{load} <= {high}" if low <= 1 else f"{low} <= {load} <= {high}"
 
 
 def parse(table: Mapping[str, Any]) -> tuple[Preference, ...]:
@@ -137,3 +147,63 @@ def preferred(found: Iterable[Preference], op: str, shapes: tuple[Shape, Shape])
     """The preference that holds for a call, given the shapes of the tensors that ``CLASSES`` names."""
     name, load = CLASSES[op].read(*shapes)
     return next((p for p in found if p.op == op and p.holds(name, load)), None)
+
+
+def general(found: Sequence[Preference]) -> str:
+    """The provider that goes first on every load of more than half of the classes; empty where there is none."""
+    classes = len({p.shapes for p in found})
+    whole = Counter(p.prefer for p in found if p.whole)
+    return next((name for name, count in whole.most_common(1) if 2 * count > classes), "")
+
+
+def elsewhere(found: Sequence[Preference], prefer: str) -> Iterator[tuple[str, str, bool]]:
+    """Who serves where, apart from the provider that serves in general: provider, shapes in words, whether measured.
+
+    Args:
+        found: The preferences of one op, all over the same provider.
+        prefer: Who serves in general; empty: that provider.
+    """
+    load, over = CLASSES[found[0].op].load, found[0].over
+    by_provider: dict[str, list[tuple[str, str]]] = {}
+    for preference in found:
+        if preference.prefer != prefer:
+            reach = _reach(load, preference.low, preference.high)
+            by_provider.setdefault(preference.prefer, []).append((preference.shapes, reach))
+    yield from ((name, where, True) for name, ranges in by_provider.items() for where in _together(ranges))
+    if prefer:
+        gaps = [
+            (shapes, _reach(load, low, high))
+            for shapes in dict.fromkeys(p.shapes for p in found)
+            for low, high in _gaps([p for p in found if p.shapes == shapes])
+        ]
+        yield from ((over, where, False) for where in (*_together(gaps), "sizes that were not measured"))
+
+
+def _gaps(ranges: Iterable[Preference]) -> Iterator[tuple[int, int | None]]:
+    """The loads of one class that none of its preferences covers."""
+    start = 1
+    for found in sorted(ranges, key=lambda p: p.low):
+        if found.low > start:
+            yield start, found.low - 1
+        if found.high is None:
+            return
+        start = found.high + 1
+    yield start, None
+
+
+def _together(ranges: Iterable[tuple[str, str]]) -> list[str]:
+    """Classes with one range as one text: ``h=8|16 d=1024, b <= 64``."""
+    by_reach: dict[str, list[list[str]]] = {}
+    for shapes, reach in ranges:
+        by_reach.setdefault(reach, []).append(shapes.split())
+    made = []
+    for reach, classes in by_reach.items():
+        columns = [list(dict.fromkeys(words)) for words in itertools.zip_longest(*classes, fillvalue="")]
+        several = [place for place, words in enumerate(columns) if len(words) > 1]
+        if len(several) == 1 and all("=" in word and "<" not in word for word in columns[several[0]]):
+            key = columns[several[0]][0].partition("=")[0]
+            columns[several[0]] = [f"{key}={'|'.join(word.partition('=')[2] for word in columns[several[0]])}"]
+            several = []
+        texts = [" ".join(words) for words in classes] if several else [" ".join(words[0] for words in columns)]
+        made += [f"{text}, {reach}" if reach else text for text in texts]
+    return made

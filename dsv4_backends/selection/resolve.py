@@ -7,17 +7,17 @@ candidate with its verdict: what is printed, what is bound and what an error say
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-
-from packaging.requirements import Requirement
-from packaging.version import Version
+from dataclasses import dataclass, replace
 
 from . import capability as cc
+from . import preferences as measured
 from .machine import Device
 from .policy import ESSENTIAL, Policy
-from .preferences import Preference
+from .preferences import Preference, Shape
 from .provider import Build, Implementation, ProviderSpec, Reason, Tier
+from .requirements import unmet
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,91 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Unless:
+    """Where another provider serves than the one that serves in general.
+
+    Attributes:
+        provider: That provider.
+        where: On which shapes, in words.
+        measured: Measurements put it there; otherwise its rank does.
+    """
+
+    provider: str
+    where: str
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Served:
+    """Who serves an op: in general, or a call of given shapes.
+
+    Attributes:
+        resolution: The choice, its candidates in the order in which a call asks them, with what they answered.
+        by: What decided: ``"pin"``, ``"measured"``, ``"order"`` (the user's) or ``"rank"``; empty where nobody serves.
+        unless: Where somebody else serves; nothing for given shapes.
+    """
+
+    resolution: Resolution
+    by: str
+    unless: tuple[Unless, ...] = ()
+
+    @property
+    def candidate(self) -> Candidate | None:
+        return next((c for c in self.resolution.candidates if c.accepted), None)
+
+    @property
+    def provider(self) -> str:
+        """The provider's name; empty where nobody serves."""
+        return "" if (candidate := self.candidate) is None else candidate.name
+
+    @property
+    def wished(self) -> bool:
+        """Whether the user put the provider there."""
+        return self.by in ("pin", "order")
+
+    @property
+    def passed_over(self) -> tuple[Candidate, ...]:
+        """The refused candidates that would have come before the one that serves."""
+        return tuple(itertools.takewhile(lambda c: not c.accepted, self.resolution.candidates))
+
+    @property
+    def shown(self) -> str:
+        """The provider and whether measurements put it there: ``triton (measured)``."""
+        return f"{self.provider or 'none'} (measured)" if self.by == "measured" else self.provider or "none"
+
+    @property
+    def summary(self) -> str:
+        """The same with who else serves: ``triton (measured, else flash_mla)``."""
+        others = " or ".join(name for name in dict.fromkeys(u.provider for u in self.unless) if name != self.provider)
+        if not others:
+            return self.shown
+        how = f"measured, else {others}" if self.by == "measured" else f"{others} where measured"
+        return f"{self.provider} ({how})"
+
+    def asked(self, ask: Callable[[Candidate], Candidate]) -> Served:
+        """The same after asking the candidates in turn, until one takes it.
+
+        Args:
+            ask: Gives the candidate back, with reasons if it does not serve: its import fails, or it refuses a call.
+        """
+        candidates: list[Candidate] = []
+        for place, candidate in enumerate(self.resolution.candidates):
+            if candidate.accepted:
+                answer = ask(candidate)
+                if answer is not candidate:
+                    candidates = candidates or list(self.resolution.candidates)
+                    candidates[place] = answer
+                if answer.accepted:
+                    break
+        if not candidates:
+            return self
+        resolution = replace(self.resolution, candidates=tuple(candidates))
+        first = next((c for c in candidates if c.accepted), None)
+        same = first is not None and first.name == self.provider
+        return Served(resolution, self.by if same else resolution.by_wish(first), self.unless if same else ())
+
+
+@dataclass(frozen=True)
 class Resolution:
     """The choice for one op on one device, best candidate first."""
 
@@ -49,6 +134,10 @@ class Resolution:
     pinned: str | None = None
     measured: tuple[Preference, ...] = ()
     """Where the shapes of a call change the choice: among the accepted, one provider goes before another."""
+    order: tuple[str, ...] = ()
+    """The user's."""
+    absent: tuple[tuple[str, tuple[Reason, ...]], ...] = ()
+    """Plugins that gave no provider, denied or broken, with the reasons: what they implement is not known."""
 
     @property
     def accepted(self) -> tuple[Candidate, ...]:
@@ -56,26 +145,63 @@ class Resolution:
 
     @property
     def selected(self) -> Candidate | None:
-        return next(iter(self.accepted), None)
+        """Who serves in general; ``serves`` says it for given shapes."""
+        return self.serves().candidate
 
     @property
     def passed_over(self) -> tuple[Candidate, ...]:
         """The refused candidates that would have come before the selected one."""
-        ahead = []
-        for candidate in self.candidates:
-            if candidate.accepted:
-                break
-            ahead.append(candidate)
-        return tuple(ahead)
+        return self.serves().passed_over
+
+    def serves(
+        self, shapes: tuple[Shape, Shape] | None = None, ask: Callable[[Candidate], Candidate] | None = None
+    ) -> Served:
+        """Who serves. Nothing else answers that: not a call, not a command, not an engine.
+
+        Args:
+            shapes: Those of the two tensors of a call that ``preferences.CLASSES`` names. None: in general, which is
+                the first in rank, or the one that measurements put before it on most classes of shapes.
+            ask: See ``Served.asked``; None: nobody is asked.
+        """
+        accepted = self.accepted
+        first = accepted[0] if accepted else None
+        names = {c.name for c in accepted}
+        # An import may have failed since, and left another provider first.
+        holding = [p for p in self.measured if first is not None and p.over == first.name and p.prefer in names]
+        if shapes is None:
+            prefer = measured.general(holding)
+        else:
+            found = measured.preferred(holding, self.op, shapes)
+            prefer = "" if found is None else found.prefer
+        candidates = list(self.candidates)
+        if first is not None and prefer:
+            best = next(c for c in accepted if c.name == prefer)
+            candidates.remove(best)
+            candidates.insert(candidates.index(first), best)
+        unless: tuple[Unless, ...] = ()
+        if shapes is None and holding:
+            unless = tuple(Unless(*found) for found in measured.elsewhere(holding, prefer))
+        # The order is decided: to ask the result again may not decide it anew.
+        resolution = replace(self, candidates=tuple(candidates), measured=())
+        served = Served(resolution, "measured" if prefer else self.by_wish(first), unless)
+        return served if ask is None else served.asked(ask)
+
+    def by_wish(self, candidate: Candidate | None) -> str:
+        """What put a candidate there, measurements aside; see ``Served.by``."""
+        if candidate is None:
+            return ""
+        return "pin" if self.pinned is not None else "order" if candidate.name in self.order else "rank"
 
     @property
     def pin_text(self) -> str:
         """What the pin means here, in words; empty without one."""
         if self.pinned is None:
             return ""
-        if all(candidate.name != self.pinned for candidate in self.candidates):
-            return f"pinned to {self.pinned}, which does not implement it"
-        return f"pinned to {self.pinned}, so no other provider may serve it"
+        if any(candidate.name == self.pinned for candidate in self.candidates):
+            return f"pinned to {self.pinned}, so no other provider may serve it"
+        if reasons := dict(self.absent).get(self.pinned):
+            return f"pinned to {self.pinned}, whose plugin gives no provider: {'; '.join(map(str, reasons))}"
+        return f"pinned to {self.pinned}, which does not implement it"
 
     def explain(self) -> str:
         """All reasons as text, for errors."""
@@ -87,6 +213,7 @@ class Resolution:
             lines.append(f"  {candidate.name}: {verdict}")
         if not self.candidates:
             lines.append("  no installed provider implements it")
+        lines += [f"  plugin {name}: {'; '.join(map(str, reasons))}" for name, reasons in self.absent]
         return "\n".join(lines)
 
 
@@ -110,12 +237,13 @@ def resolve(
     *,
     preferences: Iterable[Preference] = (),
     builds: Mapping[str, Mapping[str, Build]] | None = None,
+    absent: Mapping[str, tuple[Reason, ...]] | None = None,
     findable: Callable[[str], bool] = _findable,
 ) -> Resolution:
     """Judge and rank every implementation of ``op``.
 
     ``builds`` is what the providers' probes found, by provider and op; a provider that is not in it is judged by its
-    own claims alone.
+    own claims alone. ``absent`` has the plugins that gave no provider.
 
     Rank: the user's order, tested before untested, tier, priority, name. In the batch-invariant mode, what does not
     claim it ranks as untested. A pin removes all other candidates. Of ``preferences``, those are kept that change this
@@ -146,7 +274,7 @@ def resolve(
     # Batch invariance ends where the size of the batch chooses the kernel.
     wanted = policy.measured and not policy.batch_invariant and pinned is None
     kept = tuple(p for p in preferences if p.op == op and _changes(p, ranked, policy)) if wanted else ()
-    return Resolution(op, device, ranked, pinned, kept)
+    return Resolution(op, device, ranked, pinned, kept, policy.order, tuple((absent or {}).items()))
 
 
 def _in_mode(op: str, provider: ProviderSpec, policy: Policy) -> list[Implementation]:
@@ -188,15 +316,18 @@ def _judge(
     if name in policy.deny:
         reasons.append(Reason("denied", "denied by the user's settings"))
     if policy.allow is not None and name not in policy.allow and name != ESSENTIAL:
-        allowed = ", ".join(sorted(policy.allow))
+        allowed = ", ".join(sorted({*policy.allow, ESSENTIAL}))
         reasons.append(Reason("not-allowed", f"the user's settings allow only {allowed}"))
     if provider.tier is Tier.EXPERIMENTAL and not (policy.experimental or asked_for):
         message = "experimental providers serve only when asked for"
         reasons.append(Reason("experimental", message, "DSV4_BACKENDS_EXPERIMENTAL=1, or pin it"))
 
+    fits = True
     if device.type not in implementation.devices:
+        fits = False
         needs = " or ".join({"cuda": "an NVIDIA GPU", "cpu": "the CPU"}[d] for d in implementation.devices)
-        reasons.append(Reason("device-type", f"runs on {needs}, this is {device.name}"))
+        here = "the CPU" if device.type == "cpu" else device.name
+        reasons.append(Reason("device-type", f"runs on {needs}, this is {here}"))
     elif device.capability is not None:
         # Both must match: what the library was built for, and what the implementation is written for.
         claims = [(implementation.capability, "needs")]
@@ -207,8 +338,8 @@ def _judge(
         claim, needs = claims[verdicts.index(verdict)]
         named = cc.describe(claim)
         if verdict is cc.Support.UNSUPPORTED:
-            message = f"{needs} compute capability {named}, this GPU is {device.capability}"
-            reasons.append(Reason("capability", message))
+            fits = False
+            reasons.append(Reason("capability", f"{needs} compute capability {named}, not {device.capability}"))
         elif verdict is cc.Support.UNTESTED:
             message = f"tested on compute capability {named}, this GPU is the newer {device.capability}"
             warning = Reason("untested", message, f"pin another provider if {name} misbehaves")
@@ -217,18 +348,8 @@ def _judge(
         message = "does not claim to be batch-invariant, which DSV4_BACKENDS_BATCH_INVARIANT=1 asks for"
         warning = Reason("batch-variant", message)
 
-    for text in provider.requires:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate():
-            continue
-        version = installed.get(requirement.name)
-        if version is None:
-            hint = provider.hint or f"pip install '{text}'"
-            reasons.append(Reason("distribution-missing", f"{requirement.name} is not installed", hint))
-        elif not requirement.specifier.contains(Version(version), prereleases=True):
-            message = f"{requirement.name} {version} is installed, needs {requirement.specifier}"
-            hint = provider.hint or f"pip install -U '{text}'"
-            reasons.append(Reason("distribution-version", message, hint))
+    if fits:  # else to install it would change nothing
+        reasons += filter(None, (unmet(text, installed, provider.hint) for text in provider.requires))
 
     if build is not None and not reasons:
         reasons += build.reasons

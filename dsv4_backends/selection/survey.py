@@ -29,7 +29,7 @@ class Survey:
     @property
     def uncovered(self) -> list[str]:
         """The ops that nobody serves."""
-        return [r.op for _, resolutions in self.resolutions for r in resolutions if r.selected is None]
+        return [r.op for _, resolutions in self.resolutions for r in resolutions if r.serves().candidate is None]
 
 
 def survey(device: str | None = None, problem: list[PolicyError] | None = None, *, load: bool = True) -> Survey:
@@ -55,11 +55,12 @@ def survey(device: str | None = None, problem: list[PolicyError] | None = None, 
         wishes = policy.Policy()
         loaded = plugins.load()
     ask = builds.load_apart if load else None
+
+    def choose(op: str, where: Device) -> Resolution:
+        return builds.choose(op, where, here.installed, loaded.providers, wishes, ask, loaded.absent)
+
     return Survey(
         here,
         loaded,
-        tuple(
-            (where, tuple(builds.choose(op, where, here.installed, loaded.providers, wishes, ask) for op in OPS))
-            for where in here.devices
-        ),
+        tuple((where, tuple(choose(op, where) for op in OPS)) for where in here.devices),
     )

@@ -74,11 +74,11 @@ def subject(provider: str, op: str, device: torch.device | str, *, batch_invaria
     mode = settings.batch_invariant if batch_invariant is None else batch_invariant
     wishes = policy.Policy(pins={op: provider}, batch_invariant=mode).validate(loaded.names)
     where = machine.device_of(device)
-    resolution = builds.choose(op, where, Installed(), loaded.providers, wishes, builds.load)
-    selected = resolution.selected
-    if selected is None:
+    resolution = builds.choose(op, where, Installed(), loaded.providers, wishes, builds.load, loaded.absent)
+    served = resolution.serves().candidate
+    if served is None:
         raise NoProviderError(resolution.explain(), resolution)
-    chosen = selected.implementation
+    chosen = served.implementation
     function = load_implementation(op, chosen.target)
     refuses = None if chosen.refuses is None else load_implementation(op, chosen.refuses)
     return Subject(provider, CONTRACTS[op], chosen, function, refuses, device)
