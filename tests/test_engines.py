@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,12 +20,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from dsv4_backends import PolicyError
 from dsv4_backends.commands import cli
 from dsv4_backends.engines import hook, patching
 from dsv4_backends.engines import vllm as engine
-from dsv4_backends.selection import policy
+from dsv4_backends.selection import machine, policy, preferences
 
 FILES = {
     "vllm/__init__.py": "",
@@ -253,8 +255,121 @@ def test_versions_that_were_tested(fake_vllm: Callable[..., Path], version: str)
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"{policy.PREFIX}DEVICE", "cpu")
     plan = engine.plan()
-    assert plan.version == ""
+    assert plan.version is None
     assert {reason.code for row in plan.rows for reason in row.reasons} == {"engine-missing"}
+
+
+@pytest.mark.parametrize("version", ["dev", "0.1.dev15830+g8d59", "0.28.1rc1.dev517+sm89", "0.34.0.dev3", ""])
+def test_what_is_not_a_release_is_judged_by_its_code(
+    fake_vllm: Callable[..., Path], version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = "vllm/utils/deep_gemm.py"
+    place = fake_vllm(version or "0.0", **{path: FILES[path].replace("_fp8_einsum_impl", "_other")})
+    if not version:  # a source tree on the path
+        shutil.rmtree(place / "vllm-0.0.dist-info")
+    plan = engine.plan()
+    assert plan.version == version
+    assert states(plan).pop("_fp8_einsum_impl") == patching.REFUSED
+    assert [row.target.attribute for row in plan.rows if row.state != patching.PLANNED] == ["_fp8_einsum_impl"]
+    named = f"vllm {version}" if version else "vllm without a version"
+    assert plan.notes[0].startswith(f"{named} is not a release")
+    assert cli.main(["engine", "vllm"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"{named} on CPU")
+    assert "each name is judged by what its module looks like" in out
+
+
+def test_a_fork_under_another_name_has_its_version(fake_vllm: Callable[..., Path]) -> None:
+    place = fake_vllm("0.0")
+    info = place / "vllm-0.0.dist-info"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-vllm\nVersion: 0.31.0\n")
+    (info / "RECORD").write_text("vllm/__init__.py,,\n")
+    info.rename(place / "somebodys_vllm-0.31.0.dist-info")
+    assert engine.plan().version == "0.31.0"
+    assert {r.code for row in engine.plan().rows for r in row.reasons} == {"engine-version"}
+
+
+def test_vllms_own_list_of_plugins(
+    fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It loads those that VLLM_PLUGINS names, and says nothing of the others."""
+    fake_vllm()
+    monkeypatch.setenv("VLLM_PLUGINS", "other,dsv4_backends")
+    assert engine.plan().left_out == ""
+    for names in ("other", "", "other, dsv4_backends"):  # vLLM does not strip them
+        monkeypatch.setenv("VLLM_PLUGINS", names)
+        monkeypatch.delenv("DSV4_BACKENDS_ENGINE", raising=False)
+        assert engine.plan().ok
+        monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "1")
+        assert not engine.plan().ok
+        told = f"VLLM_PLUGINS={names} does not name dsv4_backends, so vLLM does not load it"
+        assert cli.main(["engine", "vllm"]) == 1
+        assert f"NOT LOADED: {told}" in capsys.readouterr().out
+        assert cli.main(["doctor"]) == 1
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FINDING")]
+        assert line.split()[1] == "engine"
+        assert told in line
+    monkeypatch.delenv("VLLM_PLUGINS")
+    assert cli.main(["doctor"]) == 0
+    assert "vllm 0.33.0: 10 of 10 names are replaced" in capsys.readouterr().out
+    engine.apply()  # by hand: then it is loaded
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert engine.plan().ok
+
+
+def test_several_kinds_of_gpu(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process may run on any of them: what one kind needs is replaced, what one refuses is not."""
+    path = "vllm/utils/deep_gemm.py"
+    fake_vllm(**{path: FILES[path] + "\n        def mqa_logits_use_mx_scales(): ...\n"})
+
+    def plan(*capabilities: str) -> dict[str, patching.Row]:
+        gpus = tuple(
+            machine.Device("cuda", index, f"GPU {capability}", Version(capability))
+            for index, capability in enumerate(capabilities)
+        )
+        monkeypatch.setattr(machine, "probe", lambda: machine.Machine(gpus))
+        return {row.target.attribute: row for row in engine.plan().rows}
+
+    attention = "flash_mla_with_kvcache"
+    assert plan("12.0")[attention].state == patching.NOT_NEEDED
+    for pair in (("12.0", "8.6"), ("8.6", "12.0")):
+        found = plan(*pair)
+        assert (found[attention].state, found[attention].provider) == (patching.PLANNED, "triton")
+        assert "compute capability 8.x" in engine.plan().notes[0]
+    for pair in (("9.0", "10.0"), ("10.0", "9.0")):
+        found = plan(*pair)
+        (reason,) = found["_fp8_fp4_mqa_logits_impl"].reasons
+        assert reason.code == "engine-arch"
+        assert reason.message.startswith("GPU 10.0 (10.0): ")
+        assert found[attention].state == patching.PLANNED
+    monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
+    assert plan("8.6", "9.0")[attention].serves == "torch"
+
+
+def test_rocm_is_refused(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_vllm()
+    monkeypatch.delenv(f"{policy.PREFIX}DEVICE")
+    monkeypatch.setattr(machine, "rocm", lambda: "6.4.43482")
+    plan = engine.plan()
+    assert not plan.ok
+    assert {str(r) for row in plan.rows for r in row.reasons} == {
+        "torch is built for ROCm (HIP 6.4.43482), and no provider serves AMD GPUs"
+    }
+
+
+def test_the_plan_has_the_measured_choice(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake measurements put the reference before Triton, the rule of the reference's place aside (8.x)."""
+    fake_vllm()
+    rows = [("n=24 k=16384", None), ("n=24 k=28672", 64), ("n=24 k=4096", None)]
+    known = tuple(
+        preferences.Preference("hc_prenorm_gemm", shapes, 1, high, "torch", "triton", 1.1, "X") for shapes, high in rows
+    )
+    monkeypatch.setattr(preferences, "preferences", lambda device: known)
+    (row,) = [row for row in engine.plan("sm_86").rows if row.target.op == "hc_prenorm_gemm"]
+    assert (row.provider, row.serves) == ("torch", "torch (measured, else triton)")
+    monkeypatch.setattr(preferences, "preferences", lambda device: known[1:2])
+    (row,) = [row for row in engine.plan("sm_86").rows if row.target.op == "hc_prenorm_gemm"]
+    assert (row.provider, row.serves) == ("triton", "triton (torch where measured)")
 
 
 def test_a_target_that_looks_different(fake_vllm: Callable[..., Path]) -> None:
@@ -454,7 +569,7 @@ def test_command(
     assert cli.main(["engine", "vllm", "--json", "--device", "sm_90"]) == 1
     data = json.loads(capsys.readouterr().out)
     assert data["schema_version"] == 1
-    assert data["device"]["capability"] == "9.0"
+    assert data["devices"][0]["capability"] == "9.0"
     assert {t["reasons"][0]["code"] for t in data["targets"] if t["op"]} == {"engine-reference"}
     assert {t["state"] for t in data["targets"] if not t["op"]} == {"not needed"}
     assert len(data["targets"]) == len(engine.TARGETS)

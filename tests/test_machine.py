@@ -127,3 +127,63 @@ def test_probe_source_is_json_without_a_driver() -> None:
     ).stdout
     assert set(json.loads(out)) == {"devices", "note"}
     assert ctypes.sizeof(ctypes.c_size_t) == 8  # what cuDeviceTotalMem_v2 writes
+
+
+# ------------------------------------------------------------------------------------------------------- ROCm
+
+
+def test_rocm_is_read_without_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the ROCm builds of torch write it, and the CUDA and CPU builds."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    version = tmp_path / "torch" / "version.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for line, expected in (
+        ("hip: Optional[str] = '6.4.43482-0f2d60242'", "6.4.43482-0f2d60242"),
+        ("hip = '5.7.31921'", "5.7.31921"),
+        ("hip: Optional[str] = None", ""),
+        ("", ""),
+    ):
+        version.write_text(f"__version__ = '2.13.0'\ncuda: Optional[str] = None\n{line}\nxpu: Optional[str] = '1'\n")
+        assert machine.rocm() == expected
+    version.unlink()
+    assert machine.rocm() == ""
+
+
+class Properties:
+    name, major, minor, multi_processor_count, total_memory = "AMD Instinct MI250X", 9, 0, 110, 2**36
+
+
+def test_an_amd_gpu_is_not_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm's torch calls it cuda, and its capability 9.0."""
+    import torch
+
+    from dsv4_backends.runtime import bind
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    for setting in ("", "sm_90"):
+        monkeypatch.setenv("DSV4_BACKENDS_DEVICE", setting)
+        device = machine.device_of(torch.device("cuda", 0))
+        assert (device.type, device.capability) == ("hip", None)
+        resolution = bind.resolution("mqa_logits", torch.device("cuda", 0))
+        assert resolution.selected is None
+        text = resolution.explain()
+        assert "runs on an NVIDIA GPU or the CPU, this is AMD Instinct MI250X under ROCm (HIP 6.4)" in text
+        assert "install" not in text
+
+
+def test_commands_tell_of_rocm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from dsv4_backends.commands import cli
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert machine.probe().devices == (machine.CPU,)
+    told = "torch is built for ROCm (HIP 6.4), and no provider serves AMD GPUs; the CPU remains"
+    assert cli.main(["list"]) == 0
+    assert f"note: {told}" in capsys.readouterr().out
+    assert cli.main(["doctor"]) == 1
+    found = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("FINDING")]
+    assert found == [["FINDING", "gpu"], ["FINDING", "torch-rocm"]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,9 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from dsv4_backends import Implementation, ProviderSpec, Reason, Tier
+from dsv4_backends.selection import requirements
 from dsv4_backends.selection.capability import Support, support
-from dsv4_backends.selection.machine import CPU, Device
+from dsv4_backends.selection.machine import CPU, Device, Installed
 from dsv4_backends.selection.policy import Policy
 from dsv4_backends.selection.resolve import Resolution, resolve
 
@@ -293,3 +297,79 @@ def test_what_would_change_nothing_is_not_to_be_installed() -> None:
         found = resolve(OP, device, LAPTOP, ALL, Policy(), findable=lambda _: True)
         assert "install" not in found.explain()
     assert "install" in resolve(OP, gpu("8.0"), LAPTOP, ALL, Policy(), findable=lambda _: True).explain()
+
+
+# --------------------------------------------------------------------------------------------- requirements
+
+
+@pytest.mark.parametrize(
+    ("version", "met"),
+    [
+        ("3.6.0", True),
+        ("3.6.0rc1", True),
+        ("3.6.0.dev20260101+git1234", True),
+        ("3.6.0+fb", True),
+        ("3.6.0-vendor-build_7", True),  # not PEP 440: what it begins with counts
+        ("v3.7-nightly", True),
+        ("3.5.1", False),
+        ("3.5.0-vendor-build_7", False),
+        ("4.0.0rc1", False),  # what it leads to is out of the range
+        ("unknown", False),
+    ],
+)
+def test_versions_that_meet_a_requirement(version: str, met: bool) -> None:
+    reason = requirements.unmet("triton>=3.6,<4", {"triton": version})
+    assert (reason is None) == met
+    if reason is not None:
+        assert reason.code == "distribution-version"
+        assert version in reason.message
+        assert reason.hint == "pip install -U 'triton>=3.6,<4'"
+
+
+@pytest.mark.parametrize("distribution", ["triton", "pytorch-triton", "triton-windows", "fbtriton", "triton-nightly"])
+@pytest.mark.parametrize("literal", [True, False])
+def test_triton_under_another_name(
+    distribution: str, literal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module that would be imported is asked, without importing it; if it does not say, whoever owns it."""
+    package = tmp_path / "triton"
+    package.mkdir()
+    text = '"""isort:skip_file"""\n__version__ = \'3.6.0rc1\'\n' if literal else ""
+    package.joinpath("__init__.py").write_text(text + "raise RuntimeError('imported')\n")
+    info = tmp_path / f"{distribution.replace('-', '_')}-3.6.0rc1.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 3.6.0rc1\n")
+    info.joinpath("top_level.txt").write_text("triton\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    paths = [str(tmp_path), *(p for p in sys.path if not list(Path(p or ".").glob("triton-*.dist-info")))]
+    if distribution != "triton":
+        monkeypatch.setattr(sys, "path", paths)
+    assert Installed().get("triton") == "3.6.0rc1"
+    assert requirements.unmet("triton>=3.6", Installed()) is None
+    assert "triton" not in sys.modules
+
+
+def test_the_files_that_an_import_finds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two distributions own the module, and the older one's files are there."""
+    package = tmp_path / "acme_kernels"
+    package.mkdir()
+    package.joinpath("__init__.py").write_text("__version__: str = '1.0'\n")
+    info = tmp_path / "acme_kernels-2.0.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: acme-kernels\nVersion: 2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reason = requirements.unmet("acme-kernels>=2", Installed())
+    assert reason is not None
+    assert reason.message == "acme-kernels 1.0 is installed, needs >=2"
+
+
+def test_no_hint_names_what_is_on_no_registry() -> None:
+    """Whoever takes the name there would be installed."""
+    root = Path(__file__).parents[1]
+    sources = [*root.glob("dsv4_backends/**/*.py"), *root.glob("backends/**/*.py"), root / "README.md"]
+    assert len(sources) > 50
+    for path in (*sources, *root.glob("docs/**/*.md")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not re.search(r"pip install [^.]*\bdsv4-backends", line), f"{path.name}: {line}"

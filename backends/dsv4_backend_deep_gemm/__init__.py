@@ -21,7 +21,6 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
         summary="DeepSeek's DeepGEMM, from any of the distributions that carry it",
         tier=Tier.NATIVE,
         requires=("triton>=3.6",),
-        hint="pip install 'dsv4-backends[triton]'",
         probe="dsv4_backend_deep_gemm.probe:probe",
         implementations=tuple(
             Implementation(

@@ -51,7 +51,6 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
         summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and for attention on SM8x and SM12x",
         tier=Tier.PORTABLE,
         requires=("triton>=3.6",),
-        hint="pip install 'dsv4-backends[triton]'",
         implementations=(
             *(
                 _implementation(op, home, "ahead", interpreted, invariant=op in BATCH_INVARIANT, mode=False)

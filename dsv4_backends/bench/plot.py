@@ -23,7 +23,7 @@ def require() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise PolicyError(f"--plot needs matplotlib: pip install 'dsv4-backends[plot]' ({error})") from error
+        raise PolicyError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
 
 
 def plot(result: Mapping[str, Any], path: str | Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import PolicyError
 from ..selection import builds, policy
-from ..selection.machine import Machine
+from ..selection.machine import Machine, rocm
 from ..selection.provider import Tier
 from ..selection.resolve import Candidate, Resolution
 from ..selection.survey import Survey, survey
@@ -27,7 +27,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     problem: list[PolicyError] = []
-    findings = doctor(survey(args.device, problem), problem[0] if problem else None)
+    findings = doctor(survey(args.device, problem), problem[0] if problem else None, args.device)
     show(args, lambda: as_json(findings), lambda: text(findings, terminal_width(0)))
     return OK if all(f.ok for f in findings) else FINDING
 
@@ -46,8 +46,11 @@ def _torch_findings(machine: Machine) -> list[Finding]:
         torch = importlib.import_module("torch")
     except Exception as error:
         return [Finding("torch", False, f"import torch raised {type(error).__name__}: {error}")]
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    hip = rocm()
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm (HIP {hip})" if hip else "CPU only"
     found = [Finding("torch", True, f"torch {torch.__version__}, built for {built}")]
+    if hip:
+        found.append(Finding("torch-rocm", False, "no provider serves AMD GPUs: ops raise on their tensors"))
     if machine.gpus and not machine.simulated:
         if torch.version.cuda is None:
             message = "there is a GPU, but this torch is built for the CPU: install a CUDA build of torch"
@@ -119,7 +122,22 @@ def _notices(surveyed: Survey) -> list[Finding]:
     return [Finding("provider", False, f"{message} ({', '.join(ops)})") for message, ops in found.items()]
 
 
-def doctor(surveyed: Survey, problem: PolicyError | None) -> list[Finding]:
+def _engine_findings(device: str | None) -> list[Finding]:
+    """Whether the engine that the settings ask for will run over the ops."""
+    if not policy.engine():
+        return []
+    from ..engines import vllm
+    from ..engines.patching import PLANNED, REFUSED, REPLACED
+
+    plan = vllm.plan(device)
+    replaced = sum(row.state in (PLANNED, REPLACED) for row in plan.rows)
+    wrong = [plan.left_out] if plan.left_out else []
+    wrong += dict.fromkeys(str(reason) for row in plan.rows if row.state == REFUSED for reason in row.reasons)
+    message = f"{plan.name}: {replaced} of {len(plan.rows)} names are replaced"
+    return [Finding("engine", plan.ok, "; ".join((message, *wrong, *plan.notes)))]
+
+
+def doctor(surveyed: Survey, problem: PolicyError | None, device: str | None = None) -> list[Finding]:
     """Everything that can be wrong on this machine, looked at one by one."""
     machine = surveyed.machine
     found = [
@@ -133,15 +151,16 @@ def doctor(surveyed: Survey, problem: PolicyError | None) -> list[Finding]:
         found.append(Finding("settings", True, ", ".join(f"{n}={os.environ[n]}" for n in names) or "no variables set"))
     gpus = ", ".join(device.label for device in machine.devices if device.type == "cuda")
     # A machine without the driver's library is a CPU machine; a driver that refuses is a fault.
-    driver_fails = "cuInit" in machine.note or "probe" in machine.note
     note = f" ({machine.note})" if machine.note else ""
-    found.append(Finding("gpu", not driver_fails, (gpus or "no GPU") + note))
+    found.append(Finding("gpu", not machine.fault, (gpus or "no GPU") + note))
     torch_found = _torch_findings(machine)
     found += torch_found
     for plugin in surveyed.plugins.plugins:
         bad = plugin in surveyed.plugins.broken
         message = "; ".join(f"[{r.code}] {r}" for r in plugin.problems) or "loaded"
         found.append(Finding("plugin", not bad, f"{plugin.name} of {plugin.origin}: {message}"))
+    if problem is None and torch_found[0].ok:
+        found += _engine_findings(device)
     return found + _library_findings(surveyed) + _provider_findings(surveyed, torch_found[0].ok) + _notices(surveyed)
 
 

@@ -33,13 +33,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "engine": "vllm",
         "version": plan.version,
         "enabled": plan.enabled,
-        "device": plan.device.json(),
+        "devices": [device.json() for device in plan.devices],
         "targets": [
             {
                 "module": row.target.module,
                 "attribute": row.target.attribute,
                 "op": row.target.op,
                 "provider": row.provider,
+                "serves": row.serves,
                 "state": row.state,
                 "reasons": [reason_json(r) for r in row.reasons],
                 "calls": row.calls,
@@ -48,6 +49,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for row in plan.rows
         ],
         "notes": list(plan.notes),
+        "left_out": plan.left_out,
         "ok": plan.ok,
     }
 
@@ -55,10 +57,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def text(plan: Plan) -> str:
     """Every target of an engine's hook, and why any of them would not be replaced."""
     asked = "enabled" if plan.enabled else f"not enabled: set {policy.PREFIX}ENGINE=1 in the engine's environment"
-    parts = [f"vllm {plan.version or 'not installed'} on {plan.device.label}; {asked}"]
+    parts = [f"{plan.name} on {', '.join(device.label for device in plan.devices)}; {asked}"]
     rows = [
-        (row.target.key, row.target.about, row.provider or "-", row.state, "\n".join(map(str, row.reasons)) or "-")
+        (row.target.key, row.target.about, row.serves or "-", row.state, "\n".join(map(str, row.reasons)) or "-")
         for row in plan.rows
     ]
     parts.append(table(("REPLACED IN VLLM", "FOR", "PROVIDER", "STATE", "WHY NOT"), rows))
+    if plan.left_out:
+        parts.append(f"NOT LOADED: {plan.left_out}; add it to the variable")
     return "\n\n".join([*parts, *(f"note: {note}" for note in plan.notes)])

@@ -53,6 +53,8 @@ def text(survey: Survey, width: int = WIDTH) -> str:
         wrapped = textwrap.fill(installed, width, break_long_words=False, break_on_hyphens=False)
         parts.append(f"{device.label}\n{wrapped}")
         parts.append(table(("OP", "PROVIDER", "TIER", "OTHERWISE, AND WHY NOT A BETTER ONE"), rows, width))
+    if survey.machine.fault:
+        parts.append(f"note: {survey.machine.note}")
     broken = [
         f"plugin {p.name} of {p.origin} is broken: {'; '.join(map(str, p.problems))}" for p in survey.plugins.broken
     ]

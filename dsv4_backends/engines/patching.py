@@ -56,7 +56,9 @@ class Row:
 
     Attributes:
         target: What is replaced.
-        provider: Who serves its op; empty where there is no op or no provider.
+        provider: Who serves its op in general; empty where there is no op or no provider. Where the machine has
+            several kinds of GPU, and different providers serve them, all of these.
+        serves: The same with why and who else does, for people.
         state: planned, replaced, refused, failed, not needed, or undone.
         reasons: Why it is not replaced.
         calls: Calls of the replacement in this process.
@@ -65,6 +67,7 @@ class Row:
 
     target: Target
     provider: str = ""
+    serves: str = ""
     state: str = PLANNED
     reasons: tuple[Reason, ...] = ()
     calls: int = 0

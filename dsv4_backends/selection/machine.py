@@ -7,9 +7,11 @@ device order mean what they mean to PyTorch.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -59,7 +61,7 @@ class Device:
     """One place where tensors live.
 
     Attributes:
-        type: ``"cuda"`` or ``"cpu"``.
+        type: ``"cuda"`` or ``"cpu"``; another one, such as ``"hip"``, is served by no provider.
         index: CUDA index, None for the CPU and for a simulated GPU.
         name: For people.
         capability: Compute capability, None for the CPU.
@@ -133,6 +135,11 @@ class Machine:
             kinds.setdefault((device.name, device.capability), device)
         return tuple(kinds.values()) or (CPU,)
 
+    @property
+    def fault(self) -> bool:
+        """Whether the note tells of GPUs that are not used: the driver refuses, the probe failed, torch is for AMD."""
+        return any(word in self.note for word in ("cuInit", "probe", "ROCm"))
+
     def json(self) -> dict[str, Any]:
         """For result files: what the numbers were measured on."""
         return {
@@ -165,7 +172,23 @@ def probe() -> Machine:
     """This machine, or the one that ``DSV4_BACKENDS_DEVICE`` names. No CUDA context is created in this process."""
     if text := os.environ.get("DSV4_BACKENDS_DEVICE", "").strip():
         return simulate(text)
+    if hip := rocm():
+        return Machine(note=f"torch is built for ROCm (HIP {hip}), and no provider serves AMD GPUs; the CPU remains")
     return _probe(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER"))
+
+
+def rocm() -> str:
+    """The version of HIP that the installed torch is built for; empty for CUDA and CPU builds. Imports nothing."""
+    if (torch := sys.modules.get("torch")) is not None:
+        return getattr(getattr(torch, "version", None), "hip", None) or ""
+    try:
+        spec = importlib.util.find_spec("torch")
+        path = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+        text = path.read_text(encoding="utf-8", errors="replace") if path is not None else ""
+    except (ImportError, ValueError, OSError):
+        return ""
+    match = re.search(r"^hip\b[^=\n]*= *['\"]([^'\"]+)", text, re.MULTILINE)
+    return match[1] if match else ""
 
 
 @lru_cache(maxsize=4)
@@ -195,6 +218,8 @@ def device_of(torch_device: Any) -> Device:
     import torch
 
     properties = torch.cuda.get_device_properties(torch_device)
+    if torch.version.hip:  # its capabilities are of another kind: an MI250X says 9.0, and is no Hopper
+        return Device("hip", torch_device.index, f"{properties.name} under ROCm (HIP {torch.version.hip})")
     capability = Version(f"{properties.major}.{properties.minor}")
     name = properties.name
     if text := os.environ.get("DSV4_BACKENDS_DEVICE", "").strip():

@@ -143,7 +143,7 @@ def _load_one(point: EntryPoint, origin: str) -> tuple[list[ProviderSpec], list[
             problems.append(Reason("plugin-type", message, author))
         elif item.api > API_VERSION:
             message = f"provider {item.name!r} was written for interface {item.api}, this package has {API_VERSION}"
-            problems.append(Reason("plugin-api", message, "pip install -U dsv4-backends"))
+            problems.append(Reason("plugin-api", message, "upgrade dsv4-backends"))
         else:
             specs.append(item)
     return specs, problems

@@ -1,4 +1,4 @@
-"""The conformance suite for providers. Needs pytest: ``pip install 'dsv4-backends[test]'``."""
+"""The conformance suite for providers. Needs pytest: this package's extra ``test`` has it."""
 
 from __future__ import annotations
 
