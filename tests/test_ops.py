@@ -217,6 +217,34 @@ def test_memory_of_known_calls_is_bounded(asking: Callable[[dict[str, Any]], tup
     assert asking(prefill(400)) == (True, 0)
 
 
+def test_an_import_that_fails_is_not_tried_again(
+    fake_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first refuses every call, the second does not import, and the reference serves."""
+    plugin = PLUGIN.format(target="mqa_logits", refuses='"acme_plugin:no"')
+    plugin += (
+        "def mqa_logits(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None): ...\n"
+        "def no(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):\n"
+        "    return d.Reason('shape', 'never')\n"
+    )
+    fake_plugin("acme", plugin)
+    fake_plugin("other", PLUGIN.replace("acme", "other").format(target="absent", refuses=None))
+    asked: list[str] = []
+    real = bind.bind_candidate
+
+    def counted(contract: Any, candidate: Any, *more: Any) -> Any:
+        asked.append(candidate.name)
+        return real(contract, candidate, *more)
+
+    monkeypatch.setattr(bind, "bind_candidate", counted)
+    made = arguments("mqa_logits")
+    for rows in range(1, len(made["q"])):
+        few = {name: made[name][:rows] for name in ("q", "weights", "row_starts", "row_ends")}
+        ops.mqa_logits(**(made | few))
+    assert dsv4_backends.stats()["mqa_logits"]["torch"] > 1
+    assert asked == ["acme", "other", "torch"]
+
+
 def test_import_that_fails_goes_to_the_next(fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
     fake_plugin("acme", PLUGIN.format(target="absent", refuses=None))
     with caplog.at_level(logging.WARNING, "dsv4_backends"):

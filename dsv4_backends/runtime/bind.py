@@ -50,20 +50,21 @@ class Chain:
         self.check_values = check_values
         self.bound: list[Bound] = []
         self.by_implementation: dict[int, Bound] = {}
+        self.failed: dict[int, Candidate] = {}
         self.warned: set[tuple[str, str]] = set()
         self.known: dict[Hashable, Bound] = {}
-        self.served = resolution.serves()
-        self.by_shape: dict[tuple[torch.Size, torch.Size], Served] = {}
+        self.by_shape: dict[tuple[torch.Size, torch.Size], tuple[Served, Bound]] = {}
         if resolution.measured:
             for candidate in resolution.accepted:  # nothing is imported while serving
                 self.bind(candidate)
-        served = self.served.asked(self.bind)
+        served = self.resolution.serves(ask=self.bind)
         if served.candidate is None:
             raise self.failure("no provider can serve", served.resolution)
-        self.general = self.bound_of(served)
+        bound = self.bound_of(served)
+        self.general = served, bound
         """Who serves unless the shapes of a call or a refusal change it."""
         by_shape = served.by == "measured" or bool(served.unless)
-        self.head = None if by_shape or self.general.refuses is not None else self.general
+        self.head = None if by_shape or bound.refuses is not None else bound
         """Who serves whatever the shapes are, or None."""
 
     def bind(self, candidate: Candidate) -> Candidate:
@@ -74,6 +75,8 @@ class Chain:
         with lock:
             if key in self.by_implementation:
                 return candidate
+            if key in self.failed:
+                return self.failed[key]
             found = bind_candidate(self.contract, candidate)
             if isinstance(found, Bound):
                 if candidate.warning is not None:
@@ -85,24 +88,22 @@ class Chain:
                 return candidate
             for reason in found:
                 self.warn_once(candidate.name, reason)
-            failed = replace(candidate, reasons=found)
+            failed = self.failed[key] = replace(candidate, reasons=found)
             candidates = (failed if c is candidate else c for c in self.resolution.candidates)
             self.resolution = replace(self.resolution, candidates=tuple(candidates))
-            self.served = self.resolution.serves()
-            self.by_shape.clear()
             return failed
 
     def bound_of(self, served: Served) -> Bound:
         assert served.candidate is not None
         return self.by_implementation[id(served.candidate.implementation)]
 
-    def by_shapes(self, shapes: tuple[torch.Size, torch.Size]) -> Served:
+    def by_shapes(self, shapes: tuple[torch.Size, torch.Size]) -> tuple[Served, Bound]:
         """Who is asked first for these shapes. A pure function of them."""
-        served = self.resolution.serves(shapes)
+        served = self.resolution.serves(shapes, self.bind)
         if len(self.by_shape) >= 4096:  # more than a server meets in a day; but memory has a bound
             self.by_shape.clear()
-        self.by_shape[shapes] = served
-        return served
+        self.by_shape[shapes] = served, self.bound_of(served)
+        return self.by_shape[shapes]
 
     def warn_once(self, provider: str, reason: Reason) -> None:
         """Once for each provider and reason: a better candidate does not serve, and why."""
@@ -121,23 +122,31 @@ class Chain:
 
     def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         """The first candidate that takes these shapes. A pure function of what makes a call known."""
+        if self.resolution.measured:
+            shapes = deciding_shapes(self.contract, args, kwargs)
+            served, bound = self.by_shape.get(shapes) or self.by_shapes(shapes)
+        else:
+            served, bound = self.general
+        reason = bound.refuses(*args, **kwargs) if bound.refuses is not None else None
+        return bound if reason is None else self.after(served, bound, reason, args, kwargs)
+
+    def after(
+        self, served: Served, first: Bound, refused: Reason, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Bound:
+        """The first candidate that takes these shapes, where the one that would serve has refused them."""
 
         def ask(candidate: Candidate) -> Candidate:
             candidate = self.bind(candidate)
             if not candidate.accepted:
                 return candidate
-            refuses = self.by_implementation[id(candidate.implementation)].refuses
-            reason = refuses(*args, **kwargs) if refuses is not None else None
+            bound = self.by_implementation[id(candidate.implementation)]
+            reason = refused if bound is first else bound.refuses(*args, **kwargs) if bound.refuses else None
             if reason is None:
                 return candidate
             self.warn_once(candidate.name, reason)
             return replace(candidate, reasons=(reason,))
 
-        if self.resolution.measured:
-            shapes = deciding_shapes(self.contract, args, kwargs)
-            served = (self.by_shape.get(shapes) or self.by_shapes(shapes)).asked(ask)
-        else:
-            served = self.served.asked(ask)
+        served = served.asked(ask)
         if served.candidate is None:
             raise self.failure("no provider takes these shapes", served.resolution)
         return self.bound_of(served)
@@ -353,7 +362,8 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[.
     the same; where measurements choose by shape, it is the one that `list` names.
     """
     chain = current().bind(CONTRACTS[op], torch.empty(0, device=device).device)
-    return chain.general.provider, chain.general.function
+    _, bound = chain.general
+    return bound.provider, bound.function
 
 
 def serving(op: str, device: torch.device, arguments: dict[str, Any]) -> Bound:

@@ -6,6 +6,7 @@ candidate with its verdict: what is printed, what is bound and what an error say
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -68,7 +69,7 @@ class Served:
     by: str
     unless: tuple[Unless, ...] = ()
 
-    @property
+    @functools.cached_property
     def candidate(self) -> Candidate | None:
         return next((c for c in self.resolution.candidates if c.accepted), None)
 
@@ -175,9 +176,8 @@ class Resolution:
             prefer = "" if found is None else found.prefer
         candidates = list(self.candidates)
         if first is not None and prefer:
-            best = next(c for c in accepted if c.name == prefer)
-            candidates.remove(best)
-            candidates.insert(candidates.index(first), best)
+            best = next(place for place, c in enumerate(candidates) if c.accepted and c.name == prefer)
+            candidates.insert(next(place for place, c in enumerate(candidates) if c is first), candidates.pop(best))
         unless: tuple[Unless, ...] = ()
         if shapes is None and holding:
             unless = tuple(Unless(*found) for found in measured.elsewhere(holding, prefer))
