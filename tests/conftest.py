@@ -45,6 +45,8 @@ def clean_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             if (getattr(module, "__file__", None) or "").startswith(tuple(gone)):
                 del sys.modules[name]
         bind.reset()
+    elif bind._default is not None and bind._default.policy != policy.Policy():
+        bind.reset()  # bound under the settings of a test
 
 
 @pytest.fixture

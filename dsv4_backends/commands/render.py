@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -22,8 +23,11 @@ WIDTH = 100
 
 
 def terminal_width(otherwise: int = WIDTH) -> int:
-    """Columns of the terminal, or of the variable ``COLUMNS``."""
-    return shutil.get_terminal_size((otherwise, 24)).columns
+    """Columns of the terminal that stdout is; ``otherwise`` where it is none."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
+    except (AttributeError, ValueError, OSError):  # a file, a pipe, or something of Python's
+        return otherwise
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 0) -> str:
