@@ -329,7 +329,7 @@ def test_five_lines_pass(tmp_path: Path, fake_plugin: Callable[..., None]) -> No
     assert code == 0, out
     assert " passed" in out
     # What this machine cannot run is skipped with the provider's reason, not passed.
-    assert "runs on an NVIDIA GPU, this is CPU" in out
+    assert "runs on an NVIDIA GPU, this is the CPU" in out
 
 
 def test_five_lines_fail(tmp_path: Path, fake_plugin: Callable[..., None]) -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..selection import policy
-from .render import SCHEMA_VERSION, reason_json, table
+from .render import SCHEMA_VERSION, WIDTH, reason_json, table, terminal_width
 from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from ..engines import vllm
 
     made = vllm.plan(args.device)
-    show(args, lambda: as_json(made), lambda: text(made))
+    show(args, lambda: as_json(made), lambda: text(made, terminal_width()))
     return OK if made.ok else FINDING
 
 
@@ -54,15 +54,19 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def text(plan: Plan) -> str:
-    """Every target of an engine's hook, and why any of them would not be replaced."""
+def text(plan: Plan, width: int = WIDTH) -> str:
+    """Every target of an engine's hook by module, who serves it, and why any would not be replaced."""
     asked = "enabled" if plan.enabled else f"not enabled: set {policy.PREFIX}ENGINE=1 in the engine's environment"
     parts = [f"{plan.name} on {', '.join(device.label for device in plan.devices)}; {asked}"]
-    rows = [
-        (row.target.key, row.target.about, row.serves or "-", row.state, "\n".join(map(str, row.reasons)) or "-")
-        for row in plan.rows
-    ]
-    parts.append(table(("REPLACED IN VLLM", "FOR", "PROVIDER", "STATE", "WHY NOT"), rows))
+    rows: list[tuple[str, str, str]] = []
+    module = ""
+    for row in plan.rows:
+        if row.target.module != module:
+            module = row.target.module
+            rows.append((module, "", ""))
+        served = f"{row.target.about}: {row.serves}" if row.serves else row.target.about
+        rows.append((f"  {row.target.attribute}", row.state, "\n".join((served, *map(str, row.reasons)))))
+    parts.append(table(("REPLACED IN VLLM", "STATE", "FOR: PROVIDER, AND WHY NOT"), rows, width))
     if plan.left_out:
         parts.append(f"NOT LOADED: {plan.left_out}; add it to the variable")
     return "\n\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
