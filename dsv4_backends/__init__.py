@@ -24,12 +24,14 @@ _HOMES = {
     "Tier": "selection.provider",
     "Limits": "runtime.serving",
     "UnsupportedError": "errors",
+    "check": "runtime.check",
     "hookimpl": "selection.hookspecs",
     "reset": "runtime.bind",
     "resolution": "runtime.bind",
     "stats": "runtime.bind",
     "step": "runtime.steps",
     "use_providers": "selection.policy",
+    "verify": "testing.verify",
     "warmup": "runtime.ahead",
     "workspace_bytes": "runtime.ahead",
 }
@@ -40,11 +42,13 @@ if TYPE_CHECKING:
     from .errors import ContractError, DSV4Error, NoProviderError, PluginError, PolicyError, UnsupportedError
     from .runtime.ahead import warmup, workspace_bytes
     from .runtime.bind import reset, resolution, stats
+    from .runtime.check import check
     from .runtime.serving import Limits
     from .runtime.steps import step
     from .selection.hookspecs import hookimpl
     from .selection.policy import use_providers
     from .selection.provider import Build, Implementation, ProviderSpec, Reason, Tier
+    from .testing.verify import verify
 
 __all__ = [
     "CONTRACTS",
@@ -61,6 +65,7 @@ __all__ = [
     "Reason",
     "Tier",
     "UnsupportedError",
+    "check",
     "hookimpl",
     "ops",
     "reset",
@@ -68,6 +73,7 @@ __all__ = [
     "stats",
     "step",
     "use_providers",
+    "verify",
     "warmup",
     "workspace_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,13 +49,29 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PolicyError(f"{path}: {error}") from error
     if not isinstance(result, dict) or not {"rates", "rows", "device", "schema_version"} <= result.keys():
         raise PolicyError(f"{path}: expected what dsv4-backends bench --json writes")
     if result["schema_version"] != SCHEMA_VERSION:
         raise PolicyError(f"{path}: schema_version: expected {SCHEMA_VERSION}, got {result['schema_version']}")
     return result
+
+
+@contextlib.contextmanager
+def understood(*paths: str | Path) -> Iterator[None]:
+    """For what reads the rows of results: a file that lacks something is the file's fault.
+
+    Raises:
+        PolicyError: something is not there, or is of another kind.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise PolicyError(
+            f"{', '.join(map(str, paths))}: expected what dsv4-backends bench --json writes ({found})"
+        ) from error
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:

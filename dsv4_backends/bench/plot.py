@@ -10,20 +10,24 @@ from typing import Any
 from ..errors import PolicyError
 from .results import memory_gbps, timed
 
+SUFFIXES = (".svg", ".png", ".pdf")
 COLOURS = ("#0b6e99", "#d1672b", "#4c8c3b", "#8a4fa3", "#6b6b6b")
 MARKERS = ("o", "s", "^", "D", "v")
 
 
-def require() -> None:
+def require(path: str | Path) -> None:
     """Find out before an hour of measuring that there is nothing to draw with.
 
     Raises:
-        PolicyError: matplotlib is not installed.
+        PolicyError: matplotlib does not import, or the suffix is not one of a format.
     """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise PolicyError(f"a plot is a file that ends with {', '.join(SUFFIXES)}, got {str(path)!r}")
     try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise PolicyError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
+        from matplotlib import pyplot  # noqa: F401
+    except Exception as error:  # built for another NumPy it raises whatever
+        found = f"{type(error).__name__}: {error}"
+        raise PolicyError(f"a plot needs matplotlib (pip install matplotlib): {found}") from error
 
 
 def plot(result: Mapping[str, Any], path: str | Path) -> None:
@@ -35,9 +39,9 @@ def plot(result: Mapping[str, Any], path: str | Path) -> None:
     still be won.
 
     Raises:
-        PolicyError: matplotlib is not installed, or no row has a time.
+        PolicyError: matplotlib is not installed, another suffix, or no row has a time.
     """
-    require()
+    require(path)
     import matplotlib
 
     matplotlib.use("agg")

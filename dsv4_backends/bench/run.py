@@ -57,7 +57,7 @@ def bench(
         scales: See ``shapes.rows``.
 
     Raises:
-        PolicyError: not an architecture.
+        PolicyError: not an architecture, or no such device.
         NoProviderError: a provider was named and cannot run any of the ops here.
         ValueError: not a model, or its heads do not divide by ``tp``.
     """
@@ -66,7 +66,7 @@ def bench(
     from ..testing import checks
     from .timing import Timer, rates
 
-    where = torch.device(device) if device else checks.default_device()
+    where = machine.torch_device(checks.default_device() if device is None else device)
     on_gpu = where.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(where)

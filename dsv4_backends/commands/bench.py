@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..bench.compare import Change, passed
@@ -14,7 +13,21 @@ from ..bench.shapes import SCALES
 from ..contract.names import OPS
 from ..errors import PolicyError
 from .render import SCHEMA_VERSION, table
-from .shared import FINDING, OK, AddCommand, known_providers, progress, show
+from .shared import (
+    FINDING,
+    OK,
+    USAGE,
+    AddCommand,
+    AnsweredInterrupt,
+    known_providers,
+    need_torch,
+    progress,
+    put,
+    require_writable,
+    show,
+    tell,
+    write,
+)
 
 
 def add(command: AddCommand) -> None:
@@ -38,7 +51,9 @@ def add(command: AddCommand) -> None:
     bench.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON there; without FILE print it, not the text"
     )
-    bench.add_argument("--torch-device", metavar="DEVICE", help="a torch device (default: the first GPU, else the CPU)")
+    bench.add_argument(
+        "--torch-device", metavar="DEVICE", help="a torch device (default: the first GPU, else the CPU)"
+    )
     bench.add_argument(
         "--also-as",
         action="append",
@@ -68,16 +83,31 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    need_torch()
     from ..bench import plot, results
     from ..bench import run as runner
 
-    if args.plot:
-        plot.require()
+    file = args.json if args.json != "-" else None
+    if file is not None:
+        require_writable("--json", file)
+    if args.plot is not None:
+        require_plot("--plot", args.plot)
     known_providers(args.provider)
+    kept: dict[str, Any] = {}
+    trouble: dict[str, str] = {}  # by option
 
     def save(result: dict[str, Any]) -> None:
-        if args.json not in (None, "-"):
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        kept.update(result)
+        if file is not None:
+            try:
+                write("--json", file, json.dumps(result, indent=1) + "\n")
+                trouble.pop("--json", None)
+            except PolicyError as error:  # what is measured is not thrown away for it
+                trouble["--json"] = str(error)
+
+    def answer(result: dict[str, Any]) -> None:
+        progress("")
+        put(json.dumps(result, indent=1) if args.json == "-" else text(result))
 
     try:
         result = runner.bench(
@@ -91,29 +121,63 @@ def run(args: argparse.Namespace) -> int:
             args.also_as,
             args.scales,
         )
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+        answer(kept)
+        raise AnsweredInterrupt from None
     except (OSError, ValueError) as error:
+        if isinstance(error, PolicyError):
+            raise
         raise PolicyError(f"bench: {error}") from error
     finally:
         progress("")
-    print(json.dumps(result, indent=1) if args.json == "-" else text(result))
-    if args.plot:
-        plot.plot(result, args.plot)
+    answer(result)
+    if args.plot is not None:
+        try:
+            plot.plot(result, args.plot)
+        except (PolicyError, OSError) as error:
+            trouble["--plot"] = f"--plot: {error}"
+    for words in trouble.values():
+        tell(f"dsv4-backends: {words}\n")
+    if trouble:
+        return USAGE
     return FINDING if results.failed(result) else OK
+
+
+def require_plot(option: str, file: str) -> None:
+    """Find out before measuring that nothing can be drawn.
+
+    Raises:
+        PolicyError: no matplotlib, another suffix than those that it draws, or a file that cannot be written.
+    """
+    from ..bench import plot
+
+    plot.require(file)
+    require_writable(option, file)
 
 
 def run_compare(args: argparse.Namespace) -> int:
     from ..bench import compare
 
     before, after = compare.read(args.before), compare.read(args.after)
-    changes = compare.compare(before, after)
-    show(args, lambda: compare_json(before, after, changes), lambda: compare_text(before, after, changes))
+    with compare.understood(args.before, args.after):
+        changes = compare.compare(before, after)
+        shown = compare_json(before, after, changes), compare_text(before, after, changes)
+    show(args, lambda: shown[0], lambda: shown[1])
     return OK if compare.passed(changes) else FINDING
 
 
 def run_plot(args: argparse.Namespace) -> int:
     from ..bench import compare, plot
 
-    plot.plot(compare.read(args.result), args.file)
+    result = compare.read(args.result)
+    require_plot("FILE", args.file)
+    try:
+        with compare.understood(args.result):
+            plot.plot(result, args.file)
+    except OSError as error:
+        raise PolicyError(f"FILE: {error}") from error
     return OK
 
 

@@ -1,31 +1,57 @@
 """The command line. Plain text that survives a pipe, ``--json`` with a ``schema_version``.
 
-Exit codes: 0 fine, 1 a finding, 2 usage, 3 an internal error.
+An error that ends a command is a line on standard error, and with ``--json`` an object on standard output as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
+import json
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import DSV4Error, PolicyError
 from ..selection.policy import VARIABLES
 from . import bench, check, doctor, engine, explain, plugins, tune, verify, warmup
 from . import list as listing
-from .shared import EXIT_CODES, FINDING, INTERNAL, OK, USAGE
+from .render import SCHEMA_VERSION
+from .shared import (
+    EXIT_CODES,
+    FINDING,
+    INTERNAL,
+    INTERRUPTED,
+    OK,
+    USAGE,
+    AnsweredInterrupt,
+    CannotWrite,
+    need_torch,
+    put,
+    tell,
+)
 
 COMMANDS = (listing, explain, plugins, doctor, check, engine, verify, warmup, bench, tune)
+
+
+class _Usage(Exception):
+    """The arguments cannot be parsed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _Usage(f"{self.format_usage()}{self.prog}: error: {message}")
 
 
 def parser() -> argparse.ArgumentParser:
     width = max(map(len, VARIABLES))
     variables = "\n".join(f"  {name:{width}}  {meaning}" for name, meaning in VARIABLES.items())
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="dsv4-backends",
         description="DeepSeek V4's hot ops: who serves them on this machine, and why.",
         epilog=f"environment:\n{variables}\n\nexit codes: {EXIT_CODES}",
@@ -49,28 +75,100 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    args = parser().parse_args(argv)
+    """Run the command line; returns the exit code.
+
+    Raises:
+        SystemExit: as argparse does, after ``--help`` and for arguments that cannot be parsed.
+    """
+    _prepare_streams()
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except CannotWrite as error:
+        tell(f"dsv4-backends: {error}\n")
+        return USAGE
+    except BrokenPipeError:  # the reader has gone (`list | head`)
+        return OK
+    finally:
+        _settle_streams()
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        args = parser().parse_args(argv)
+    except _Usage as error:
+        tell(f"{error}\n")
+        _put_error("--json" in argv, USAGE, "UsageError", str(error).rpartition("error: ")[2])
+        raise SystemExit(USAGE) from None
+    as_json = getattr(args, "json", None) in (True, "-")
     # torch says on its first tensor that there is no NumPy. Nothing here needs one.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         code: int = args.run(args)
-        sys.stdout.flush()
         return code
-    except PolicyError as error:
-        print(f"dsv4-backends: {error}", file=sys.stderr)
-        return USAGE
+    except (CannotWrite, BrokenPipeError):
+        raise
+    except KeyboardInterrupt as error:
+        tell("dsv4-backends: interrupted\n")
+        if not isinstance(error, AnsweredInterrupt):
+            _put_error(as_json, INTERRUPTED, "KeyboardInterrupt", "interrupted")
+        return INTERRUPTED
     except DSV4Error as error:
-        print(f"dsv4-backends: {error}", file=sys.stderr)
-        return FINDING
-    except BrokenPipeError:
-        # The reader has gone (`list | head`); without this Python complains once more while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except Exception:
-        traceback.print_exc()
-        print("dsv4-backends: this is a bug in dsv4-backends; please report the lines above", file=sys.stderr)
+        return _fail(error, as_json)
+    except Exception as error:
+        if isinstance(error, ImportError | OSError) and "torch" not in sys.modules:
+            try:
+                need_torch()
+            except DSV4Error as reason:
+                return _fail(reason, as_json)
+        tell(f"{traceback.format_exc()}dsv4-backends: this is a bug in dsv4-backends; please report the lines above\n")
+        _put_error(as_json, INTERNAL, type(error).__name__, str(error))
         return INTERNAL
+
+
+def _fail(error: DSV4Error, as_json: bool) -> int:
+    code = USAGE if isinstance(error, PolicyError) else FINDING
+    tell(f"dsv4-backends: {error}\n")
+    _put_error(as_json, code, type(error).__name__, str(error))
+    return code
+
+
+def _put_error(as_json: bool, code: int, kind: str, message: str) -> None:
+    if as_json:
+        error = {"type": kind, "message": message, "exit_code": code}
+        put(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}, indent=2))
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """For an encoding without a character: ``us`` for microseconds, else an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].replace("\N{MICRO SIGN}", "u")
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+def _prepare_streams() -> None:
+    """Streams that the caller closed swallow what they get; those of a poor encoding get what they can."""
+    codecs.register_error("dsv4_backends", _plain)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="dsv4_backends")
+        elif stream is None:
+            sink = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.fstat(number)
+            except OSError:  # else a file that is opened later would get what C code prints
+                os.dup2(sink, number)
+            setattr(sys, name, open(sink, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def _settle_streams() -> None:
+    """Write what waits; what cannot be written is dropped, else Python complains once more while it shuts down."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import PolicyError
@@ -17,7 +16,7 @@ from ..selection.machine import Machine, rocm
 from ..selection.provider import Tier
 from ..selection.resolve import Candidate, Resolution
 from ..selection.survey import Survey, survey
-from .render import SCHEMA_VERSION, table, terminal_width, versions
+from .render import SCHEMA_VERSION, home_relative, table, terminal_width, versions
 from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 
@@ -165,17 +164,15 @@ def doctor(surveyed: Survey, problem: PolicyError | None, device: str | None = N
 
 
 def text(findings: Sequence[Finding], width: int = 0) -> str:
-    home = str(Path.home())
     bad = sum(not f.ok for f in findings)
     rows = [("ok" if f.ok else "FINDING", f.check, f.message) for f in findings]
     end = f"{bad} finding{'s' * (bad != 1)}" if bad else "nothing found"
-    return (table(("", "CHECK", ""), rows, width) + "\n\n" + end).replace(home, "~")
+    return home_relative(table(("", "CHECK", ""), rows, width) + "\n\n" + end)
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    home = str(Path.home())
     return {
         "schema_version": SCHEMA_VERSION,
-        "findings": [{"check": f.check, "ok": f.ok, "message": f.message.replace(home, "~")} for f in findings],
+        "findings": [{"check": f.check, "ok": f.ok, "message": home_relative(f.message)} for f in findings],
         "ok": all(f.ok for f in findings),
     }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
@@ -95,6 +97,17 @@ def hinted(reason: Reason, selected: Candidate | None) -> str:
     if reason.hint or selected is None or reason.code not in ("capability", "device-type"):
         return str(reason)
     return f"{reason.message}; {selected.name} serves it"
+
+
+def home_relative(text: str) -> str:
+    """The text with ``~`` for the user's home folder, to be pasted into a report."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME, and a user without an entry
+        return text
+    if not home.is_absolute() or home == home.parent:
+        return text
+    return re.sub(rf"(?<![\w./-]){re.escape(str(home))}(?![\w.-])", "~", text)
 
 
 def versions(machine: Machine) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..selection import preferences
 from . import render
-from .shared import OK, AddCommand, show
+from .shared import OK, AddCommand, require_writable, show, write
 
 
 def add(command: AddCommand) -> None:
@@ -22,9 +21,13 @@ def add(command: AddCommand) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..bench import compare, tune
 
-    table = tune.tune([compare.read(path) for path in args.results])
-    if args.output:
-        Path(args.output).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if args.output is not None:
+        require_writable("--output", args.output)
+    read = [compare.read(path) for path in args.results]
+    with compare.understood(*args.results):
+        table = tune.tune(read)
+    if args.output is not None:
+        write("--output", args.output, json.dumps(table, indent=1) + "\n")
     show(args, lambda: table, lambda: text(table))
     return OK
 

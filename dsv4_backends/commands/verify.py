@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,13 @@ from ..contract.op import LEVELS
 from ..selection import machine
 from ..selection.machine import Machine
 from .render import SCHEMA_VERSION, table
-from .shared import FINDING, OK, AddCommand, known_providers, progress, show
+from .shared import FINDING, OK, AddCommand, AnsweredInterrupt, need_torch, progress, show
 
 if TYPE_CHECKING:
     from ..testing.verify import Row
+
+LOG_SECONDS = 5.0
+"""In a log, a line for the first case of an op, and later ones this far apart."""
 
 
 def add(command: AddCommand) -> None:
@@ -36,19 +40,36 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..testing.verify import passed, verify
+    need_torch()
+    from ..testing.verify import Interrupted, verify
 
-    known_providers(args.provider)
-    # A line per op is enough for a log.
-    rows = verify(
-        args.op or OPS, args.provider, args.level, args.torch_device, lambda line: progress(line, log=" 1/" in line)
-    )
-    progress("")
-    show(args, lambda: as_json(rows, args.level, machine.probe(), passed(rows)), lambda: text(rows))
-    return OK if rows and passed(rows) else FINDING
+    logged = -LOG_SECONDS
+
+    def running(line: str) -> None:
+        nonlocal logged
+        now = time.monotonic()
+        log = " 1/" in line or now - logged >= LOG_SECONDS
+        logged = now if log else logged
+        progress(line, log=log)
+
+    def answer(rows: Sequence[Row], interrupted: bool) -> None:
+        progress("")
+        show(args, lambda: as_json(rows, args.level, machine.probe(), interrupted), lambda: text(rows, interrupted))
+
+    try:
+        rows = verify(
+            args.op or OPS, providers=args.provider, level=args.level, device=args.torch_device, progress=running
+        )
+    except Interrupted as stopped:
+        answer(stopped.rows, True)
+        raise AnsweredInterrupt from stopped
+    finally:
+        progress("")
+    answer(rows, False)
+    return OK if rows and all(row.ok for row in rows) else FINDING
 
 
-def text(rows: Sequence[Row]) -> str:
+def text(rows: Sequence[Row], interrupted: bool = False) -> str:
     """Errors against tolerances: a share of 1 is the limit."""
     lines = []
     for row in rows:
@@ -71,14 +92,17 @@ def text(rows: Sequence[Row]) -> str:
     parts = [table(("OP", "PROVIDER", "PASSED", "RESULT", "SHARE OF TOLERANCE", "CALC_DIFF", "WORST CASE"), lines)]
     failures = [f"FAILED {row.op} {row.provider}: {failure}" for row in rows for failure in row.failures]
     empty = [f"FAILED {row.op} {row.provider}: refused every case" for row in rows if row.cases == 0]
-    return "\n".join([*parts, "", *failures, *empty, "failed" if failures or empty else "all passed"])
+    verdict = "failed" if failures or empty else "all passed"
+    verdict = f"interrupted: not all cases ran{', and some failed' * bool(failures)}" if interrupted else verdict
+    return "\n".join([*parts, "", *failures, *empty, verdict])
 
 
-def as_json(rows: Sequence[Row], level: str, machine: Machine, all_passed: bool) -> dict[str, Any]:
+def as_json(rows: Sequence[Row], level: str, machine: Machine, interrupted: bool = False) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         **provenance(" ".join(["dsv4-backends", *sys.argv[1:]]), machine),
         "level": level,
-        "ok": all_passed,
+        "ok": bool(rows) and not interrupted and all(row.ok for row in rows),
+        "interrupted": interrupted,
         "rows": [asdict(row) for row in rows],
     }

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from ..contract.names import OPS
 from ..errors import PolicyError
 from .render import SCHEMA_VERSION, table
-from .shared import OK, AddCommand, show
+from .shared import OK, AddCommand, need_torch, show, tell
 
 
 def add(command: AddCommand) -> None:
@@ -38,7 +37,6 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..contract import config
-    from ..runtime import ahead
     from ..runtime.serving import Limits
 
     try:
@@ -48,11 +46,16 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise PolicyError(f"warmup: {error}") from error
 
-    def progress(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+    need_torch()
+    from ..runtime import ahead
 
     ready = ahead.warmup(
-        model, tp=args.tp, limits=limits, device=args.torch_device, ops=args.op or OPS, progress=progress
+        model,
+        tp=args.tp,
+        limits=limits,
+        device=args.torch_device,
+        ops=args.op or OPS,
+        progress=lambda line: tell(f"{line}\n"),
     )
     rows = [(op, provider, str(count)) for op, made in ready.items() for provider, count in made.items()]
     show(

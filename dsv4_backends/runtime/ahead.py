@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from ..contract import CONTRACTS
 from ..contract.config import from_config
 from ..contract.models import Model
-from ..selection import machine
+from ..errors import PolicyError
+from ..selection import machine, policy
 from . import bind
 from .serving import Limits, calls
 
@@ -28,12 +29,13 @@ def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> in
         Bytes, or None where the provider that would serve does not tell.
 
     Raises:
+        PolicyError: an unknown op, or no such device.
         ContractError: an argument breaks the contract.
         NoProviderError: nobody would serve the call.
     """
+    contract, where = CONTRACTS[policy.known_op(op)], machine.torch_device(device)
     without_storage = {k: _without_storage(v) for k, v in arguments.items()}
-    CONTRACTS[op].check(**without_storage)
-    where = torch.empty(0, device=device).device
+    contract.check(**without_storage)
     bound = bind.serving(op, where, without_storage)
     target = bound.implementation.workspace
     return None if target is None else int(bind.load_target(target)(op, without_storage, where))
@@ -46,7 +48,7 @@ def _without_storage(value: Any) -> Any:
 
 
 def warmup(
-    model: str | Path | Model,
+    model: str | Path | Mapping[str, Any] | Model,
     *,
     tp: int = 1,
     limits: Limits | None = None,
@@ -60,7 +62,7 @@ def warmup(
     provider's own cache on disk, so that the next process only loads it.
 
     Args:
-        model: ``"flash"``, ``"pro"``, a ``config.json`` or its folder, or a ``contract.models.Model``.
+        model: ``"flash"``, ``"pro"``, a ``config.json``, its folder or its contents, or a ``contract.models.Model``.
         tp: Tensor parallel size.
         limits: How far the server goes; default: ``serving.Limits()``.
         device: Default: the current GPU, or the CPU.
@@ -71,17 +73,24 @@ def warmup(
         By op, the kernels that each provider made ready. A provider that compiles nothing ahead is there with 0.
 
     Raises:
-        ValueError: not a model, or its heads do not divide by ``tp``.
+        ValueError: not a model, or its heads do not divide by ``tp``. ``PolicyError``, which is one: an unknown op, no
+            such device, or an argument of another kind.
+        OSError: the model's configuration cannot be read.
         NoProviderError: a call within the limits would find no provider.
     """
+    wanted_ops = [policy.known_op(op) for op in policy.names("ops", ops)]
+    if not isinstance(tp, int) or isinstance(tp, bool):
+        raise PolicyError(f"tp: expected an int, got {tp!r}")
+    if limits is not None and not isinstance(limits, Limits):
+        raise PolicyError(f"limits: expected dsv4_backends.Limits, got {limits!r}")
+    if not isinstance(model, str | Path | Mapping | Model):
+        raise PolicyError(f"model: expected flash, pro, a path, or a Model, got {model!r}")
     rank = (model if isinstance(model, Model) else from_config(model)).rank(tp)
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    where = torch.empty(0, device=device).device
+    where = machine.torch_device(device)
     here = machine.device_of(where).capability
     packed = here is not None and here.major >= 10
     ready: dict[str, dict[str, int]] = {}
-    for op in ops:
+    for op in wanted_ops:
         if progress is not None:
             progress(f"warming up {op}")
         wanted = calls(op, rank, limits or Limits(), packed_scales=packed)

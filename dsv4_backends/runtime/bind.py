@@ -14,7 +14,7 @@ import torch
 
 from ..contract import CONTRACTS, OpContract
 from ..contract.values import checking
-from ..errors import NoProviderError, PolicyError
+from ..errors import NoProviderError
 from ..selection import builds, machine, plugins, policy
 from ..selection import preferences as measured
 from ..selection.libraries import words
@@ -256,8 +256,11 @@ class Bindings:
         self.installed = machine.Installed()
         self.chains: dict[tuple[str, torch.device], Chain] = {}
 
-    def resolve(self, op: str, where: machine.Device) -> Resolution:
-        return builds.choose(op, where, self.installed, self.plugins.providers, self.policy, absent=self.plugins.absent)
+    def resolve(
+        self, op: str, where: machine.Device, ask: Callable[[ProviderSpec], builds.Builds] | None = None
+    ) -> Resolution:
+        loaded = self.plugins
+        return builds.choose(op, where, self.installed, loaded.providers, self.policy, ask, loaded.absent)
 
     def bind(self, contract: OpContract, device: torch.device) -> Chain:
         with lock:
@@ -332,43 +335,58 @@ def resolution(op: str, device: torch.device | str | None = None) -> Resolution:
 
     Args:
         op: One of ``dsv4_backends.OPS``.
-        device: A torch device that exists; default: the first GPU (or the simulated one), else the CPU.
+        device: A torch device that exists, or a GPU to choose for as ``--device`` does, such as ``"sm_86"``;
+            default: the first GPU (or the simulated one), else the CPU.
+
+    Raises:
+        PolicyError: an unknown op, or no such device.
     """
-    if op not in CONTRACTS:
-        raise PolicyError(f"unknown op {op!r}. Known: {', '.join(CONTRACTS)}")
+    op = policy.known_op(op)
     bindings = current()
     if device is None:
         where = machine.probe().devices[0]
+    elif isinstance(device, str) and not _names_torch_device(device):
+        return bindings.resolve(op, machine.simulate(device).devices[0], builds.load_apart)
     else:
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if (chain := bindings.chains.get((op, device))) is not None:
+        exact = machine.torch_device(device)
+        if (chain := bindings.chains.get((op, exact))) is not None:
             return chain.resolution  # with what its imports met
-        where = machine.device_of(device)
+        where = machine.device_of(exact)
     return bindings.resolve(op, where)
+
+
+def _names_torch_device(text: str) -> bool:
+    try:
+        torch.device(text)
+    except RuntimeError:
+        return False
+    return True
 
 
 def resolution_under(wishes: policy.Policy, op: str, device: torch.device) -> Resolution:
     """What ``resolution`` would be under these wishes and no others; for tools."""
-    return Bindings(wishes).resolve(op, machine.device_of(device))
+    return Bindings(wishes).resolve(policy.known_op(op), machine.device_of(device))
 
 
 def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[..., Any]]:
     """The provider's name and the function that a call of ``op`` on ``device`` would reach, bound on the way.
 
+    Raises:
+        PolicyError: an unknown op, or no such device.
+        NoProviderError: nobody serves it.
+
     For those who have checked their arguments and want the last microsecond, and for tools. Vectors have to be
     contiguous then, numbers Python's, and nothing may require grad. A function that refuses some shapes is returned all
     the same; where measurements choose by shape, it is the one that `list` names.
     """
-    chain = current().bind(CONTRACTS[op], torch.empty(0, device=device).device)
+    chain = current().bind(CONTRACTS[policy.known_op(op)], machine.torch_device(device))
     _, bound = chain.general
     return bound.provider, bound.function
 
 
 def serving(op: str, device: torch.device, arguments: dict[str, Any]) -> Bound:
     """Whom a call with these arguments (tensors perhaps on the meta device) would reach on ``device``."""
-    contract = CONTRACTS[op]
+    contract = CONTRACTS[policy.known_op(op)]
     chain = current().bind(contract, device)
     return chain.head or chain.first((), arguments)
 
@@ -381,22 +399,25 @@ def who_serves(op: str, arguments: Mapping[str, Any]) -> str:
         arguments: By name, as the contract wants them.
 
     Raises:
+        PolicyError: an unknown op.
         ContractError: an argument breaks the contract.
         NoProviderError: nobody serves it.
     """
-    return serving(op, CONTRACTS[op].check(**arguments), dict(arguments)).provider
+    return serving(op, CONTRACTS[policy.known_op(op)].check(**arguments), dict(arguments)).provider
 
 
 def load_implementation(op: str, target: str) -> Callable[..., Any]:
     """Import one ``package.module:function`` and check its signature; for ``verify`` and the conformance suite.
 
     Raises:
+        PolicyError: an unknown op.
         NoProviderError: the import failed or the signature is not the contract's.
     """
+    contract = CONTRACTS[policy.known_op(op)]
     try:
         function = load_target(target)
     except (Exception, SystemExit) as error:
         raise NoProviderError(_import_failed(target, error)) from error
-    if (mismatch := signature_mismatch(CONTRACTS[op], function)) is not None:
+    if (mismatch := signature_mismatch(contract, function)) is not None:
         raise NoProviderError(str(mismatch))
     return function

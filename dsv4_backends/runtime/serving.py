@@ -33,7 +33,7 @@ class Limits:
         heads: Heads of an attention call; 0: the rank's own. vLLM pads them to 64 or 128.
 
     Raises:
-        ValueError: a limit below 1 (``heads``: below 0).
+        ValueError: a limit that is no int, or below 1 (``heads``: below 0).
     """
 
     max_tokens: int = 8192
@@ -45,8 +45,9 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_requests", "max_context", "next_n", "heads"):
             least = int(name != "heads")
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -93,17 +93,19 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         return tuple(word.strip() for word in environ.get(PREFIX + key, "").split(",") if word.strip())
 
     engine(environ)
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for word in names("PIN"):
         op, equals, provider = (part.strip() for part in word.partition("="))
         if not equals or not op or not provider:
             raise PolicyError(f"{PREFIX}PIN: expected op=provider pairs, got {word!r}")
+        if (twice := dict(pairs).get(op)) is not None:
+            raise PolicyError(f"{PREFIX}PIN: {op} is pinned twice, to {twice} and to {provider}")
         pairs.append((op, provider))
     return Policy(
         order=names("ORDER"),
         allow=frozenset(names("ALLOW")) or None,
         deny=frozenset(names("DENY")),
-        pins=_pins(pairs),
+        pins=_pins(sorted(pairs, key=lambda pair: pair[0] != "*")),  # a named op's own pin counts, wherever it stands
         experimental=switch("EXPERIMENTAL", environ),
         measured=switch("MEASURED", environ, default=True),
         strict=switch("STRICT", environ),
@@ -162,19 +164,26 @@ def use_providers(
         order, allow, deny, experimental, batch_invariant: Replace the outer setting where given.
 
     Raises:
-        PolicyError: an unknown op or provider, with the known ones.
+        PolicyError: an unknown op or provider, with the known ones; or an argument of another kind.
 
     A block binds its ops anew on first use, so keep it around whole models rather than single calls.
     """
     from . import plugins
 
     base = _active.get() or from_environment()
+    if pins is not None and not isinstance(pins, str | Mapping):
+        raise PolicyError(f"pins: expected {{op: provider}} or one provider's name, got {pins!r}")
     pairs = [("*", pins)] if isinstance(pins, str) else list((pins or {}).items())
+    for op, provider in pairs:
+        if not isinstance(provider, str):
+            raise PolicyError(f"pins: {op}: expected a provider's name, got {provider!r}")
+    if experimental is not None and not isinstance(experimental, bool):
+        raise PolicyError(f"experimental: expected True or False, got {experimental!r}")
     policy = replace(
         base,
-        order=base.order if order is None else tuple(order),
-        allow=base.allow if allow is None else frozenset(allow),
-        deny=base.deny if deny is None else frozenset(deny),
+        order=base.order if order is None else names("order", order),
+        allow=base.allow if allow is None else frozenset(names("allow", allow)),
+        deny=base.deny if deny is None else frozenset(names("deny", deny)),
         pins=_pins([*base.pins.items(), *pairs]),
         experimental=base.experimental if experimental is None else experimental,
         batch_invariant=base.batch_invariant if batch_invariant is None else batch_invariant,
@@ -192,14 +201,36 @@ def _pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
     for op, provider in pairs:
         if op == "*":
             pins.update(dict.fromkeys(OPS, provider))
-        elif op in OPS:
-            pins[op] = provider
         else:
-            raise PolicyError(_unknown("op", op, OPS))
+            pins[known_op(op)] = provider
     return MappingProxyType(pins)
 
 
-def _unknown(kind: str, name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def known_op(name: object) -> str:
+    """The name of an op, wherever a caller gives one.
+
+    Raises:
+        PolicyError: it is none, with those that there are.
+    """
+    if not isinstance(name, str) or name not in OPS:
+        raise PolicyError(_unknown("op", name, OPS))
+    return name
+
+
+def names(argument: str, given: Iterable[str]) -> tuple[str, ...]:
+    """The names that a caller gives as a list. A bare string would be taken for a list of its letters.
+
+    Raises:
+        PolicyError: it is something else.
+    """
+    listed = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
+    found = tuple(given) if listed else ()
+    if not listed or not all(isinstance(name, str) for name in found):
+        raise PolicyError(f"{argument}: expected a list of names, got {given!r}")
+    return found
+
+
+def _unknown(kind: str, name: object, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
     guess = f", did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {name!r}{guess} Known: {', '.join(sorted(known))}"

@@ -31,6 +31,9 @@ class Candidate:
     warning: Reason | None = None
     build: Build | None = None
 
+    def __repr__(self) -> str:
+        return f"<Candidate {self.name}: {'; '.join(r.code for r in self.reasons) or 'can serve'}>"
+
     @property
     def name(self) -> str:
         return self.provider.name
@@ -139,6 +142,13 @@ class Resolution:
     """The user's."""
     absent: tuple[tuple[str, tuple[Reason, ...]], ...] = ()
     """Plugins that gave no provider, denied or broken, with the reasons: what they implement is not known."""
+
+    def __repr__(self) -> str:
+        verdicts = ", ".join(f"{c.name} {'can serve' if c.accepted else 'refused'}" for c in self.candidates)
+        return f"<Resolution of {self.op} on {self.device.name}: {verdicts or 'no provider'}>"
+
+    def __str__(self) -> str:
+        return self.explain()
 
     @property
     def accepted(self) -> tuple[Candidate, ...]:

@@ -43,7 +43,7 @@ def survey(device: str | None = None, problem: list[PolicyError] | None = None, 
     Raises:
         PolicyError: the settings or the device cannot be understood.
     """
-    here = machine.simulate(device) if device else machine.probe()
+    here = machine.simulate(device) if device is not None else machine.probe()
     try:
         wishes = policy.from_environment()
         loaded = plugins.load(wishes.deny, wishes.strict)

@@ -64,16 +64,15 @@ def subject(provider: str, op: str, device: torch.device | str, *, batch_invaria
         batch_invariant: In the batch-invariant mode; None: as the environment says.
 
     Raises:
+        PolicyError: an unknown op or provider, or no such device.
         NoProviderError: it would not, with all reasons.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    op, exact = policy.known_op(op), machine.torch_device(device)
     settings = policy.from_environment()
     loaded = plugins.load(settings.deny)
     mode = settings.batch_invariant if batch_invariant is None else batch_invariant
     wishes = policy.Policy(pins={op: provider}, batch_invariant=mode).validate(loaded.names)
-    where = machine.device_of(device)
+    where = machine.device_of(exact)
     resolution = builds.choose(op, where, Installed(), loaded.providers, wishes, builds.load, loaded.absent)
     served = resolution.serves().candidate
     if served is None:
@@ -81,13 +80,14 @@ def subject(provider: str, op: str, device: torch.device | str, *, batch_invaria
     chosen = served.implementation
     function = load_implementation(op, chosen.target)
     refuses = None if chosen.refuses is None else load_implementation(op, chosen.refuses)
-    return Subject(provider, CONTRACTS[op], chosen, function, refuses, device)
+    return Subject(provider, CONTRACTS[op], chosen, function, refuses, exact)
 
 
 def default_device() -> torch.device:
     """What ``DSV4_BACKENDS_TORCH_DEVICE`` names; without it the first GPU, or the CPU."""
     if named := os.environ.get("DSV4_BACKENDS_TORCH_DEVICE", "").strip():
-        return torch.device(named)
+        exact: torch.device = machine.torch_device(named)
+        return exact
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..contract import CONTRACTS
-from ..errors import NoProviderError
+from ..contract import CONTRACTS, LEVELS
+from ..errors import NoProviderError, PolicyError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -32,47 +35,72 @@ class Row:
     errors: dict[str, dict[str, Any]]
     seconds: float
 
+    @property
+    def ok(self) -> bool:
+        """Whether a case ran and none failed."""
+        return not self.failures and self.cases > 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while cases ran. ``rows`` has what they showed so far; the last one may lack cases."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        super().__init__("interrupted")
+        self.rows = list(rows)
+
 
 def verify(
-    ops: Sequence[str],
-    providers: Sequence[str],
-    level: str,
-    device: str | None,
-    progress: Callable[[str], None],
+    ops: Iterable[str] = tuple(CONTRACTS),
+    *,
+    providers: Iterable[str] = (),
+    level: str = "smoke",
+    device: torch.device | str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """Run every case of ``level`` for each op and provider.
+    """Run the contracts' cases here and compare every result with the definition in fp64.
 
     Args:
-        ops: Op names.
-        providers: Provider names; empty: whichever is selected for each op.
+        ops: Only these.
+        providers: These; empty: whichever is selected for each op.
         level: ``"smoke"``, ``"default"`` or ``"full"``.
-        device: A torch device; None: the first GPU, or the CPU.
-        progress: Gets a line of text now and then.
+        device: A torch device; default: the first GPU, or the CPU.
+        progress: Gets a line of text before each case.
+
+    Returns:
+        A row for each op and provider; ``Row.ok`` is its verdict.
 
     Raises:
+        PolicyError: an unknown op, provider or level, or no such device.
+        Interrupted: Ctrl-C; it is a ``KeyboardInterrupt`` with the rows so far.
         NoProviderError: a provider was named and cannot run an op that it implements, or implements none of ``ops``.
     """
-    import torch
-
     from ..runtime import bind
-    from ..selection import plugins, policy
+    from ..selection import machine, plugins, policy
     from . import checks
 
-    where = torch.device(device) if device else checks.default_device()
-    implemented = {
-        spec.name: {i.op for i in spec.implementations}
-        for spec in plugins.load(policy.from_environment().deny).providers
-    }
+    ops = [policy.known_op(op) for op in policy.names("ops", ops)]
+    providers = policy.names("providers", providers)
+    if level not in LEVELS:
+        raise PolicyError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    loaded = plugins.load(policy.from_environment().deny)
+    implemented = {spec.name: {i.op for i in spec.implementations} for spec in loaded.providers}
+    policy.Policy(order=providers).validate(implemented)
+    where = machine.torch_device(checks.default_device() if device is None else device)
     for name in providers:
         if not implemented[name] & set(ops):
             raise NoProviderError(f"nothing to verify: {name} implements none of {', '.join(ops)}")
-    rows = []
+    rows: list[Row] = []
     for op in ops:
         names = [name for name in providers if op in implemented[name]]
         if not providers:
             names = [bind.implementation(op, where)[0]]
         for name in names:
-            rows.append(_one(checks.subject(name, op, where), level, progress))
+            try:
+                rows.append(_one(checks.subject(name, op, where), level, progress or (lambda line: None)))
+            except Interrupted as error:
+                raise Interrupted([*rows, *error.rows]) from None
+            except KeyboardInterrupt:
+                raise Interrupted(rows) from None
     return rows
 
 
@@ -83,34 +111,38 @@ def _one(subject: Any, level: str, progress: Callable[[str], None]) -> Row:
     cases = contract.at_level(level)
     failures: list[str] = []
     worst: dict[str, dict[str, Any]] = {}
-    refused = 0
+    ran = refused = 0
     start = time.perf_counter()
-    for index, case in enumerate(cases, 1):
-        progress(f"{contract.name} {subject.provider} {index}/{len(cases)} {case.name}")
-        arguments = contract.inputs(case, subject.device)
-        if subject.refusal(arguments) is not None:
-            refused += 1
-            continue
-        try:
-            found = checks.errors(subject, case, arguments, subject.run(arguments))
-        except Exception as raised:  # a provider's failure on one case must not hide the other cases
-            failures.append(f"{case.name}: {type(raised).__name__}: {raised}")
-            continue
-        for result, error in found.items():
-            if not error.ok:
-                failures.append(f"{case.name}: {result}: {error.note or f'{error.ratio:.3g} times what is allowed'}")
-            if error.ratio >= worst.get(result, {}).get("share", -math.inf):
-                worst[result] = {"share": error.ratio, "calc_diff": error.calc_diff, "case": case.name}
-    return Row(
-        op=contract.name,
-        provider=subject.provider,
-        cases=len(cases) - refused,
-        refused=refused,
-        failures=tuple(failures),
-        errors=worst,
-        seconds=time.perf_counter() - start,
-    )
+
+    def row() -> Row:
+        seconds = time.perf_counter() - start
+        return Row(contract.name, subject.provider, ran, refused, tuple(failures), worst, seconds)
+
+    try:
+        for index, case in enumerate(cases, 1):
+            progress(f"{contract.name} {subject.provider} {index}/{len(cases)} {case.name}")
+            arguments = contract.inputs(case, subject.device)
+            if subject.refusal(arguments) is not None:
+                refused += 1
+                continue
+            try:
+                found = checks.errors(subject, case, arguments, subject.run(arguments))
+            except Exception as raised:  # a provider's failure on one case must not hide the other cases
+                ran += 1
+                failures.append(f"{case.name}: {type(raised).__name__}: {raised}")
+                continue
+            ran += 1
+            for result, error in found.items():
+                if not error.ok:
+                    failures.append(
+                        f"{case.name}: {result}: {error.note or f'{error.ratio:.3g} times what is allowed'}"
+                    )
+                if error.ratio >= worst.get(result, {}).get("share", -math.inf):
+                    worst[result] = {"share": error.ratio, "calc_diff": error.calc_diff, "case": case.name}
+    except KeyboardInterrupt:
+        raise Interrupted([row()] if ran or refused else []) from None
+    return row()
 
 
 def passed(rows: Sequence[Row]) -> bool:
-    return all(not row.failures and row.cases for row in rows)
+    return all(row.ok for row in rows)
