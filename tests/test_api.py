@@ -143,5 +143,5 @@ def test_warmups_arguments() -> None:
         with pytest.raises(ValueError, match=words):
             api.warmup(**{"model": "flash", "device": "cpu", **wrong})  # type: ignore[arg-type]
     for wrong_limit in ("8", 1.5, 0):
-        with pytest.raises(ValueError, match="max_tokens: expected an int of at least 1"):
+        with pytest.raises(ValueError, match="max_tokens: expected"):
             api.Limits(max_tokens=wrong_limit)  # type: ignore[arg-type]

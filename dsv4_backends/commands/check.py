@@ -14,7 +14,7 @@ from ..runtime.check import STEP_TOKENS, Check
 from ..runtime.check import check as judge
 from ..runtime.memory import Memory
 from .render import SCHEMA_VERSION, hinted, resolution_json, table, versions
-from .shared import DEVICE, FINDING, OK, AddCommand, positive, show
+from .shared import DEVICE, FINDING, OK, AddCommand, need_torch, positive, show
 
 WIDTH = 100
 """Columns of the text."""
@@ -65,6 +65,7 @@ def _size(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    need_torch()
     try:
         checks = judge(
             args.model,

@@ -46,8 +46,10 @@ class Limits:
         for name in ("max_tokens", "max_requests", "max_context", "next_n", "heads"):
             least = int(name != "heads")
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+            if not isinstance(value, int):
+                raise ValueError(f"{name}: expected an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def round_up(size: int, multiple: int) -> int:
