@@ -145,3 +145,16 @@ def test_warmups_arguments() -> None:
     for wrong_limit in ("8", 1.5, 0):
         with pytest.raises(ValueError, match="max_tokens: expected"):
             api.Limits(max_tokens=wrong_limit)  # type: ignore[arg-type]
+
+
+def test_check() -> None:
+    (found,) = api.check("flash", tp=4, device="sm_90")
+    assert found.ok
+    assert found.rank.tp == 4
+    for wrong, words in (
+        ({"tp": 3}, "cannot be divided over tensor parallel size 3"),
+        ({"device": "banana"}, "expected cpu or a GPU such as sm_86 or 8.6, got 'banana'"),
+        ({"device": ""}, "got ''"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            api.check("flash", **wrong)  # type: ignore[arg-type]

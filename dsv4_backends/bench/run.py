@@ -49,7 +49,7 @@ def bench(
         providers: Provider names; empty: all that can run here but the reference, which is slow; on a CPU all.
         models: See ``shapes.rows``.
         tp: Tensor parallel size.
-        device: A torch device; None: the first GPU, or the CPU.
+        device: A torch device; None: the current GPU, or the CPU.
         progress: Gets a line of text for each row.
         save: Gets the result so far after each row, so that a run that is cut off leaves what it has measured.
         also_as: Architectures such as ``sm_80``: providers are measured once more for each, by the code that they
@@ -63,10 +63,9 @@ def bench(
     """
     import torch
 
-    from ..testing import checks
     from .timing import Timer, rates
 
-    where = machine.torch_device(checks.default_device() if device is None else device)
+    where = machine.torch_device(device)
     on_gpu = where.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(where)

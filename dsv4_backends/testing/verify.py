@@ -63,7 +63,7 @@ def verify(
         ops: Only these.
         providers: These; empty: whichever is selected for each op.
         level: ``"smoke"``, ``"default"`` or ``"full"``.
-        device: A torch device; default: the first GPU, or the CPU.
+        device: A torch device; default: the current GPU, or the CPU.
         progress: Gets a line of text before each case.
 
     Returns:
@@ -85,7 +85,7 @@ def verify(
     loaded = plugins.load(policy.from_environment().deny)
     implemented = {spec.name: {i.op for i in spec.implementations} for spec in loaded.providers}
     policy.Policy(order=providers).validate(implemented)
-    where = machine.torch_device(checks.default_device() if device is None else device)
+    where = machine.torch_device(device)
     for name in providers:
         if not implemented[name] & set(ops):
             raise NoProviderError(f"nothing to verify: {name} implements none of {', '.join(ops)}")
