@@ -71,6 +71,7 @@ def test_a_device_that_is_not_here(name: str, device: Any) -> None:
         ({"deny": "triton"}, "deny: expected a list of names, got 'triton'"),
         ({"deny": {"triton": True}}, "deny: expected a list of names"),
         ({"experimental": "no"}, "experimental: expected True or False, got 'no'"),
+        ({"batch_invariant": 2}, "batch_invariant: expected True or False, got 2"),
         ({"order": ["tritn"]}, "unknown provider 'tritn', did you mean 'triton'"),
     ],
 )

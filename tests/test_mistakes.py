@@ -15,6 +15,7 @@ import pytest
 import torch
 from bench_results import result_of, row_of
 
+from dsv4_backends import __main__ as entry
 from dsv4_backends.bench import run as runner
 from dsv4_backends.commands import cli, render, shared
 from dsv4_backends.commands import doctor as doctor_command
@@ -400,3 +401,16 @@ def test_a_log_shows_that_cases_run(capsys: pytest.CaptureFixture[str], monkeypa
 
 def test_exit_codes_are_all_told() -> None:
     assert all(f"{code} " in shared.EXIT_CODES for code in (0, 1, 2, 3, shared.INTERRUPTED))
+
+
+def test_interrupted_while_it_is_imported(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "dsv4_backends.commands.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "dsv4_backends.commands.cli")
+    monkeypatch.delattr("dsv4_backends.commands.cli")
+    monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
+    assert entry.main() == 130
+    assert capsys.readouterr().err == "dsv4-backends: interrupted\n"

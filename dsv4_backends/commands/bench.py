@@ -51,9 +51,7 @@ def add(command: AddCommand) -> None:
     bench.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON there; without FILE print it, not the text"
     )
-    bench.add_argument(
-        "--torch-device", metavar="DEVICE", help="a torch device (default: the first GPU, else the CPU)"
-    )
+    bench.add_argument("--torch-device", metavar="DEVICE", help="a torch device (default: the first GPU, else the CPU)")
     bench.add_argument(
         "--also-as",
         action="append",

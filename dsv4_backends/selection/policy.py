@@ -177,8 +177,9 @@ def use_providers(
     for op, provider in pairs:
         if not isinstance(provider, str):
             raise PolicyError(f"pins: {op}: expected a provider's name, got {provider!r}")
-    if experimental is not None and not isinstance(experimental, bool):
-        raise PolicyError(f"experimental: expected True or False, got {experimental!r}")
+    for name, switched in (("experimental", experimental), ("batch_invariant", batch_invariant)):
+        if switched is not None and not isinstance(switched, bool):
+            raise PolicyError(f"{name}: expected True or False, got {switched!r}")
     policy = replace(
         base,
         order=base.order if order is None else names("order", order),
