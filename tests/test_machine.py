@@ -163,6 +163,8 @@ def test_an_amd_gpu_is_not_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for setting in ("", "sm_90"):
         monkeypatch.setenv("DSV4_BACKENDS_DEVICE", setting)
         device = machine.device_of(torch.device("cuda", 0))

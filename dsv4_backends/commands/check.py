@@ -13,7 +13,8 @@ from ..errors import PolicyError
 from ..runtime.check import STEP_TOKENS, Check
 from ..runtime.check import check as judge
 from ..runtime.memory import Memory
-from .render import SCHEMA_VERSION, hinted, resolution_json, table, versions
+from ..selection.told import hinted
+from .render import SCHEMA_VERSION, resolution_json, table, versions
 from .shared import DEVICE, FINDING, OK, AddCommand, need_torch, positive, show
 
 WIDTH = 100

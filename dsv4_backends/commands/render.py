@@ -92,13 +92,6 @@ def resolution_json(resolution: Resolution) -> dict[str, Any]:
     }
 
 
-def hinted(reason: Reason, selected: Candidate | None) -> str:
-    """A reason in words, with who serves the op instead where the reason itself knows no next step."""
-    if reason.hint or selected is None or reason.code not in ("capability", "device-type"):
-        return str(reason)
-    return f"{reason.message}; {selected.name} serves it"
-
-
 def home_relative(text: str) -> str:
     """The text with ``~`` for the user's home folder, to be pasted into a report."""
     try:

@@ -148,7 +148,10 @@ class Resolution:
         return f"<Resolution of {self.op} on {self.device.name}: {verdicts or 'no provider'}>"
 
     def __str__(self) -> str:
-        return self.explain()
+        """What the command ``explain`` prints."""
+        from .told import told  # it asks the providers' probes, which the choice itself does not
+
+        return told(self)
 
     @property
     def accepted(self) -> tuple[Candidate, ...]:
