@@ -22,7 +22,8 @@ class PolicyError(DSV4Error, ValueError):
 
 
 class PluginError(DSV4Error, RuntimeError):
-    """A plugin is broken and ``DSV4_BACKENDS_STRICT=1`` asked for that to be an error."""
+    """A plugin is broken and ``DSV4_BACKENDS_STRICT=1`` asked for that to be an error, or nothing can stand in for what
+    it was asked: its ``warmup`` or ``workspace`` did not return a number."""
 
 
 class CacheError(DSV4Error, RuntimeError):

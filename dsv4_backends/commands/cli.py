@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import DSV4Error, PolicyError
+from ..selection.foreign import as_command
 from ..selection.policy import VARIABLES
 from . import bench, check, doctor, engine, explain, plugins, tune, verify, warmup
 from . import list as listing
@@ -103,7 +104,8 @@ def _run(argv: Sequence[str]) -> int:
     # torch says on its first tensor that there is no NumPy. Nothing here needs one.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
-        code: int = args.run(args)
+        with as_command():
+            code: int = args.run(args)
         return code
     except (CannotWrite, BrokenPipeError):
         raise

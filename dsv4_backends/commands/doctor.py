@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 from ..errors import PolicyError
 from ..selection import builds, policy
+from ..selection.foreign import words
 from ..selection.machine import Machine, rocm
 from ..selection.provider import Tier
 from ..selection.resolve import Candidate, Resolution
@@ -43,8 +45,10 @@ class Finding:
 def _torch_findings(machine: Machine) -> list[Finding]:
     try:
         torch = importlib.import_module("torch")
-    except Exception as error:
-        return [Finding("torch", False, f"import torch raised {type(error).__name__}: {error}")]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return [Finding("torch", False, f"import torch raised {words(error)}")]
     hip = rocm()
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm (HIP {hip})" if hip else "CPU only"
     found = [Finding("torch", True, f"torch {torch.__version__}, built for {built}")]
@@ -143,11 +147,14 @@ def doctor(surveyed: Survey, problem: PolicyError | None, device: str | None = N
         Finding("python", True, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("version", True, versions(machine)),
     ]
-    names = sorted(name for name in os.environ if name.startswith(policy.PREFIX))
+    names = sorted({n for n in os.environ if n.startswith(policy.PREFIX)} - set(policy.of_a_service(os.environ)))
     if problem is not None:
         found.append(Finding("settings", False, str(problem)))
     else:
         found.append(Finding("settings", True, ", ".join(f"{n}={os.environ[n]}" for n in names) or "no variables set"))
+    if ignored := policy.of_a_service(os.environ):
+        message = f"ignored, set by Kubernetes for a service named dsv4-backends: {', '.join(ignored)}"
+        found.append(Finding("settings", True, message))
     gpus = ", ".join(device.label for device in machine.devices if device.type == "cuda")
     # A machine without the driver's library is a CPU machine; a driver that refuses is a fault.
     note = f" ({machine.note})" if machine.note else ""

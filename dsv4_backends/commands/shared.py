@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import DSV4Error, PolicyError
+from ..selection.foreign import answering
 
 OK, FINDING, USAGE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = "0 fine, 1 a finding, 2 usage, 3 an internal error, 130 interrupted"
@@ -57,7 +58,8 @@ def put(text: str) -> None:
         CannotWrite: standard output does not take it.
     """
     try:
-        print(text, flush=True)
+        with answering():
+            print(text, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

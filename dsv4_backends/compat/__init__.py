@@ -17,18 +17,17 @@ import importlib.machinery
 import importlib.util
 import logging
 import sys
-import threading
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any, cast
 
 from .. import __version__ as _version
 from ..errors import UnsupportedError
+from ..locks import natives as _lock
 
 LIBRARIES = ("deep_gemm", "flash_mla")
 
 _log = logging.getLogger("dsv4_backends")
-_lock = threading.RLock()
 _FRONTS = {
     "deep_gemm": "deep_gemm",
     "flash_mla": "flash_mla",

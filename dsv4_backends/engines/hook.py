@@ -10,14 +10,14 @@ import importlib.abc
 import importlib.machinery
 import logging
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
+
+from ..locks import imports as _lock
 
 Callback = Callable[[ModuleType], None]
 
 _log = logging.getLogger("dsv4_backends")
-_lock = threading.RLock()
 _waiting: dict[str, list[Callback]] = {}
 
 

@@ -11,8 +11,9 @@ import torch
 from ..contract import CONTRACTS
 from ..contract.config import from_config
 from ..contract.models import Model
-from ..errors import PolicyError
+from ..errors import PluginError, PolicyError
 from ..selection import machine, policy
+from ..selection.foreign import shown
 from . import bind
 from .serving import Limits, calls
 
@@ -38,7 +39,19 @@ def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> in
     contract.check(**without_storage)
     bound = bind.serving(op, where, without_storage)
     target = bound.implementation.workspace
-    return None if target is None else int(bind.load_target(target)(op, without_storage, where))
+    return None if target is None else _number(target, "bytes", op, without_storage, where)
+
+
+def _number(target: str, what: str, *args: Any) -> int:
+    """What a provider's function answers.
+
+    Raises:
+        PluginError: it is no number.
+    """
+    answer = bind.load_target(target)(*args)
+    if isinstance(answer, bool) or not isinstance(answer, int) or answer < 0:
+        raise PluginError(f"{target} returned {shown(answer)}, expected the number of {what}")
+    return answer
 
 
 def _without_storage(value: Any) -> Any:
@@ -104,5 +117,5 @@ def warmup(
         made = ready[op] = {}
         for bound, theirs in by_provider.items():
             target = bound.implementation.warmup
-            made[bound.provider] = 0 if target is None else int(bind.load_target(target)(op, theirs, where))
+            made[bound.provider] = 0 if target is None else _number(target, "kernels", op, theirs, where)
     return ready

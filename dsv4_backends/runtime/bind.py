@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -15,14 +14,14 @@ import torch
 from ..contract import CONTRACTS, OpContract
 from ..contract.values import checking
 from ..errors import NoProviderError
+from ..locks import bindings as lock
 from ..selection import builds, machine, plugins, policy
 from ..selection import preferences as measured
-from ..selection.libraries import words
+from ..selection.foreign import run, shown, words
 from ..selection.provider import Implementation, ProviderSpec, Reason
 from ..selection.resolve import Candidate, Resolution, Served
 
 _log = logging.getLogger("dsv4_backends")
-lock = threading.RLock()
 
 
 class Bound:
@@ -39,6 +38,21 @@ class Bound:
     ) -> None:
         self.provider, self.implementation, self.function, self.refuses = provider, implementation, function, refuses
         self.calls = 0
+
+    def refusal(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reason | None:
+        """Why it does not take a call of these shapes. A ``refuses`` that is broken refuses."""
+        if self.refuses is None:
+            return None
+        target = self.implementation.refuses
+        try:
+            reason = self.refuses(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            return Reason("refuses-failed", f"{target} raised {words(error)}")
+        if reason is None or isinstance(reason, Reason):
+            return reason
+        return Reason("refuses-failed", f"{target} returned {shown(reason)}, expected a Reason or None")
 
 
 class Chain:
@@ -127,7 +141,7 @@ class Chain:
             served, bound = self.by_shape.get(shapes) or self.by_shapes(shapes)
         else:
             served, bound = self.general
-        reason = bound.refuses(*args, **kwargs) if bound.refuses is not None else None
+        reason = bound.refusal(args, kwargs)
         return bound if reason is None else self.after(served, bound, reason, args, kwargs)
 
     def after(
@@ -140,7 +154,7 @@ class Chain:
             if not candidate.accepted:
                 return candidate
             bound = self.by_implementation[id(candidate.implementation)]
-            reason = refused if bound is first else bound.refuses(*args, **kwargs) if bound.refuses else None
+            reason = refused if bound is first else bound.refusal(args, kwargs)
             if reason is None:
                 return candidate
             self.warn_once(candidate.name, reason)
@@ -182,10 +196,9 @@ def ask(
         return replace(candidate, reasons=bound)
     if arguments is None or bound.refuses is None:
         return candidate
-    try:
-        reason = bound.refuses(**arguments)
-    except Exception as error:  # a provider's code, which may want a GPU
-        message = f"could not be asked about these shapes: {words(error)}"
+    reason = bound.refusal((), arguments)
+    if reason is not None and reason.code == "refuses-failed":  # it may want a GPU
+        message = f"could not be asked about these shapes: {reason.message}"
         return replace(candidate, warning=Reason("shape-unknown", message))
     return candidate if reason is None else replace(candidate, reasons=(reason,))
 
@@ -209,9 +222,11 @@ def bind_candidate(
     if build is not None and build.reasons:
         return build.reasons
     try:
-        function = load_target(implementation.target)
-        refuses = load_target(implementation.refuses) if implementation.refuses else None
-    except (Exception, SystemExit) as error:
+        function = run(lambda: load_target(implementation.target))
+        refuses = run(lambda: load_target(cast("str", implementation.refuses))) if implementation.refuses else None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return (Reason("import-failed", _import_failed(implementation.target, error), candidate.provider.hint),)
     for loaded in filter(None, (function, refuses)):
         if (mismatch := signature_mismatch(contract, loaded)) is not None:
@@ -220,7 +235,7 @@ def bind_candidate(
 
 
 def _import_failed(target: str, error: BaseException) -> str:
-    return f"importing {target} raised {type(error).__name__}: {' '.join(str(error).split())}"
+    return f"importing {target} raised {words(error)}"
 
 
 def load_target(target: str) -> Callable[..., Any]:
@@ -311,7 +326,7 @@ def reset() -> None:
         _scoped.clear()
         for cached in fast_path.values():
             cached.clear()
-        plugins.load.cache_clear()
+        plugins.forget()
         builds.forget()
 
 
@@ -416,7 +431,9 @@ def load_implementation(op: str, target: str) -> Callable[..., Any]:
     contract = CONTRACTS[policy.known_op(op)]
     try:
         function = load_target(target)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise NoProviderError(_import_failed(target, error)) from error
     if (mismatch := signature_mismatch(contract, function)) is not None:
         raise NoProviderError(str(mismatch))

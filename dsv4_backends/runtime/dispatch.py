@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from .. import locks
 from ..contract import CONTRACTS, OpContract
 from ..contract.op import TensorArg, needs_no_grad, transformed
 from ..errors import ContractError
@@ -37,7 +38,7 @@ def define(function: _F) -> _F:
         chain = bindings.chains.get((contract.name, device)) or bindings.bind(contract, device)
         bound, key = (chain.choose(known, args, kwargs), known) if chain.head is None else (chain.head, where)
         if key is not None:
-            with bind.lock:
+            with locks.bindings:
                 if bind.is_default(bindings):  # neither of a block's policy, nor forgotten by `reset` meanwhile
                     bind.keep(heads, key, bound)
         return bound
@@ -74,7 +75,9 @@ def define(function: _F) -> _F:
     scope |= {"as_library_op": as_library_op, "is_compiling": torch.compiler.is_dynamo_compiling}
     by_library = f"return as_library_op({passed})"
     call = contract.checked_function((f"if is_compiling(): {by_library}",), dispatch, scope, by_library)
-    return cast("_F", functools.update_wrapper(call, function))
+    functools.update_wrapper(call, function)
+    call.__module__ = f"{__package__.rpartition('.')[0]}.ops"  # where pickle finds it
+    return cast("_F", call)
 
 
 def _e8m0_arguments(contract: OpContract) -> tuple[str, ...]:

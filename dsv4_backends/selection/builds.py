@@ -19,8 +19,9 @@ from functools import lru_cache
 from typing import Any
 
 from ..contract.names import OPS
+from ..locks import bindings
 from . import preferences as measured
-from .libraries import words
+from .foreign import run, shown, words
 from .machine import Device
 from .policy import Policy
 from .provider import Build, ProviderSpec, Reason
@@ -28,7 +29,8 @@ from .resolve import Candidate, Resolution, resolve
 
 Builds = Mapping[str, Build]
 
-_TIMEOUT = 300
+_TIMEOUT = 60
+"""Seconds for the import of a library in a child process: DeepGEMM and FlashMLA take 5 to 20, torch included."""
 _CHILD = f"from {__name__} import _child; _child()"
 
 
@@ -40,23 +42,36 @@ def _failed(message: str) -> Builds:
 @lru_cache(maxsize=32)
 def _probe(target: str, load: bool) -> Builds:
     module, _, name = target.partition(":")
+
+    def ask() -> Builds:
+        found = getattr(importlib.import_module(module), name)(load)
+        if not isinstance(found, Mapping):
+            return _failed(f"the probe {target} did not return a mapping of Build objects: {shown(found)}")
+        for op, build in found.items():
+            if type(build) is not Build or not isinstance(op, str):
+                return _failed(f"the probe {target} did not return Build objects, for {shown(op)} {shown(build)}")
+            Build.__post_init__(build)
+        return dict(found)
+
     try:
-        found: Builds = getattr(importlib.import_module(module), name)(load)
-        if all(isinstance(build, Build) for build in found.values()):
-            return dict(found)
-        return _failed(f"the probe {target} did not return Build objects")
-    except (Exception, SystemExit) as error:
+        # An import of the library has a process of its own where there is a limit.
+        return ask() if load else run(ask)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return _failed(f"the probe {target} raised {words(error)}")
 
 
 def look(provider: ProviderSpec) -> Builds:
     """What metadata and files say. Nothing of the library is imported."""
-    return _probe(provider.probe, False) if provider.probe else {}
+    with bindings:  # a fork waits, see plugins.load
+        return _probe(provider.probe, False) if provider.probe else {}
 
 
 def load(provider: ProviderSpec) -> Builds:
     """What an import of the library in this process says."""
-    return _probe(provider.probe, True) if provider.probe else {}
+    with bindings:
+        return _probe(provider.probe, True) if provider.probe else {}
 
 
 def load_apart(provider: ProviderSpec) -> Builds:
@@ -71,11 +86,13 @@ def notices(candidate: Candidate) -> tuple[Reason, ...]:
         return ()
     module, _, name = target.partition(":")
     try:
-        found = tuple(getattr(importlib.import_module(module), name)(candidate.implementation.op))
+        found = run(lambda: tuple(getattr(importlib.import_module(module), name)(candidate.implementation.op)))
         if all(isinstance(reason, Reason) for reason in found):
             return found
         message = f"{target} did not return Reason objects"
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         message = f"{target} raised {words(error)}"
     return (Reason("notices-failed", message),)
 
@@ -92,11 +109,17 @@ def _ask_child(target: str) -> Builds:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         child = subprocess.run(
-            [sys.executable, "-c", _CHILD, target], capture_output=True, text=True, timeout=_TIMEOUT, env=environment
+            [sys.executable, "-c", _CHILD, target],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",  # what a library prints need not be UTF-8
+            timeout=_TIMEOUT,
+            env=environment,
         )
     except subprocess.TimeoutExpired:
         return _failed(f"the library was not imported within {_TIMEOUT} s")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return _failed(f"no child process could be started: {words(error)}")
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -105,7 +128,7 @@ def _ask_child(target: str) -> Builds:
         return {op: Build(reasons=(Reason("library-load", message),)) for op in OPS}
     try:
         return {op: _from_json(build) for op, build in json.loads(child.stdout).items()}
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         return _failed(f"the child process answered nonsense: {words(error)}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from .foreign import words
 from .provider import Reason
 
 
@@ -40,7 +41,7 @@ def _folder(package: str) -> Path | None:
     """The files of a top-level package, which is not imported."""
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
+    except Exception:  # finders are other people's too
         return None
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     return Path(places[0]) if places else None
@@ -50,16 +51,11 @@ def _version(folder: Path) -> str:
     """What the files of a package say of its version, in words that begin with a space; empty if nothing."""
     for name, pattern in (("__init__.py", r"^__version__ = ['\"]([^'\"]+)"), ("VERSION", r"^\s*(\S+)")):
         path = folder / name
-        if path.is_file() and (match := re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)):
+        if path.is_file() and (
+            match := re.search(pattern, path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        ):
             return f" {match[1]}"
     return ""
-
-
-def words(error: BaseException) -> str:
-    """An error's type and text on one line, with its cause: loaders keep the linker's words there."""
-    cause = error.__cause__
-    told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return told if cause is None else f"{told} ({' '.join(str(cause).split())})"
 
 
 def find_library(module: str, distributions: Mapping[str, str], vendored: Mapping[str, str], hint: str) -> Library:
@@ -76,9 +72,13 @@ def find_library(module: str, distributions: Mapping[str, str], vendored: Mappin
     versions = {}
     for name in (*distributions, *vendored):
         try:
-            versions[name] = metadata.version(name)
+            found: str | None = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+        except Exception as error:
+            found = f"of a version that cannot be read ({words(error)})"
+        if found is not None:  # a folder without metadata
+            versions[name] = found
     owners = [name for name in distributions if name in versions]
     copies = {}
     for name, path in vendored.items():

@@ -26,6 +26,7 @@ from packaging.version import Version
 from ..contract.names import OPS
 from ..errors import PolicyError
 from . import capability as cc
+from .foreign import identity
 from .requirements import version_of
 
 _PROBE = """
@@ -105,7 +106,7 @@ class Installed(Mapping[str, str]):
         return version
 
     def __iter__(self) -> Iterator[str]:
-        return iter({dist.name for dist in metadata.distributions() if dist.name})
+        return iter({identity(distribution)[0] for distribution in metadata.distributions()})
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

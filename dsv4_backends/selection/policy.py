@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
+from typing import Any
 
 from ..contract.names import OPS
 from ..errors import PolicyError
@@ -38,6 +40,8 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
 )
 """The whole family. A variable with the prefix that is not in this table is an error."""
 
+_SERVICE = re.compile(PREFIX + r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -65,6 +69,11 @@ class Policy:
     batch_invariant: bool = False
     check_values: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process can be given it: a proxy of a mapping cannot be pickled."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _policy, (values | {"pins": dict(self.pins)},)
+
     def validate(self, known: Collection[str]) -> Policy:
         """Check every provider name against ``known`` and return self.
 
@@ -79,6 +88,10 @@ class Policy:
         return self
 
 
+def _policy(values: dict[str, Any]) -> Policy:
+    return Policy(**values | {"pins": MappingProxyType(values["pins"])})
+
+
 def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
     """Read the ``DSV4_BACKENDS_*`` family.
 
@@ -86,8 +99,8 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         PolicyError: an unknown variable of the family, a malformed pin, or a switch that is neither 0 nor 1.
     """
     environ = os.environ if environ is None else environ
-    if unknown := sorted(name for name in environ if name.startswith(PREFIX) and name not in VARIABLES):
-        raise PolicyError(_unknown("environment variable", unknown[0], VARIABLES))
+    if unknown := sorted({n for n in environ if n.startswith(PREFIX)} - VARIABLES.keys() - set(of_a_service(environ))):
+        raise PolicyError(_unknown("environment variable", unknown[0], VARIABLES, len(PREFIX)))
 
     def names(key: str) -> tuple[str, ...]:
         return tuple(word.strip() for word in environ.get(PREFIX + key, "").split(",") if word.strip())
@@ -111,6 +124,16 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         strict=switch("STRICT", environ),
         batch_invariant=switch("BATCH_INVARIANT", environ),
         check_values=switch("CHECK_VALUES", environ),
+    )
+
+
+def of_a_service(environ: Mapping[str, str]) -> list[str]:
+    """The variables that Kubernetes sets in every pod for a service named ``dsv4-backends``: no settings of ours."""
+    address = re.compile(r"(tcp|udp|sctp)://\S+")
+    return sorted(
+        name
+        for name, value in environ.items()
+        if _SERVICE.fullmatch(name) or (name == PREFIX + "PORT" and address.fullmatch(value))
     )
 
 
@@ -231,7 +254,11 @@ def names(argument: str, given: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-def _unknown(kind: str, name: object, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+def _unknown(kind: str, name: object, known: Collection[str], common: int = 0) -> str:
+    """In words, with the nearest known name; ``common`` characters that all begin with make nothing near."""
+    near: list[str] = []
+    if isinstance(name, str):
+        near = difflib.get_close_matches(name[common:], [text[common:] for text in known], n=1)
+        near = [name[:common] + text for text in near]
     guess = f", did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {name!r}{guess} Known: {', '.join(sorted(known))}"

@@ -9,9 +9,13 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from . import capability as cc
+from .foreign import shown, words
 
 API_VERSION = 1
 """Version of the provider interface. It grows when a field or hook changes meaning."""
@@ -60,6 +64,7 @@ REASONS: dict[str, str] = {
     "not-pinned": "The op is pinned to another provider.",
     "device": "The library serves one GPU in a process, and an earlier call was on another.",
     "shape": "The implementation refuses this call's shapes; the next provider serves the call.",
+    "refuses-failed": "The implementation's `refuses` raised, or gave neither a Reason nor None; the next one serves.",
     "shape-unknown": "`check` could not ask the implementation about the shapes. Not a refusal: the call itself will.",
     "no-provider": "No provider serves the op here, so the engine's own function stays.",
     "engine-missing": "The engine is not installed.",
@@ -69,9 +74,10 @@ REASONS: dict[str, str] = {
     "engine-reference": "Only the slow reference serves the op, and the engine's own library serves this GPU.",
     "engine-served": "Nothing to replace: the engine has what it needs. Not a refusal.",
     "engine-failed": "Replacing it raised; the engine's own function stays.",
-    "plugin-import": "The plugin's module raised while it was imported.",
+    "plugin-metadata": "The distribution's entry points, or the list of distributions, cannot be read.",
+    "plugin-import": "The plugin's module raised while it was imported, or did not come back.",
     "plugin-hook": "The plugin has no hook that we know, a misspelt one, or one with wrong arguments.",
-    "plugin-failed": "The plugin's hook raised.",
+    "plugin-failed": "The plugin's hook raised, or did not come back.",
     "plugin-type": "The plugin's hook returned something that is not ProviderSpec objects.",
     "plugin-duplicate": "Another plugin already provides a provider of that name.",
     "plugin-api": "The plugin was written for a later version of the provider interface.",
@@ -88,6 +94,34 @@ _CODE = re.compile(r"[a-z][a-z0-9-]*")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+def _want(where: str, field: str, value: Any, kind: type, what: str) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: {field} must be {what}, got {shown(value)}")
+
+
+def _want_each(where: str, field: str, value: Any, kind: type, what: str) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(item, kind) for item in value):
+        raise ValueError(f"{where}: {field} must be a tuple of {what}, got {shown(value)}")
+
+
+def _want_target(where: str, field: str, value: Any) -> None:
+    if not isinstance(value, str) or not _TARGET.fullmatch(value):
+        raise ValueError(f"{where}: {field} must be 'package.module:function', got {shown(value)}")
+
+
+def _want_claim(where: str, value: Any) -> None:
+    """A claim is judged and put into words once, so that neither raises later."""
+    if not isinstance(value, tuple) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{where}: capability must be a tuple of specifier sets, got {shown(value)}")
+    try:
+        cc.support(value, Version("9.0"))
+        cc.describe(value)
+    except Exception as error:
+        raise ValueError(
+            f"{where}: capability must be a tuple of specifier sets, got {value!r}: {words(error)}"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why something was not chosen: the rule with the value observed, and the next step."""
@@ -98,9 +132,11 @@ class Reason:
 
     def __post_init__(self) -> None:
         if not isinstance(self.code, str) or not _CODE.fullmatch(self.code):
-            raise ValueError(f"Reason: code must look like 'some-code', got {self.code!r}")
+            raise ValueError(f"Reason: code must look like 'some-code', got {shown(self.code)}")
         if not self.message:
             raise ValueError(f"Reason {self.code}: message must not be empty")
+        _want(f"Reason {self.code}", "message", self.message, str, "text")
+        _want(f"Reason {self.code}", "hint", self.hint, str, "text")
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -123,6 +159,13 @@ class Build:
     owners: tuple[str, ...] = ()
     capability: tuple[str, ...] | None = None
     reasons: tuple[Reason, ...] = ()
+
+    def __post_init__(self) -> None:
+        _want("Build", "name", self.name, str, "text")
+        _want_each("Build", "owners", self.owners, str, "text")
+        _want_each("Build", "reasons", self.reasons, Reason, "Reason")
+        if self.capability is not None:
+            _want_claim("Build", self.capability)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,19 +211,21 @@ class Implementation:
     note: str = ""
 
     def __post_init__(self) -> None:
-        where = f"Implementation of {self.op!r}"
+        where = f"Implementation of {shown(self.op)}"
         if not isinstance(self.op, str) or not _NAME.fullmatch(self.op):
             raise ValueError(f"{where}: op must be an identifier in lower case")
-        for field in ("target", "refuses", "warmup", "workspace", "notices"):
-            text = getattr(self, field)
-            if text is not None and not (isinstance(text, str) and _TARGET.fullmatch(text)):
-                raise ValueError(f"{where}: {field} must be 'package.module:function', got {text!r}")
-        if not self.devices or not set(self.devices) <= {"cuda", "cpu"} or isinstance(self.devices, str):
+        _want_target(where, "target", self.target)
+        for field in ("refuses", "warmup", "workspace", "notices"):
+            if (text := getattr(self, field)) is not None:
+                _want_target(where, field, text)
+        _want_each(where, "devices", self.devices, str, "'cuda' and 'cpu'")
+        if not self.devices or not set(self.devices) <= {"cuda", "cpu"}:
             raise ValueError(f"{where}: devices must be a tuple of 'cuda' and 'cpu', got {self.devices!r}")
-        if isinstance(self.capability, str) or not self.capability:
-            raise ValueError(f"{where}: capability must be a tuple of specifier sets, got {self.capability!r}")
-        for text in self.capability:
-            SpecifierSet(text)  # raises InvalidSpecifier, a ValueError that quotes the text
+        _want_claim(where, self.capability)
+        _want(where, "priority", self.priority, int, "an int")
+        for field in ("deterministic", "batch_invariant", "only_batch_invariant"):
+            _want(where, field, getattr(self, field), bool, "True or False")
+        _want(where, "note", self.note, str, "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,17 +256,21 @@ class ProviderSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise ValueError(f"ProviderSpec: name must be an identifier in lower case, got {self.name!r}")
+            raise ValueError(f"ProviderSpec: name must be an identifier in lower case, got {shown(self.name)}")
         where = f"ProviderSpec {self.name!r}"
-        if not isinstance(self.tier, Tier):
-            raise ValueError(f"{where}: tier must be a Tier, got {self.tier!r}")
-        if not isinstance(self.implementations, tuple) or not all(
-            isinstance(item, Implementation) for item in self.implementations
-        ):
-            raise ValueError(f"{where}: implementations must be a tuple of Implementation")
-        if isinstance(self.requires, str):
-            raise ValueError(f"{where}: requires must be a tuple of requirements, got {self.requires!r}")
-        if self.probe is not None and not (isinstance(self.probe, str) and _TARGET.fullmatch(self.probe)):
-            raise ValueError(f"{where}: probe must be 'package.module:function', got {self.probe!r}")
+        _want(where, "summary", self.summary, str, "text")
+        _want(where, "hint", self.hint, str, "text")
+        _want(where, "tier", self.tier, Tier, "a Tier")
+        _want(where, "api", self.api, int, "an int")
+        _want_each(where, "implementations", self.implementations, Implementation, "Implementation")
+        _want_each(where, "requires", self.requires, str, "requirements")
+        if self.probe is not None:
+            _want_target(where, "probe", self.probe)
         for text in self.requires:
-            Requirement(text)  # raises InvalidRequirement, a ValueError that quotes the text
+            try:
+                requirement = Requirement(text)
+                if requirement.marker is not None:
+                    requirement.marker.evaluate()  # some raise only then
+            except Exception as error:
+                message = f"requires must be PEP 508 requirements, got {text!r}: {words(error)}"
+                raise ValueError(f"{where}: {message}") from None
