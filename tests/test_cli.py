@@ -226,6 +226,15 @@ def test_doctor_reports_bad_settings_and_goes_on(
     assert "mqa_logits on CPU: torch" in out
 
 
+def test_doctor_names_what_kubernetes_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSV4_BACKENDS_PORT", "tcp://10.0.0.7:80")
+    code, out, _ = run(capsys, "doctor", "--device", "cpu")
+    assert code == 0
+    assert "ignored, set by Kubernetes for a service named dsv4-backends: DSV4_BACKENDS_PORT" in out
+
+
 def test_doctor_imports_what_was_chosen(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     fake_plugin("acme", NATIVE.replace("json:dumps", "json:nothing"), version="3.1")
     code, out, _ = run(capsys, "doctor", "--device", "sm_90")

@@ -63,6 +63,38 @@ def test_mistakes(variables: dict[str, str], message: str) -> None:
     assert message in str(caught.value)
 
 
+KUBERNETES = {
+    "DSV4_BACKENDS_SERVICE_HOST": "10.0.0.7",
+    "DSV4_BACKENDS_SERVICE_PORT": "80",
+    "DSV4_BACKENDS_SERVICE_PORT_HTTP": "80",
+    "DSV4_BACKENDS_PORT": "tcp://10.0.0.7:80",
+    "DSV4_BACKENDS_PORT_80_TCP": "tcp://10.0.0.7:80",
+    "DSV4_BACKENDS_PORT_80_TCP_PROTO": "tcp",
+    "DSV4_BACKENDS_PORT_80_TCP_PORT": "80",
+    "DSV4_BACKENDS_PORT_80_TCP_ADDR": "10.0.0.7",
+    "DSV4_BACKENDS_PORT_53_UDP": "udp://10.0.0.7:53",
+}
+
+
+def test_a_service_of_kubernetes_is_no_setting() -> None:
+    assert policy.from_environment(KUBERNETES) == policy.Policy()
+    assert policy.of_a_service(KUBERNETES) == sorted(KUBERNETES)
+    assert policy.from_environment(KUBERNETES | {"DSV4_BACKENDS_ORDER": "torch"}).order == ("torch",)
+
+
+@pytest.mark.parametrize("name", ["PORT", "SERVICE", "PORTS", "PORT_80", "SERVICE_HOSTS", "PORT_X_TCP"])
+def test_only_what_kubernetes_sets(name: str) -> None:
+    with pytest.raises(PolicyError, match=f"unknown environment variable 'DSV4_BACKENDS_{name}'"):
+        read(**{name: "80"})
+
+
+@pytest.mark.parametrize("name", ["FOO", "X", "SERVE", "GPU", "BACKEND", ""])
+def test_nothing_is_guessed_that_is_not_near(name: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        read(**{name: "1"})
+    assert "did you mean" not in str(caught.value)
+
+
 def test_unknown_provider_lists_the_known() -> None:
     with pytest.raises(PolicyError, match=r"unknown provider 'tritn', did you mean 'triton'\? Known: torch, triton"):
         read(ORDER="tritn").validate({"triton", "torch"})
