@@ -226,9 +226,7 @@ def test_doctor_reports_bad_settings_and_goes_on(
     assert "mqa_logits on CPU: torch" in out
 
 
-def test_doctor_names_what_kubernetes_set(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_names_what_kubernetes_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSV4_BACKENDS_PORT", "tcp://10.0.0.7:80")
     code, out, _ = run(capsys, "doctor", "--device", "cpu")
     assert code == 0

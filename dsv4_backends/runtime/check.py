@@ -273,7 +273,9 @@ def _workspace(need: Need, resolution: Resolution, device: Device) -> int | None
         return None
     try:
         return int(load_target(target)(need.op, need.arguments(), torch.device(device.type, device.index)))
-    except Exception:  # a provider's code: the call itself will say what is wrong
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a provider's code: the call itself will say what is wrong
         return None
 
 

@@ -258,7 +258,7 @@ def _unknown(kind: str, name: object, known: Collection[str], common: int = 0) -
     """In words, with the nearest known name; ``common`` characters that all begin with make nothing near."""
     near: list[str] = []
     if isinstance(name, str):
-        near = difflib.get_close_matches(name[common:], [text[common:] for text in known], n=1)
+        near = difflib.get_close_matches(name[common:], [text[common:] for text in known], n=1, cutoff=0.7)
         near = [name[:common] + text for text in near]
     guess = f", did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {name!r}{guess} Known: {', '.join(sorted(known))}"
