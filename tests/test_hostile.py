@@ -345,3 +345,13 @@ def test_a_broken_refuses_refuses(kind: Kind, tmp_path: Path, monkeypatch: pytes
     with use_providers({"mqa_logits": kind.name}), pytest.raises(NoProviderError) as caught:
         ops.mqa_logits(**arguments)
     assert kind.words in str(caught.value)
+
+
+def test_an_engine_whose_metadata_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv4_backends.engines import vllm
+
+    info = tmp_path / "vllm-0.33.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_bytes(b"Name: vllm\nVersion: \xff\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert vllm.version() is None

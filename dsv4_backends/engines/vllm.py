@@ -138,7 +138,7 @@ def version() -> str | None:
     for name in DISTRIBUTIONS:
         try:
             found: str | None = metadata.version(name)
-        except metadata.PackageNotFoundError:
+        except Exception:  # not installed, or metadata that cannot be read: then its source tells
             continue
         if found:  # importlib.metadata returns None for a directory without metadata
             return found
