@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from dsv4_backends.selection import foreign
+
 HEAD = """
 import os, sys, time
 import dsv4_backends as d
@@ -355,3 +357,16 @@ def test_an_engine_whose_metadata_cannot_be_read(tmp_path: Path, monkeypatch: py
     (info / "METADATA").write_bytes(b"Name: vllm\nVersion: \xff\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert vllm.version() is None
+
+
+def test_a_panic_in_a_kernel_is_an_error_of_its_case() -> None:
+    class Panic(BaseException):
+        """As pyo3's PanicException."""
+
+    def panics(x: int) -> int:
+        raise Panic(f"at {x}")
+
+    with pytest.raises(RuntimeError, match="Panic: at 3"):
+        foreign.contained(panics, 3)
+    with pytest.raises(KeyboardInterrupt):
+        foreign.contained(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))

@@ -26,6 +26,7 @@ from dsv4_backends.selection.libraries import Parameter, accepts, parameters
 from dsv4_backends.selection.machine import CPU, Device
 from dsv4_backends.selection.policy import Policy
 from dsv4_backends.selection.resolve import Candidate
+from dsv4_backends.selection.survey import choose
 
 (DEEP_GEMM,) = dsv4_backend_deep_gemm.dsv4_providers()
 (FLASH_MLA,) = dsv4_backend_flash_mla.dsv4_providers()
@@ -76,7 +77,7 @@ def judged(
     spec: ProviderSpec, op: str, capability: str = "9.0", ask: Callable[..., Any] | None = builds.load
 ) -> Candidate:
     device = Device("cuda", 0, "Fake GPU", Version(capability)) if capability else CPU
-    (candidate,) = builds.choose(op, device, INSTALLED, (spec,), Policy(), ask).candidates
+    (candidate,) = choose(op, device, INSTALLED, (spec,), Policy(), ask).candidates
     return candidate
 
 
@@ -330,7 +331,7 @@ def test_nothing_is_imported_while_something_cheaper_refuses(site: Path) -> None
     deep_gemm(site)
     for capability, policy in (("8.6", Policy()), ("", Policy()), ("9.0", Policy(deny=frozenset({"deep_gemm"})))):
         device = Device("cuda", 0, "GPU", Version(capability)) if capability else CPU
-        builds.choose("mqa_logits", device, INSTALLED, (DEEP_GEMM,), policy, builds.load)
+        choose("mqa_logits", device, INSTALLED, (DEEP_GEMM,), policy, builds.load)
         assert "deep_gemm" not in sys.modules
     judged(DEEP_GEMM, "mqa_logits")
     assert "deep_gemm" in sys.modules

@@ -13,7 +13,7 @@ from ..errors import PolicyError
 from ..runtime.check import STEP_TOKENS, Check
 from ..runtime.check import check as judge
 from ..runtime.memory import Memory
-from ..selection.told import hinted
+from ..selection.explanation import hinted
 from .render import SCHEMA_VERSION, resolution_json, table, versions
 from .shared import DEVICE, FINDING, OK, AddCommand, need_torch, positive, show
 

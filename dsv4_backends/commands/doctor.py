@@ -116,7 +116,7 @@ def _notices(surveyed: Survey) -> list[Finding]:
     for _, resolutions in surveyed.resolutions:
         for resolution in resolutions:
             selected = resolution.selected
-            for reason in builds.notices(selected) if selected is not None else ():
+            for reason in builds.notices(selected.implementation) if selected is not None else ():
                 assert selected is not None
                 ops = found.setdefault(f"{selected.name}: [{reason.code}] {reason}", [])
                 if resolution.op not in ops:

@@ -34,7 +34,7 @@ def as_json(resolutions: Sequence[Resolution]) -> dict[str, Any]:
             {
                 "device": r.device.json(),
                 **resolution_json(r),
-                "notices": {c.name: [reason_json(n) for n in builds.notices(c)] for c in r.accepted},
+                "notices": {c.name: [reason_json(n) for n in builds.notices(c.implementation)] for c in r.accepted},
             }
             for r in resolutions
         ],

@@ -20,6 +20,7 @@ from ..selection import preferences as measured
 from ..selection.foreign import run, shown, words
 from ..selection.provider import Implementation, ProviderSpec, Reason
 from ..selection.resolve import Candidate, Resolution, Served
+from ..selection.survey import choose
 
 _log = logging.getLogger("dsv4_backends")
 
@@ -275,7 +276,7 @@ class Bindings:
         self, op: str, where: machine.Device, ask: Callable[[ProviderSpec], builds.Builds] | None = None
     ) -> Resolution:
         loaded = self.plugins
-        return builds.choose(op, where, self.installed, loaded.providers, self.policy, ask, loaded.absent)
+        return choose(op, where, self.installed, loaded.providers, self.policy, ask, loaded.absent)
 
     def bind(self, contract: OpContract, device: torch.device) -> Chain:
         with lock:

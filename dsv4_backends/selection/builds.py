@@ -13,19 +13,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 from ..contract.names import OPS
 from ..locks import bindings
-from . import preferences as measured
 from .foreign import run, shown, words
-from .machine import Device
-from .policy import Policy
-from .provider import Build, ProviderSpec, Reason
-from .resolve import Candidate, Resolution, resolve
+from .provider import Build, Implementation, ProviderSpec, Reason
 
 Builds = Mapping[str, Build]
 
@@ -79,14 +75,14 @@ def load_apart(provider: ProviderSpec) -> Builds:
     return _ask_child(provider.probe) if provider.probe else {}
 
 
-def notices(candidate: Candidate) -> tuple[Reason, ...]:
-    """What an accepted candidate says of itself here, see ``Implementation.notices``. Imports its compiler."""
-    target = candidate.implementation.notices
-    if target is None or not candidate.accepted:
+def notices(implementation: Implementation) -> tuple[Reason, ...]:
+    """What an implementation that can serve says of itself here, see ``Implementation.notices``."""
+    target = implementation.notices
+    if target is None:
         return ()
     module, _, name = target.partition(":")
     try:
-        found = run(lambda: tuple(getattr(importlib.import_module(module), name)(candidate.implementation.op)))
+        found = run(lambda: tuple(getattr(importlib.import_module(module), name)(implementation.op)))
         if all(isinstance(reason, Reason) for reason in found):
             return found
         message = f"{target} did not return Reason objects"
@@ -151,30 +147,3 @@ def _from_json(build: dict[str, Any]) -> Build:
         capability=None if claim is None else tuple(claim),
         reasons=tuple(Reason(**reason) for reason in build["reasons"]),
     )
-
-
-def choose(
-    op: str,
-    device: Device,
-    installed: Mapping[str, str],
-    providers: Iterable[ProviderSpec],
-    policy: Policy,
-    ask: Callable[[ProviderSpec], Builds] | None = None,
-    absent: Mapping[str, tuple[Reason, ...]] | None = None,
-) -> Resolution:
-    """``resolve`` with what probes find out and what was measured on the architecture.
-
-    Args:
-        ask: ``load`` or ``load_apart``, for every provider that nothing cheaper refuses; None: import no library.
-        absent: The plugins that gave no provider, with the reasons.
-    """
-    providers = tuple(providers)
-    builds = {provider.name: look(provider) for provider in providers if provider.probe}
-    known = measured.preferences(device)
-    resolution = resolve(op, device, installed, providers, policy, builds=builds, preferences=known, absent=absent)
-    if ask is None:
-        return resolution
-    asked = {c.name: ask(c.provider) for c in resolution.accepted if c.provider.probe}
-    if not asked:
-        return resolution
-    return resolve(op, device, installed, providers, policy, builds=builds | asked, preferences=known, absent=absent)

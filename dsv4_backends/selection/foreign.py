@@ -135,6 +135,16 @@ def run(function: Callable[[], T]) -> T:
     return result[0]
 
 
+def contained(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a provider's function; what it raises besides exceptions (a panic of Rust's, an exit) becomes one."""
+    try:
+        return function(*args, **kwargs)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise RuntimeError(words(error)) from error
+
+
 def identity(distribution: metadata.Distribution) -> tuple[str, str]:
     """A distribution's name and version, as far as its metadata can be read; else the name of its folder."""
     found = []
@@ -147,4 +157,4 @@ def identity(distribution: metadata.Distribution) -> tuple[str, str]:
     return name or os.path.basename(str(getattr(distribution, "_path", ""))) or "unknown distribution", version
 
 
-__all__ = ["LIMIT", "Late", "answering", "as_command", "identity", "run", "shown", "words"]
+__all__ = ["LIMIT", "Late", "answering", "as_command", "contained", "identity", "run", "shown", "words"]

@@ -149,9 +149,9 @@ class Resolution:
 
     def __str__(self) -> str:
         """What the command ``explain`` prints."""
-        from .told import told  # it asks the providers' probes, which the choice itself does not
+        from .explanation import explanation  # asks the providers, which the choice itself does not
 
-        return told(self)
+        return explanation(self)
 
     @property
     def accepted(self) -> tuple[Candidate, ...]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..contract.names import OPS
 from ..errors import PolicyError
-from . import builds, machine, plugins, policy
+from . import builds, machine, plugins, policy, preferences
+from .builds import Builds
 from .machine import Device, Machine
 from .plugins import Plugins
-from .resolve import Resolution
+from .policy import Policy
+from .provider import ProviderSpec, Reason
+from .resolve import Resolution, resolve
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,39 @@ def survey(device: str | None = None, problem: list[PolicyError] | None = None, 
         loaded = plugins.load()
     ask = builds.load_apart if load else None
 
-    def choose(op: str, where: Device) -> Resolution:
-        return builds.choose(op, where, here.installed, loaded.providers, wishes, ask, loaded.absent)
+    def chosen(op: str, where: Device) -> Resolution:
+        return choose(op, where, here.installed, loaded.providers, wishes, ask, loaded.absent)
 
     return Survey(
         here,
         loaded,
-        tuple((where, tuple(choose(op, where) for op in OPS)) for where in here.devices),
+        tuple((where, tuple(chosen(op, where) for op in OPS)) for where in here.devices),
     )
+
+
+def choose(
+    op: str,
+    device: Device,
+    installed: Mapping[str, str],
+    providers: Iterable[ProviderSpec],
+    wishes: Policy,
+    ask: Callable[[ProviderSpec], Builds] | None = None,
+    absent: Mapping[str, tuple[Reason, ...]] | None = None,
+) -> Resolution:
+    """``resolve`` with what probes find out and what was measured on the architecture.
+
+    Args:
+        ask: ``builds.load`` or ``builds.load_apart``, for every provider that nothing cheaper refuses; None: import no
+            library.
+        absent: The plugins that gave no provider, with the reasons.
+    """
+    providers = tuple(providers)
+    found = {provider.name: builds.look(provider) for provider in providers if provider.probe}
+    known = preferences.preferences(device)
+    resolution = resolve(op, device, installed, providers, wishes, builds=found, preferences=known, absent=absent)
+    if ask is None:
+        return resolution
+    asked = {c.name: ask(c.provider) for c in resolution.accepted if c.provider.probe}
+    if not asked:
+        return resolution
+    return resolve(op, device, installed, providers, wishes, builds=found | asked, preferences=known, absent=absent)

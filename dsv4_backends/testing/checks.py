@@ -21,8 +21,10 @@ from ..contract.op import TensorArg, overlaps_itself
 from ..errors import NoProviderError
 from ..runtime.bind import load_implementation, signature_mismatch
 from ..selection import builds, machine, plugins, policy
+from ..selection.foreign import contained
 from ..selection.machine import Installed
 from ..selection.provider import Implementation, Reason
+from ..selection.survey import choose
 from . import numerics, oracle
 
 
@@ -46,11 +48,11 @@ class Subject:
     device: torch.device
 
     def run(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-        results = self.function(**arguments)
+        results = contained(self.function, **arguments)
         return results if isinstance(results, tuple) else (results,)
 
     def refusal(self, arguments: dict[str, Any]) -> Any:
-        return None if self.refuses is None else self.refuses(**arguments)
+        return None if self.refuses is None else contained(self.refuses, **arguments)
 
     @property
     def name(self) -> str:
@@ -73,7 +75,7 @@ def subject(provider: str, op: str, device: torch.device | str, *, batch_invaria
     mode = settings.batch_invariant if batch_invariant is None else batch_invariant
     wishes = policy.Policy(pins={op: provider}, batch_invariant=mode).validate(loaded.names)
     where = machine.device_of(exact)
-    resolution = builds.choose(op, where, Installed(), loaded.providers, wishes, builds.load, loaded.absent)
+    resolution = choose(op, where, Installed(), loaded.providers, wishes, builds.load, loaded.absent)
     served = resolution.serves().candidate
     if served is None:
         raise NoProviderError(resolution.explain(), resolution)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from . import builds
 from .policy import PREFIX
 from .provider import Reason
-from .resolve import Candidate, Resolution
+
+if TYPE_CHECKING:
+    from .resolve import Candidate, Resolution
 
 
 def hinted(reason: Reason, selected: Candidate | None) -> str:
@@ -25,7 +29,7 @@ def _batch_invariance(candidate: Candidate) -> str:
     return "does not claim to be batch-invariant"
 
 
-def told(resolution: Resolution) -> str:
+def explanation(resolution: Resolution) -> str:
     """Every candidate of one op, ranked, with everything that speaks for and against it."""
     served = resolution.serves()
     selected = served.candidate
@@ -50,7 +54,7 @@ def told(resolution: Resolution) -> str:
             lines.append(f"   may refuse a call by its shapes, then the next one serves it ({implementation.refuses})")
         if candidate.warning is not None:
             lines.append(f"   [{candidate.warning.code}] {candidate.warning}")
-        lines += [f"   [{r.code}] {r}" for r in builds.notices(candidate)]
+        lines += [f"   [{r.code}] {r}" for r in builds.notices(implementation) if candidate.accepted]
         lines += [f"   [{r.code}] {hinted(r, selected)}" for r in candidate.reasons]
     if not resolution.candidates:
         lines.append("no installed provider implements it")
