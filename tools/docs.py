@@ -610,7 +610,10 @@ def _conformance(pattern: str) -> str:
         simulated = result["machine"]["devices"][0]["name"]
         if "TRITON_OVERRIDE_ARCH" in result["command"]:
             simulated += ", its instructions too"
-        rows.append((", ".join(result["libraries"].values()) or simulated, result["level"], *cells))
+        label = ", ".join(result["libraries"].values()) or simulated
+        if "--torch-device" in result["command"]:
+            label += "; tensors on cuda:1, cuda:0 current"
+        rows.append((label, result["level"], *cells))
     names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
     return f"{header}{table(names, rows)}" if rows else "Not run yet."
 
