@@ -305,14 +305,21 @@ from dsv4_backends.testing import ProviderConformance
 class TestAcme(ProviderConformance):
     provider = "{name}"
     known_failures = {known}
+    must_serve = {must_serve}
 """
 
 
 def run_suite(
-    tmp_path: Path, fake_plugin: Callable[..., None], change: str, name: str = "acme", known: str = "{}"
+    tmp_path: Path,
+    fake_plugin: Callable[..., None],
+    change: str,
+    name: str = "acme",
+    known: str = "{}",
+    plugin: str = PLUGIN,
+    must_serve: bool = True,
 ) -> tuple[int, str]:
-    fake_plugin("acme", PLUGIN.format(change=change))
-    (tmp_path / "test_acme.py").write_text(SUITE.format(name=name, known=known))
+    fake_plugin("acme", plugin.format(change=change))
+    (tmp_path / "test_acme.py").write_text(SUITE.format(name=name, known=known, must_serve=must_serve))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "test_acme.py"],
         cwd=tmp_path,
@@ -330,6 +337,16 @@ def test_five_lines_pass(tmp_path: Path, fake_plugin: Callable[..., None]) -> No
     assert " passed" in out
     # What this machine cannot run is skipped with the provider's reason, not passed.
     assert "runs on an NVIDIA GPU, this is the CPU" in out
+
+
+@pytest.mark.parametrize("must_serve", [True, False])
+def test_a_suite_in_which_nothing_ran_fails(tmp_path: Path, fake_plugin: Callable[..., None], must_serve: bool) -> None:
+    """Unless its author says that this may be."""
+    plugin = PLUGIN.replace('devices=("cpu",)', 'devices=("cuda",)')
+    code, out = run_suite(tmp_path, fake_plugin, "mul_(1)", plugin=plugin, must_serve=must_serve)
+    assert code == int(must_serve), out
+    assert ("[serves] acme serves none of its ops here" in out) is must_serve
+    assert " passed" not in out or "1 passed" in out  # that no known failure is left over
 
 
 def test_five_lines_fail(tmp_path: Path, fake_plugin: Callable[..., None]) -> None:

@@ -34,16 +34,19 @@ class ProviderConformance:
         device: Such as ``"cpu"`` or ``"cuda:1"``; empty: what the environment variable ``DSV4_BACKENDS_TORCH_DEVICE``
             names, else the first GPU, or the CPU. The current device stays what it is.
         batch_invariant: Run what serves under ``DSV4_BACKENDS_BATCH_INVARIANT=1``.
+        must_serve: Whether it is a failure that the provider serves none of its ops here. Without it all tests are
+            skipped then, which reads as if the provider had passed.
         known_failures: Patterns over test ids (``"numerics-mqa_logits-*"``) to the reason. Such a test must fail; a
             pattern that matches nothing fails as well.
 
-    Where the machine cannot run the provider, the tests are skipped with the provider's own reasons.
+    Ops that the provider does not serve on this machine are skipped with its own reasons.
     """
 
     provider: str = ""
     level: str = "smoke"
     device: str = ""
     batch_invariant: bool = False
+    must_serve: bool = True
     known_failures: Mapping[str, str] = {}
 
     @classmethod
@@ -112,6 +115,22 @@ class ProviderConformance:
             if error.resolution is None:
                 raise checks.CheckFailed("signature", str(error)) from error
             pytest.skip(str(error))
+
+    def test_serves(self) -> None:
+        """Something runs here: a suite of which every test is skipped has tested nothing."""
+        reasons = []
+        for op in self._ops():
+            try:
+                self._subject(op)
+            except pytest.skip.Exception as skipped:
+                reasons.append(str(skipped))
+            else:
+                return
+        why = "\n".join(reasons) or "it implements no op that this version knows"
+        message = f"{self.provider} serves none of its ops here (must_serve = False skips the suite then):\n{why}"
+        if self.must_serve:
+            raise checks.CheckFailed("serves", message)
+        pytest.skip(message)
 
     def test_signature(self, op: str) -> None:
         checks.check_signature(self._subject(op))
