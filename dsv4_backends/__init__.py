@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CONTRACTS": "contract",
-    "OPS": "contract.names",
+    "OPS": "contract",
     "Build": "selection.provider",
     "ContractError": "errors",
     "DSV4Error": "errors",
@@ -22,7 +22,7 @@ _HOMES = {
     "ProviderSpec": "selection.provider",
     "Reason": "selection.provider",
     "Tier": "selection.provider",
-    "Limits": "runtime.serving",
+    "Limits": "contract.traffic",
     "UnsupportedError": "errors",
     "check": "runtime.check",
     "hookimpl": "selection.hookspecs",
@@ -39,11 +39,11 @@ _HOMES = {
 if TYPE_CHECKING:
     from . import ops
     from .contract import CONTRACTS, OPS
+    from .contract.traffic import Limits
     from .errors import ContractError, DSV4Error, NoProviderError, PluginError, PolicyError, UnsupportedError
     from .runtime.ahead import warmup, workspace_bytes
     from .runtime.bind import reset, resolution, stats
     from .runtime.check import check
-    from .runtime.serving import Limits
     from .runtime.steps import step
     from .selection.hookspecs import hookimpl
     from .selection.policy import use_providers

@@ -5,10 +5,10 @@ Schema and fake of the ``torch.library`` ops exist from the import of this modul
 
 from __future__ import annotations
 
-from .contract import hyper_connection as _hyper_connection
-from .contract import indexer as _indexer
-from .contract import projection as _projection
-from .contract import sparse_mla as _sparse_mla
+from .contract.hyper_connection import meaning as _hyper_connection
+from .contract.indexer import meaning as _indexer
+from .contract.projection import meaning as _projection
+from .contract.sparse_mla import meaning as _sparse_mla
 from .runtime.dispatch import define as _define
 
 sparse_mla_prefill = _define(_sparse_mla.sparse_mla_prefill)

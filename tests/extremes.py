@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from dsv4_backends import CONTRACTS, use_providers
-from dsv4_backends.contract import layouts
-from dsv4_backends.contract.op import Case
+from dsv4_backends.contract import Case, layouts
 from dsv4_backends.testing import numerics, oracle
 from dsv4_backends.testing.checks import Subject
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from dsv4_backends import CONTRACTS, OPS, ContractError, NoProviderError, ops, stats
 from dsv4_backends.contract import OpContract
-from dsv4_backends.contract.op import ScalarArg, TensorArg, overlaps_itself
+from dsv4_backends.contract.arguments import ScalarArg, TensorArg
+from dsv4_backends.contract.checker import checked_function, overlaps_itself
 from dsv4_backends.testing.numerics import same_bits
 
 ALL_VECTORS = [
@@ -222,8 +223,11 @@ def test_vectors_may_have_any_stride(op: str, name: str, how: str) -> None:
 def test_a_provider_gets_vectors_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     made = arguments("mqa_logits")
     given: list[Any] = []
-    check = CONTRACTS["mqa_logits"].checked_function(
-        (), ("return save(k_scale, row_starts, row_ends)",), {"save": lambda *vectors: given.extend(vectors)}
+    check = checked_function(
+        CONTRACTS["mqa_logits"],
+        (),
+        ("return save(k_scale, row_starts, row_ends)",),
+        {"save": lambda *vectors: given.extend(vectors)},
     )
     scale = torch.tensor(1.0).expand(made["k_scale"].shape)
     for _ in range(3):
@@ -283,7 +287,7 @@ def test_nested_tensors_are_refused(op: str) -> None:
     contract, made = CONTRACTS[op], arguments(op)
     for name, arg in contract.args.items():
         if isinstance(arg, TensorArg) and name in made:
-            check = contract.checked_function((), ("return None",), {})
+            check = checked_function(contract, (), ("return None",), {})
             try:
                 nested = torch.nested.nested_tensor([made[name]])
             except NotImplementedError:  # torch has none of this dtype

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import traffic as serving
 from dsv4_backend_triton import BATCH_INVARIANT, ahead, batch_invariant
 from dsv4_backend_triton._arch import arch_from_capability
 from packaging.version import Version
@@ -18,7 +19,7 @@ from dsv4_backends import OPS, ops
 from dsv4_backends.commands import cli
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.models import FLASH, PRO
-from dsv4_backends.runtime import bind, serving
+from dsv4_backends.runtime import bind
 from dsv4_backends.selection import plugins, policy
 from dsv4_backends.testing import checks
 
@@ -30,7 +31,7 @@ MAKERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "mqa_logits": lambda rank, n: serving.mqa(rank, n, 3000, compressed=False),
     "paged_mqa_logits": lambda rank, n: serving.paged(rank, n, 1, 1000),
     "fp8_einsum": serving.einsum,
-    "hc_prenorm_gemm": lambda rank, n: serving.hyper_connection(n, 16384, 24),
+    "hc_prenorm_gemm": lambda rank, n: serving.prenorm(n, 16384, 24),
 }
 SIZED = {"m", "M", "B", "n_items", "rows", "chunk"}
 """What may differ from batch to batch: how many rows there are, and where a block's columns end."""

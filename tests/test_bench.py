@@ -19,6 +19,7 @@ from dsv4_backends.commands import bench as command
 from dsv4_backends.commands import cli
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.layouts import PAGE_ALIGNMENT, read_kv
+from dsv4_backends.contract.traffic import WINDOW_PAGE
 from dsv4_backends.testing import oracle
 
 CPU = torch.device("cpu")
@@ -155,7 +156,7 @@ def test_decode_inputs_are_of_a_deployment() -> None:
         assert slots.min() >= 0
         assert slots.max() < made[cache].shape[0] * made[cache].shape[1]
         assert read_kv(made[cache], slots.flatten()).float().std() > 0.9
-        pages = [set((request // inputs.PAGE).flatten().tolist()) for request in slots]
+        pages = [set((request // WINDOW_PAGE).flatten().tolist()) for request in slots]
         assert not pages[0] & pages[1]  # requests share no page
         assert made[cache].stride(0) % PAGE_ALIGNMENT == 0
     # The next token's window is this one's, moved on by one.
@@ -278,10 +279,12 @@ def test_one_failure_does_not_lose_the_others(acme: Any, tmp_path: Path, capsys:
 
 
 def test_a_row_that_cannot_be_drawn_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
+    draw = inputs.draw
+
+    def fail() -> Any:
         raise MemoryError("too large")
 
-    monkeypatch.setitem(inputs._DRAW, "mqa_logits", fail)
+    monkeypatch.setattr(inputs, "draw", lambda row, device: fail() if row.op == "mqa_logits" else draw(row, device))
     code, result = bench(tmp_path / "r.json", "--op", "mqa_logits", "--op", "hc_prenorm_gemm")
     assert code == cli.FINDING
     errors = {row["op"]: row.get("error") for row in result["rows"]}

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from dsv4_backends import ContractError, UnsupportedError, compat
 from dsv4_backends.compat import deep_gemm, flash_mla
-from dsv4_backends.contract import CONTRACTS
-from dsv4_backends.contract.op import Case
+from dsv4_backends.contract import CONTRACTS, Case
 from dsv4_backends.runtime import bind
 from dsv4_backends.testing import checks, numerics, oracle
 

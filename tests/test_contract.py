@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dsv4_backends import CONTRACTS, OPS, ContractError, ops
 from dsv4_backends.contract import LEVELS, OpContract
-from dsv4_backends.contract.op import ScalarArg, TensorArg
+from dsv4_backends.contract.arguments import ScalarArg, TensorArg
+from dsv4_backends.contract.checker import _tensor_guards, checked_function
 from dsv4_backends.runtime import bind
 from dsv4_backends.testing import numerics
 
@@ -258,7 +259,7 @@ def test_no_wrong_size_passes(data: st.DataObject) -> None:
 def test_a_known_signature_skips_the_check(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After two calls of one shape the next is recognised; another shape, and one tensor twice, are not."""
     contract = CONTRACTS[op]
-    check = contract.checked_function((), ("return len(seen)",), {})
+    check = checked_function(contract, (), ("return len(seen)",), {})
     made = arguments(op, "lengths" if op.startswith("sparse") else "small")
     assert [check(**made) for _ in range(4)] == [0, 1, 1, 1]
     assert [check(**arguments(op, "one of each")) for _ in range(3)] == [1, 2, 2]
@@ -272,7 +273,7 @@ def test_a_known_signature_skips_the_check(op: str, monkeypatch: pytest.MonkeyPa
 
 def test_signatures_are_bounded() -> None:
     contract = CONTRACTS["hc_prenorm_gemm"]
-    check = contract.checked_function((), ("return len(seen)",), {})
+    check = checked_function(contract, (), ("return len(seen)",), {})
     for m in range(20):
         x, fn = torch.zeros(m, 64, dtype=torch.bfloat16), torch.zeros(8, 64)
         assert max(check(x, fn) for _ in range(3)) <= 4
@@ -283,7 +284,7 @@ def test_without_pytorchs_guards_every_call_is_checked(monkeypatch: pytest.Monke
 
     monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
     contract = CONTRACTS["hc_prenorm_gemm"]
-    check = contract.checked_function((), ("return len(seen)",), {})
+    check = checked_function(contract, (), ("return len(seen)",), {})
     made = arguments("hc_prenorm_gemm")
     assert [check(**made) for _ in range(4)] == [0, 0, 0, 0]
     with pytest.raises(ContractError):
@@ -293,8 +294,6 @@ def test_without_pytorchs_guards_every_call_is_checked(monkeypatch: pytest.Monke
 def test_guards_that_changed_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The class is private: one that takes other arguments, or lets everything through, is found out."""
     from torch._C._dynamo import guards
-
-    from dsv4_backends.contract.op import _tensor_guards
 
     class Careless:
         def __init__(self, *tensors: Any, **options: Any) -> None: ...

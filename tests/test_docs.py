@@ -23,7 +23,7 @@ from bench_results import result_of, row_of
 from dsv4_backends.commands import cli
 from dsv4_backends.commands.shared import FINDINGS
 from dsv4_backends.contract import CONTRACTS, LEVELS
-from dsv4_backends.contract.op import TensorArg
+from dsv4_backends.contract.arguments import TensorArg
 from dsv4_backends.runtime import bind
 from dsv4_backends.selection import policy, provider
 from dsv4_backends.testing import checks

@@ -45,7 +45,7 @@ def test_a_row_is_in_the_class_of_the_call_it_stands_for(op: str) -> None:
         names = list(CONTRACTS[op].args)
         seen = [tuple(made[names[i]].shape) for i in measured.CLASSES[op].tensors]
         read = measured.CLASSES[op].read
-        assert read(*seen) == read(*shapes.looked_at(op, row.params))
+        assert read(*seen) == read(*measured.CLASSES[op].of_row(row.params))
         assert not any(CONTRACTS[op].is_keyword(names[i]) for i in measured.CLASSES[op].tensors)
 
 

@@ -23,8 +23,7 @@ from fakes import deep_gemm as fake_deep_gemm
 from fakes import flash_mla as fake_flash_mla
 
 from dsv4_backends import CONTRACTS, Reason, compat, step
-from dsv4_backends.contract import layouts
-from dsv4_backends.contract.op import Case
+from dsv4_backends.contract import Case, layouts
 from dsv4_backends.runtime.bind import load_implementation
 from dsv4_backends.testing import checks, numerics, oracle
 

@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import traffic as serving
 import triton
 from dsv4_backend_triton import ahead, decode
 from dsv4_backend_triton._arch import Arch, arch_from_capability
 from packaging.version import Version
-from traffic import served
+from traffic import Arguments, Limits, served
 
 from dsv4_backends import OPS
 from dsv4_backends.commands import cli
 from dsv4_backends.contract.models import FLASH, PRO
 from dsv4_backends.runtime import ahead as public
-from dsv4_backends.runtime import serving
-from dsv4_backends.runtime.serving import Arguments, Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = Limits(max_tokens=600, max_requests=40, max_context=30000, next_n=2)
@@ -98,8 +97,8 @@ def test_fifty_token_counts_compile_a_handful(op: str, misses: Misses) -> None:
 
 def test_the_counter_counts(arch: Arch, misses: Misses) -> None:
     """A size that is a constant of a kernel would be seen: another number of groups has its own."""
-    one = misses("hc_prenorm_gemm", [serving.hyper_connection(8, 1024, 24)])
-    other = misses("hc_prenorm_gemm", [serving.hyper_connection(8, 1000, 24)])
+    one = misses("hc_prenorm_gemm", [serving.prenorm(8, 1024, 24)])
+    other = misses("hc_prenorm_gemm", [serving.prenorm(8, 1000, 24)])
     assert one
     assert other
     assert set(one) != set(other)
@@ -134,7 +133,7 @@ def _most(op: str, arguments: Arguments) -> int:
 
 def test_workspace_can_be_asked_for() -> None:
     """Through the public function, whoever serves; the reference does not tell."""
-    assert public.workspace_bytes("hc_prenorm_gemm", "cpu", **serving.hyper_connection(8, 1024, 24)) is None
+    assert public.workspace_bytes("hc_prenorm_gemm", "cpu", **serving.prenorm(8, 1024, 24)) is None
 
 
 @pytest.mark.parametrize(

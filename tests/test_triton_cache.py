@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import traffic as serving
 import triton
 from dsv4_backend_deep_gemm import _finish
 from dsv4_backend_triton import _launch, ahead
@@ -22,7 +23,7 @@ from dsv4_backends.commands import cli
 from dsv4_backends.commands.shared import FINDING
 from dsv4_backends.engines import _transformers_kernels
 from dsv4_backends.errors import CacheError, DSV4Error
-from dsv4_backends.runtime import launching, serving
+from dsv4_backends.runtime import launching
 
 X = torch.zeros(4)
 
@@ -142,7 +143,7 @@ def test_triton_itself_fails_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     path = _unusable(monkeypatch, tmp_path, "home")
     monkeypatch.setattr(triton.runtime.driver, "_active", _matrix().NoGpu(80))
-    call = serving.hyper_connection(8, 1024, 24)
+    call = serving.prenorm(8, 1024, 24)
     launch = next(iter(ahead.record("hc_prenorm_gemm", [call], arch_from_capability(Version("8.0")))))
     with pytest.raises(CacheError) as raised:
         launch.compile()

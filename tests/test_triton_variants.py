@@ -98,12 +98,12 @@ def _look() -> dict[str, Any]:
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("dsv4_backends").addHandler(handler)
+    import traffic as serving
     from dsv4_backend_triton import ahead
     from dsv4_backend_triton._arch import arch_from_capability
     from packaging.version import Version
 
     from dsv4_backends.contract.models import FLASH
-    from dsv4_backends.runtime import serving
 
     rank = FLASH.rank(1)
     narrow = serving.Limits(max_tokens=8, max_requests=2, max_context=2000)
@@ -112,7 +112,7 @@ def _look() -> dict[str, Any]:
     calls["sparse_mla_decode"] += [serving.decode(64, b, 1, 128, (512, 64)) for b in (1, 8, 128)]
     calls["mqa_logits"] = list(serving.calls("mqa_logits", rank, serving.Limits(max_tokens=64, max_context=2000)))[-4:]
     calls["fp8_einsum"] += [serving.einsum(rank, tokens) for tokens in (16, 32, 200, 4000)]
-    calls["hc_prenorm_gemm"] += [serving.hyper_connection(m, 4096, 24) for m in (8, 200, 8192)]
+    calls["hc_prenorm_gemm"] += [serving.prenorm(m, 4096, 24) for m in (8, 200, 8192)]
     launched = {}
     for op in OPS:
         for capability in CAPABILITIES:
@@ -205,9 +205,8 @@ SPARE: set[str] = {f"{GLUON}.language.shared_memory_descriptor:_reinterpret"}
 
 if __name__ == "__main__":
     import torch  # noqa: F401
+    import traffic as traffic_first  # noqa: F401
     import triton  # noqa: F401
-
-    from dsv4_backends.runtime import serving as serving_first  # noqa: F401
 
     for module in [m for m in sys.modules if m.startswith("dsv4_backend_triton")]:
         del sys.modules[module]

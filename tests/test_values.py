@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from dsv4_backends import CONTRACTS, ContractError, ops
-from dsv4_backends.contract import values
-from dsv4_backends.contract.op import OpContract
+from dsv4_backends.contract import OpContract, values
 from dsv4_backends.runtime import bind
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,12 +1,18 @@
-"""Calls of a server, of sizes that nobody chose."""
+"""Calls of a server: by what decides their shapes, and of sizes that nobody chose."""
 
 from __future__ import annotations
 
 import random
 
+from dsv4_backends.contract.hyper_connection.traffic import prenorm
+from dsv4_backends.contract.indexer.traffic import mqa, paged
 from dsv4_backends.contract.models import Rank
-from dsv4_backends.runtime import serving
-from dsv4_backends.runtime.serving import Arguments, Limits
+from dsv4_backends.contract.projection.traffic import einsum
+from dsv4_backends.contract.sparse_mla.traffic import compressed_widths, decode, prefill
+from dsv4_backends.contract.traffic import Arguments, Limits, round_up
+from dsv4_backends.runtime.serving import calls
+
+__all__ = ["Arguments", "Limits", "calls", "decode", "einsum", "mqa", "paged", "prefill", "prenorm", "served"]
 
 
 def served(op: str, rank: Rank, limits: Limits, count: int, seed: int = 0) -> list[Arguments]:
@@ -17,22 +23,20 @@ def served(op: str, rank: Rank, limits: Limits, count: int, seed: int = 0) -> li
         tokens, requests = rng.randint(1, limits.max_tokens), rng.randint(1, limits.max_requests)
         next_n = rng.randint(1, limits.next_n)
         keys = -(-rng.randint(1, limits.max_context) // 4)
-        widths = list(serving.compressed_widths(rank, limits.max_context))
+        widths = list(compressed_widths(rank, limits.max_context))
         extra = rng.choice([None, *widths])
         made.append(
             {
-                "sparse_mla_prefill": lambda t=tokens, k=keys, e=extra: serving.prefill(
-                    rank.heads, t, k, serving.round_up(rank.model.window + (e[0] if e else 0), 128)
+                "sparse_mla_prefill": lambda t=tokens, k=keys, e=extra: prefill(
+                    rank.heads, t, k, round_up(rank.model.window + (e[0] if e else 0), 128)
                 ),
-                "sparse_mla_decode": lambda b=requests, s=next_n, e=extra: serving.decode(
+                "sparse_mla_decode": lambda b=requests, s=next_n, e=extra: decode(
                     rank.heads, b, s, rank.model.window, e
                 ),
-                "mqa_logits": lambda t=tokens, k=keys: serving.mqa(rank, t, k),
-                "paged_mqa_logits": lambda b=requests, s=next_n, k=keys: serving.paged(rank, b, s, k),
-                "fp8_einsum": lambda t=tokens: serving.einsum(rank, t),
-                "hc_prenorm_gemm": lambda t=tokens: serving.hyper_connection(
-                    t, rank.hc_k, rank.hc_n, rng.choice([None, 2, 8, 32])
-                ),
+                "mqa_logits": lambda t=tokens, k=keys: mqa(rank, t, k),
+                "paged_mqa_logits": lambda b=requests, s=next_n, k=keys: paged(rank, b, s, k),
+                "fp8_einsum": lambda t=tokens: einsum(rank, t),
+                "hc_prenorm_gemm": lambda t=tokens: prenorm(t, rank.hc_k, rank.hc_n, rng.choice([None, 2, 8, 32])),
             }[op]()
         )
     return made

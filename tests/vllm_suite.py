@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fake_cuda
 
 from dsv4_backends import UnsupportedError
-from dsv4_backends.contract import CONTRACTS, layouts
-from dsv4_backends.contract.op import Case
+from dsv4_backends.contract import CONTRACTS, Case, layouts
 from dsv4_backends.engines import hook, patching
 from dsv4_backends.engines import vllm as engine
 from dsv4_backends.runtime import bind

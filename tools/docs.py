@@ -27,7 +27,7 @@ from dsv4_backends.bench.provenance import said_commit
 from dsv4_backends.commands import cli, shared
 from dsv4_backends.commands import list as list_command
 from dsv4_backends.contract import CONTRACTS, LEVELS, OpContract, Tolerance
-from dsv4_backends.contract.op import Form, ScalarArg
+from dsv4_backends.contract.arguments import Form, ScalarArg
 from dsv4_backends.selection import machine, plugins, policy, provider, resolve
 from dsv4_backends.selection import preferences as measured
 from dsv4_backends.selection.capability import describe, sm

@@ -23,6 +23,7 @@ import torch
 
 from dsv4_backends import CONTRACTS, ops, use_providers
 from dsv4_backends.bench.provenance import provenance
+from dsv4_backends.contract.checker import checked_function
 from dsv4_backends.runtime import bind
 
 CALLS, REPEATS = 20_000, 9
@@ -90,7 +91,7 @@ def main() -> None:
             refusing(scoped, stub)
             block = microseconds(public, args, kwargs)
         with mock.patch.dict(sys.modules, {"torch._C._dynamo.guards": None}):  # nothing is recognised
-            whole = contract.checked_function((), ("return None",), {})
+            whole = checked_function(contract, (), ("return None",), {})
         check = microseconds(whole, args, kwargs) - direct
         tensors = sum(isinstance(value, torch.Tensor) for value in made.values())
         row = {"direct_us": direct, "call_us": call, "added_us": call - direct, "check_us": check}

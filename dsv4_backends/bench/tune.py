@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import PolicyError
 from ..selection import preferences as measured
-from . import shapes
 
 MARGIN = 1.03
 """A provider is preferred from this ratio on: less is not worth a choice that depends on the shape."""
@@ -51,7 +50,8 @@ def tune(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     points: dict[tuple[str, str], dict[int, list[tuple[int, Mapping[str, Any], Sequence[str]]]]]
     points = defaultdict(lambda: defaultdict(list))
     for (op, _), found_row in rows.items():
-        name, load = measured.CLASSES[op].read(*shapes.looked_at(op, found_row[1]["params"]))
+        classes = measured.CLASSES[op]
+        name, load = classes.read(*classes.of_row(found_row[1]["params"]))
         points[op, name][load].append(found_row)
     preferences = [
         {"op": op, "shapes": name, **entry}

@@ -10,7 +10,7 @@ from typing import Any
 from ..bench.compare import Change, passed
 from ..bench.results import rated, rivals, verdict, verdict_text
 from ..bench.shapes import SCALES
-from ..contract.names import OPS
+from ..contract import OPS
 from ..errors import PolicyError
 from .render import SCHEMA_VERSION, table
 from .shared import (

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ..contract.names import OPS
+from ..contract import OPS
 from ..selection import builds
 from ..selection.resolve import Resolution
 from ..selection.survey import survey

@@ -10,8 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..bench.provenance import provenance
-from ..contract.names import OPS
-from ..contract.op import LEVELS
+from ..contract import LEVELS, OPS
 from ..selection import machine
 from ..selection.machine import Machine
 from .render import SCHEMA_VERSION, table

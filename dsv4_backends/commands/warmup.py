@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..contract.names import OPS
+from ..contract import OPS
 from ..errors import PolicyError
 from .render import SCHEMA_VERSION, table
 from .shared import OK, AddCommand, need_torch, show, tell

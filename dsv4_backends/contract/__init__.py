@@ -1,22 +1,30 @@
-"""What each op means. Providers depend on this package; it depends on none of them."""
+"""What each op means. Providers depend on this package; it depends on none of them.
+
+A folder a family of ops, with ``meaning.py``, ``cases.py`` and ``traffic.py``. Every table over op names is derived
+from here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from types import MappingProxyType
 
-from .hyper_connection import HC_PRENORM_GEMM
-from .indexer import MQA_LOGITS, PAGED_MQA_LOGITS
-from .names import OPS
-from .op import LEVELS, Case, Cost, OpContract, Tolerance
-from .projection import FP8_EINSUM
-from .sparse_mla import DECODE, PREFILL
+from .spec import LEVELS, Case, Cost, OpContract, Tolerance
+
+FAMILIES = (
+    "sparse_mla",
+    "indexer",
+    "projection",
+    "hyper_connection",
+)
+"""The folders, in the order in which people see their ops."""
 
 CONTRACTS: Mapping[str, OpContract] = MappingProxyType(
-    {c.name: c for c in (PREFILL, DECODE, MQA_LOGITS, PAGED_MQA_LOGITS, FP8_EINSUM, HC_PRENORM_GEMM)}
+    {contract.name: contract for family in FAMILIES for contract in import_module(f".{family}", __name__).CONTRACTS}
 )
-"""Every op by name, in the order of ``OPS``."""
+"""Every op by name, in the order of ``FAMILIES``."""
 
-assert tuple(CONTRACTS) == OPS
+OPS = tuple(CONTRACTS)
 
-__all__ = ["CONTRACTS", "LEVELS", "OPS", "Case", "Cost", "OpContract", "Tolerance"]
+__all__ = ["CONTRACTS", "FAMILIES", "LEVELS", "OPS", "Case", "Cost", "OpContract", "Tolerance"]

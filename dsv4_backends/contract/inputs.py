@@ -1,6 +1,6 @@
-"""Random inputs for the contracts' cases. Drawn on the CPU from the case's seed, then moved.
+"""Random inputs. For the contracts' cases: drawn on the CPU from the case's seed, then moved. For ``bench``: ``Draw``.
 
-What a caller may leave unwritten is poisoned with NaN, so that a provider that reads it is found out.
+What a caller may leave unwritten is poisoned with NaN in a case, so that a provider that reads it is found out.
 """
 
 from __future__ import annotations
@@ -118,3 +118,49 @@ def choices(generator: torch.Generator, rows: int, topk: int, pool: Tensor, size
         where[:1] = True
         picked = torch.where(where, drawn, picked)
     return picked
+
+
+PIECE = 1 << 17
+"""Tokens that are quantised at a time by ``Draw``: half a GiB of temporaries."""
+
+
+class Draw:
+    """Random tensors made on the device that is timed.
+
+    The contracts' own cases are drawn on the CPU, so that they are the same on every machine; caches of gigabytes would
+    take minutes there. Here the seed is fixed but the values differ between kinds of device.
+    """
+
+    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
+        self.generator, self.device = generator, device
+
+    def normal(self, *shape: int, dtype: str = "float32", scale: float = 1.0) -> Tensor:
+        import torch
+
+        drawn = torch.empty(shape, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, device=self.device)
+        return drawn.normal_(0, scale, generator=self.generator).to(getattr(torch, dtype))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        import torch
+
+        return torch.randint(low, high, shape, generator=self.generator, device=self.device)
+
+    def powers(self, *shape: int) -> Tensor:
+        return 2.0 ** self.integers(-3, 4, *shape).float()
+
+    def pages(self, count: int, each: int) -> Tensor:
+        """A table ``[count, each]`` that deals out shuffled pages."""
+        import torch
+
+        return torch.randperm(count * each, generator=self.generator, device=self.device).view(count, each)
+
+    def range(self, stop: int) -> Tensor:
+        import torch
+
+        return torch.arange(stop, device=self.device)
+
+    def full(self, value: int, *shape: int) -> Tensor:
+        """int32, one value everywhere."""
+        import torch
+
+        return torch.full(shape, value, dtype=torch.int32, device=self.device)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContractError
-from .op import OpContract, TensorArg, Values
+from .arguments import TensorArg, Values
+from .spec import OpContract
 
 if TYPE_CHECKING:
     from torch import Tensor

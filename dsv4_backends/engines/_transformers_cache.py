@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 
 from ..contract import layouts
+from ..contract.traffic import BLOCK, WINDOW_PAGE
 from ..errors import DSV4Error
-from ..runtime.serving import BLOCK, WINDOW_PAGE
 from . import transformers as engine
 
 DIRECT_TOKENS = engine.FEW_TOKENS

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..contract import layouts
 from ..contract.settings import without_autocast
-from ..contract.sparse_mla import HEAD_DIM, MAX_HEADS
+from ..contract.sparse_mla.meaning import HEAD_DIM, MAX_HEADS
 from ..errors import DSV4Error
 from ..selection.provider import Reason
 from . import _transformers_exact as exact

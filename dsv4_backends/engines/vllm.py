@@ -21,7 +21,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from .. import compat
-from ..contract.names import OPS
+from ..contract import OPS
 from ..errors import PolicyError, UnsupportedError
 from ..selection import machine, policy
 from ..selection.machine import Device

@@ -11,11 +11,12 @@ import torch
 from ..contract import CONTRACTS
 from ..contract.config import from_config
 from ..contract.models import Model
+from ..contract.traffic import Limits, packed_scales
 from ..errors import PluginError, PolicyError
 from ..selection import machine, policy
 from ..selection.foreign import shown
 from . import bind
-from .serving import Limits, calls
+from .serving import calls
 
 
 def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> int | None:
@@ -77,7 +78,7 @@ def warmup(
     Args:
         model: ``"flash"``, ``"pro"``, a ``config.json``, its folder or its contents, or a ``contract.models.Model``.
         tp: Tensor parallel size.
-        limits: How far the server goes; default: ``serving.Limits()``.
+        limits: How far the server goes; default: ``Limits()``.
         device: Default: the current GPU, or the CPU.
         ops: Only these.
         progress: Gets a line of text before each op.
@@ -100,8 +101,7 @@ def warmup(
         raise PolicyError(f"model: expected flash, pro, a path, or a Model, got {model!r}")
     rank = (model if isinstance(model, Model) else from_config(model)).rank(tp)
     where = machine.torch_device(device)
-    here = machine.device_of(where).capability
-    packed = here is not None and here.major >= 10
+    packed = packed_scales(machine.device_of(where).capability)
     ready: dict[str, dict[str, int]] = {}
     for op in wanted_ops:
         if progress is not None:

@@ -6,8 +6,7 @@ shapes is asked with tensors that have no storage.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 from ..contract import CONTRACTS
 from ..contract.config import Configuration, read
 from ..contract.models import Model, Rank
-from ..runtime import serving
-from ..runtime.serving import Limits
+from ..contract.traffic import Deployment, Limits, Need, packed_scales
 from ..selection.machine import Device, Machine
 from ..selection.provider import Tier
 from ..selection.resolve import Resolution
@@ -26,27 +24,6 @@ from .memory import Memory
 
 STEP_TOKENS = 8192
 """Tokens of one step; engines cut longer prompts into chunks of about this size."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """One op in one set of shapes.
-
-    Attributes:
-        op: The contract's name.
-        role: What asks for it, for people.
-        sizes: The dimensions that decide, by name.
-        arguments: Makes the call's arguments on the ``meta`` device.
-    """
-
-    op: str
-    role: str
-    sizes: Mapping[str, int]
-    arguments: Callable[[], dict[str, Any]]
-
-    @property
-    def shown(self) -> str:
-        return ", ".join(f"{name} {size}" for name, size in self.sizes.items())
 
 
 def needs(rank: Rank, limits: Limits, device: Device) -> tuple[Need, ...]:
@@ -60,45 +37,8 @@ def needs(rank: Rank, limits: Limits, device: Device) -> tuple[Need, ...]:
     A model of layers of one kind asks for that kind only. With ``limits.next_n`` above 1 the speculative layers, which
     see the window only, ask too.
     """
-    model = rank.model
-    tokens, seqs, s_q, heads = limits.max_tokens, limits.max_requests, limits.next_n, limits.heads or rank.heads
-    packed = device.capability is not None and device.capability.major >= 10
-    found: list[Need] = []
-
-    def need(op: str, role: str, sizes: Mapping[str, int], make: Callable[..., serving.Arguments], *args: Any) -> None:
-        found.append(Need(op, role, sizes, functools.partial(make, *args)))
-
-    speculative = limits.next_n > 1 and model.speculative_layers > 0
-    for ratio in (0, 4, 128):
-        if ratio not in model.compress_ratios and (ratio or not speculative):
-            continue
-        name = f"ratio {ratio} layers" if ratio else "window layers"
-        if ratio not in model.compress_ratios:
-            name = "speculative layers"
-        extra = serving.second_scope(rank, ratio, limits.max_context)
-        width, page_size = extra or (0, 0)
-        keys, topk = limits.max_context, serving.round_up(model.window + width, serving.TOPK_MULTIPLE)
-        sizes = {"s_q": tokens, "h_q": heads, "topk": topk}
-        need("sparse_mla_prefill", f"{name}, prefill", sizes, serving.prefill, heads, tokens, keys, topk)
-        sizes = {"b": seqs, "s_q": s_q, "h_q": heads, "topk": model.window, "page_size": serving.WINDOW_PAGE}
-        sizes |= {"extra_topk": width, "extra_page_size": page_size} if extra else {}
-        need("sparse_mla_decode", f"{name}, decode", sizes, serving.decode, heads, seqs, s_q, model.window, extra)
-    if 4 in model.compress_ratios:
-        keys = -(-limits.max_context // 4)
-        sizes = {"h": model.index_heads, "d": model.index_dim, "n": keys}
-        need("mqa_logits", "indexer, prefill", {"m": tokens, **sizes}, serving.mqa, rank, tokens, keys)
-        sizes = {"b": seqs, "next_n": s_q, **sizes, "page_size": serving.WINDOW_PAGE}
-        need("paged_mqa_logits", "indexer, decode", sizes, serving.paged, rank, seqs, s_q, keys)
-    inner, width = rank.o_in, model.o_lora_rank
-    for step, count in (("prefill", tokens), ("decode", seqs * s_q)):
-        einsum = functools.partial(serving.einsum, packed=packed)
-        sizes = {"b": count, "h": rank.o_groups, "r": inner, "d": width}
-        need("fp8_einsum", f"output projection, {step}", sizes, einsum, rank, count)
-        for role, k, n in serving.connections(rank):
-            sizes = {"m": count, "k": k, "n": n}
-            need("hc_prenorm_gemm", f"{role}, {step}", sizes, serving.hyper_connection, count, k, n)
-    order = list(CONTRACTS)
-    return tuple(sorted(found, key=lambda one: order.index(one.op)))
+    server = Deployment(rank, limits, packed_scales(device.capability))
+    return tuple(need for contract in CONTRACTS.values() for need in contract.traffic.needs(server))
 
 
 @dataclass(frozen=True)

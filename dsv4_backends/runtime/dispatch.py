@@ -18,7 +18,8 @@ import torch
 
 from .. import locks
 from ..contract import CONTRACTS, OpContract
-from ..contract.op import TensorArg, needs_no_grad, transformed
+from ..contract.arguments import TensorArg
+from ..contract.checker import checked_function, needs_no_grad, transformed
 from ..errors import ContractError
 from ..selection import policy
 from . import bind
@@ -53,7 +54,8 @@ def define(function: _F) -> _F:
         f"return bound.function({passed})",
     )
     scope: dict[str, Any] = {"heads": heads, "scope": policy.active, "choose": choose}
-    functional, with_buffers = _library_ops(contract, contract.checked_function((), dispatch, scope))
+    library = checked_function(contract, (), dispatch, scope, what="check and dispatch, torch.library")
+    functional, with_buffers = _library_ops(contract, library)
     buffers = contract.buffers
     functional_names = contract.library_names(with_buffers=False)
     buffer_names = contract.library_names(with_buffers=True)
@@ -74,7 +76,8 @@ def define(function: _F) -> _F:
     # Other tracers than Dynamo bring tensors of their own class, or are dispatch modes.
     scope |= {"as_library_op": as_library_op, "is_compiling": torch.compiler.is_dynamo_compiling}
     by_library = f"return as_library_op({passed})"
-    call = contract.checked_function((f"if is_compiling(): {by_library}",), dispatch, scope, by_library)
+    before = (f"if is_compiling(): {by_library}",)
+    call = checked_function(contract, before, dispatch, scope, by_library, what="check and dispatch")
     functools.update_wrapper(call, function)
     call.__module__ = f"{__package__.rpartition('.')[0]}.ops"  # where pickle finds it
     return cast("_F", call)

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..contract import CONTRACTS
 from ..contract.models import EXPERT_BYTES, Rank
-from .serving import BLOCK, WINDOW_PAGE, Limits, round_up
+from ..contract.traffic import BLOCK, WINDOW_PAGE, Limits, round_up
 
 if TYPE_CHECKING:
     import torch
-
-_HELD = frozenset(("k_cache", "extra_k_cache", "w", "w_scale", "fn"))
-"""Arguments that are the cache or weights; all others live for the call."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def _overlap(ratio: int) -> int:
 
 
 def cache(rank: Rank, *, next_n: int) -> tuple[int, int]:
-    """Bytes of the cache for ``serving.BLOCK`` tokens of context, and for a sequence whatever its length.
+    """Bytes of the cache for ``traffic.BLOCK`` tokens of context, and for a sequence whatever its length.
 
     A page is padded to ``layouts.PAGE_ALIGNMENT`` bytes, as engines do. Fixed for a sequence are the window of every
     layer and the compressors' states. Every rank holds the whole cache: there is one head of keys.
@@ -130,9 +127,10 @@ def call(op: str, arguments: Mapping[str, Any]) -> int:
     """Bytes that exist for a call only: its arguments but cache and weights, and its results. Nothing is allocated."""
     import torch
 
-    made = CONTRACTS[op].function(**arguments)
+    contract = CONTRACTS[op]
+    made = contract.function(**arguments)
     results = made if isinstance(made, tuple) else (made,)
-    given = [value for name, value in arguments.items() if name not in _HELD]
+    given = [value for name, value in arguments.items() if name not in contract.traffic.held]
     return sum(_bytes(value) for value in (*given, *results) if isinstance(value, torch.Tensor))
 
 

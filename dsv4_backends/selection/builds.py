@@ -18,7 +18,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
-from ..contract.names import OPS
+from ..contract import OPS
 from ..locks import bindings
 from .foreign import run, shown, words
 from .provider import Build, Implementation, ProviderSpec, Reason

@@ -23,7 +23,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from ..contract.names import OPS
+from ..contract import OPS
 from ..errors import PolicyError
 from . import capability as cc
 from .foreign import identity

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..contract.names import OPS
+from ..contract import OPS
 from ..errors import PolicyError
 
 ESSENTIAL = "torch"

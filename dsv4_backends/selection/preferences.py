@@ -10,53 +10,22 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..contract import CONTRACTS
+from ..contract.traffic import Classes, Shape
 from . import capability as cc
 from .machine import Device
 
 SCHEMA_VERSION = 1
 FOLDER = Path(__file__).parent / "tables"
-FEW_KEYS = 256
-"""Up to here a prefill row attends to little more than its window."""
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Classes:
-    """How the shapes of one op are told apart.
-
-    Attributes:
-        tensors: Positions of the two arguments whose shapes are looked at.
-        load: What grows with the batch, for people.
-        read: Those shapes to the name of the class and the load.
-    """
-
-    tensors: tuple[int, int]
-    load: str
-    read: Callable[[Shape, Shape], tuple[str, int]]
-
-
-def _prefill(q: Shape, indices: Shape) -> tuple[str, int]:
-    return f"h_q={q[1]} topk{'<=' if indices[-1] <= FEW_KEYS else '>'}{FEW_KEYS}", q[0]
-
-
-CLASSES: Mapping[str, Classes] = MappingProxyType(
-    {
-        "sparse_mla_prefill": Classes((0, 2), "s_q", _prefill),
-        "sparse_mla_decode": Classes((0, 2), "b * s_q", lambda q, indices: (f"h_q={q[2]}", q[0] * q[1])),
-        "mqa_logits": Classes((0, 1), "m * n", lambda q, k: (f"h={q[1]} d={q[2]}", q[0] * k[0])),
-        "paged_mqa_logits": Classes((0, 1), "b * next_n", lambda q, k_cache: (f"h={q[2]} d={q[3]}", q[0] * q[1])),
-        "fp8_einsum": Classes((0, 2), "b", lambda x, w: (f"h={x[1]} d={w[1]} r={x[2]}", x[0])),
-        "hc_prenorm_gemm": Classes((0, 1), "m", lambda x, fn: (f"n={fn[0]} k={x[1]}", x[0])),
-    }
-)
+CLASSES: Mapping[str, Classes] = MappingProxyType({op: c.traffic.classes for op, c in CONTRACTS.items()})
+"""How the shapes of each op are told apart."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from ..contract.traffic import Shape
 from . import capability as cc
 from . import preferences as measured
 from .machine import Device
 from .policy import ESSENTIAL, Policy
-from .preferences import Preference, Shape
+from .preferences import Preference
 from .provider import Build, Implementation, ProviderSpec, Reason, Tier
 from .requirements import unmet
 

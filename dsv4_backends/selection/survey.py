@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..contract.names import OPS
+from ..contract import OPS
 from ..errors import PolicyError
 from . import builds, machine, plugins, policy, preferences
 from .builds import Builds

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..contract import CONTRACTS, Case, OpContract
-from ..contract.op import TensorArg, overlaps_itself
+from ..contract.arguments import TensorArg
+from ..contract.checker import overlaps_itself
 from ..errors import NoProviderError
 from ..runtime.bind import load_implementation, signature_mismatch
 from ..selection import builds, machine, plugins, policy
@@ -322,6 +323,7 @@ def some_rows(contract: OpContract, arguments: dict[str, Any], rows: slice) -> d
     """A call's arguments for some rows of its batch (the first dimension of its first tensor)."""
     batch = next(arg for arg in contract.args.values() if isinstance(arg, TensorArg)).forms[0].dims[0]
     cut = dict(arguments)
+    count = len(next(value for _, value in _tensors(arguments)))
     for name, value in _tensors(arguments):
         arg = contract.args[name]
         assert isinstance(arg, TensorArg)
@@ -329,7 +331,7 @@ def some_rows(contract: OpContract, arguments: dict[str, Any], rows: slice) -> d
         if lead == batch:
             cut[name] = value[rows]
         elif lead.startswith(f"{batch} * "):
-            cut[name] = value.unflatten(0, (len(arguments["q"]), -1))[rows].flatten(0, 1)
+            cut[name] = value.unflatten(0, (count, -1))[rows].flatten(0, 1)
     return cut
 
 
@@ -343,7 +345,7 @@ def check_batch_invariant(target: Subject, case: Case) -> None:
     if count == 0:
         return
     whole = target.run(arguments)
-    partials = int(arguments.get("num_splits") is not None)
+    partials = int(arguments.get(contract.partials) is not None)
     for row in {0, count // 2, count - 1}:
         alone = target.run(some_rows(contract, arguments, slice(row, row + 1)))
         for name, a, b in zip(contract.returns, whole, alone, strict=True):

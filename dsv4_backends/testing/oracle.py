@@ -7,13 +7,14 @@ tables computed from their definitions, pages are addressed by byte arithmetic. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..contract import CONTRACTS
 from ..contract.settings import without_autocast
+from ..runtime.bind import load_target
 
 F64 = torch.float64
 
@@ -221,27 +222,15 @@ def hc_prenorm_gemm(x: Tensor, fn: Tensor, **others: Any) -> tuple[Tensor, ...]:
     return mixes, squares
 
 
-ORACLES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    function.__name__: function
-    for function in (
-        sparse_mla_prefill,
-        sparse_mla_decode,
-        mqa_logits,
-        paged_mqa_logits,
-        fp8_einsum,
-        hc_prenorm_gemm,
-    )
-}
-
-
 def expected(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The op's results in fp64, in the order of the contract's ``returns``."""
+    """The op's results in fp64, in the order of the contract's ``returns``, by the oracle that the contract names."""
     with without_autocast():
-        return ORACLES[op](**arguments)
+        results: tuple[Tensor, ...] = load_target(CONTRACTS[op].oracle)(**arguments)
+        return results
 
 
 def finished(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Results as the oracle gives them: the partials of ``hc_prenorm_gemm`` summed, in fp64."""
-    if op == "hc_prenorm_gemm" and arguments.get("num_splits") is not None:
+    """Results as the oracle gives them: partial sums added up, in fp64."""
+    if arguments.get(CONTRACTS[op].partials) is not None:
         return tuple(result.to(F64).sum(0) for result in results)
     return results

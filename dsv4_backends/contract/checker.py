@@ -1,8 +1,6 @@
-"""What an op's contract is made of, and the checker that is generated from it.
+"""The check of a call's arguments: straight-line source that is generated from a contract's table of arguments.
 
-A contract is a documented Python function, whose signature is the op's signature, whose docstring is its meaning, and
-whose body is its fake: it allocates the outputs. Around it stand the table of arguments, from which the check before
-every call and the tables in the docs are made, the cases, the tolerances, and the cost.
+``python -m dsv4_backends.contract OP`` prints it.
 """
 
 from __future__ import annotations
@@ -14,326 +12,98 @@ import linecache
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..errors import ContractError, DSV4Error
-from .settings import without_autocast
+from .arguments import Form, ScalarArg, TensorArg
 
 if TYPE_CHECKING:
     import torch
 
-LEVELS = ("smoke", "default", "full")
+    from .spec import OpContract
 
 
-@dataclass(frozen=True)
-class Form:
-    """One dtype set and shape that a tensor may have.
+def check(contract: OpContract) -> Callable[..., torch.device]:
+    """``OpContract.check``."""
+    function: Callable[..., torch.device] = checked_function(contract, (), (_device(contract),), {})
+    return function
 
-    Attributes:
-        dtypes: Names in ``torch``, separated by spaces.
-        shape: Dimensions separated by commas. A name is bound by its first use and compared afterwards; a number or
-            an expression over bound names must be equal. ``ceil(a, b)`` is a rounded up to multiples of b, over b.
-        when: Expression over the arguments under which the form applies; empty: always.
+
+def check_source(contract: OpContract) -> str:
+    """The text of ``OpContract.check``; what runs before a public call has the same lines."""
+    return _Checker(contract, (), (_device(contract),), "").source
+
+
+def _device(contract: OpContract) -> str:
+    return f"return {next(name for name, arg in contract.args.items() if isinstance(arg, TensorArg))}.device"
+
+
+def checked_function(
+    contract: OpContract,
+    before: Sequence[str],
+    after: Sequence[str],
+    namespace: Mapping[str, Any],
+    foreign: str = "",
+    *,
+    what: str = "check",
+) -> Callable[..., Any]:
+    """A function with the contract's signature whose body is ``before``, the check, then ``after``.
+
+    The check stands before every call, where a function call of its own would cost as much as it does; hence
+    source lines. ``foreign`` is a line for calls with tensors of another class, or under a dispatch mode of
+    PyTorch's; without it they are checked like others. ``what`` the function is stands in stack traces.
+
+    ``after`` finds the arguments by name, as ``where`` a key for their device (the index of a GPU, else the
+    ``torch.device``), and as ``known`` a name for calls like this one: None where it has none (yet), else
+    the same object for calls that differ in nothing but the values and addresses of their tensors.
     """
+    import torch
 
-    dtypes: str
-    shape: str
-    when: str = ""
+    def wrong(argument: str, value: object, names: Mapping[str, Any]) -> ContractError:
+        return ContractError(_describe(contract, argument, value, names))
 
-    @property
-    def dims(self) -> list[str]:
-        return [dim.strip() for dim in re.split(r",(?![^(]*\))", self.shape) if dim.strip()]
-
-
-@dataclass(frozen=True)
-class TensorArg:
-    """A tensor argument: its forms, its layout, and its meaning in a few words.
-
-    Attributes:
-        forms: Tried in order; the first whose dtype, rank and ``when`` fit decides which sizes are expected.
-        layout: ``"last"``: the last dimension is contiguous, other strides are free. ``"page"``: within a page
-            (dimension 0) the bytes are contiguous, the page stride is free. ``"any"``: no rule. ``"vector"``: no
-            rule for callers, ``"last"`` for providers: the check hands on a contiguous copy where it has to.
-        about: For the docs.
-    """
-
-    forms: tuple[Form, ...]
-    layout: str = "last"
-    about: str = ""
-
-
-@dataclass(frozen=True)
-class ScalarArg:
-    """A number: Python's, or what ``numbers`` counts as one (NumPy's scalars and arrays without dimensions too), of
-    which a Python number is made. No bool, and no tensor. A float is finite in fp32, an int is at most 2^31 - 1.
-
-    Attributes:
-        kind: ``"float"`` or ``"int"``.
-        minimum: Smallest value; None for no bound.
-    """
-
-    kind: str
-    minimum: int | None = None
-    about: str = ""
-
-
-def tensor(dtypes: str, shape: str, about: str, *, layout: str = "last") -> TensorArg:
-    """A tensor argument; alternatives in ``shape`` are separated by ``|``."""
-    return TensorArg(tuple(Form(dtypes, part) for part in shape.split("|")), layout, about)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A relation between an argument and those before it. ``argument`` is the one that the error names."""
-
-    argument: str
-    expression: str
-    expected: str
-
-
-@dataclass(frozen=True)
-class Values:
-    """The values that callers should give an argument that indexes, or says how much is read.
-
-    No other value faults either: the contract says what it then means. ``DSV4_BACKENDS_CHECK_VALUES=1`` looks for such
-    values (``contract/values.py``); nothing else does.
-
-    Attributes:
-        low, high: Expressions over sizes and arguments, both included.
-        otherwise: What any other value means.
-        used: How many entries of a row are looked at, an expression as well; empty, or an argument not given: all.
-    """
-
-    argument: str
-    low: str
-    high: str
-    otherwise: str
-    used: str = ""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far one output may be from the oracle in fp64, with the reason for each number.
-
-    An element passes where ``|error| <= atol + atol_rms * rms(reference) + rtol * |reference|``, and all of them
-    together where ``calc_diff = 1 - 2<x, y> / (<x, x> + <y, y>)`` stays below its bound. Infinities and NaN must be
-    in the same places.
-    """
-
-    why: str
-    rtol: float = 0.0
-    atol: float = 0.0
-    atol_rms: float = 0.0
-    calc_diff: float = float("inf")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The least work of a call.
-
-    Attributes:
-        flops: Multiply-adds count two.
-        bytes: Every input that is needed read once, every output written once.
-        math: Tensor-core type the flops can run in: ``"bf16"``, ``"fp8"`` or ``"tf32"``.
-    """
-
-    flops: float
-    bytes: float
-    math: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """A named set of parameters for one op, from which seeded inputs are made.
-
-    Attributes:
-        name: Unique within its op; also the seed.
-        level: ``"smoke"``, ``"default"`` or ``"full"``; a level includes the ones before it.
-        params: Keyword arguments of the op's ``make`` function.
-    """
-
-    name: str
-    level: str
-    params: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class OpContract:
-    """Everything that is promised about one op.
-
-    Attributes:
-        function: Signature, meaning and fake (see the module's docstring).
-        args: Every argument in the order of the signature.
-        rules: Relations between arguments.
-        values: What callers should put into arguments that index, and what anything else means.
-        returns: Names of the results; a name that is also an argument is the caller's buffer where one is given.
-        cases: Test inputs at three levels.
-        make: ``make(device, generator, **params)`` builds a case's arguments.
-        tolerances: By result name.
-        cost: ``cost(**arguments)``; reads shapes, and lengths where they decide the work.
-    """
-
-    function: Callable[..., Any]
-    args: Mapping[str, TensorArg | ScalarArg]
-    returns: tuple[str, ...]
-    cases: tuple[Case, ...]
-    make: Callable[..., dict[str, Any]]
-    tolerances: Mapping[str, Tolerance]
-    cost: Callable[..., Cost]
-    rules: tuple[Rule, ...] = ()
-    values: tuple[Values, ...] = ()
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.function.__name__)
-        parameters = tuple(inspect.signature(self.function).parameters)
-        assert parameters == tuple(self.args), f"{self.name}: table {tuple(self.args)} is not {parameters}"
-        assert set(self.tolerances) == set(self.returns)
-        assert len({case.name for case in self.cases}) == len(self.cases), f"{self.name}: case names repeat"
-
-    @property
-    def signature(self) -> inspect.Signature:
-        return inspect.signature(self.function)
-
-    def is_keyword(self, name: str) -> bool:
-        """Whether an argument is keyword-only."""
-        parameter = self.signature.parameters[name]
-        return parameter.kind is parameter.KEYWORD_ONLY
-
-    def is_optional(self, name: str) -> bool:
-        """Whether an argument may be None."""
-        return self.signature.parameters[name].default is None
-
-    @cached_property
-    def buffers(self) -> tuple[str, ...]:
-        """Arguments into which the caller may have results written; all of them or none."""
-        return tuple(name for name in self.returns if name in self.args)
-
-    def library_names(self, *, with_buffers: bool) -> tuple[str, ...]:
-        """The arguments of the ``torch.library`` form, in its order: result buffers before what has a default."""
-        names = [name for name in self.args if with_buffers or name not in self.buffers]
-        names.sort(key=lambda name: self.is_optional(name) and name not in self.buffers)
-        return tuple(names)
-
-    @cached_property
-    def schema(self) -> str:
-        """The ``torch.library`` schema of the form that allocates its results."""
-        return self._schema(with_buffers=False)
-
-    @cached_property
-    def out_schema(self) -> str:
-        """The schema of the form that writes the caller's buffers and returns the other results."""
-        return self._schema(with_buffers=True)
-
-    def _schema(self, *, with_buffers: bool) -> str:
-        # All positional: torch.library.custom_op takes no keyword-only tensors.
-        parts = []
-        for name in self.library_names(with_buffers=with_buffers):
-            arg = self.args[name]
-            kind = "Tensor" if isinstance(arg, TensorArg) else arg.kind
-            if name in self.buffers:
-                parts.append(f"Tensor({'abc'[self.buffers.index(name)]}!) {name}")
-            elif self.is_optional(name):
-                parts.append(f"{kind}? {name}=None")
-            else:
-                parts.append(f"{kind} {name}")
-        count = len(self.returns) - (len(self.buffers) if with_buffers else 0)
-        result = "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
-        return f"({', '.join(parts)}) -> {result}"
-
-    def at_level(self, level: str) -> tuple[Case, ...]:
-        """The cases of a level and of the levels before it."""
-        allowed = LEVELS[: LEVELS.index(level) + 1]
-        return tuple(case for case in self.cases if case.level in allowed)
-
-    def inputs(self, case: Case, device: torch.device | str, variant: int = 0) -> dict[str, Any]:
-        """A case's arguments on ``device``, the same for the same case on every machine.
-
-        Another ``variant`` has the same shapes, dtypes and strides with other values.
-        """
-        import zlib
-
-        import torch
-
-        # Drawn on the CPU: the streams of CPU and GPU generators differ, and a case must not.
-        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.name}/{case.name}/{variant}".encode()))
-        with torch.device("cpu"), without_autocast():
-            return self.make(torch.device(device), generator, **case.params)
-
-    @cached_property
-    def check(self) -> Callable[..., torch.device]:
-        """Check a call's arguments and return the device they are on. Everything but the values of tensors.
-
-        Raises:
-            ContractError: naming op, argument, what was expected and what came.
-        """
-        first = next(name for name, arg in self.args.items() if isinstance(arg, TensorArg))
-        checker: Callable[..., torch.device] = self.checked_function((), (f"return {first}.device",), {})
-        return checker
-
-    def checked_function(
-        self, before: Sequence[str], after: Sequence[str], namespace: Mapping[str, Any], foreign: str = ""
-    ) -> Callable[..., Any]:
-        """A function with the contract's signature whose body is ``before``, the check, then ``after``.
-
-        The check stands before every call, where a function call of its own would cost as much as it does; hence
-        source lines. ``foreign`` is a line for calls with tensors of another class, or under a dispatch mode of
-        PyTorch's; without it they are checked like others.
-
-        ``after`` finds the arguments by name, as ``where`` a key for their device (the index of a GPU, else the
-        ``torch.device``), and as ``known`` a name for calls like this one: None where it has none (yet), else
-        the same object for calls that differ in nothing but the values and addresses of their tensors.
-        """
-        import torch
-
-        def wrong(argument: str, value: object, names: Mapping[str, Any]) -> ContractError:
-            return ContractError(_describe(self, argument, value, names))
-
-        def explain(error: Exception, names: Mapping[str, Any]) -> Exception:
-            if isinstance(error, DSV4Error):
-                return error
-            for name, arg in self.args.items():
-                if isinstance(arg, TensorArg) and not _may_be(self, name, names[name]):
-                    return wrong(name, names[name], names)
+    def explain(error: Exception, names: Mapping[str, Any]) -> Exception:
+        if isinstance(error, DSV4Error):
             return error
+        for name, arg in contract.args.items():
+            if isinstance(arg, TensorArg) and not _may_be(contract, name, names[name]):
+                return wrong(name, names[name], names)
+        return error
 
-        def broken(index: int, names: Mapping[str, Any]) -> ContractError:
-            rule = self.rules[index]
-            named = set(re.findall(r"\w+", rule.expression))
-            sizes = ", ".join(f"{k} {v}" for k, v in names.items() if isinstance(v, int) and k in named)
-            got = f", got {sizes}" if sizes else ""
-            return ContractError(f"{self.name}: argument {rule.argument}: expected {rule.expected}{got}")
+    def broken(index: int, names: Mapping[str, Any]) -> ContractError:
+        rule = contract.rules[index]
+        named = set(re.findall(r"\w+", rule.expression))
+        sizes = ", ".join(f"{k} {v}" for k, v in names.items() if isinstance(v, int) and k in named)
+        got = f", got {sizes}" if sizes else ""
+        return ContractError(f"{contract.name}: argument {rule.argument}: expected {rule.expected}{got}")
 
-        def number(argument: str, names: Mapping[str, Any]) -> int | float:
-            arg = self.args[argument]
-            assert isinstance(arg, ScalarArg)
-            made = _number(names[argument], arg.kind)
-            if made is None:
-                raise wrong(argument, names[argument], names)
-            return made
+    def number(argument: str, names: Mapping[str, Any]) -> int | float:
+        arg = contract.args[argument]
+        assert isinstance(arg, ScalarArg)
+        made = _number(names[argument], arg.kind)
+        if made is None:
+            raise wrong(argument, names[argument], names)
+        return made
 
-        source = _Checker(self, before, after, foreign).source
-        filename = f"<contract of {self.name}>"
-        # So that a traceback and a debugger can show the generated lines.
-        linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-        scope: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "wrong": wrong, "broken": broken}
-        seen = _Seen()
-        scope |= {"explain": explain, "seen": seen.signatures, "remember": seen.remember, "number": number}
-        scope |= {"grad_on": torch.is_grad_enabled, "strided": torch.strided, "usual": _usual()}
-        scope |= {"modes": _dispatch_modes(), "transforms": _transforms()}
-        for ask in (is_foreign, not_transformed, needs_no_grad, own_memory):
-            scope[ask.__name__] = functools.partial(ask, self)
-        # Each stands for one argument that is None; no argument of any contract looks like them.
-        scope |= {
-            f"no_{n}": torch.empty((), dtype=torch.complex64, device="cpu") for n in self.args if self.is_optional(n)
-        }
-        scope["ceil"] = lambda a, b: -(-a // b)
-        scope |= {f"torch_{dtype}": getattr(torch, dtype) for dtype in _DTYPES} | dict(namespace)
-        exec(compile(source, filename, "exec"), scope)
-        function: Callable[..., Any] = scope[self.name]
-        return function
+    source = _Checker(contract, before, after, foreign).source
+    filename = f"<{what} of {contract.name}>"
+    # So that a traceback and a debugger can show the generated lines.
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "wrong": wrong, "broken": broken}
+    seen = _Seen()
+    scope |= {"explain": explain, "seen": seen.signatures, "remember": seen.remember, "number": number}
+    scope |= {"grad_on": torch.is_grad_enabled, "strided": torch.strided, "usual": _usual()}
+    scope |= {"modes": _dispatch_modes(), "transforms": _transforms()}
+    for ask in (is_foreign, not_transformed, needs_no_grad, own_memory):
+        scope[ask.__name__] = functools.partial(ask, contract)
+    # Each stands for one argument that is None; no argument of any contract looks like them.
+    optional = [name for name in contract.args if contract.is_optional(name)]
+    scope |= {f"no_{name}": torch.empty((), dtype=torch.complex64, device="cpu") for name in optional}
+    scope["ceil"] = lambda a, b: -(-a // b)
+    scope |= {f"torch_{dtype}": getattr(torch, dtype) for dtype in _DTYPES} | dict(namespace)
+    exec(compile(source, filename, "exec"), scope)
+    function: Callable[..., Any] = scope[contract.name]
+    return function
 
 
 class _Seen:

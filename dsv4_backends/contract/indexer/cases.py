@@ -1,111 +1,18 @@
-"""The lightning indexer's logits: over contiguous keys (prefill) and over the paged key cache (decode)."""
+"""Seeded cases of the indexer's logits, how far results may be from the oracle, and the least work of a call."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import inputs as draw
-from .op import Case, Cost, Form, OpContract, Rule, ScalarArg, TensorArg, Tolerance, Values, tensor
+from .. import inputs as draw
+from ..spec import Case, Cost, Tolerance
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-def mqa_logits(
-    q: Tensor,
-    k: Tensor,
-    k_scale: Tensor,
-    weights: Tensor,
-    row_starts: Tensor,
-    row_ends: Tensor,
-    *,
-    max_seqlen_k: int | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Weighted sum over heads of the clipped query-key products, within each row's range of keys::
-
-        logits[i, n] = k_scale[n] * sum over h of relu(<q[i, h], k[n]>) * weights[i, h]
-
-    for ``row_starts[i] <= n < row_ends[i]``; every other element is exactly -inf. Bounds are clamped to ``[0, n]``; a
-    row whose end is not above its start is all -inf. Weights may be negative; relu is on the product alone. The query
-    has no scale of its own: callers fold it into ``weights``. Keys and scales outside every range may hold NaN.
-
-    With ``max_seqlen_k`` the result is compressed: column j of row i is key ``row_starts[i] + j``, and -inf where
-    that is not below ``row_ends[i]``. Keys at and beyond ``max_seqlen_k`` columns are not returned.
-
-    Args:
-        q: e4m3 ``[m, h, d]``.
-        k: e4m3 ``[n, d]``.
-        k_scale: fp32 ``[n]``.
-        weights: fp32 ``[m, h]``.
-        row_starts: int32 ``[m]``, inclusive.
-        row_ends: int32 ``[m]``, exclusive.
-        max_seqlen_k: Columns of the compressed form; None for the full form.
-        out: fp32 ``[m, n]`` or ``[m, max_seqlen_k]`` to write to; rows may have a stride.
-
-    Returns:
-        fp32 ``[m, n]``, or ``[m, max_seqlen_k]``.
-
-    Raises:
-        ContractError: an argument breaks the above.
-
-    Source: DeepGEMM ``fp8_mqa_logits`` (2.5 to 2.6) and ``fp8_fp4_mqa_logits`` (2.6 to 2.8).
-    """
-    import torch
-
-    if out is not None:
-        return out
-    width = k.shape[0] if max_seqlen_k is None else max_seqlen_k
-    return torch.empty((q.shape[0], width), dtype=torch.float32, device=q.device)
-
-
-def paged_mqa_logits(
-    q: Tensor,
-    k_cache: Tensor,
-    weights: Tensor,
-    context_lens: Tensor,
-    block_table: Tensor,
-    max_context_len: int,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The logits of ``mqa_logits`` over a paged key cache.
-
-    Key n of request i is slot ``n % page_size`` of page ``block_table[i, n // page_size]``. Row ``i * next_n + j`` of
-    the result belongs to query (i, j) and holds keys ``0 <= n < context_lens[i, j]`` (``context_lens[i]`` for all j
-    in the 1-D form); every element at and beyond that length is exactly -inf. Lengths are clamped to
-    ``[0, min(max_context_len, page_size * blocks)]``, blocks being the width of ``block_table``. The keys of a page
-    that the cache does not have, an entry of ``block_table`` outside ``[0, pages)``, are -inf. Pages and entries of
-    ``block_table`` beyond the lengths may hold anything, and the queries of a row of length 0 too.
-
-    Args:
-        q: e4m3 ``[b, next_n, h, d]``; next_n counts the tokens of one request in this step.
-        k_cache: uint8 ``[pages, page_size, d + 4]`` or ``[pages, page_size, 1, d + 4]``; page-split (see
-            ``contract/layouts.py``), bytes contiguous within a page, page stride free, a multiple of 4.
-        weights: fp32 ``[b * next_n, h]``.
-        context_lens: int32 ``[b, next_n]`` or ``[b]``.
-        block_table: int32 ``[b, blocks]``; rows may have a stride.
-        max_context_len: Columns of the result.
-        out: fp32 ``[b * next_n, max_context_len]`` to write to; rows may have a stride.
-
-    Returns:
-        fp32 ``[b * next_n, max_context_len]``.
-
-    Raises:
-        ContractError: an argument breaks the above.
-
-    Source: DeepGEMM ``fp8_paged_mqa_logits`` and ``fp8_fp4_paged_mqa_logits``.
-    """
-    import torch
-
-    if out is not None:
-        return out
-    rows = q.shape[0] * q.shape[1]
-    return torch.empty((rows, max_context_len), dtype=torch.float32, device=q.device)
-
-
-_TOLERANCE = {
+TOLERANCES = {
     "out": Tolerance(
         rtol=1e-3,
         atol_rms=1e-2,
@@ -122,7 +29,7 @@ def _e4m3(generator: torch.Generator, *shape: int) -> Tensor:
     return draw.normal(generator, *shape).to(torch.float8_e4m3fn)
 
 
-def _make_mqa(
+def make_mqa(
     device: torch.device,
     generator: torch.Generator,
     *,
@@ -176,7 +83,7 @@ def _make_mqa(
     return moved | ({"max_seqlen_k": compressed} if compressed is not None else {})
 
 
-def _make_paged(
+def make_paged(
     device: torch.device,
     generator: torch.Generator,
     *,
@@ -194,7 +101,7 @@ def _make_paged(
     """``columns`` of the result; as many as there are keys if not given."""
     import torch
 
-    from . import layouts
+    from .. import layouts
 
     q = _e4m3(generator, b, next_n, h, d)
     weights = draw.normal(generator, b * next_n, h, scale=h**-0.5)
@@ -245,7 +152,7 @@ def _make_paged(
     return moved | {"max_context_len": context if columns is None else columns}
 
 
-def _cost_mqa(
+def cost_mqa(
     q: Tensor,
     k: Tensor,
     k_scale: Tensor,
@@ -265,7 +172,7 @@ def _cost_mqa(
     return Cost(flops=2.0 * pairs * h * d, bytes=moved, math="fp8")
 
 
-def _cost_paged(
+def cost_paged(
     q: Tensor,
     k_cache: Tensor,
     weights: Tensor,
@@ -287,7 +194,7 @@ def _case(name: str, level: str, **params: Any) -> Case:
     return Case(name, level, params)
 
 
-_MQA_CASES = (
+MQA = (
     _case("small", "smoke", m=5, n=37, h=8, d=32),
     _case("no rows", "smoke", m=0, n=37),
     _case("no keys", "smoke", m=3, n=0, ranges="beyond"),
@@ -313,7 +220,7 @@ _MQA_CASES = (
     _case("v4 1k x 8k compressed", "full", m=1024, n=8192, ranges="batch", compressed=4096),
     _case("v4 2k x 64k", "full", m=2048, n=65536),
 )
-_PAGED_CASES = (
+PAGED = (
     _case("small", "smoke", b=3, context=37, h=8, d=32, page_size=4),
     _case("no requests", "smoke", b=0, context=64),
     _case("no context", "smoke", b=2, context=0, h=8),
@@ -339,67 +246,4 @@ _PAGED_CASES = (
     _case("v4 b=1 16k", "full", b=1, context=16384, lens="full"),
     _case("v4 b=32 16k", "full", b=32, context=16384),
     _case("v4 b=128 4k", "full", b=128, context=4096, next_n=2),
-)
-
-MQA_LOGITS = OpContract(
-    function=mqa_logits,
-    args={
-        "q": tensor("float8_e4m3fn", "m, h, d", "queries, scale folded into weights"),
-        "k": tensor("float8_e4m3fn", "n, d", "keys"),
-        "k_scale": tensor("float32", "n", "one scale per key", layout="vector"),
-        "weights": tensor("float32", "m, h", "weight of each head"),
-        "row_starts": tensor("int32", "m", "first key of a row", layout="vector"),
-        "row_ends": tensor("int32", "m", "one past its last key", layout="vector"),
-        "max_seqlen_k": ScalarArg("int", 0, about="columns of the compressed form"),
-        "out": TensorArg(
-            (
-                Form("float32", "m, n", when="max_seqlen_k is None"),
-                Form("float32", "m, max_seqlen_k", when="max_seqlen_k is not None"),
-            ),
-            about="result buffer",
-        ),
-    },
-    rules=(Rule("q", "h > 0 and d > 0", "at least one head and one dimension"),),
-    values=(
-        Values("row_starts", "0", "n", "clamped"),
-        Values("row_ends", "row_starts", "n", "clamped; below its start: an empty row"),
-    ),
-    returns=("out",),
-    cases=_MQA_CASES,
-    make=_make_mqa,
-    tolerances=_TOLERANCE,
-    cost=_cost_mqa,
-)
-
-PAGED_MQA_LOGITS = OpContract(
-    function=paged_mqa_logits,
-    args={
-        "q": tensor("float8_e4m3fn", "b, next_n, h, d", "queries, scale folded into weights"),
-        "k_cache": tensor(
-            "uint8",
-            "pages, page_size, d + 4 | pages, page_size, 1, d + 4",
-            "indexer keys, page-split",
-            layout="page",
-        ),
-        "weights": tensor("float32", "b * next_n, h", "weight of each head"),
-        "context_lens": tensor("int32", "b, next_n | b", "keys of each row", layout="vector"),
-        "block_table": tensor("int32", "b, blocks", "pages of each request"),
-        "max_context_len": ScalarArg("int", 0, about="columns of the result"),
-        "out": tensor("float32", "b * next_n, max_context_len", "result buffer"),
-    },
-    rules=(
-        Rule("q", "h > 0 and d > 0 and next_n > 0", "at least one token, one head and one dimension"),
-        Rule("k_cache", "page_size > 0", "at least one token in a page"),
-        Rule("k_cache", "_stride[0] % 4 == 0 or pages <= 1", "a page stride that is a multiple of 4"),
-        Rule("k_cache", "page_size * (d + 4) < 2**31", "pages of less than 2 GiB"),
-    ),
-    values=(
-        Values("context_lens", "0", "min(max_context_len, page_size * blocks)", "clamped"),
-        Values("block_table", "0", "pages - 1", "keys of -inf", used="ceil(context_lens, page_size)"),
-    ),
-    returns=("out",),
-    cases=_PAGED_CASES,
-    make=_make_paged,
-    tolerances=_TOLERANCE,
-    cost=_cost_paged,
 )

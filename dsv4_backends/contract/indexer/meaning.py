@@ -1,0 +1,151 @@
+"""The lightning indexer's logits: over contiguous keys (prefill) and over the paged key cache (decode)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..arguments import Args, Form, Rule, ScalarArg, TensorArg, Values, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def mqa_logits(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum over heads of the clipped query-key products, within each row's range of keys::
+
+        logits[i, n] = k_scale[n] * sum over h of relu(<q[i, h], k[n]>) * weights[i, h]
+
+    for ``row_starts[i] <= n < row_ends[i]``; every other element is exactly -inf. Bounds are clamped to ``[0, n]``; a
+    row whose end is not above its start is all -inf. Weights may be negative; relu is on the product alone. The query
+    has no scale of its own: callers fold it into ``weights``. Keys and scales outside every range may hold NaN.
+
+    With ``max_seqlen_k`` the result is compressed: column j of row i is key ``row_starts[i] + j``, and -inf where
+    that is not below ``row_ends[i]``. Keys at and beyond ``max_seqlen_k`` columns are not returned.
+
+    Args:
+        q: e4m3 ``[m, h, d]``.
+        k: e4m3 ``[n, d]``.
+        k_scale: fp32 ``[n]``.
+        weights: fp32 ``[m, h]``.
+        row_starts: int32 ``[m]``, inclusive.
+        row_ends: int32 ``[m]``, exclusive.
+        max_seqlen_k: Columns of the compressed form; None for the full form.
+        out: fp32 ``[m, n]`` or ``[m, max_seqlen_k]`` to write to; rows may have a stride.
+
+    Returns:
+        fp32 ``[m, n]``, or ``[m, max_seqlen_k]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``fp8_mqa_logits`` (2.5 to 2.6) and ``fp8_fp4_mqa_logits`` (2.6 to 2.8).
+    """
+    import torch
+
+    if out is not None:
+        return out
+    width = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    return torch.empty((q.shape[0], width), dtype=torch.float32, device=q.device)
+
+
+def paged_mqa_logits(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The logits of ``mqa_logits`` over a paged key cache.
+
+    Key n of request i is slot ``n % page_size`` of page ``block_table[i, n // page_size]``. Row ``i * next_n + j`` of
+    the result belongs to query (i, j) and holds keys ``0 <= n < context_lens[i, j]`` (``context_lens[i]`` for all j
+    in the 1-D form); every element at and beyond that length is exactly -inf. Lengths are clamped to
+    ``[0, min(max_context_len, page_size * blocks)]``, blocks being the width of ``block_table``. The keys of a page
+    that the cache does not have, an entry of ``block_table`` outside ``[0, pages)``, are -inf. Pages and entries of
+    ``block_table`` beyond the lengths may hold anything, and the queries of a row of length 0 too.
+
+    Args:
+        q: e4m3 ``[b, next_n, h, d]``; next_n counts the tokens of one request in this step.
+        k_cache: uint8 ``[pages, page_size, d + 4]`` or ``[pages, page_size, 1, d + 4]``; page-split (see
+            ``contract/layouts.py``), bytes contiguous within a page, page stride free, a multiple of 4.
+        weights: fp32 ``[b * next_n, h]``.
+        context_lens: int32 ``[b, next_n]`` or ``[b]``.
+        block_table: int32 ``[b, blocks]``; rows may have a stride.
+        max_context_len: Columns of the result.
+        out: fp32 ``[b * next_n, max_context_len]`` to write to; rows may have a stride.
+
+    Returns:
+        fp32 ``[b * next_n, max_context_len]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``fp8_paged_mqa_logits`` and ``fp8_fp4_paged_mqa_logits``.
+    """
+    import torch
+
+    if out is not None:
+        return out
+    rows = q.shape[0] * q.shape[1]
+    return torch.empty((rows, max_context_len), dtype=torch.float32, device=q.device)
+
+
+MQA_ARGS: Args = {
+    "q": tensor("float8_e4m3fn", "m, h, d", "queries, scale folded into weights"),
+    "k": tensor("float8_e4m3fn", "n, d", "keys"),
+    "k_scale": tensor("float32", "n", "one scale per key", layout="vector"),
+    "weights": tensor("float32", "m, h", "weight of each head"),
+    "row_starts": tensor("int32", "m", "first key of a row", layout="vector"),
+    "row_ends": tensor("int32", "m", "one past its last key", layout="vector"),
+    "max_seqlen_k": ScalarArg("int", 0, about="columns of the compressed form"),
+    "out": TensorArg(
+        (
+            Form("float32", "m, n", when="max_seqlen_k is None"),
+            Form("float32", "m, max_seqlen_k", when="max_seqlen_k is not None"),
+        ),
+        about="result buffer",
+    ),
+}
+MQA_RULES = (Rule("q", "h > 0 and d > 0", "at least one head and one dimension"),)
+MQA_VALUES = (
+    Values("row_starts", "0", "n", "clamped"),
+    Values("row_ends", "row_starts", "n", "clamped; below its start: an empty row"),
+)
+
+PAGED_ARGS: Args = {
+    "q": tensor("float8_e4m3fn", "b, next_n, h, d", "queries, scale folded into weights"),
+    "k_cache": tensor(
+        "uint8",
+        "pages, page_size, d + 4 | pages, page_size, 1, d + 4",
+        "indexer keys, page-split",
+        layout="page",
+    ),
+    "weights": tensor("float32", "b * next_n, h", "weight of each head"),
+    "context_lens": tensor("int32", "b, next_n | b", "keys of each row", layout="vector"),
+    "block_table": tensor("int32", "b, blocks", "pages of each request"),
+    "max_context_len": ScalarArg("int", 0, about="columns of the result"),
+    "out": tensor("float32", "b * next_n, max_context_len", "result buffer"),
+}
+PAGED_RULES = (
+    Rule("q", "h > 0 and d > 0 and next_n > 0", "at least one token, one head and one dimension"),
+    Rule("k_cache", "page_size > 0", "at least one token in a page"),
+    Rule("k_cache", "_stride[0] % 4 == 0 or pages <= 1", "a page stride that is a multiple of 4"),
+    Rule("k_cache", "page_size * (d + 4) < 2**31", "pages of less than 2 GiB"),
+)
+PAGED_VALUES = (
+    Values("context_lens", "0", "min(max_context_len, page_size * blocks)", "clamped"),
+    Values("block_table", "0", "pages - 1", "keys of -inf", used="ceil(context_lens, page_size)"),
+)

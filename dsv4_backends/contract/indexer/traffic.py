@@ -1,0 +1,173 @@
+"""What serving asks of the indexer's logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..inputs import PIECE, Draw
+from ..models import Rank
+from ..traffic import (
+    INDEXER_RATIO,
+    WINDOW_PAGE,
+    Arguments,
+    Classes,
+    Deployment,
+    Need,
+    Row,
+    Shape,
+    Traffic,
+    meta,
+    round_up,
+)
+
+CHUNKS = ((1024, 8192), (4096, 16384), (4096, 65536))
+"""Queries of a chunk, and compressed keys."""
+BATCHES = ((1, 16384), (32, 16384), (128, 4096), (64, 65536))
+"""Requests, and compressed keys of each."""
+
+
+def mqa(rank: Rank, tokens: int, keys: int, *, compressed: bool = True) -> Arguments:
+    """``tokens`` queries over ``keys`` contiguous keys."""
+    h, d = rank.model.index_heads, rank.model.index_dim
+    return {
+        "q": meta("float8_e4m3fn", tokens, h, d),
+        "k": meta("float8_e4m3fn", keys, d),
+        "k_scale": meta("float32", keys),
+        "weights": meta("float32", tokens, h),
+        "row_starts": meta("int32", tokens),
+        "row_ends": meta("int32", tokens),
+        "max_seqlen_k": keys if compressed else None,
+    }
+
+
+def paged(rank: Rank, b: int, next_n: int, keys: int) -> Arguments:
+    """``next_n`` tokens of each of ``b`` requests over at most ``keys`` keys."""
+    from ..layouts import INDEXER_SCALE_BYTES
+
+    h, d = rank.model.index_heads, rank.model.index_dim
+    return {
+        "q": meta("float8_e4m3fn", b, next_n, h, d),
+        "k_cache": meta("uint8", 1024, WINDOW_PAGE, 1, d + INDEXER_SCALE_BYTES),
+        "weights": meta("float32", b * next_n, h),
+        "context_lens": meta("int32", b, next_n),
+        "block_table": meta("int32", b, -(-keys // WINDOW_PAGE)),
+        "max_context_len": keys,
+    }
+
+
+def _mqa_calls(server: Deployment) -> Iterator[Arguments]:
+    for compressed in (True, False):
+        for tokens in server.tokens:
+            yield mqa(server.rank, tokens, server.compressed_keys, compressed=compressed)
+
+
+def _paged_calls(server: Deployment) -> Iterator[Arguments]:
+    for next_n in range(1, server.limits.next_n + 1):
+        for b in range(1, server.limits.max_requests + 1):
+            yield paged(server.rank, b, next_n, server.compressed_keys)
+
+
+def _sizes(server: Deployment) -> dict[str, int]:
+    return {"h": server.model.index_heads, "d": server.model.index_dim, "n": server.compressed_keys}
+
+
+def _mqa_needs(server: Deployment) -> Iterator[Need]:
+    if INDEXER_RATIO in server.model.compress_ratios:
+        tokens = server.limits.max_tokens
+        make = functools.partial(mqa, server.rank, tokens, server.compressed_keys)
+        yield Need("mqa_logits", "indexer, prefill", {"m": tokens, **_sizes(server)}, make)
+
+
+def _paged_needs(server: Deployment) -> Iterator[Need]:
+    if INDEXER_RATIO in server.model.compress_ratios:
+        b, next_n = server.limits.max_requests, server.limits.next_n
+        sizes = {"b": b, "next_n": next_n, **_sizes(server), "page_size": WINDOW_PAGE}
+        make = functools.partial(paged, server.rank, b, next_n, server.compressed_keys)
+        yield Need("paged_mqa_logits", "indexer, decode", sizes, make)
+
+
+def _mqa_class(q: Shape, k: Shape) -> tuple[str, int]:
+    return f"h={q[1]} d={q[2]}", q[0] * k[0]
+
+
+def _paged_class(q: Shape, k_cache: Shape) -> tuple[str, int]:
+    return f"h={q[2]} d={q[3]}", q[0] * q[1]
+
+
+def _mqa_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    return (row["m"], row["h"], row["d"]), (row["n"], row["d"])
+
+
+def _paged_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    return (row["b"], 1, row["h"], row["d"]), ()
+
+
+def _mqa_rows(label: str, rank: Rank) -> Iterator[Row]:
+    h, d = rank.model.index_heads, rank.model.index_dim
+    for m, n in CHUNKS:
+        yield Row("mqa_logits", f"m={m} n={n} h={h} d={d}", {"m": m, "n": n, "h": h, "d": d})
+
+
+def _paged_rows(label: str, rank: Rank) -> Iterator[Row]:
+    h, d = rank.model.index_heads, rank.model.index_dim
+    for b, keys in BATCHES:
+        yield Row("paged_mqa_logits", f"b={b} keys={keys} h={h} d={d}", {"b": b, "keys": keys, "h": h, "d": d})
+
+
+def _draw_mqa(draw: Draw, *, m: int, n: int, h: int, d: int) -> Arguments:
+    """A chunk at the end of its context: a key stands for four tokens, and the last query sees them all."""
+    k = draw.normal(n, d, dtype="float8_e4m3fn")
+    ends = n - (m - 1 - draw.range(m)) // INDEXER_RATIO
+    return {
+        "q": draw.normal(m, h, d, dtype="float8_e4m3fn"),
+        "k": k,
+        "k_scale": draw.powers(n),
+        "weights": draw.normal(m, h, scale=h**-0.5),
+        "row_starts": draw.full(0, m),
+        "row_ends": ends.int(),
+    }
+
+
+def _draw_paged(draw: Draw, *, b: int, keys: int, h: int, d: int) -> Arguments:
+    """One token of each request, all contexts full."""
+    import torch
+
+    from .. import layouts
+
+    table = draw.pages(b, -(-keys // WINDOW_PAGE))
+    each = d + layouts.INDEXER_SCALE_BYTES
+    stride = round_up(WINDOW_PAGE * each, layouts.PAGE_ALIGNMENT)
+    raw = torch.zeros((table.numel(), stride), dtype=torch.uint8, device=draw.device)
+    cache = raw.as_strided((table.numel(), WINDOW_PAGE, each), (stride, each, 1))
+    for slots in draw.range(table.numel() * WINDOW_PAGE).split(4 * PIECE):
+        layouts.write_indexer_keys(cache, slots, draw.normal(len(slots), d))
+    return {
+        "q": draw.normal(b, 1, h, d, dtype="float8_e4m3fn"),
+        "k_cache": cache,
+        "weights": draw.normal(b, h, scale=h**-0.5),
+        "context_lens": draw.full(keys, b, 1),
+        "block_table": table.int(),
+        "max_context_len": keys,
+    }
+
+
+MQA = Traffic(
+    calls=_mqa_calls,
+    needs=_mqa_needs,
+    classes=Classes((0, 1), "m * n", _mqa_class, _mqa_shapes),
+    rows=_mqa_rows,
+    tiny=(Row("mqa_logits", "tiny m=8 n=96", {"m": 8, "n": 96, "h": 8, "d": 64}),),
+    draw=_draw_mqa,
+)
+
+PAGED = Traffic(
+    calls=_paged_calls,
+    needs=_paged_needs,
+    classes=Classes((0, 1), "b * next_n", _paged_class, _paged_shapes),
+    rows=_paged_rows,
+    tiny=(Row("paged_mqa_logits", "tiny b=2 keys=100", {"b": 2, "keys": 100, "h": 8, "d": 64}),),
+    draw=_draw_paged,
+    held=("k_cache",),
+)

@@ -1,0 +1,264 @@
+"""What serving asks of sparse MLA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..inputs import PIECE, Draw
+from ..models import Rank
+from ..traffic import (
+    BENCH_CONTEXT,
+    BLOCK,
+    INDEXER_RATIO,
+    WINDOW_PAGE,
+    Arguments,
+    Classes,
+    Deployment,
+    Need,
+    Row,
+    Shape,
+    Traffic,
+    meta,
+    round_up,
+)
+from .meaning import HEAD_DIM
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOPK_MULTIPLE = 128
+"""Engines round the number of indices of a row up to this."""
+FEW_KEYS = 256
+"""Up to here a prefill row attends to little more than its window."""
+PREFILL_TOKENS = (512, 4096)
+DECODE_BATCHES = (1, 8, 16, 32, 64, 128)
+
+
+def prefill(heads: int, tokens: int, keys: int, topk: int, *, lengths: bool = True, sink: bool = True) -> Arguments:
+    """``tokens`` queries over ``keys`` gathered keys."""
+    return {
+        "q": meta("bfloat16", tokens, heads, HEAD_DIM),
+        "kv": meta("bfloat16", keys, 1, HEAD_DIM),
+        "indices": meta("int32", tokens, 1, topk),
+        "sm_scale": HEAD_DIM**-0.5,
+        "attn_sink": meta("float32", heads) if sink else None,
+        "topk_length": meta("int32", tokens) if lengths else None,
+    }
+
+
+def decode(heads: int, b: int, s_q: int, window: int, extra: tuple[int, int] | None) -> Arguments:
+    """``extra`` has the indices and the page size of the second scope."""
+    from ..layouts import KV_BYTES
+
+    made = {
+        "q": meta("bfloat16", b, s_q, heads, HEAD_DIM),
+        "k_cache": meta("uint8", 1024, WINDOW_PAGE, 1, KV_BYTES),
+        "indices": meta("int32", b, s_q, window),
+        "sm_scale": HEAD_DIM**-0.5,
+        "attn_sink": meta("float32", heads),
+        "topk_length": meta("int32", b),
+    }
+    if extra is not None:
+        made["extra_k_cache"] = meta("uint8", 1024, extra[1], 1, KV_BYTES)
+        made["extra_indices"] = meta("int32", b, s_q, extra[0])
+        made["extra_topk_length"] = meta("int32", b)
+    return made
+
+
+def second_scope(rank: Rank, ratio: int, max_context: int) -> tuple[int, int] | None:
+    """Most indices, and page size, of the second scope of decode in a layer that compresses ``ratio`` keys to one.
+
+    A layer of ratio 0 has no second scope.
+    """
+    if ratio == 0:
+        return None
+    most = -(-max_context // ratio)
+    return rank.model.index_topk if ratio == INDEXER_RATIO else round_up(most, TOPK_MULTIPLE), BLOCK // ratio
+
+
+def compressed_widths(rank: Rank, max_context: int) -> Iterator[tuple[int, int]]:
+    """Indices and page size of the second scope of decode, for each kind of layer that the model has."""
+    for ratio in (4, 128):
+        if ratio in rank.model.compress_ratios and (scope := second_scope(rank, ratio, max_context)) is not None:
+            most, page_size = scope
+            # With an indexer an engine takes all; of ratio 128 as many as the longest context of the step has.
+            widths = range(most if ratio == INDEXER_RATIO else TOPK_MULTIPLE, most + 1, TOPK_MULTIPLE)
+            yield from ((width, page_size) for width in widths)
+
+
+def _prefill_calls(server: Deployment) -> Iterator[Arguments]:
+    context = server.limits.max_context
+    widths = [width for width, _ in compressed_widths(server.rank, context)]
+    for width in sorted({0, widths[0], widths[-1]} if widths else {0}):
+        topk = round_up(server.model.window + width, TOPK_MULTIPLE)
+        for lengths in (True, False):
+            for sink in (True, False):
+                for tokens in server.tokens:
+                    yield prefill(server.heads, tokens, context, topk, lengths=lengths, sink=sink)
+
+
+def _decode_calls(server: Deployment) -> Iterator[Arguments]:
+    limits = server.limits
+    for extra in (None, *compressed_widths(server.rank, limits.max_context)):
+        for s_q in range(1, limits.next_n + 1):
+            # An engine may give each token of a request a row of its own.
+            most = limits.max_requests * (limits.next_n if s_q == 1 else 1)
+            for b in range(1, most + 1):
+                yield decode(server.heads, b, s_q, server.model.window, extra)
+
+
+def _scopes(server: Deployment) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """The kinds of layers that the model has, with their second scopes at the longest context."""
+    ratios = server.model.compress_ratios
+    speculative = server.limits.next_n > 1 and server.model.speculative_layers > 0
+    for ratio in (0, 4, 128):
+        if ratio in ratios or (ratio == 0 and speculative):
+            name = f"ratio {ratio} layers" if ratio else "window layers" if ratio in ratios else "speculative layers"
+            yield name, second_scope(server.rank, ratio, server.limits.max_context)
+
+
+def _prefill_needs(server: Deployment) -> Iterator[Need]:
+    heads, tokens, keys = server.heads, server.limits.max_tokens, server.limits.max_context
+    for layers, extra in _scopes(server):
+        topk = round_up(server.model.window + (extra[0] if extra else 0), TOPK_MULTIPLE)
+        sizes = {"s_q": tokens, "h_q": heads, "topk": topk}
+        make = functools.partial(prefill, heads, tokens, keys, topk)
+        yield Need("sparse_mla_prefill", f"{layers}, prefill", sizes, make)
+
+
+def _decode_needs(server: Deployment) -> Iterator[Need]:
+    heads, b, s_q, window = server.heads, server.limits.max_requests, server.limits.next_n, server.model.window
+    for layers, extra in _scopes(server):
+        sizes = {"b": b, "s_q": s_q, "h_q": heads, "topk": window, "page_size": WINDOW_PAGE}
+        sizes |= {"extra_topk": extra[0], "extra_page_size": extra[1]} if extra else {}
+        make = functools.partial(decode, heads, b, s_q, window, extra)
+        yield Need("sparse_mla_decode", f"{layers}, decode", sizes, make)
+
+
+def _prefill_class(q: Shape, indices: Shape) -> tuple[str, int]:
+    return f"h_q={q[1]} topk{'<=' if indices[-1] <= FEW_KEYS else '>'}{FEW_KEYS}", q[0]
+
+
+def _decode_class(q: Shape, indices: Shape) -> tuple[str, int]:
+    return f"h_q={q[2]}", q[0] * q[1]
+
+
+def _prefill_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    return (row["s_q"], row["h_q"], HEAD_DIM), (row["s_q"], row["window"] + row["selected"])
+
+
+def _decode_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    return (row["b"], row["s_q"], row["h_q"], HEAD_DIM), (row["b"], row["s_q"], row["window"])
+
+
+def _prefill_rows(label: str, rank: Rank) -> Iterator[Row]:
+    heads, window, selected = rank.heads, rank.model.window, rank.model.index_topk
+    for s_q in PREFILL_TOKENS:
+        common = {"s_q": s_q, "h_q": heads, "window": window}
+        name = f"{label} s_q={s_q} h={heads} topk={window + selected}"
+        compressed = BENCH_CONTEXT // INDEXER_RATIO
+        yield Row("sparse_mla_prefill", name, {**common, "selected": selected, "compressed": compressed})
+        if 0 in rank.model.compress_ratios:
+            name = f"{label} window only s_q={s_q} h={heads} topk={window}"
+            yield Row("sparse_mla_prefill", name, {**common, "selected": 0, "compressed": 0})
+
+
+def _decode_rows(label: str, rank: Rank) -> Iterator[Row]:
+    heads, window, selected = rank.heads, rank.model.window, rank.model.index_topk
+    for b, s_q in (*((b, 1) for b in DECODE_BATCHES), (32, 2)):
+        name = f"{label} b={b} {f's_q={s_q} ' if s_q > 1 else ''}h={heads} topk={window}+{selected}"
+        params = {"b": b, "s_q": s_q, "h_q": heads, "window": window}
+        params |= {"selected": selected, "compressed": BENCH_CONTEXT // INDEXER_RATIO}
+        yield Row("sparse_mla_decode", name, params)
+
+
+def _draw_prefill(draw: Draw, *, s_q: int, h_q: int, window: int, selected: int, compressed: int) -> Arguments:
+    """A chunk of ``s_q`` tokens. Keys: the compressed ones of the context, the window before the chunk, its own."""
+    import torch
+
+    kv = draw.normal(compressed + window + s_q, HEAD_DIM, dtype="bfloat16")
+    near = compressed + 1 + draw.range(s_q).unsqueeze(1) + draw.range(window)
+    far = draw.integers(0, max(compressed, 1), s_q, selected)
+    return {
+        "q": draw.normal(s_q, h_q, HEAD_DIM, dtype="bfloat16"),
+        "kv": kv,
+        "indices": torch.cat([near, far], 1).int(),
+        "sm_scale": HEAD_DIM**-0.5,
+        "attn_sink": draw.normal(h_q),
+    }
+
+
+def _draw_cache(draw: Draw, pages: int) -> Tensor:
+    import torch
+
+    from .. import layouts
+
+    stride = round_up(WINDOW_PAGE * layouts.KV_BYTES, layouts.PAGE_ALIGNMENT)
+    raw = torch.zeros((pages, stride), dtype=torch.uint8, device=draw.device)
+    cache = raw.as_strided((pages, WINDOW_PAGE, layouts.KV_BYTES), (stride, layouts.KV_BYTES, 1))
+    for slots in draw.range(pages * WINDOW_PAGE).split(PIECE):
+        layouts.write_kv(cache, slots, draw.normal(len(slots), HEAD_DIM, dtype="bfloat16"))
+    return cache
+
+
+def _draw_decode(draw: Draw, *, b: int, s_q: int, h_q: int, window: int, selected: int, compressed: int) -> Arguments:
+    """A batch in which every request has its own window of pages and its own compressed keys, all lengths full."""
+    page = WINDOW_PAGE
+
+    def slots(table: Tensor, keys: Tensor) -> Tensor:
+        """The slots of ``keys [b, s_q, n]``, by number within a request."""
+        return (table.gather(1, (keys // page).flatten(1)).view(keys.shape) * page + keys % page).int()
+
+    near_table = draw.pages(b, -(-(window + s_q + page) // page))
+    first = draw.integers(0, page, b, 1, 1)
+    near = first + draw.range(s_q).view(1, s_q, 1) + draw.range(window)
+    far_table = draw.pages(b, -(-compressed // page))
+    far = draw.integers(0, compressed, b, s_q, selected)
+    return {
+        "q": draw.normal(b, s_q, h_q, HEAD_DIM, dtype="bfloat16"),
+        "k_cache": _draw_cache(draw, near_table.numel()),
+        "indices": slots(near_table, near),
+        "sm_scale": HEAD_DIM**-0.5,
+        "attn_sink": draw.normal(h_q),
+        "topk_length": draw.full(window, b),
+        "extra_k_cache": _draw_cache(draw, far_table.numel()),
+        "extra_indices": slots(far_table, far),
+        "extra_topk_length": draw.full(selected, b),
+    }
+
+
+_TINY = {"h_q": 8, "window": 16}
+
+PREFILL = Traffic(
+    calls=_prefill_calls,
+    needs=_prefill_needs,
+    classes=Classes((0, 2), "s_q", _prefill_class, _prefill_shapes),
+    rows=_prefill_rows,
+    tiny=(
+        Row("sparse_mla_prefill", "tiny s_q=4 h=8 topk=48", {"s_q": 4, **_TINY, "selected": 32, "compressed": 64}),
+        Row(
+            "sparse_mla_prefill",
+            "tiny window only s_q=4 h=8 topk=16",
+            {"s_q": 4, **_TINY, "selected": 0, "compressed": 0},
+        ),
+    ),
+    draw=_draw_prefill,
+)
+
+DECODE = Traffic(
+    calls=_decode_calls,
+    needs=_decode_needs,
+    classes=Classes((0, 2), "b * s_q", _decode_class, _decode_shapes),
+    rows=_decode_rows,
+    tiny=(
+        Row(
+            "sparse_mla_decode",
+            "tiny b=2 h=8 topk=16+32",
+            {"b": 2, "s_q": 1, **_TINY, "selected": 32, "compressed": 64},
+        ),
+    ),
+    draw=_draw_decode,
+    held=("k_cache", "extra_k_cache"),
+)
