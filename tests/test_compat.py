@@ -389,7 +389,7 @@ def test_metadata_belongs_to_its_shapes() -> None:
 def test_batch_invariance_where_it_is_claimed(fake_plugin: Callable[..., None], monkeypatch: Any) -> None:
     """By what the mode puts in place of the provider's usual function, once the mode is on."""
     source = """
-from dsv4_backend_torch.attention import sparse_mla_decode
+from dsv4_backend_torch.sparse_mla import sparse_mla_decode
 from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
 def also(*args, **kwargs): raise AssertionError("only in the other mode")
 @hookimpl

@@ -30,7 +30,7 @@ def test_light(statement: str) -> None:
     code = f"{statement}\nimport sys\nloaded = [m for m in {HEAVY!r} if m in sys.modules]"
     if "cli.main" in statement:  # the hook of the in-tree provider has run; its kernels have not been imported
         code += "\nloaded = [m for m in loaded if m != 'dsv4_backend_torch']"
-        code += "\nassert 'dsv4_backend_torch.attention' not in sys.modules"
+        code += "\nassert 'dsv4_backend_torch.sparse_mla' not in sys.modules"
     run(code + "\nassert not loaded, loaded")
 
 

@@ -33,6 +33,7 @@ from transformers_model import tiny, tokens
 
 from dsv4_backends import CONTRACTS, DSV4Error, ops, stats
 from dsv4_backends.contract import layouts
+from dsv4_backends.engines import _transformers_choice
 from dsv4_backends.engines import _transformers_exact as exact
 from dsv4_backends.engines import transformers as engine
 from dsv4_backends.runtime import bind
@@ -581,7 +582,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]
     kernels = importlib.import_module("dsv4_backends.engines._transformers_kernels")
     kept: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     monkeypatch.setattr(kernels, "_launch", lambda kernel, grid, where, *args, **kw: kept.append((kernel, args, kw)))
-    monkeypatch.setattr(engine, "kernels_on", lambda device: kernels)
+    monkeypatch.setattr(_transformers_choice, "kernels_on", lambda device: kernels)
     return kept
 
 
@@ -646,7 +647,7 @@ def test_the_small_kernels_compile(
         signature |= dict.fromkeys(constants, "constexpr")
         variants[str((kernel, signature, constants))] = ASTSource(kernel, signature, constants)
     assert {source.fn.__name__ for source in variants.values()} == {
-        name for name in vars(engine.kernels_on(torch.device("cpu"))) if name.endswith("_kernel")
+        name for name in vars(_transformers_choice.kernels_on(torch.device("cpu"))) if name.endswith("_kernel")
     }
     for source in variants.values():
         compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": True})

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
 
-_HOMES = {
-    "sparse_mla_prefill": "attention",
-    "sparse_mla_decode": "attention",
-    "mqa_logits": "indexer",
-    "paged_mqa_logits": "indexer",
-    "fp8_einsum": "projection",
-    "hc_prenorm_gemm": "hyper_connection",
-}
+FAMILIES = (
+    "sparse_mla",
+    "indexer",
+    "projection",
+    "hyper_connection",
+)
+"""The modules, named as the contract's folders: each has every op of its family."""
 
 
 @hookimpl
@@ -28,10 +28,11 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
         implementations=tuple(
             Implementation(
                 op=op,
-                target=f"dsv4_backend_torch.{module}:{op}",
+                target=f"dsv4_backend_torch.{contract.family}:{op}",
                 devices=("cuda", "cpu"),
                 note="extra memory at most 1 GiB",
             )
-            for op, module in _HOMES.items()
+            for op, contract in CONTRACTS.items()
+            if contract.family in FAMILIES
         ),
     )

@@ -20,7 +20,7 @@ def hc_prenorm_gemm(
     out: Tensor | None = None,
     sqr_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``dsv4_backends.contract.hyper_connection.hc_prenorm_gemm``. Split s takes the s-th share of k."""
+    """See ``dsv4_backends.ops.hc_prenorm_gemm``. Split s takes the s-th share of k."""
     (m, k), n = x.shape, fn.shape[0]
     splits = 1 if num_splits is None else num_splits
     if out is None or sqr_sum is None:

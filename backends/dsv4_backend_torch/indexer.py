@@ -30,7 +30,7 @@ def mqa_logits(
     max_seqlen_k: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See ``dsv4_backends.contract.indexer.mqa_logits``."""
+    """See ``dsv4_backends.ops.mqa_logits``."""
     m, h, _ = q.shape
     n = k.shape[0]
     width = n if max_seqlen_k is None else max_seqlen_k
@@ -62,7 +62,7 @@ def paged_mqa_logits(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See ``dsv4_backends.contract.indexer.paged_mqa_logits``."""
+    """See ``dsv4_backends.ops.paged_mqa_logits``."""
     b, next_n, h, d = q.shape
     pages, page_size = k_cache.shape[:2]
     if out is None:

@@ -37,7 +37,7 @@ def fp8_einsum(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See ``dsv4_backends.contract.projection.fp8_einsum``."""
+    """See ``dsv4_backends.ops.fp8_einsum``."""
     b, h, r = x.shape
     d = w.shape[1]
     if out is None:

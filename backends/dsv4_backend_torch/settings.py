@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.settings import without_autocast
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -16,10 +17,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def under_any_setting(function: _F) -> _F:
     """For an op: without autocast and gradients, and into the caller's buffers even if inference mode made them."""
 
+    buffers = CONTRACTS[function.__name__].buffers
+
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        buffers = (kwargs.get("out"), kwargs.get("sqr_sum"))
-        inference = any(buffer is not None and buffer.is_inference() for buffer in buffers)
+        given = (kwargs.get(name) for name in buffers)
+        inference = any(buffer is not None and buffer.is_inference() for buffer in given)
         with without_autocast(), torch.inference_mode() if inference else torch.no_grad():
             return function(*args, **kwargs)
 

@@ -23,9 +23,9 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACa
 from ..contract import layouts
 from ..contract.traffic import BLOCK, WINDOW_PAGE
 from ..errors import DSV4Error
-from . import transformers as engine
+from . import _transformers_choice as choice
 
-DIRECT_TOKENS = engine.FEW_TOKENS
+DIRECT_TOKENS = choice.FEW_TOKENS
 """A call with at most this many tokens reads the pages themselves."""
 COMPRESSED_PAGE = {"compressed_sparse_attention": BLOCK // 4, "heavily_compressed_attention": BLOCK // 128}
 """Keys in a page, as engines have them."""
@@ -88,7 +88,7 @@ class Pages:
 
     def write_kv(self, start: int, kv: Tensor) -> None:
         """Write bf16 keys ``[batch, n, 512]`` from a position on, at most the capacity, modulo which it counts."""
-        if (kernels := engine.kernels_on(kv.device)) is not None:
+        if (kernels := choice.kernels_on(kv.device)) is not None:
             kernels.write_tokens(self.cache, kv, start, self.capacity, kv=True)
             return
         # Not `layouts.write_kv`, which may skip slots and so has to wait for the GPU.
@@ -103,7 +103,7 @@ class Pages:
 
     def write_keys(self, start: int, keys: Tensor) -> None:
         """Write bf16 indexer keys ``[batch, n, d]`` from a position on."""
-        if (kernels := engine.kernels_for(keys, keys.shape[-1])) is not None:
+        if (kernels := choice.kernels_for(keys, keys.shape[-1])) is not None:
             kernels.write_tokens(self.cache, keys, start, self.capacity, kv=False)
             return
         values, scales = layouts.indexer_page_views(self.cache)

@@ -24,7 +24,6 @@ import functools
 import hashlib
 import importlib
 import inspect
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -40,14 +39,14 @@ from ..contract.settings import without_autocast
 from ..contract.sparse_mla.meaning import HEAD_DIM, MAX_HEADS
 from ..errors import DSV4Error
 from ..selection.provider import Reason
+from . import _transformers_choice as choice
 from . import _transformers_exact as exact
+from ._transformers_choice import FEW_TOKENS
 from ._transformers_exact import row_chunks
 
 NAME = "dsv4_backends"
 """The ``attn_implementation``."""
 
-FEW_TOKENS = 8
-"""Up to this many new tokens a call is bound by what the host does for each layer."""
 FLAT_ROWS = 4096
 """Up to this many rows, the sequences of a batch share one call; beyond, each has its own and no query is copied."""
 
@@ -78,29 +77,9 @@ _SOURCES = {
 _TESTED = "5.17.0"
 
 
-@functools.cache
-def kernels_on(device: torch.device) -> Any:
-    """The module of small Triton kernels where they run on ``device``, else None."""
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return None
-    elif os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return None
-    try:
-        from . import _transformers_kernels
-    except ImportError:
-        return None
-    return _transformers_kernels
-
-
-def kernels_for(x: Tensor, size: int) -> Any:
-    """The kernels where they run on x's device and take the size at hand, a power of two; else None."""
-    return kernels_on(x.device) if size.bit_count() == 1 else None
-
-
 def _quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """``layouts.quantize_e4m3``."""
-    kernels = kernels_for(x, block) if x.shape[-1] % block == 0 else None
+    kernels = choice.kernels_for(x, block) if x.shape[-1] % block == 0 else None
     return layouts.quantize_e4m3(x, block) if kernels is None else kernels.quantise(x.contiguous(), block)
 
 
@@ -838,7 +817,7 @@ def _queries(
     q = indexer.q_b_proj(q_residual).unflatten(-1, (-1, indexer.head_dim))
     weights = indexer.scorer.weights_proj(hidden)
     factor = indexer.scorer.softmax_scale * indexer.scorer.weights_scaling
-    if mode.fp8 and (kernels := kernels_for(q, q.shape[-1])) is not None:
+    if mode.fp8 and (kernels := choice.kernels_for(q, q.shape[-1])) is not None:
         queries: tuple[Tensor, Tensor] = kernels.indexer_queries(q, *angles, weights, factor)
         return queries
     q = _rotate(q, angles, 2)
@@ -923,7 +902,7 @@ def _normalised(mixes: Tensor, squares: Tensor, fn: Tensor, eps: float) -> Tenso
 
 def _hyper_kernel(streams: Tensor) -> Any:
     """The kernel for all that follows ``_mixes``, where it takes these streams."""
-    kernels = kernels_for(streams, streams.shape[2]) if streams.dtype is torch.bfloat16 else None
+    kernels = choice.kernels_for(streams, streams.shape[2]) if streams.dtype is torch.bfloat16 else None
     return None if kernels is None else kernels.hyper_connection
 
 

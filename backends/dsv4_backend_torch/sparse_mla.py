@@ -54,7 +54,7 @@ def sparse_mla_prefill(
     topk_length: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``dsv4_backends.contract.sparse_mla.sparse_mla_prefill``."""
+    """See ``dsv4_backends.ops.sparse_mla_prefill``."""
     s_q, h_q, _ = q.shape
     s_kv, topk = kv.shape[0], indices.shape[-1]
     kv, indices = kv.reshape(s_kv, HEAD_DIM), indices.reshape(s_q, topk)
@@ -103,7 +103,7 @@ def sparse_mla_decode(
     extra_topk_length: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``dsv4_backends.contract.sparse_mla.sparse_mla_decode``."""
+    """See ``dsv4_backends.ops.sparse_mla_decode``."""
     b, s_q, h_q, _ = q.shape
     if out is None:
         out = torch.empty((b, s_q, h_q, HEAD_DIM), dtype=torch.bfloat16, device=q.device)
