@@ -1,28 +1,316 @@
 """The functions that people call. Each is bound to a provider once per device and policy, then called directly.
 
-Schema and fake of the ``torch.library`` ops exist from the import of this module on.
+``tools/docs.py`` writes them from the contract, whose words they have. An op that it has not written yet is here all
+the same. Schema and fake of the ``torch.library`` ops exist from the import of this module on.
 """
 
 from __future__ import annotations
 
-from .contract.hyper_connection import meaning as _hyper_connection
-from .contract.indexer import meaning as _indexer
-from .contract.projection import meaning as _projection
-from .contract.sparse_mla import meaning as _sparse_mla
+from typing import TYPE_CHECKING, Any
+
+from .contract import CONTRACTS, OPS
 from .runtime.dispatch import define as _define
 
-sparse_mla_prefill = _define(_sparse_mla.sparse_mla_prefill)
-sparse_mla_decode = _define(_sparse_mla.sparse_mla_decode)
-mqa_logits = _define(_indexer.mqa_logits)
-paged_mqa_logits = _define(_indexer.paged_mqa_logits)
-fp8_einsum = _define(_projection.fp8_einsum)
-hc_prenorm_gemm = _define(_hyper_connection.hc_prenorm_gemm)
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = [
-    "fp8_einsum",
-    "hc_prenorm_gemm",
-    "mqa_logits",
-    "paged_mqa_logits",
-    "sparse_mla_decode",
-    "sparse_mla_prefill",
-]
+__all__ = list(OPS)
+
+# generated: functions, by tools/docs.py
+
+_sparse_mla_prefill = _define(CONTRACTS["sparse_mla_prefill"])
+
+
+def sparse_mla_prefill(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    *,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of every query over the keys that its row of ``indices`` names. Keys are also the values.
+
+    With ``valid(i)`` the entries of row i that count, ``P[i, h, j] = sm_scale * <q[i, h], kv[j]>``::
+
+        max_logits[i, h] = max of P over valid(i)
+        lse[i, h]        = ln sum of exp(P) over valid(i)
+        out[i, h]        = sum of exp(P) kv[j] over valid(i) / (exp(lse[i, h]) + exp(attn_sink[h]))
+
+    An entry k of row i counts where ``0 <= indices[i, k] < s_kv`` and, if lengths are given,
+    ``k < topk_length[i]``. Every other value, the extremes of int32 included, is invalid. Lengths are clamped to
+    ``[0, topk]``. An index that appears twice counts twice; order does not matter. The last 64 of the 512 dimensions
+    carry RoPE.
+
+    A row with nothing valid gives out 0, max_logits -inf and lse +inf, whatever the sink.
+    A row of ``kv`` that no in-range index names may hold NaN.
+
+    Args:
+        q: bf16 ``[s_q, h_q, 512]``; 1 to 128 heads.
+        kv: bf16 ``[s_kv, 512]`` or ``[s_kv, 1, 512]``.
+        indices: int32 ``[s_q, topk]`` or ``[s_q, 1, topk]``, rows of ``kv``.
+        sm_scale: Softmax scale, for DeepSeek V4 512 ** -0.5.
+        attn_sink: fp32 ``[h_q]``, natural-log units, in the denominator only. +inf gives out 0; -inf is no sink.
+        topk_length: int32 ``[s_q]``.
+        out: bf16 ``[s_q, h_q, 512]`` to write to.
+
+    Returns:
+        out: bf16 ``[s_q, h_q, 512]``.
+        max_logits: fp32 ``[s_q, h_q]``, natural log units, ``sm_scale`` included, sink excluded.
+        lse: fp32 ``[s_q, h_q]``, natural log, sink excluded.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: FlashMLA ``flash_mla_sparse_fwd`` and DeepSeek's ``sparse_attn``.
+    """
+    return _sparse_mla_prefill(q, kv, indices, sm_scale, attn_sink=attn_sink, topk_length=topk_length, out=out)
+
+
+_sparse_mla_decode = _define(CONTRACTS["sparse_mla_decode"])
+
+
+def sparse_mla_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    *,
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query over slots of the packed FP8 cache, in one or two scopes.
+
+    Means what ``sparse_mla_prefill`` means, over the union of both scopes' valid entries in one softmax (for
+    DeepSeek V4: the sliding window, and the compressed keys). A slot's key is 448 e4m3 values, each times the
+    power of two of its block of 64, and 64 bf16 values; ``contract/layouts.py`` gives the bytes.
+
+    Entry k of row (i, s) counts where ``0 <= indices[i, s, k] < pages * page_size`` and, if lengths are given,
+    ``k < topk_length[i]``; likewise in the second scope. Every other value is invalid, and lengths are clamped to
+    ``[0, topk]``. Slots that nothing references may hold NaN bytes, slot 0 included.
+
+    A row with nothing valid in either scope gives out 0 and lse +inf, whatever the sink.
+
+    Args:
+        q: bf16 ``[b, s_q, h_q, 512]``; 1 to 128 heads.
+        k_cache: uint8, int8 or e4m3 ``[pages, page_size, 584]`` or ``[pages, page_size, 1, 584]``; page-split, bytes
+            contiguous within a page, page stride free.
+        indices: int32 ``[b, s_q, topk]``, slots ``page * page_size + offset``.
+        sm_scale: Softmax scale, for DeepSeek V4 512 ** -0.5.
+        attn_sink: fp32 ``[h_q]``, natural-log units, in the denominator only; may be +inf or -inf.
+        topk_length: int32 ``[b]``, shared by the ``s_q`` queries of a row.
+        extra_k_cache: The second scope's cache, with a page size of its own.
+        extra_indices: int32 ``[b, s_q, extra_topk]``; given exactly if ``extra_k_cache`` is.
+        extra_topk_length: int32 ``[b]``.
+        out: bf16 ``[b, s_q, h_q, 512]`` to write to.
+
+    Returns:
+        out: bf16 ``[b, s_q, h_q, 512]``.
+        lse: fp32 ``[b, s_q, h_q]``, natural log, sink excluded.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: FlashMLA ``flash_mla_with_kvcache`` (its lse is ``[b, h_q, s_q]``).
+    """
+    return _sparse_mla_decode(
+        q,
+        k_cache,
+        indices,
+        sm_scale,
+        attn_sink=attn_sink,
+        topk_length=topk_length,
+        extra_k_cache=extra_k_cache,
+        extra_indices=extra_indices,
+        extra_topk_length=extra_topk_length,
+        out=out,
+    )
+
+
+_mqa_logits = _define(CONTRACTS["mqa_logits"])
+
+
+def mqa_logits(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum over heads of the clipped query-key products, within each row's range of keys::
+
+        logits[i, n] = k_scale[n] * sum over h of relu(<q[i, h], k[n]>) * weights[i, h]
+
+    for ``row_starts[i] <= n < row_ends[i]``; every other element is exactly -inf. Bounds are clamped to ``[0, n]``; a
+    row whose end is not above its start is all -inf. Weights may be negative; relu is on the product alone. The query
+    has no scale of its own: callers fold it into ``weights``. Keys and scales outside every range may hold NaN.
+
+    With ``max_seqlen_k`` the result is compressed: column j of row i is key ``row_starts[i] + j``, and -inf where
+    that is not below ``row_ends[i]``. Keys at and beyond ``max_seqlen_k`` columns are not returned.
+
+    Args:
+        q: e4m3 ``[m, h, d]``.
+        k: e4m3 ``[n, d]``.
+        k_scale: fp32 ``[n]``.
+        weights: fp32 ``[m, h]``.
+        row_starts: int32 ``[m]``, inclusive.
+        row_ends: int32 ``[m]``, exclusive.
+        max_seqlen_k: Columns of the compressed form; None for the full form.
+        out: fp32 ``[m, n]`` or ``[m, max_seqlen_k]`` to write to; rows may have a stride.
+
+    Returns:
+        fp32 ``[m, n]``, or ``[m, max_seqlen_k]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``fp8_mqa_logits`` (2.5 to 2.6) and ``fp8_fp4_mqa_logits`` (2.6 to 2.8).
+    """
+    return _mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k=max_seqlen_k, out=out)
+
+
+_paged_mqa_logits = _define(CONTRACTS["paged_mqa_logits"])
+
+
+def paged_mqa_logits(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The logits of ``mqa_logits`` over a paged key cache.
+
+    Key n of request i is slot ``n % page_size`` of page ``block_table[i, n // page_size]``. Row ``i * next_n + j`` of
+    the result belongs to query (i, j) and holds keys ``0 <= n < context_lens[i, j]`` (``context_lens[i]`` for all j
+    in the 1-D form); every element at and beyond that length is exactly -inf. Lengths are clamped to
+    ``[0, min(max_context_len, page_size * blocks)]``, blocks being the width of ``block_table``. The keys of a page
+    that the cache does not have, an entry of ``block_table`` outside ``[0, pages)``, are -inf. Pages and entries of
+    ``block_table`` beyond the lengths may hold anything, and the queries of a row of length 0 too.
+
+    Args:
+        q: e4m3 ``[b, next_n, h, d]``; next_n counts the tokens of one request in this step.
+        k_cache: uint8 ``[pages, page_size, d + 4]`` or ``[pages, page_size, 1, d + 4]``; page-split (see
+            ``contract/layouts.py``), bytes contiguous within a page, page stride free, a multiple of 4.
+        weights: fp32 ``[b * next_n, h]``.
+        context_lens: int32 ``[b, next_n]`` or ``[b]``.
+        block_table: int32 ``[b, blocks]``; rows may have a stride.
+        max_context_len: Columns of the result.
+        out: fp32 ``[b * next_n, max_context_len]`` to write to; rows may have a stride.
+
+    Returns:
+        fp32 ``[b * next_n, max_context_len]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``fp8_paged_mqa_logits`` and ``fp8_fp4_paged_mqa_logits``.
+    """
+    return _paged_mqa_logits(q, k_cache, weights, context_lens, block_table, max_context_len, out=out)
+
+
+_fp8_einsum = _define(CONTRACTS["fp8_einsum"])
+
+
+def fp8_einsum(
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``"bhr,hdr->bhd"`` over FP8 operands with a scale for every 128 of r::
+
+        out[b, h, d] = bf16( sum over blocks of x_scale[b, h, block] * w_scale[h, d's block, block]
+                             * sum over r in block of x[b, h, r] * w[h, d, r] )
+
+    accumulated in fp32. b counts tokens, h groups of heads, r the input width of a group (4096 in DeepSeek V4), d its
+    output width. r and d need not be multiples of 128; the last block is then short.
+
+    Scales are logical: a dtype, a shape, and any strides (engines keep ``x_scale`` with the tokens contiguous and
+    padded). Three dtypes mean the same: fp32; ``float8_e8m0fnu``; and int32 that packs four E8M0 codes, the first
+    block in the lowest byte, so that its last dimension is ``ceil(r / 512)``. E8M0 code c means 2^(c - 127); 0 means
+    2^-127 and 255 means NaN. ``w_scale`` has one row for 128 of d, or one for each d.
+
+    Args:
+        x: e4m3 ``[b, h, r]``; r contiguous, other strides free.
+        x_scale: fp32 or e8m0 ``[b, h, ceil(r / 128)]``, or int32 ``[b, h, ceil(r / 512)]``.
+        w: e4m3 ``[h, d, r]``; r contiguous.
+        w_scale: fp32 or e8m0 ``[h, ceil(d / 128) or d, ceil(r / 128)]``, or int32 with ``ceil(r / 512)`` last.
+        out: bf16 ``[b, h, d]`` to write to; d contiguous, other strides free.
+
+    Returns:
+        bf16 ``[b, h, d]``; 0 where r is 0.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``fp8_einsum`` with recipes (1, 128, 128) and (1, 1, 128).
+    """
+    return _fp8_einsum(x, x_scale, w, w_scale, out=out)
+
+
+_hc_prenorm_gemm = _define(CONTRACTS["hc_prenorm_gemm"])
+
+
+def hc_prenorm_gemm(
+    x: Tensor,
+    fn: Tensor,
+    *,
+    num_splits: int | None = None,
+    out: Tensor | None = None,
+    sqr_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The GEMM before the norm of a hyper-connection, and the sum of squares that the norm needs::
+
+        out     = x @ fn.T
+        sqr_sum = sum over k of x ** 2
+
+    in one pass over x, which holds the residual streams of a token side by side. No norm is applied. With
+    ``num_splits`` the results are partials over a leading dimension; where k is cut is the provider's business, only
+    the sums over that dimension are defined. A split that gets nothing is 0.
+
+    At least TF32: x is exact in it, fn may be rounded or truncated to 10 bits of mantissa; sqr_sum is fp32.
+
+    Args:
+        x: bf16 ``[m, k]``.
+        fn: fp32 ``[n, k]``; DeepSeek V4: n = 24, k = 4 * hidden, or k = hidden for the broadcast first layer.
+        num_splits: Number of partials, at least 1; None for the finished sums.
+        out: fp32 ``[m, n]``, or ``[num_splits, m, n]``, to write to; needs no initial value.
+        sqr_sum: fp32 ``[m]``, or ``[num_splits, m]``; given exactly if ``out`` is.
+
+    Returns:
+        out: fp32 ``[m, n]``, or ``[num_splits, m, n]``.
+        sqr_sum: fp32 ``[m]``, or ``[num_splits, m]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: DeepGEMM ``tf32_hc_prenorm_gemm`` and DeepSeek's ``hc_pre``.
+    """
+    return _hc_prenorm_gemm(x, fn, num_splits=num_splits, out=out, sqr_sum=sqr_sum)
+
+
+# end of generated
+
+_not_written = {op: _define(contract) for op, contract in CONTRACTS.items() if op not in globals()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _not_written:
+        return _not_written[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from dsv4_backends import CONTRACTS, OPS, ContractError, ops
 from dsv4_backends.contract import LEVELS, OpContract
 from dsv4_backends.contract.arguments import ScalarArg, TensorArg
-from dsv4_backends.contract.checker import _tensor_guards, checked_function
+from dsv4_backends.contract.checker import _tensor_guards, check_source, checked_function
 from dsv4_backends.runtime import bind
 from dsv4_backends.testing import numerics
 
@@ -39,6 +41,25 @@ class TestContract:
         public = getattr(ops, contract.name)
         assert inspect.signature(public) == contract.signature
         assert public.__doc__ == contract.function.__doc__
+        lines, _ = inspect.getsourcelines(public)  # where an editor's "go to definition" ends
+        assert inspect.getsourcefile(public) == ops.__file__
+        assert lines[0].startswith(f"def {contract.name}(")
+
+    def test_a_stack_trace_passes_through_its_lines(self, contract: OpContract) -> None:
+        first, *others = contract.args
+        with pytest.raises(ContractError) as raised:
+            getattr(ops, contract.name)(**{first: 0}, **{n: None for n in others if not contract.is_optional(n)})
+        places = [frame.path for frame in raised.traceback]
+        assert str(places[1]) == ops.__file__
+        assert "check and dispatch of" in str(places[2])
+
+    def test_its_check_can_be_printed(self, contract: OpContract) -> None:
+        command = [sys.executable, "-m", "dsv4_backends.contract", contract.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        compile(text, "printed", "exec")
+        assert text.startswith(f"def {contract.name}(")
+        assert text == check_source(contract)
+        assert all(name in text for name in contract.args)
 
     def test_levels_grow(self, contract: OpContract) -> None:
         sizes = [len(contract.at_level(level)) for level in LEVELS]

@@ -1,12 +1,13 @@
-"""Write the generated parts of the docs: ``python tools/docs.py``. With ``--check`` nothing is written.
+"""Write the generated parts of the docs and of ``ops.py``: ``python tools/docs.py``. ``--check`` writes nothing.
 
-A part stands between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``. It is made from the
-objects that the code itself uses, so that a page cannot promise what the code does not do.
+A part stands between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``, in Python after ``#``. It is made
+from the objects that the code itself uses, so that a page cannot promise what the code does not do.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import importlib
 import inspect
@@ -34,7 +35,10 @@ from dsv4_backends.selection.capability import describe, sm
 from dsv4_backends.selection.survey import Survey
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"(<!-- generated: (?P<name>\w+) -->\n).*?(<!-- end of generated -->)", re.DOTALL)
+MARK = re.compile(r"((?:<!--|#) generated: (?P<name>\w+)[^\n]*\n).*?((?:<!--|#) end of generated)", re.DOTALL)
+
+WIDTH = 120
+"""Columns of the code, as ruff has them."""
 
 SAMPLE_GPU = "8.6"
 SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
@@ -175,6 +179,26 @@ def _source(contract: OpContract) -> str:
 def ops() -> str:
     rows = [(f"[`{c.name}`](#{c.name})", _summary(c), _source(c)) for c in CONTRACTS.values()]
     return table(("op", "what it computes", "native functions it stands for"), rows)
+
+
+def functions() -> str:
+    """The public functions of ``ops.py``: signature and docstring are the contract's own text."""
+    return "\n\n".join(map(_function, CONTRACTS.values()))
+
+
+def _function(contract: OpContract) -> str:
+    source = inspect.getsource(contract.function)
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.FunctionDef)
+    head = "".join(source.splitlines(keepends=True)[: definition.body[0].end_lineno])
+    passed = [f"{name}={name}" if contract.is_keyword(name) else name for name in contract.args]
+    # As ruff formats it.
+    line = f"    return _{contract.name}({', '.join(passed)})"
+    if len(line) > WIDTH:
+        line = f"    return _{contract.name}(\n        {', '.join(passed)}\n    )"
+    if max(map(len, line.splitlines())) > WIDTH:
+        line = "\n".join([f"    return _{contract.name}(", *(f"        {each}," for each in passed), "    )"])
+    return f'_{contract.name} = _define(CONTRACTS["{contract.name}"])\n\n\n{head}{line}\n'
 
 
 def _form(form: Form) -> str:
@@ -773,6 +797,7 @@ PARTS: dict[str, Callable[[], str]] = {
         compat,
         contracts,
         environment,
+        functions,
         exit_codes,
         implementation_fields,
         layouts,
@@ -807,6 +832,11 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def written() -> list[Path]:
+    """Every file with generated parts."""
+    return [*pages(), *(ROOT / "dsv4_backends").glob("ops.py")]
+
+
 def render(text: str) -> str:
     """A page's text with every generated part made anew."""
     return MARK.sub(lambda m: f"{m[1]}\n{PARTS[m['name']]()}\n\n{m[3]}", text)
@@ -817,7 +847,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not current")
     check = parser.parse_args().check
     stale = 0
-    for page in pages():
+    for page in written():
         before = page.read_text(encoding="utf-8")
         after = render(before)
         if before != after:

@@ -23,18 +23,17 @@ import torch
 
 from dsv4_backends import CONTRACTS, ops, use_providers
 from dsv4_backends.bench.provenance import provenance
+from dsv4_backends.contract import OpContract
 from dsv4_backends.contract.checker import checked_function
 from dsv4_backends.runtime import bind
 
 CALLS, REPEATS = 20_000, 9
-CASES = {
-    "sparse_mla_prefill": "lengths",
-    "sparse_mla_decode": "lengths",
-    "mqa_logits": "small",
-    "paged_mqa_logits": "small",
-    "fp8_einsum": "small",
-    "hc_prenorm_gemm": "small",
-}
+
+
+def fullest(contract: OpContract, device: str) -> dict[str, Any]:
+    """The arguments of the first smoke case with as many tensors as any has."""
+    made = (contract.inputs(case, device) for case in contract.at_level("smoke"))
+    return max(made, key=lambda arguments: sum(isinstance(value, torch.Tensor) for value in arguments.values()))
 
 
 def microseconds(function: Any, args: list[Any], kwargs: dict[str, Any]) -> float:
@@ -67,9 +66,8 @@ def main() -> None:
     target = parser.parse_args().json
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for op, case_name in CASES.items():
-        contract = CONTRACTS[op]
-        made = contract.inputs(next(case for case in contract.cases if case.name == case_name), device)
+    for op, contract in CONTRACTS.items():
+        made = fullest(contract, device)
         public = getattr(ops, op)
         public(**made)
         parameters = [p.replace(annotation=p.empty) for p in contract.signature.parameters.values()]

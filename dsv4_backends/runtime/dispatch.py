@@ -12,24 +12,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 
 from .. import locks
-from ..contract import CONTRACTS, OpContract
+from ..contract import OpContract
 from ..contract.arguments import TensorArg
 from ..contract.checker import checked_function, needs_no_grad, transformed
 from ..errors import ContractError
 from ..selection import policy
 from . import bind
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 
-
-def define(function: _F) -> _F:
-    """Make the public function of one contract, and its two ``torch.library`` ops."""
-    contract = CONTRACTS[function.__name__]
+def define(contract: OpContract) -> Callable[..., Any]:
+    """Make the dispatch of one op, which has the contract's signature, and its two ``torch.library`` ops."""
     names = tuple(contract.args)
     passed = ", ".join(f"{n}={n}" if contract.is_keyword(n) else n for n in names)
     heads = bind.fast_path[contract.name] = {}
@@ -78,9 +75,9 @@ def define(function: _F) -> _F:
     by_library = f"return as_library_op({passed})"
     before = (f"if is_compiling(): {by_library}",)
     call = checked_function(contract, before, dispatch, scope, by_library, what="check and dispatch")
-    functools.update_wrapper(call, function)
+    functools.update_wrapper(call, contract.function)
     call.__module__ = f"{__package__.rpartition('.')[0]}.ops"  # where pickle finds it
-    return cast("_F", call)
+    return call
 
 
 def _e8m0_arguments(contract: OpContract) -> tuple[str, ...]:
