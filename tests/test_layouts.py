@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dsv4_backends.contract import layouts
-from dsv4_backends.testing import oracle
+from dsv4_backends.testing.oracle.codes import e4m3, e8m0
+from dsv4_backends.testing.oracle.sparse_mla import _cache_keys
 
 BF16 = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 FINITE = BF16[torch.isfinite(BF16)]
@@ -31,20 +32,18 @@ def test_scale_rule_for_every_bf16_amax() -> None:
 
 def test_nothing_is_clipped_and_rounding_is_to_even() -> None:
     values, scale = layouts.quantize_e4m3(FINITE.float().unsqueeze(-1), 1)
-    decoded = oracle.e4m3(values).squeeze(-1) * scale.double().squeeze(-1)
+    decoded = e4m3(values).squeeze(-1) * scale.double().squeeze(-1)
     error = (decoded - FINITE.double()).abs()
     # Half a unit of e4m3's last place: 2^-4 relative for normal codes, 2^-10 of the scale for subnormal ones.
     assert (error <= torch.maximum(FINITE.double().abs() * 2**-4, scale.double().squeeze(-1) * 2**-10)).all()
     # Ties: 17/16 lies between the codes of 1 and 9/8 and goes to the even mantissa of 1.
     tie, _ = layouts.quantize_e4m3(torch.tensor([[448.0, 17 / 16, 19 / 16]]), 3)
-    assert oracle.e4m3(tie).tolist() == [[448.0, 1.0, 1.25]]
+    assert e4m3(tie).tolist() == [[448.0, 1.0, 1.25]]
 
 
 def test_e4m3_against_torch_for_every_code() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
-    torch.testing.assert_close(
-        oracle.e4m3(codes), codes.view(torch.float8_e4m3fn).double(), rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(e4m3(codes), codes.view(torch.float8_e4m3fn).double(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_e8m0_for_every_code() -> None:
@@ -53,7 +52,7 @@ def test_e8m0_for_every_code() -> None:
     assert decoded[:255].double().tolist() == [2.0 ** (code - 127) for code in range(255)]
     assert decoded[255].isnan()
     assert torch.equal(layouts.e8m0_encode(decoded[:255]), codes[:255])
-    torch.testing.assert_close(oracle.e8m0(codes), decoded.double(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(e8m0(codes), decoded.double(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_e8m0_pack_and_unpack() -> None:
@@ -97,7 +96,7 @@ def test_kv_page_bytes(page_size: int, pad: int, dtype: torch.dtype) -> None:
 
     back = layouts.read_kv(cache, torch.tensor([slot]))
     assert torch.equal(back[0, 448:], kv[0, 448:])
-    assert torch.equal(back.double(), oracle._cache_keys(cache, torch.tensor([slot])))
+    assert torch.equal(back.double(), _cache_keys(cache, torch.tensor([slot])))
     assert torch.equal(layouts.read_kv(cache.unsqueeze(2), torch.tensor([slot])), back)
 
 
@@ -129,7 +128,7 @@ def test_unpack_is_exact_for_every_code_and_scale() -> None:
     data[:, :448] = codes.repeat(2)[:448]
     scales = codes.unsqueeze(-1).repeat(1, 8)
     got = layouts.unpack_kv(data, scales)[:, :448].double()
-    want = oracle.e4m3(data[:, :448]) * oracle.e8m0(scales[:, :1])
+    want = e4m3(data[:, :448]) * e8m0(scales[:, :1])
     # Below 2^-126 bf16 keeps ever fewer bits.
     largest = float(torch.finfo(torch.bfloat16).max)
     fits = (want == 0) | ((want.abs() >= 2.0**-126) & (want.abs() <= largest))

@@ -35,7 +35,7 @@ def honest(
     max_seqlen_k: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    (logits,) = oracle.mqa_logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k)
+    (logits,) = oracle.of("mqa_logits")(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k)
     return logits.float() if out is None else out.copy_(logits)
 
 

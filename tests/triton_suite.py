@@ -23,8 +23,9 @@ from dsv4_backends.contract.models import FLASH
 from dsv4_backends.runtime import ahead
 from dsv4_backends.runtime.serving import Limits
 from dsv4_backends.selection import policy
-from dsv4_backends.testing import ProviderConformance, checks, numerics, oracle
+from dsv4_backends.testing import ProviderConformance, checks, numerics
 from dsv4_backends.testing.checks import default_device
+from dsv4_backends.testing.oracle.codes import e4m3, e8m0
 
 pytestmark = pytest.mark.simulates
 
@@ -99,7 +100,7 @@ def test_every_e4m3_and_e8m0_code() -> None:
     values, scales = torch.empty(256, device=device), torch.empty(256, device=device)
     launch(_decode_every_code, (1,), values, scales)
     codes = torch.arange(256, dtype=torch.uint8, device=device)
-    for got, want in ((values, oracle.e4m3(codes)), (scales, oracle.e8m0(codes))):
+    for got, want in ((values, e4m3(codes)), (scales, e8m0(codes))):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=0, equal_nan=True)
 
 

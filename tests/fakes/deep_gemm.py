@@ -96,7 +96,7 @@ def mqa_logits(q: Tensor, kv: Any, weights: Tensor, ks: Tensor, ke: Tensor, *, c
     if compressed:
         assert not clean
         assert (ke - ks).max() <= compressed, "the kernel would write into the next row"
-    (full,) = oracle.mqa_logits(q, k, k_scale, weights, ks, ke)
+    (full,) = oracle.of("mqa_logits")(q, k, k_scale, weights, ks, ke)
     logits = _canvas(q.shape[0], compressed or n)
     for i in range(q.shape[0]):
         start, end = int(ks[i]), int(ke[i])
@@ -162,7 +162,7 @@ def paged_mqa_logits(
     full = last[:, None].expand(b, next_n)
     # A page that is not there reads as 0.
     table = torch.where((table >= 0) & (table < len(cache)), table, 0)
-    (found,) = oracle.paged_mqa_logits(q, cache[:, :, 0], weights, full, table, width)
+    (found,) = oracle.of("paged_mqa_logits")(q, cache[:, :, 0], weights, full, table, width)
     # The kernel writes whole pages, whatever the lengths say, of what it has read.
     return torch.where(found.isinf(), GARBAGE, found.float()) + _canvas(b * next_n, width) * 0
 
@@ -196,7 +196,7 @@ def einsum(expr: str, a: Any, b: Any, d: Tensor, c: Tensor | None, recipe: Any, 
         assert sfb.is_contiguous()
         if arch == 10:  # only the exponent is kept
             sfa, sfb = ((scale.view(torch.int32) >> 23 << 23).view(torch.float32) for scale in (sfa, sfb))
-    d.copy_(oracle.fp8_einsum(x, sfa, w, sfb)[0])
+    d.copy_(oracle.of("fp8_einsum")(x, sfa, w, sfb)[0])
 
 
 def prenorm_gemm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: int | None = None) -> None:
@@ -217,7 +217,7 @@ def prenorm_gemm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_splits: i
     assert sqr_sum.shape == ((m,) if num_splits is None else (splits, m))
     for index, part in enumerate(torch.arange(k // 64).tensor_split(splits)):
         columns = slice(int(part[0]) * 64, int(part[-1]) * 64 + 64)
-        mixes, squares = oracle.hc_prenorm_gemm(a[:, columns], b[:, columns])
+        mixes, squares = oracle.of("hc_prenorm_gemm")(a[:, columns], b[:, columns])
         d.view(splits, m, n)[index], sqr_sum.view(splits, m)[index] = mixes, squares
 
 

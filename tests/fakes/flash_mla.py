@@ -51,7 +51,7 @@ def _prefill(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, d_v: int, 
     assert indices.stride(0) % 4 == 0
     assert sink is None or sink.shape == (h_q,)
     assert length is None or ((length >= 0) & (length <= topk)).all(), "indices would be read beyond their row"
-    out, top, lse = oracle.sparse_mla_prefill(q, kv, indices, sm_scale, sink, length)
+    out, top, lse = oracle.of("sparse_mla_prefill")(q, kv, indices, sm_scale, sink, length)
     return out.bfloat16(), top.float(), lse.float()
 
 
@@ -114,7 +114,7 @@ def _decode(
     assert meta.lengths == lengths, "a stale schedule, which the library itself does not notice"
     caches = (c if c is None else c[:, :, 0] for c in (k_cache, extra_k_cache))
     main, extra = caches
-    out, lse = oracle.sparse_mla_decode(
+    out, lse = oracle.of("sparse_mla_decode")(
         q, main, indices, scale, sink, topk_length, extra, extra_indices, extra_topk_length
     )
     return out.bfloat16(), lse.float().transpose(1, 2)

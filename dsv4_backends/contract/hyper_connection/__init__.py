@@ -16,7 +16,7 @@ CONTRACTS = (
         make=cases.make,
         tolerances=cases.TOLERANCES,
         cost=cases.cost,
-        oracle="dsv4_backends.testing.oracle:hc_prenorm_gemm",
+        oracle="dsv4_backends.testing.oracle.hyper_connection:hc_prenorm_gemm",
         traffic=traffic.PRENORM,
     ),
 )

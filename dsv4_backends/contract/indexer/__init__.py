@@ -16,7 +16,7 @@ CONTRACTS = (
         make=cases.make_mqa,
         tolerances=cases.TOLERANCES,
         cost=cases.cost_mqa,
-        oracle="dsv4_backends.testing.oracle:mqa_logits",
+        oracle="dsv4_backends.testing.oracle.indexer:mqa_logits",
         traffic=traffic.MQA,
     ),
     OpContract(
@@ -29,7 +29,7 @@ CONTRACTS = (
         make=cases.make_paged,
         tolerances=cases.TOLERANCES,
         cost=cases.cost_paged,
-        oracle="dsv4_backends.testing.oracle:paged_mqa_logits",
+        oracle="dsv4_backends.testing.oracle.indexer:paged_mqa_logits",
         traffic=traffic.PAGED,
     ),
 )

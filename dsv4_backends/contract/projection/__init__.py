@@ -15,7 +15,7 @@ CONTRACTS = (
         make=cases.make,
         tolerances=cases.TOLERANCES,
         cost=cases.cost,
-        oracle="dsv4_backends.testing.oracle:fp8_einsum",
+        oracle="dsv4_backends.testing.oracle.projection:fp8_einsum",
         traffic=traffic.EINSUM,
     ),
 )

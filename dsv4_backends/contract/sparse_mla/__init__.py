@@ -16,7 +16,7 @@ CONTRACTS = (
         make=cases.make_prefill,
         tolerances=cases.PREFILL_TOLERANCES,
         cost=cases.cost_prefill,
-        oracle="dsv4_backends.testing.oracle:sparse_mla_prefill",
+        oracle="dsv4_backends.testing.oracle.sparse_mla:sparse_mla_prefill",
         traffic=traffic.PREFILL,
     ),
     OpContract(
@@ -29,7 +29,7 @@ CONTRACTS = (
         make=cases.make_decode,
         tolerances=cases.DECODE_TOLERANCES,
         cost=cases.cost_decode,
-        oracle="dsv4_backends.testing.oracle:sparse_mla_decode",
+        oracle="dsv4_backends.testing.oracle.sparse_mla:sparse_mla_decode",
         traffic=traffic.DECODE,
     ),
 )

@@ -1,0 +1,35 @@
+"""What every op means, written a second time: one row at a time, in fp64, straight from the formula.
+
+These judge all providers, the torch reference included, so they share no code with any. Each contract names its own;
+they lie here, a file a family. Slow, and free to synchronise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contract import CONTRACTS
+from ...contract.settings import without_autocast
+from ...runtime.bind import load_target
+
+
+def of(op: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The oracle that the contract names."""
+    return load_target(CONTRACTS[op].oracle)
+
+
+def expected(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The op's results in fp64, in the order of the contract's ``returns``."""
+    with without_autocast():
+        return of(op)(**arguments)
+
+
+def finished(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Results as the oracle gives them: partial sums added up, in fp64."""
+    if arguments.get(CONTRACTS[op].partials) is not None:
+        return tuple(result.to(torch.float64).sum(0) for result in results)
+    return results

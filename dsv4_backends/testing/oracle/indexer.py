@@ -1,0 +1,73 @@
+"""The indexer's logits: one row at a time; pages are addressed by byte arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .codes import F64, e4m3
+
+
+def _logits_row(q: Tensor, keys: Tensor, scale: Tensor, weights: Tensor) -> Tensor:
+    return (e4m3(q) @ keys.T).clamp(min=0).mul_(weights.to(F64)[:, None]).sum(0) * scale.to(F64)
+
+
+def mqa_logits(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    max_seqlen_k: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, ...]:
+    m, n = q.shape[0], k.shape[0]
+    keys = e4m3(k)
+    out = torch.full((m, n if max_seqlen_k is None else max_seqlen_k), -math.inf, dtype=F64, device=q.device)
+    for i in range(m):
+        start, end = (min(max(int(bound[i]), 0), n) for bound in (row_starts, row_ends))
+        if max_seqlen_k is not None:
+            end = min(end, start + max_seqlen_k)
+        if end > start:
+            shift = 0 if max_seqlen_k is None else start
+            part = slice(start, end)
+            out[i, start - shift : end - shift] = _logits_row(q[i], keys[part], k_scale[part], weights[i])
+    return (out,)
+
+
+def paged_mqa_logits(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    **others: Any,
+) -> tuple[Tensor, ...]:
+    b, next_n, _, d = q.shape
+    page_size, stride = k_cache.shape[1], k_cache.stride(0)
+    last = (k_cache.shape[0] - 1) * stride + page_size * (d + 4)
+    raw = k_cache.as_strided((max(last, 0),), (1,), k_cache.storage_offset())
+    out = torch.full((b * next_n, max_context_len), -math.inf, dtype=F64, device=q.device)
+    for i in range(b):
+        lengths = [int(context_lens[i] if context_lens.dim() == 1 else context_lens[i, j]) for j in range(next_n)]
+        lengths = [min(max(length, 0), max_context_len, page_size * block_table.shape[1]) for length in lengths]
+        n = torch.arange(max(lengths), device=q.device)
+        page = block_table[i][n // page_size].long()
+        missing = (page < 0) | (page >= k_cache.shape[0])
+        if len(raw) == 0:  # a cache without pages has no key to stand in for those that are missing
+            continue
+        base = torch.where(missing, 0, page) * stride
+        offset = n % page_size
+        keys = e4m3(raw[(base + offset * d)[:, None] + torch.arange(d, device=q.device)])
+        scale_at = (base + page_size * d + offset * 4)[:, None] + torch.arange(4, device=q.device)
+        scale = raw[scale_at].flatten().view(torch.float32)
+        for j, length in enumerate(lengths):
+            row = i * next_n + j
+            found = _logits_row(q[i, j], keys[:length], scale[:length], weights[row])
+            out[row, :length] = torch.where(missing[:length], -math.inf, found)
+    return (out,)
