@@ -16,6 +16,8 @@ from dsv4_backends import CONTRACTS, OPS, ContractError, ops
 from dsv4_backends.contract import LEVELS, OpContract
 from dsv4_backends.contract.arguments import ScalarArg, TensorArg
 from dsv4_backends.contract.checker import _tensor_guards, check_source, checked_function
+from dsv4_backends.contract.models import FLASH
+from dsv4_backends.contract.traffic import Deployment, Limits
 from dsv4_backends.runtime import bind
 from dsv4_backends.testing import numerics
 
@@ -44,6 +46,17 @@ class TestContract:
         lines, _ = inspect.getsourcelines(public)  # where an editor's "go to definition" ends
         assert inspect.getsourcefile(public) == ops.__file__
         assert lines[0].startswith(f"def {contract.name}(")
+
+    def test_traffic_is_of_this_op_and_fits_the_contract(self, contract: OpContract) -> None:
+        traffic, rank = contract.traffic, FLASH.rank(8)
+        server = Deployment(rank, Limits(max_tokens=5, max_requests=2, max_context=2000, next_n=2), packed_scales=True)
+        needs = list(traffic.needs(server))
+        rows = [*traffic.rows("flash", rank), *traffic.tiny]
+        assert {each.op for each in (*needs, *rows)} == {contract.name}
+        for arguments in (*traffic.calls(server), *(need.arguments() for need in needs)):
+            assert contract.check(**arguments).type == "meta"
+        assert set(traffic.held) <= set(contract.args)
+        assert contract.partials in ("", *contract.args)
 
     def test_a_stack_trace_passes_through_its_lines(self, contract: OpContract) -> None:
         first, *others = contract.args

@@ -45,6 +45,39 @@ class NativeCall:
     view: Callable[[Any], tuple[Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class Native:
+    """How an op is called directly.
+
+    Attributes:
+        provider: Whose library it is.
+        prepare: Makes the call from the op's arguments.
+        cases: The contract's cases that this file runs by itself.
+        planned: It depends on lengths, and so on ``step()``.
+        compiled: The library compiles a kernel for almost every size.
+    """
+
+    provider: str
+    prepare: Callable[..., NativeCall]
+    cases: tuple[str, ...]
+    planned: bool
+    compiled: bool
+
+
+NATIVE: dict[str, Native] = {}
+"""Every op that has a library function, in the order of this file."""
+
+
+def direct(provider: str, *cases: str, planned: bool = False, compiled: bool = False) -> Callable[..., Any]:
+    """Decorates the function, named as the op with an underscore, that prepares its direct call."""
+
+    def register(prepare: Callable[..., NativeCall]) -> Callable[..., NativeCall]:
+        NATIVE[prepare.__name__[1:]] = Native(provider, prepare, cases, planned, compiled)
+        return prepare
+
+    return register
+
+
 @functools.cache
 def _module(name: str, vendored: str) -> Any:
     try:
@@ -74,7 +107,7 @@ def _label(module: Any) -> str:
 
 def library(op: str) -> str:
     """The library that ``prepare`` would call for ``op``. Raises ``Unsupported`` where none is installed."""
-    return _label(flash_mla() if op.startswith("sparse_mla") else deep_gemm())
+    return _label(flash_mla() if NATIVE[op].provider == "flash_mla" else deep_gemm())
 
 
 def _need(condition: bool, message: str) -> None:
@@ -109,6 +142,7 @@ def _legacy(function: Any) -> dict[str, Any]:
     return {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
 
 
+@direct("flash_mla", "flash tp1", "pro tp8")
 def _sparse_mla_prefill(
     q: Tensor,
     kv: Tensor,
@@ -142,6 +176,7 @@ def _sparse_mla_prefill(
     return NativeCall(_label(module), run, view)
 
 
+@direct("flash_mla", "flash tp1", "pro tp8 mtp", "odd", planned=True)
 def _sparse_mla_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -212,6 +247,7 @@ def _check_indexer(q: Tensor) -> None:
     _need(d in (32, 64, 128), f"head dimension {d}, not 32, 64 or 128")
 
 
+@direct("deep_gemm", "v4", "v4 batch compressed", "v4 random", planned=True)
 def _mqa_logits(
     q: Tensor,
     k: Tensor,
@@ -253,6 +289,7 @@ def _mqa_logits(
     return NativeCall(_label(module), run, view)
 
 
+@direct("deep_gemm", "v4", "v4 two tokens", planned=True)
 def _paged_mqa_logits(
     q: Tensor,
     k_cache: Tensor,
@@ -298,6 +335,7 @@ def _paged_mqa_logits(
     return NativeCall(_label(module), run, view)
 
 
+@direct("deep_gemm", "flash tp1", "flash e8m0", compiled=True)
 def _fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, **others: Any) -> NativeCall:
     module = deep_gemm()
     b, h, r = x.shape
@@ -326,6 +364,7 @@ def _fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, **others
     return NativeCall(_label(module), run, lambda result: (result,))
 
 
+@direct("deep_gemm", "flash m=13", "flash m=137 splits=4", compiled=True)
 def _hc_prenorm_gemm(x: Tensor, fn: Tensor, *, num_splits: int | None = None, **others: Any) -> NativeCall:
     module = deep_gemm()
     m, k = x.shape
@@ -346,16 +385,6 @@ def _hc_prenorm_gemm(x: Tensor, fn: Tensor, *, num_splits: int | None = None, **
     return NativeCall(_label(module), run, lambda results: results)
 
 
-_PREPARE: dict[str, Callable[..., NativeCall]] = {
-    "sparse_mla_prefill": _sparse_mla_prefill,
-    "sparse_mla_decode": _sparse_mla_decode,
-    "mqa_logits": _mqa_logits,
-    "paged_mqa_logits": _paged_mqa_logits,
-    "fp8_einsum": _fp8_einsum,
-    "hc_prenorm_gemm": _hc_prenorm_gemm,
-}
-
-
 def prepare(op: str, arguments: dict[str, Any], *, fresh_metadata: bool = False) -> NativeCall:
     """Prepare one direct call of the library that stands for ``op``.
 
@@ -373,7 +402,7 @@ def prepare(op: str, arguments: dict[str, Any], *, fresh_metadata: bool = False)
     capability = torch.cuda.get_device_capability(next(v for v in arguments.values() if isinstance(v, Tensor)).device)
     _need(capability == (9, 0), f"compute capability {capability}, this file prepares calls for (9, 0)")
     more = {"fresh_metadata": True} if fresh_metadata else {}
-    return _PREPARE[op](**arguments, **more)
+    return NATIVE[op].prepare(**arguments, **more)
 
 
 def main() -> int:
@@ -382,20 +411,12 @@ def main() -> int:
     from dsv4_backends import CONTRACTS
     from dsv4_backends.testing import numerics, oracle
 
-    cases = {
-        "sparse_mla_prefill": ("flash tp1", "pro tp8"),
-        "sparse_mla_decode": ("flash tp1", "pro tp8 mtp", "odd"),
-        "mqa_logits": ("v4", "v4 batch compressed", "v4 random"),
-        "paged_mqa_logits": ("v4", "v4 two tokens"),
-        "fp8_einsum": ("flash tp1", "flash e8m0"),
-        "hc_prenorm_gemm": ("flash m=13", "flash m=137 splits=4"),
-    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=cases, action="append")
+    parser.add_argument("--op", choices=NATIVE, action="append")
     failures = 0
-    for op in parser.parse_args().op or cases:
+    for op in parser.parse_args().op or NATIVE:
         contract = CONTRACTS[op]
-        for name in cases[op]:
+        for name in NATIVE[op].cases:
             try:
                 made = contract.inputs(next(c for c in contract.cases if c.name == name), "cuda")
                 call = prepare(op, made)

@@ -47,11 +47,7 @@ MORE, ROUNDS = 8, 21
 HOST_CALLS, HOST_BATCHES = 20, 60
 HOST_GPU_US = 20_000
 """Of long kernels fewer calls are queued: what the host does for one does not depend on them."""
-PROVIDERS = {op: "flash_mla" if op.startswith("sparse_mla") else "deep_gemm" for op in CONTRACTS}
-PLANNED = ("mqa_logits", "paged_mqa_logits", "sparse_mla_decode")
-"""What depends on lengths, and so on ``step()``."""
-COMPILED = ("fp8_einsum", "hc_prenorm_gemm")
-"""Where DeepGEMM compiles a kernel for almost every size."""
+PROVIDERS = {op: native.provider for op, native in native_calls.NATIVE.items()}
 FLUSH_FLOATS = 64 << 20
 
 PREFILL = {"s_kv": 32768, "invalid": "none"}
@@ -221,7 +217,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     chosen = [op for op in arguments.op or ROWS if PROVIDERS[op] in (arguments.only or PROVIDERS.values())]
-    compiled = [(op, case) for op in chosen if op in COMPILED for case in ROWS[op]]
+    compiled = [(op, case) for op in chosen if native_calls.NATIVE[op].compiled for case in ROWS[op]]
     if arguments.part is not None:
         call_once(arguments.part, arguments.jobs, compiled)
         return
@@ -245,7 +241,7 @@ def main() -> None:
     for op in chosen:
         for case, params in ROWS[op].items():
             made: dict[str, Any] = {}
-            for mode in ("step", "call") if op in PLANNED else ("call",):
+            for mode in ("step", "call") if native_calls.NATIVE[op].planned else ("call",):
                 row: dict[str, Any] = {"op": op, "case": case, "mode": mode}
                 try:
                     made = made or as_engines_have_it(op, draw(op, params))
