@@ -283,17 +283,17 @@ def test_other_layouts_are_refused(op: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("op", OPS)
 def test_nested_tensors_are_refused(op: str) -> None:
-    """In a check that knows no call yet: PyTorch's guards end the process over a nested tensor."""
+    """Known calls too: a guard of PyTorch's would end the process over a nested tensor."""
     contract, made = CONTRACTS[op], arguments(op)
+    for _ in range(3):
+        results(op, made)
     for name, arg in contract.args.items():
         if isinstance(arg, TensorArg) and name in made:
-            check = checked_function(contract, (), ("return None",), {})
             try:
                 nested = torch.nested.nested_tensor([made[name]])
             except NotImplementedError:  # torch has none of this dtype
                 continue
-            with pytest.raises(ContractError, match=f"argument {name}: expected a strided tensor .* a nested one"):
-                check(**(made | {name: nested}))
+            refused(op, name, "a nested one", made | {name: nested})
 
 
 def test_quantized_and_mixed_devices_are_refused() -> None:

@@ -94,7 +94,7 @@ def checked_function(
     scope |= {"explain": explain, "seen": seen.signatures, "remember": seen.remember, "number": number}
     scope |= {"grad_on": torch.is_grad_enabled, "strided": torch.strided, "usual": _usual()}
     scope |= {"modes": _dispatch_modes(), "transforms": _transforms()}
-    for ask in (is_foreign, not_transformed, needs_no_grad, own_memory):
+    for ask in (is_foreign, not_nested, not_transformed, needs_no_grad, own_memory):
         scope[ask.__name__] = functools.partial(ask, contract)
     # Each stands for one argument that is None; no argument of any contract looks like them.
     optional = [name for name in contract.args if contract.is_optional(name)]
@@ -112,8 +112,7 @@ class _Seen:
     A check is a pure function of the types, dtypes, shapes, strides and devices of a call's tensors, and of its
     numbers. PyTorch compares the tensors in one call, a tenth of what reading them from Python costs: that is how
     ``torch.compile`` finds that a compiled graph still fits. The class is PyTorch's own affair; where it is missing,
-    every call goes through the whole check. (One fault of it is let be, since to avoid it would cost every call: asked
-    about a nested tensor of the strided kind, which PyTorch is giving up, it ends the process.)
+    every call goes through the whole check.
     """
 
     SIZE = 4
@@ -215,6 +214,13 @@ def _transforms() -> Callable[[], Any]:
     import torch
 
     return getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+
+
+def not_nested(contract: OpContract, names: Mapping[str, Any]) -> None:
+    """Raise for the argument that is a nested tensor."""
+    for name, arg in contract.args.items():
+        if isinstance(arg, TensorArg) and names[name] is not None and names[name].is_nested:
+            raise ContractError(_describe(contract, name, names[name], names))
 
 
 def needs_no_grad(contract: OpContract, names: Mapping[str, Any]) -> None:
@@ -345,6 +351,11 @@ class _Checker:
         tensors = {name: arg for name, arg in contract.args.items() if isinstance(arg, TensorArg)}
         passed = [f"{n} if {n} is not None else no_{n}" if contract.is_optional(n) else n for n in tensors]
         numbers = f"({', '.join(scalars)},)" if scalars else "()"
+        # A guard that is asked about a nested tensor ends the process.
+        nested = [
+            f"({n} is not None and {n}.is_nested)" if contract.is_optional(n) else f"{n}.is_nested" for n in tensors
+        ]
+        self.emit(2, f"if {' or '.join(nested)}: not_nested(locals())")
         self.emit(2, "for known, numbers in seen:")
         self.emit(3, f"if known({', '.join(passed)})" + (f" and numbers == {numbers}: break" if scalars else ": break"))
         self.emit(2, "else:")
