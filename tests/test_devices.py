@@ -21,7 +21,7 @@ from test_native_adapters import use as use  # a fixture
 
 from dsv4_backends import NoProviderError
 from dsv4_backends.contract import CONTRACTS, Case
-from dsv4_backends.engines import _transformers_kernels
+from dsv4_backends.engines.transformers import kernels as transformers_kernels
 from dsv4_backends.runtime import launching
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def by_triton_through_a_tensor_map(kernel: Any, where: Any) -> None:
 
 
 def by_transformers(kernel: Any, where: Any) -> None:
-    _transformers_kernels._launch(kernel, (1,), where, where, 7)
+    transformers_kernels._launch(kernel, (1,), where, where, 7)
 
 
 DOORS = [by_triton, by_triton_through_a_tensor_map, by_transformers]
@@ -158,7 +158,7 @@ def test_nothing_launches_beside_the_doors() -> None:
                         subscripted = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
                         if subscripted and "grid" in ast.unparse(node.func.slice):  # type: ignore[attr-defined]
                             found.add((path.name, function.name))
-    doors = {("_launch.py", "launch"), ("_transformers_kernels.py", "_launch")}
+    doors = {("_launch.py", "launch"), ("kernels.py", "_launch")}
     # Called by the ops of that package only, which have made the device current.
     assert found == doors | {("_finish.py", "_launch"), ("_finish.py", "_runner")}
 

@@ -22,10 +22,12 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from dsv4_backends import PolicyError
+from dsv4_backends import PolicyError, engines
 from dsv4_backends.commands import cli
+from dsv4_backends.contract.names import OPS
 from dsv4_backends.engines import hook, patching
 from dsv4_backends.engines import vllm as engine
+from dsv4_backends.engines.vllm import rules
 from dsv4_backends.selection import machine, policy, preferences
 
 FILES = {
@@ -110,13 +112,13 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-        engine._mx_scaled.cache_clear()
+        rules.mx_scaled.cache_clear()
         return tmp_path
 
     monkeypatch.setenv(f"{policy.PREFIX}DEVICE", "cpu")
     yield install
     engine.undo()
-    engine._mx_scaled.cache_clear()
+    rules.mx_scaled.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
         del sys.modules[name]
     assert hook._FINDER not in sys.meta_path
@@ -509,16 +511,16 @@ def test_what_goes_wrong_stays_out_of_the_engine(
     fake_vllm()
     monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "sglang")
     engine.register()
-    assert "DSV4_BACKENDS_ENGINE: expected 1, vllm or force, got 'sglang'" in caplog.text
+    assert "DSV4_BACKENDS_ENGINE: unknown engine 'sglang'. Known: transformers, vllm" in caplog.text
     with pytest.raises(PolicyError):
         engine.plan()
     monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "vllm")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_judge", lambda *args: 1 / 0)
+        patch.setattr(engine.ENGINE, "judge", lambda *args: 1 / 0)
         engine.register()
     assert "please report it" in caplog.text
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_counted", lambda *args: 1 / 0)
+        patch.setattr(engine.ENGINE, "_counted", lambda *args: 1 / 0)
         engine.register()
         dg = importlib.import_module("vllm.utils.deep_gemm")
         indexer = importlib.import_module("vllm.v1.attention.backends.mla.indexer")
@@ -532,6 +534,77 @@ def test_what_goes_wrong_stays_out_of_the_engine(
     assert found["_get_paged_mqa_logits_metadata_impl"].state == patching.NOT_NEEDED
     assert dg._get_paged_mqa_logits_metadata_impl is dg.native
     assert "vllm.utils.deep_gemm:_fp8_einsum_impl is not replaced: ZeroDivisionError" in caplog.text
+    assert not engine.plan().ok
+
+
+@pytest.mark.parametrize(
+    ("value", "asked"),
+    [("", ""), ("0", ""), (" 1 ", "1"), ("vllm", "vllm"), ("transformers, VLLM", "vllm"), ("force", "force")],
+)
+def test_the_variable(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, value: str, asked: str) -> None:
+    fake_vllm()
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", value)
+    assert engine.plan().enabled is bool(asked)
+    engine.register()
+    assert len(hook.waiting()) == (5 if asked else 0)
+
+
+def test_the_variable_names_another_engine(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_vllm()
+    monkeypatch.setitem(engines.ENGINES, "other", "nowhere:ENGINE")
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "other")
+    assert not engine.plan().enabled
+    engine.register()
+    assert hook.waiting() == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("vllm,force", "expected 1, force or names of engines, got 'vllm,force'"),
+        ("1,vllm", "expected 1, force or names of engines"),
+        (",", "expected 1, force or names of engines, got ','"),
+        ("2", "expected 1, force or names of engines, got '2'"),
+        ("vlm", "unknown engine 'vlm', did you mean 'vllm'?"),
+        ("vllm,sglan", "unknown engine 'sglan'"),
+        ("transformers", "does not turn on transformers: call dsv4_backends.engines.transformers.enable(model)"),
+    ],
+)
+def test_a_variable_that_turns_on_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str, words: str
+) -> None:
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", value)
+    with pytest.raises(PolicyError) as caught:
+        engines.asked()
+    assert words in str(caught.value)
+    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FINDING")]
+    assert "settings" in line
+    assert words in line
+
+
+def test_doctor_where_no_engine_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 leaves open which engine; a name does not."""
+    told = {"1": "no engine that it turns on is installed: vllm", "vllm": "vllm is not installed (pip install vllm)"}
+    for value, words in told.items():
+        monkeypatch.setenv("DSV4_BACKENDS_ENGINE", value)
+        assert cli.main(["doctor", "--device", "cpu"]) == 1
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FINDING")]
+        assert words in line
+
+
+def test_a_module_that_cannot_be_prepared(fake_vllm: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    """DeepGEMM's names wait for a function that is not there: they have failed, and are not planned for ever."""
+    path = "vllm/utils/deep_gemm.py"
+    fake_vllm(**{path: FILES[path].replace("_lazy_init", "_other_init")})
+    engine.apply()
+    importlib.import_module("vllm.utils.deep_gemm")
+    found = {row.target.attribute: row for row in engine.plan().rows}
+    assert found["_fp8_einsum_impl"].state == patching.FAILED
+    assert found["has_deep_gemm"].state in (patching.FAILED, patching.NOT_NEEDED)
+    assert "_fp8_einsum_impl is not replaced: AttributeError" in caplog.text
     assert not engine.plan().ok
 
 
@@ -581,6 +654,31 @@ def test_command(
     assert len(data["targets"]) == len(engine.TARGETS)
     with pytest.raises(SystemExit):
         cli.main(["engine", "sglang"])
+
+
+def test_command_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no hook: the command says what turns it on, and who would serve."""
+    pytest.importorskip("transformers")
+    assert cli.main(["engine", "transformers", "--device", "sm_86", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["engine"], data["enabled"]) == ("transformers", False)
+    assert {target["op"] for target in data["targets"]} == {*OPS, ""}
+    assert {target["provider"] for target in data["targets"] if target["op"]} == {"triton"}
+    assert cli.main(["engine", "transformers", "--device", "cpu"]) == 0
+    assert "not enabled: call dsv4_backends.engines.transformers.enable(model)" in capsys.readouterr().out
+
+
+def test_a_changed_transformers_is_refused_by_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = importlib.import_module("dsv4_backends.engines.transformers.sources")
+    monkeypatch.setitem(sources._SOURCES["cache_utils"], "DynamicSlidingWindowLayer", "0" * 16)
+    sources.unknown.cache_clear()
+    try:
+        assert cli.main(["engine", "transformers", "--device", "cpu"]) == 1
+        assert "its DynamicSlidingWindowLayer differ" in " ".join(capsys.readouterr().out.split())
+    finally:
+        sources.unknown.cache_clear()
 
 
 def test_command_without_vllm(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,9 +33,22 @@ from transformers_model import tiny, tokens
 
 from dsv4_backends import CONTRACTS, DSV4Error, ops, stats
 from dsv4_backends.contract import layouts
-from dsv4_backends.engines import _transformers_choice
-from dsv4_backends.engines import _transformers_exact as exact
 from dsv4_backends.engines import transformers as engine
+from dsv4_backends.engines.transformers import (
+    attention,
+    chunks,
+    compressors,
+    fused,
+    handover,
+    hyper_connections,
+    indexer,
+    projection,
+    replaced,
+    sources,
+)
+from dsv4_backends.engines.transformers import (
+    model as models,
+)
 from dsv4_backends.runtime import bind
 from dsv4_backends.selection import provider
 from dsv4_backends.testing.numerics import compare
@@ -58,7 +71,7 @@ def inference() -> Iterator[None]:
     bind.reset()
     with torch.no_grad():
         yield
-    engine._handover.take()
+    handover.handover.take()
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +114,12 @@ def test_prefill_within_index_topk() -> None:
 def test_prefill_in_chunks(eager: Any, ours: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every loop over rows takes several turns, with a batch whose sequences go one by one and are padded."""
 
-    def chunks(count: int, bytes_per_row: int) -> Iterator[slice]:
+    def by_rows(count: int, bytes_per_row: int) -> Iterator[slice]:
         for start in range(0, count, rows):
             yield slice(start, min(start + rows, count))
 
-    monkeypatch.setattr(engine, "row_chunks", chunks)
-    monkeypatch.setattr(exact, "row_chunks", chunks)
-    monkeypatch.setattr(engine, "FLAT_ROWS", 0)
+    monkeypatch.setattr(chunks, "row_chunks", by_rows)
+    monkeypatch.setattr(chunks, "FLAT_ROWS", 0)
     ids = tokens(2, 150)
     mask = torch.ones_like(ids)
     mask[1, :41] = 0
@@ -186,7 +198,7 @@ class _Made(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_of_the_size_queries_by_keys(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     length = 772
-    for chunked in (exact, importlib.import_module("dsv4_backend_torch.memory")):
+    for chunked in (chunks, importlib.import_module("dsv4_backend_torch.memory")):
         monkeypatch.setattr(chunked, "CHUNK_BYTES", 2**19)
     model = tiny(dtype, num_attention_heads=1, o_groups=1, index_n_heads=4)
     hidden = torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -245,7 +257,7 @@ def attention_outputs(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]
     kept: dict[str, list[Tensor]] = {"ours": [], "dense": []}
 
     def ours(*args: Any, **kwargs: Any) -> Any:
-        out, weights = engine._attention(*args, **kwargs)
+        out, weights = attention.attention(*args, **kwargs)
         kept["ours"].append(out.clone())
         return out, weights
 
@@ -258,7 +270,7 @@ def attention_outputs(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]
         return kept["dense"][-1].to(query.dtype), None
 
     mapping = AttentionInterface._global_mapping
-    for name, function, mask in ((engine.NAME, ours, engine._window), ("dense", dense, eager_mask)):
+    for name, function, mask in ((engine.NAME, ours, handover.window_of), ("dense", dense, eager_mask)):
         monkeypatch.setitem(mapping, name, function)
         monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, mask)
     return kept
@@ -361,9 +373,9 @@ def test_indexer_of_a_layer(packed: bool, monkeypatch: pytest.MonkeyPatch) -> No
     model = tiny(torch.bfloat16)
     engine.enable(model)
     prefill, paged = _record(monkeypatch, "mqa_logits"), _record(monkeypatch, "paged_mqa_logits")
-    taken: list[engine._Selected] = []
-    select = engine._select
-    monkeypatch.setattr(engine, "_select", lambda *a: taken.append(select(*a)) or taken[-1])
+    taken: list[handover.Selected] = []
+    select = indexer.select
+    monkeypatch.setattr(compressors, "select", lambda *a: taken.append(select(*a)) or taken[-1])
     steps = (300, 1, 3)
     hidden = torch.randn(2, sum(steps), 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     cache = engine.packed_cache(model) if packed else DynamicCache(config=model.config)
@@ -438,7 +450,9 @@ def test_doubly_stochastic(iterations: int, spread: float) -> None:
     for _ in range(iterations - 1):
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
-    torch.testing.assert_close(engine._doubly_stochastic(logits, eps, iterations).double(), comb, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        hyper_connections._doubly_stochastic(logits, eps, iterations).double(), comb, rtol=0, atol=1e-5
+    )
 
 
 def test_hyper_connections() -> None:
@@ -467,10 +481,10 @@ def test_output_projection(shape: tuple[int, int]) -> None:
     assert result.shape == reference.shape
     assert float((result - reference).norm() / reference.norm()) < 0.04  # two operands of e4m3: 2^-4 / sqrt 3 each
     # A weight that was in FP8 with a power of two for each 128 x 128 is what it was.
-    values, scales = engine._quantise_weight(module)
+    values, scales = projection.quantise_weight(module)
     blocks = scales.repeat_interleave(128, 1)[:, :200].repeat_interleave(128, 2)
     module.weight.data = (values.float() * blocks).view(400, 1024).bfloat16()
-    again = engine._quantise_weight(module)
+    again = projection.quantise_weight(module)
     assert torch.equal(
         again[0].float() * again[1].repeat_interleave(128, 1)[:, :200].repeat_interleave(128, 2),
         values.float() * blocks,
@@ -579,10 +593,10 @@ class _Count(TorchDispatchMode):
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """The small kernels that a GPU would be given, with their arguments and constants; they do nothing."""
-    kernels = importlib.import_module("dsv4_backends.engines._transformers_kernels")
+    kernels = importlib.import_module("dsv4_backends.engines.transformers.kernels")
     kept: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     monkeypatch.setattr(kernels, "_launch", lambda kernel, grid, where, *args, **kw: kept.append((kernel, args, kw)))
-    monkeypatch.setattr(_transformers_choice, "kernels_on", lambda device: kernels)
+    monkeypatch.setattr(fused, "kernels_on", lambda device: kernels)
     return kept
 
 
@@ -647,7 +661,7 @@ def test_the_small_kernels_compile(
         signature |= dict.fromkeys(constants, "constexpr")
         variants[str((kernel, signature, constants))] = ASTSource(kernel, signature, constants)
     assert {source.fn.__name__ for source in variants.values()} == {
-        name for name in vars(_transformers_choice.kernels_on(torch.device("cpu"))) if name.endswith("_kernel")
+        name for name in vars(fused.kernels_on(torch.device("cpu"))) if name.endswith("_kernel")
     }
     for source in variants.values():
         compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": True})
@@ -733,12 +747,12 @@ def test_a_changed_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny()
     monkeypatch.setattr(modeling, "DeepseekV4Indexer", modeling.DeepseekV4RMSNorm)
     monkeypatch.delattr(modeling, "DeepseekV4IndexerScorer")
-    engine._unknown.cache_clear()
+    sources.unknown.cache_clear()
     try:
         for function in (lambda: engine.enable(model), engine.register):
             refusal(function, "engine-source", "its DeepseekV4Indexer, DeepseekV4IndexerScorer differ from those of")
     finally:
-        engine._unknown.cache_clear()
+        sources.unknown.cache_clear()
     assert "forward" not in vars(model.model.hc_head)
 
 
@@ -760,7 +774,7 @@ def test_state_is_checked() -> None:
     module = model.model.hc_head
     module.forward = module.forward
     refusal(lambda: engine.enable(model), "engine-state", "forward of a DeepseekV4HyperHead")
-    assert not any(isinstance(vars(m).get("forward"), engine._Replaced) for m in model.modules())
+    assert not any(isinstance(vars(m).get("forward"), replaced.Replaced) for m in model.modules())
     del module.forward
     engine.enable(model, fp8=False)
     refusal(lambda: engine.enable(model), "engine-state", "enabled already")
@@ -871,9 +885,9 @@ def test_settings_change_no_module_of_a_bfloat16_model(setting: str, packed: boo
     model = tiny(torch.bfloat16)
     engine.enable(model)
     calls: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []
-    for _, plan in engine._replacements(model):
+    for _, plan in models._replacements(model):
         function = plan.function
-        if function in (engine._hyper_connection, engine._hyper_head, engine._grouped_linear):
+        if function in (hyper_connections.hyper_connection, hyper_connections.hyper_head, projection.grouped_linear):
 
             def kept(*args: Any, function: Any = function, **kwargs: Any) -> Any:
                 found = function(*args, **kwargs)
@@ -889,7 +903,7 @@ def test_settings_change_no_module_of_a_bfloat16_model(setting: str, packed: boo
     change = MODEL_SETTINGS.get(setting, lambda: torch.autocast("cpu", torch.bfloat16))
     with change():
         for function, found, args, kwargs in list(calls):
-            plan = engine._Replaced(function, args[0], args[1])
+            plan = replaced.Replaced(function, args[0], args[1])
             again = plan(*args[2:], **kwargs)
             for a, b in zip(_all(found), _all(again), strict=True):
                 if setting == "precision medium":  # fp64 instead of fp32 may round to the other neighbour

@@ -21,7 +21,7 @@ from packaging.version import Version
 from dsv4_backends import OPS
 from dsv4_backends.commands import cli
 from dsv4_backends.commands.shared import FINDING
-from dsv4_backends.engines import _transformers_kernels
+from dsv4_backends.engines.transformers import kernels as transformers_kernels
 from dsv4_backends.errors import CacheError, DSV4Error
 from dsv4_backends.runtime import launching
 
@@ -45,7 +45,7 @@ DOORS: dict[str, Callable[[Any], None]] = {
     "triton": lambda kernel: _launch.launch(kernel, (1,), X),
     "triton ahead": lambda kernel: _launch.Launch(kernel, (1,), {}, {}).compile(),
     "deep_gemm": lambda kernel: _finish._launch(kernel, -1, (1, 1, 1), (X,), (), ()),
-    "transformers": lambda kernel: _transformers_kernels._launch(kernel, (1,), X, X),
+    "transformers": lambda kernel: transformers_kernels._launch(kernel, (1,), X, X),
 }
 
 

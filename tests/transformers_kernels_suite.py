@@ -26,10 +26,9 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers_model import tiny
 
 from dsv4_backends.contract import layouts
-from dsv4_backends.engines import _transformers_cache as paged
-from dsv4_backends.engines import _transformers_choice
-from dsv4_backends.engines import _transformers_kernels as kernels
 from dsv4_backends.engines import transformers as engine
+from dsv4_backends.engines.transformers import fused, kernels
+from dsv4_backends.engines.transformers import pages as paged
 from dsv4_backends.selection import policy
 from dsv4_backends.testing.checks import default_device
 
@@ -101,7 +100,7 @@ def test_pages_to_the_byte(batch: int, page_size: int, token_bytes: int, monkeyp
     """A ring that goes round, tokens that come as a part of others, and padding between pages left alone."""
     made = []
     for module in (kernels, None):
-        monkeypatch.setattr(_transformers_choice, "kernels_on", lambda device, module=module: module)
+        monkeypatch.setattr(fused, "kernels_on", lambda device, module=module: module)
         pages = paged.Pages(batch, page_size, token_bytes, DEVICE, 64)
         raw = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(pages.cache.untyped_storage()).fill_(77)
         for start, count in ((0, 64), (62, 1), (63, 40), (103, 1)):
@@ -177,7 +176,7 @@ def test_blocks_with_and_without_the_kernels(packed: bool, monkeypatch: pytest.M
     engine.enable(model)
     results: list[list[Tensor]] = []
     for module in (kernels, None):
-        monkeypatch.setattr(_transformers_choice, "kernels_on", lambda device, module=module: module)
+        monkeypatch.setattr(fused, "kernels_on", lambda device, module=module: module)
         cache = engine.packed_cache(model) if packed else DynamicCache(config=model.config)
         results.append([])
         for start, stop in ((0, 127), (127, 128), (128, 131), (131, 132)):

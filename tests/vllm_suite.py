@@ -73,7 +73,7 @@ def settings(clean_settings: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
     yield
-    if not engine._rows:
+    if not engine.ENGINE.rows:
         engine.apply()
 
 
@@ -130,10 +130,10 @@ def test_every_target_is_replaced() -> None:
 
 
 def test_registering_again_changes_nothing() -> None:
-    before = (dg._fp8_einsum_impl, flashmla.flash_mla_sparse_fwd, engine._rows)
+    before = (dg._fp8_einsum_impl, flashmla.flash_mla_sparse_fwd, engine.ENGINE.rows)
     engine.register()
     plugins.load_general_plugins()
-    assert before == (dg._fp8_einsum_impl, flashmla.flash_mla_sparse_fwd, engine._rows)
+    assert before == (dg._fp8_einsum_impl, flashmla.flash_mla_sparse_fwd, engine.ENGINE.rows)
 
 
 def _child(queue: Any) -> None:

@@ -125,18 +125,30 @@ def _notices(surveyed: Survey) -> list[Finding]:
 
 
 def _engine_findings(device: str | None) -> list[Finding]:
-    """Whether the engine that the settings ask for will run over the ops."""
-    if not policy.engine():
-        return []
-    from ..engines import vllm
+    """Whether the engines that the settings turn on will run over the ops."""
+    from ..engines import asked
     from ..engines.patching import PLANNED, REFUSED, REPLACED
 
-    plan = vllm.plan(device)
-    replaced = sum(row.state in (PLANNED, REPLACED) for row in plan.rows)
-    wrong = [plan.left_out] if plan.left_out else []
-    wrong += dict.fromkeys(str(reason) for row in plan.rows if row.state == REFUSED for reason in row.reasons)
-    message = f"{plan.name}: {replaced} of {len(plan.rows)} names are replaced"
-    return [Finding("engine", plan.ok, "; ".join((message, *wrong, *plan.notes)))]
+    try:
+        words, engines = policy.engines(), asked()
+    except PolicyError as error:
+        return [Finding("settings", False, str(error))]
+    plans = [engine.plan(device) for engine in engines]
+    if not set(words) & {engine.name for engine in engines}:  # it names none: those count that are installed
+        installed = [plan for plan in plans if plan.version is not None]
+        if plans and not installed:
+            names = ", ".join(plan.engine for plan in plans)
+            message = f"{policy.PREFIX}ENGINE={words[0]}, but no engine that it turns on is installed: {names}"
+            return [Finding("engine", False, message)]
+        plans = installed
+    found = []
+    for plan in plans:
+        replaced = sum(row.state in (PLANNED, REPLACED) for row in plan.rows)
+        wrong = [plan.left_out] if plan.left_out else []
+        wrong += dict.fromkeys(str(reason) for row in plan.rows if row.state == REFUSED for reason in row.reasons)
+        message = f"{plan.name}: {replaced} of {len(plan.rows)} names are replaced"
+        found.append(Finding("engine", plan.ok, "; ".join((message, *wrong, *plan.notes))))
+    return found
 
 
 def doctor(surveyed: Survey, problem: PolicyError | None, device: str | None = None) -> list[Finding]:

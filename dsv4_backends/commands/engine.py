@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..selection import policy
+from ..engines import ENGINES, load
 from .render import SCHEMA_VERSION, WIDTH, reason_json, table, terminal_width
 from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 if TYPE_CHECKING:
-    from ..engines.vllm import Plan
+    from ..engines.base import Plan
 
 
 def add(command: AddCommand) -> None:
     engine = command("engine", run, "what an engine's hook replaces, where, by whom, and why not")
-    engine.add_argument("engine", choices=("vllm",), metavar="ENGINE", help="vllm")
+    engine.add_argument("engine", choices=tuple(ENGINES), metavar="ENGINE", help=", ".join(ENGINES))
     engine.add_argument("--device", **DEVICE)
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..engines import vllm
-
-    made = vllm.plan(args.device)
+    made = load(args.engine).plan(args.device)
     show(args, lambda: as_json(made), lambda: text(made, terminal_width()))
     return OK if made.ok else FINDING
 
@@ -30,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "engine": "vllm",
+        "engine": plan.engine,
         "version": plan.version,
         "enabled": plan.enabled,
         "devices": [device.json() for device in plan.devices],
@@ -56,7 +54,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def text(plan: Plan, width: int = WIDTH) -> str:
     """Every target of an engine's hook by module, who serves it, and why any would not be replaced."""
-    asked = "enabled" if plan.enabled else f"not enabled: set {policy.PREFIX}ENGINE=1 in the engine's environment"
+    asked = "enabled" if plan.enabled else f"not enabled: {plan.switch}"
     parts = [f"{plan.name} on {', '.join(device.label for device in plan.devices)}; {asked}"]
     rows: list[tuple[str, str, str]] = []
     module = ""
@@ -66,7 +64,7 @@ def text(plan: Plan, width: int = WIDTH) -> str:
             rows.append((module, "", ""))
         served = f"{row.target.about}: {row.serves}" if row.serves else row.target.about
         rows.append((f"  {row.target.attribute}", row.state, "\n".join((served, *map(str, row.reasons)))))
-    parts.append(table(("REPLACED IN VLLM", "STATE", "FOR: PROVIDER, AND WHY NOT"), rows, width))
+    parts.append(table((f"REPLACED IN {plan.engine.upper()}", "STATE", "FOR: PROVIDER, AND WHY NOT"), rows, width))
     if plan.left_out:
         parts.append(f"NOT LOADED: {plan.left_out}; add it to the variable")
     return "\n\n".join([*parts, *(f"note: {note}" for note in plan.notes)])

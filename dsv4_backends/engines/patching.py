@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.machinery
 import importlib.util
 import inspect
@@ -34,6 +35,8 @@ class Target:
         attribute: The name.
         op: The op behind the replacement; empty where there is none.
         about: What it is to the engine, for people.
+        ours: What stands there instead, as ``module:function``; imported when it is put there.
+        goes_with: The attribute of the target beside which alone it makes sense.
         caller: A function of the module that calls it, and ``signatures``: the parameters it may have. A version of
             the engine whose caller has others is not guessed at.
     """
@@ -42,12 +45,20 @@ class Target:
     attribute: str
     op: str
     about: str
+    ours: str = ""
+    goes_with: str = ""
     caller: str = ""
     signatures: tuple[tuple[str, ...], ...] = ()
 
     @property
     def key(self) -> str:
         return f"{self.module}:{self.attribute}"
+
+    def function(self) -> Callable[..., Any]:
+        """What ``ours`` names."""
+        module, _, name = self.ours.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
 
 
 @dataclass

@@ -33,7 +33,8 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "DSV4_BACKENDS_BATCH_INVARIANT": "1: providers serve first whose results for a row do not depend on its batch",
         "DSV4_BACKENDS_CHECK_VALUES": "1: for debugging, every call looks at the values of its indices and lengths "
         "and raises where one is outside; it waits for the device",
-        "DSV4_BACKENDS_ENGINE": "1 or vllm: vLLM runs over these ops; force: any version of it, untested",
+        "DSV4_BACKENDS_ENGINE": "1: the engine whose process this is runs over these ops; NAME,NAME: only these "
+        "engines do; force: as 1, and with any version, untested",
         "DSV4_BACKENDS_TORCH_DEVICE": "the torch device that the conformance suite runs on: cuda:1",
         "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
     }
@@ -105,7 +106,7 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
     def names(key: str) -> tuple[str, ...]:
         return tuple(word.strip() for word in environ.get(PREFIX + key, "").split(",") if word.strip())
 
-    engine(environ)
+    engines(environ)
     pairs: list[tuple[str, str]] = []
     for word in names("PIN"):
         op, equals, provider = (part.strip() for part in word.partition("="))
@@ -149,18 +150,26 @@ def switch(key: str, environ: Mapping[str, str], *, default: bool = False) -> bo
     return text == "1"
 
 
-def engine(environ: Mapping[str, str] | None = None) -> str:
-    """What ``DSV4_BACKENDS_ENGINE`` asks for: ``"vllm"``, ``"force"``, or nothing.
+def engines(environ: Mapping[str, str] | None = None, known: Collection[str] | None = None) -> tuple[str, ...]:
+    """What ``DSV4_BACKENDS_ENGINE`` asks for: nothing, ``("1",)``, ``("force",)``, or names of engines.
+
+    Args:
+        environ: Default: this process's environment.
+        known: The engines that there are, for those who act on it; default: any name will do.
 
     Raises:
-        PolicyError: it is something else.
+        PolicyError: it is something else, or an unknown name.
     """
     text = (os.environ if environ is None else environ).get(PREFIX + "ENGINE", "").strip().lower()
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
     if text in ("", "0"):
-        return ""
-    if text not in ("1", "vllm", "force"):
-        raise PolicyError(f"{PREFIX}ENGINE: expected 1, vllm or force, got {text!r}")
-    return "force" if text == "force" else "vllm"
+        return ()
+    switches = {"0", "1", "force"} & set(words)
+    if not words or (switches and len(words) > 1) or not all(w in switches or w.isidentifier() for w in words):
+        raise PolicyError(f"{PREFIX}ENGINE: expected 1, force or names of engines, got {text!r}")
+    if known is not None and (unknown := [w for w in words if w not in switches and w not in known]):
+        raise PolicyError(f"{PREFIX}ENGINE: {_unknown('engine', unknown[0], known)}")
+    return words
 
 
 _active: ContextVar[Policy | None] = ContextVar("dsv4_backends_policy", default=None)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract.layouts import (
+from ...contract.layouts import (
     AMAX_FLOOR,
     E4M3_MAX,
     INDEXER_SCALE_BYTES,
@@ -23,7 +23,7 @@ from ..contract.layouts import (
     KV_SCALE_BYTES,
     NOPE_DIM,
 )
-from ..runtime.launching import cache_error, elsewhere, on_its_device
+from ...runtime.launching import cache_error, elsewhere, on_its_device
 
 _FLOOR = tl.constexpr(AMAX_FLOOR)
 _OVER_MAX = tl.constexpr(1.0 / E4M3_MAX)

@@ -1,4 +1,4 @@
-"""Which way a small step goes: what counts as few tokens, and where the integration's own kernels run."""
+"""Where the small Triton kernels of ``kernels.py`` serve; everywhere else the plain torch beside each call does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FEW_TOKENS = 8
-"""Up to this many new tokens a call is bound by what the host does for each layer."""
+from ...contract import layouts
 
 
 @functools.cache
@@ -22,12 +21,18 @@ def kernels_on(device: torch.device) -> Any:
     elif os.environ.get("TRITON_INTERPRET", "0") != "1":
         return None
     try:
-        from . import _transformers_kernels
+        from . import kernels
     except ImportError:
         return None
-    return _transformers_kernels
+    return kernels
 
 
 def kernels_for(x: Tensor, size: int) -> Any:
     """The kernels where they run on x's device and take the size at hand, a power of two; else None."""
     return kernels_on(x.device) if size.bit_count() == 1 else None
+
+
+def quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """``layouts.quantize_e4m3``."""
+    kernels = kernels_for(x, block) if x.shape[-1] % block == 0 else None
+    return layouts.quantize_e4m3(x, block) if kernels is None else kernels.quantise(x.contiguous(), block)

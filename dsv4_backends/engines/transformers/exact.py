@@ -6,22 +6,11 @@ transformers' eager model to float32 accuracy; they are no providers, and ``stat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from ..contract.settings import matmul
-
-CHUNK_BYTES = 256 * 2**20
-"""Size aimed at for the largest temporary that a step makes."""
-
-
-def row_chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
-    """Cut ``rows`` so that a chunk's temporary stays at ``CHUNK_BYTES``, or at one row if that is larger."""
-    step = max(1, CHUNK_BYTES // max(1, bytes_per_row))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+from ...contract.settings import matmul
+from . import chunks
 
 
 def sparse_mla_prefill(
@@ -36,7 +25,7 @@ def sparse_mla_prefill(
 ) -> None:
     """What ``ops.sparse_mla_prefill`` means, for any float dtype; writes to ``out``."""
     columns = torch.arange(indices.shape[1], device=q.device)
-    for rows in row_chunks(q.shape[0], 4 * max(indices.shape[1], q.shape[1]) * q.shape[2]):
+    for rows in chunks.row_chunks(q.shape[0], 4 * max(indices.shape[1], q.shape[1]) * q.shape[2]):
         index = indices[rows]
         valid = (index >= 0) & (columns < topk_length[rows].unsqueeze(-1))
         keys = kv[index.masked_fill(~valid, 0)].float().masked_fill_(~valid.unsqueeze(-1), 0.0)
@@ -68,7 +57,7 @@ def scores(q: Tensor, k: Tensor, weights: Tensor, row_ends: Tensor) -> Tensor:
     """
     out = torch.empty((q.shape[0], k.shape[0]), dtype=torch.float32, device=q.device)
     keys, columns = k.float().T, torch.arange(k.shape[0], device=q.device)
-    for rows in row_chunks(q.shape[0], 4 * q.shape[1] * k.shape[0]):
+    for rows in chunks.row_chunks(q.shape[0], 4 * q.shape[1] * k.shape[0]):
         products = matmul(q[rows].float(), keys).relu_()
         total = matmul(weights[rows].unsqueeze(1), products).squeeze(1)
         out[rows] = total.masked_fill_(columns >= row_ends[rows].unsqueeze(-1), -torch.inf)

@@ -1,0 +1,414 @@
+"""What every engine has: the version gate, the plan, and for those with hooks apply, undo, counters and log lines.
+
+An engine is data and a few functions of its own, as a provider is. ``Engine`` says what would be replaced and by whom.
+``HookedEngine`` replaces functions: in modules that have been imported at once, in the others when the engine imports
+them. Nothing of an engine is imported here, and CUDA is not started.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from .. import compat
+from ..contract import OPS
+from ..errors import PolicyError
+from ..selection import machine, policy
+from ..selection.machine import Device
+from ..selection.provider import Reason
+from ..selection.requirements import version_of
+from ..selection.resolve import Resolution, Served
+from ..selection.survey import survey
+from . import ENGINES, hook, patching
+from .patching import FAILED, NOT_NEEDED, PLANNED, REFUSED, REPLACED, UNDONE, Patches, Row, Target
+
+_log = logging.getLogger("dsv4_backends")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is, or would be, replaced in one process.
+
+    Attributes:
+        engine: The engine's name.
+        version: Its version; empty for a source tree without one, None where the engine is not installed.
+        devices: The kinds of GPU that the choice is for.
+        rows: Every target. What is refused on one kind of GPU is refused.
+        enabled: Whether ``DSV4_BACKENDS_ENGINE`` asks for it.
+        switch: How it is turned on, for people.
+        notes: What the engine itself lacks on these devices, and how its version was taken.
+        left_out: Why the engine will not load this plugin at all; empty where it will.
+    """
+
+    engine: str
+    version: str | None
+    devices: tuple[Device, ...]
+    rows: tuple[Row, ...]
+    enabled: bool
+    switch: str
+    notes: tuple[str, ...] = ()
+    left_out: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing has been refused or has failed, and what is asked for will be done."""
+        return not any(row.state in (REFUSED, FAILED) for row in self.rows) and not (self.enabled and self.left_out)
+
+    @property
+    def name(self) -> str:
+        """The engine and its version, in words."""
+        return f"{self.engine} not installed" if self.version is None else _named(self.engine, self.version)
+
+
+class Verdict(NamedTuple):
+    """What is to be done with a target on one kind of GPU.
+
+    Attributes:
+        state: planned, refused or not needed.
+        reason: Why it is not planned.
+        served: Who serves its op there, where that matters.
+    """
+
+    state: str
+    reason: Reason | None = None
+    served: Served | None = None
+
+
+Judge = Callable[[Target, Device, Served | None], Verdict | None]
+"""An engine's own rule for a target on one kind of GPU: ``served`` is who serves its op there, None where it has none.
+None leaves the target to the rule for all engines."""
+_Choices = Sequence[tuple[Device, Mapping[str, Resolution]]]
+
+
+def _named(engine: str, found: str) -> str:
+    return f"{engine} {found}" if found else f"{engine} without a version"
+
+
+def _is_release(found: str) -> bool:
+    """Whether the number says which code it is: not for a build from source (0.1.dev15830+g8d59) or a fork (dev)."""
+    try:
+        return not Version(found).is_devrelease
+    except InvalidVersion:
+        return False
+
+
+@dataclass(eq=False, kw_only=True)
+class Engine:
+    """An engine, and the plan of what is replaced in it.
+
+    Attributes:
+        name: As in ``ENGINES``; its package is importable under this name.
+        targets: What is replaced.
+        distributions: The distributions that it comes in; default: one of its name.
+        supported: The releases that it was tested with; None: ``gate`` alone decides.
+        gate: Why the installed engine is not served, beyond its release.
+        judge: The engine's own rule for a target.
+        notes: What the engine itself lacks on these devices.
+        switch: How it is turned on, for people.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+    distributions: tuple[str, ...] = ()
+    supported: SpecifierSet | None = None
+    gate: Callable[[], Reason | None] = lambda: None
+    judge: Judge = lambda target, where, served: None
+    notes: Callable[[Sequence[Device]], Sequence[str]] = lambda devices: ()
+    switch: str = f"set {policy.PREFIX}ENGINE=1 in the engine's environment"
+    by_variable: ClassVar[bool] = False
+    """Whether ``DSV4_BACKENDS_ENGINE`` turns it on."""
+
+    def version(self) -> str | None:
+        """The installed version; empty for a source tree without one, None where the engine is not installed."""
+        for name in self.distributions or (self.name,):
+            try:
+                found: str | None = metadata.version(name)
+            except Exception:  # not installed, or metadata that cannot be read: then its source tells
+                continue
+            if found:  # importlib.metadata returns None for a directory without metadata
+                return found
+        return None if patching.source_of(self.name) is None else version_of(self.name) or ""
+
+    def plan(self, device: str | None = None, *, force: bool = False) -> Plan:
+        """What is replaced, where, and by whom; once that has been done, how it stands in this process.
+
+        CUDA is not started.
+
+        Args:
+            device: Choose as if the GPU were this one (``"sm_90"``); default: every kind of GPU of this machine.
+            force: Do not ask for the engine's version, as with ``DSV4_BACKENDS_ENGINE=force``. What each target looks
+                like is checked all the same.
+
+        Raises:
+            PolicyError: the settings cannot be understood.
+        """
+        return self._plan(device, force, load=not self._standing())
+
+    def _standing(self) -> tuple[Row, ...]:
+        """The rows of what has been replaced in this process."""
+        return ()
+
+    def _left_out(self) -> str:
+        return ""
+
+    def _asked(self) -> str:
+        """How ``DSV4_BACKENDS_ENGINE`` asks for this engine: ``"1"``, ``"force"``, its name, or not at all."""
+        words = policy.engines(known=ENGINES) if self.by_variable else ()
+        return next((word for word in words if word in ("1", "force", self.name)), "")
+
+    def _plan(self, device: str | None, force: bool, load: bool) -> Plan:
+        asked = self._asked()
+        found = self.version()
+        surveyed = survey(device, load=load)
+        choices = [(where, {made.op: made for made in resolutions}) for where, resolutions in surveyed.resolutions]
+        devices = tuple(where for where, _ in choices)
+        standing = self._standing()
+        rows = standing or tuple(Row(target) for target in self.targets)
+        if not standing:
+            refusal = self._refusal(found, force or asked == "force", surveyed.machine.simulated)
+            for row in rows:
+                if refusal is not None:
+                    row.refuse(refusal)
+                else:
+                    self._judge(row, choices)
+            follow(rows)
+        notes = []
+        if found is not None and self.supported is not None and not _is_release(found):
+            notes.append(
+                f"{_named(self.name, found)} is not a release, so its number does not say which code it is: each name "
+                "is judged by what its module looks like, and the whole is untested."
+            )
+        notes += self.notes(devices)
+        left_out = "" if standing else self._left_out()
+        return Plan(self.name, found, devices, rows, bool(asked), self.switch, tuple(notes), left_out)
+
+    def _refusal(self, found: str | None, force: bool, simulated: bool) -> Reason | None:
+        """Why nothing at all is replaced."""
+        if found is None:
+            return Reason("engine-missing", f"{self.name} is not installed", f"pip install {self.name}")
+        if not (self.supported is None or force or not _is_release(found)) and not self.supported.contains(
+            found, prereleases=True
+        ):
+            hint = f"{policy.PREFIX}ENGINE=force replaces what fits, untested"
+            return Reason("engine-version", f"{self.name} {found} is installed, tested with {self.supported}", hint)
+        if (reason := self.gate()) is not None:
+            return reason
+        if not simulated and (hip := machine.rocm()):
+            return Reason("device-type", f"torch is built for ROCm (HIP {hip}), and no provider serves AMD GPUs")
+        return None
+
+    def _judge(self, row: Row, choices: _Choices) -> None:
+        """Refuse a target by what its module looks like, or by what is to be said of it on any kind of GPU.
+
+        One process may run on any of them, and a replacement holds for the whole process.
+        """
+        if (misfit := patching.misfit(row.target)) is not None:
+            row.refuse(misfit)
+            return
+        verdicts = [(where, self._verdict(row.target, where, found)) for where, found in choices]
+        states = {verdict.state for _, verdict in verdicts}
+        row.state = next(s for s in (REFUSED, PLANNED, NOT_NEEDED) if s in states)
+        several = len(verdicts) > 1
+        row.reasons = tuple(
+            replace(reason, message=f"{where.name} ({where.capability}): {reason.message}") if several else reason
+            for where, (state, reason, _) in verdicts
+            if reason is not None and state == row.state
+        )
+        serving = [(where, served) for where, (_, _, served) in verdicts if served is not None]
+        row.provider = ", ".join(dict.fromkeys(served.provider for _, served in serving))
+        texts = list(dict.fromkeys(served.summary for _, served in serving))
+        row.serves = ", ".join(
+            texts if len(texts) < 2 else (f"{s.summary} on {where.capability}" for where, s in serving)
+        )
+
+    def _verdict(self, target: Target, where: Device, choices: Mapping[str, Resolution]) -> Verdict:
+        served = choices[target.op].serves() if target.op else None
+        if (verdict := self.judge(target, where, served)) is not None:
+            return verdict
+        if served is not None and served.candidate is None:
+            return Verdict(REFUSED, Reason("no-provider", " ".join(choices[target.op].explain().split())))
+        return Verdict(PLANNED, served=served)
+
+
+def follow(rows: Sequence[Row]) -> None:
+    """Leave alone what goes with a target that is not replaced."""
+    by_name = {row.target.attribute: row for row in rows}
+    for row in rows:
+        leader = by_name.get(row.target.goes_with)
+        if leader is None or leader.state in (PLANNED, REPLACED) or row.state != PLANNED:
+            continue
+        reason = Reason("engine-served", f"goes with {leader.target.attribute}, which is not replaced")
+        row.refuse(reason, state=NOT_NEEDED)
+
+
+# ------------------------------------------------------------------------------------------- in this process
+
+
+@dataclass(eq=False, kw_only=True)
+class HookedEngine(Engine):
+    """An engine whose functions are replaced by an import hook, which its entry point ``register`` sets.
+
+    Attributes:
+        left_out: Why the engine will not load this plugin; empty where it will.
+        look: The engine's own rule for a target whose module has been imported, given what stands there.
+        replacers: By module, what replaces its targets; default: ``replace`` for each.
+        rows: The targets once ``apply`` has been called.
+        patches: What stood where something was replaced.
+    """
+
+    left_out: Callable[[], str] = lambda: ""
+    look: Callable[[Target, Any], Verdict | None] = lambda target, original: None
+    replacers: Mapping[str, Callable[[HookedEngine, ModuleType], None]] = field(default_factory=dict)
+    rows: tuple[Row, ...] = field(default=(), init=False)
+    patches: Patches = field(default_factory=Patches, init=False)
+    _announced: bool = field(default=False, init=False)
+    by_variable: ClassVar[bool] = True
+
+    def _standing(self) -> tuple[Row, ...]:
+        return self.rows
+
+    def _left_out(self) -> str:
+        return self.left_out()
+
+    def apply(self, *, force: bool = False) -> Plan:
+        """Replace what the plan says: at once in modules that have been imported, in the others when they are.
+
+        A second call changes nothing.
+
+        Args:
+            force: As for ``plan``.
+
+        Raises:
+            PolicyError: the settings cannot be understood.
+        """
+        # An engine's start does not wait for a child that imports libraries; a call says if one does not load.
+        made = self._plan(None, force, load=False)
+        if self.rows:
+            return made
+        self.rows = made.rows
+        for row in made.rows:
+            if row.state == REFUSED:
+                self._not_replaced(row)
+        for module in dict.fromkeys(row.target.module for row in made.rows if row.state == PLANNED):
+            hook.when_imported(module, self._on_import)
+        return made
+
+    def undo(self) -> list[str]:
+        """Take back ``apply()`` in this process, as far as what stands there is still ours.
+
+        Returns:
+            The names that somebody else has replaced since; they are left alone.
+        """
+        hook.forget(self._on_import)
+        others = self.patches.undo()
+        for row in self.rows:
+            if row.state in (PLANNED, REPLACED):
+                row.state = UNDONE
+        self.rows, self._announced = (), False
+        return others
+
+    def register(self) -> None:
+        """The entry point. Does nothing unless ``DSV4_BACKENDS_ENGINE`` asks; never raises, may be called again."""
+        try:
+            if self._asked() and not self.rows:
+                self.apply()
+        except PolicyError as error:
+            _log.error("%s: nothing is replaced: %s", self.name, error)
+        except Exception:
+            _log.exception("%s: nothing is replaced, because this failed; please report it", self.name)
+
+    def planned(self, module: ModuleType) -> Iterator[Row]:
+        """The targets of a module that are still to be replaced."""
+        return (row for row in self.rows if row.target.module == module.__name__ and row.state == PLANNED)
+
+    def attempt(self, module: ModuleType, replacer: Callable[[Row, ModuleType], None]) -> None:
+        """Let ``replacer`` replace every target of a module that is to be; what it raises is logged, and a reason."""
+        for row in self.planned(module):
+            try:
+                replacer(row, module)
+            except Exception as error:
+                self._fail(row, error)
+            follow(self.rows)
+
+    def replace(self, row: Row, module: ModuleType) -> None:
+        """Put ``Target.ours`` where the target stands, unless it does not take what is there."""
+        original = getattr(module, row.target.attribute)
+        if (verdict := self.look(row.target, original)) is not None and verdict.reason is not None:
+            row.refuse(verdict.reason, state=verdict.state)
+            return
+        ours = row.target.function()
+        if (mismatch := patching.takes(original, ours)) is not None:
+            row.refuse(mismatch)
+            self._not_replaced(row)
+            return
+        self.put(row, module, ours, original)
+
+    def put(self, row: Row, module: ModuleType, ours: Callable[..., Any], native: Callable[..., Any] | None) -> None:
+        """Put ours where a target stands, counted. ``native`` gets the calls that no op stands for."""
+        self.patches.replace(module, row.target.attribute, self._counted(row, ours, native))
+        row.state = REPLACED
+
+    def _on_import(self, module: ModuleType) -> None:
+        replacer = self.replacers.get(module.__name__)
+        if replacer is None:
+            self.attempt(module, self.replace)
+            return
+        try:
+            replacer(self, module)
+        except Exception as error:
+            for row in self.planned(module):
+                self._fail(row, error)
+            follow(self.rows)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        reason = Reason("engine-failed", f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}")
+        row.refuse(reason, state=FAILED)
+        self._not_replaced(row)
+
+    def _not_replaced(self, row: Row) -> None:
+        _log.error("%s: %s is not replaced: %s", self.name, row.target.key, "; ".join(map(str, row.reasons)))
+
+    def _counted(self, row: Row, ours: Callable[..., Any], native: Callable[..., Any] | None) -> Callable[..., Any]:
+        """Ours, counted; and the engine's own for a call that no op stands for, counted too."""
+
+        def pass_on() -> Callable[..., Any] | None:
+            if native is not None:
+                row.passed_on += 1
+            return native
+
+        call = compat.or_native(ours, pass_on, f"{self.name}'s {row.target.attribute}")
+
+        @functools.wraps(ours)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            row.calls += 1
+            if not self._announced:
+                self._announce()
+            return call(*args, **kwargs)
+
+        return replacement
+
+    def _announce(self) -> None:
+        """One line at the first call, which is in the worker: who serves what, and what was refused."""
+        self._announced = True
+        served = {row.target.op: row.serves for row in self.rows if row.target.op and row.serves}
+        parts = [f"{op} {served[op]}" for op in OPS if op in served]
+        refused = [
+            f"{row.target.attribute}: {row.reasons[0]}"
+            for state in (REFUSED, FAILED)
+            for row in self.rows
+            if row.state == state
+        ]
+        tail = f"; not replaced: {'; '.join(refused)}" if refused else ""
+        name = _named(self.name, self.version() or "")
+        _log.warning("%s runs over dsv4_backends: %s%s", name, ", ".join(parts) or "no op", tail)
+
+
+__all__ = ["Engine", "HookedEngine", "Plan", "Verdict", "follow"]

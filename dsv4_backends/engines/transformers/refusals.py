@@ -1,0 +1,34 @@
+"""Why the integration does not serve a model or a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import DSV4Error
+from ...selection.provider import Reason
+
+
+class EngineError(DSV4Error, RuntimeError):
+    """The integration does not serve this; ``reason`` says why."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(f"{reason} [{reason.code}]")
+        self.reason = reason
+
+
+def refuse_gradients(*values: Any) -> None:
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        raise EngineError(Reason("engine-mode", "the ops have no backward", "use torch.no_grad()"))
+
+
+def refuse_autocast(device: torch.device, dtype: torch.dtype) -> None:
+    """Autocast casts in transformers' own layers: harmless to the model's own dtype, to another a mix of both."""
+    if not torch.is_autocast_enabled(device.type):
+        return
+    if (target := torch.get_autocast_dtype(device.type)) is dtype is torch.bfloat16:
+        return
+    told = f"torch.autocast to {target} is on and the model is {dtype}: served are a bfloat16 model under autocast to"
+    raise EngineError(Reason("engine-mode", f"{told} bfloat16, and any model without autocast", "leave torch.autocast"))

@@ -1,0 +1,76 @@
+"""What vLLM itself serves, and what it lacks: its rules for targets, its notes, and its list of plugins."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ...selection.machine import Device
+from ...selection.provider import Reason, Tier
+from ...selection.resolve import Served
+from .. import patching
+from ..base import Verdict
+from ..patching import NOT_NEEDED, REFUSED, Target
+from .targets import DEEP_GEMM, FLASH_MLA
+
+ENTRY_POINT = "dsv4_backends"
+"""Our name in ``vllm.general_plugins``, and in vLLM's variable ``VLLM_PLUGINS``."""
+
+
+def judge(target: Target, where: Device, served: Served | None) -> Verdict | None:
+    """Leave to vLLM what it serves better, or calls otherwise, on this kind of GPU."""
+    major = where.capability.major if where.capability is not None else 0
+    if target.module == FLASH_MLA and major == 12:
+        message = "on compute capability 12.x vLLM's attention layer calls FlashInfer instead"
+        return Verdict(NOT_NEEDED, Reason("engine-served", message))
+    if target.op in ("mqa_logits", "paged_mqa_logits") and major == 10 and mx_scaled():
+        message = "on compute capability 10.x this vLLM scales the indexer's queries and keys in blocks (MXFP8)"
+        return Verdict(REFUSED, Reason("engine-arch", message, "vLLM's own DeepGEMM stays in place there"))
+    if served is None or served.candidate is None or served.wished or major not in (9, 10, 12):
+        return None
+    if served.candidate.provider.tier is Tier.REFERENCE:
+        message = f"only the reference serves {target.op}, and vLLM's own library serves this GPU"
+        better = "; ".join(f"{c.name}: {r}" for c in served.passed_over for r in c.reasons)
+        return Verdict(REFUSED, Reason("engine-reference", message, better), served)
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def mx_scaled() -> bool:
+    """Whether this vLLM can scale the indexer's operands in blocks."""
+    path = patching.source_of(DEEP_GEMM)
+    return path is not None and "mqa_logits_use_mx_scales" in patching.structure(path)
+
+
+def notes(devices: Sequence[Device]) -> list[str]:
+    """What vLLM itself lacks on these devices."""
+    if not any(where.capability is not None and where.capability.major == 8 for where in devices):
+        return []
+    lacks = (
+        "vLLM itself does not serve DeepSeek V4 on compute capability 8.x: its compressor, cache gather and indexer "
+        "query kernels need 8.9 or 9.0, its warm-up compiles them, and its Marlin path repacks wo_a. What is listed "
+        "here is replaced; those are not."
+    )
+    return [lacks]
+
+
+def left_out() -> str:
+    """Why vLLM does not load this plugin: its own list of those that it may load."""
+    names = os.environ.get("VLLM_PLUGINS")
+    if names is None or ENTRY_POINT in names.split(","):
+        return ""
+    return f"VLLM_PLUGINS={names} does not name {ENTRY_POINT}, so vLLM does not load it and nothing is replaced"
+
+
+def look(target: Target, original: Any) -> Verdict | None:
+    """Keep the schedule of a FlashMLA that vLLM was built with."""
+    if target.attribute == "get_mla_metadata" and getattr(original, "__name__", "") != "_raise_flashmla_unavailable":
+        return Verdict(NOT_NEEDED, Reason("engine-served", "vLLM has a FlashMLA of its own"))
+    return None
+
+
+def has_deep_gemm() -> bool:
+    """In the place of vLLM's own, which is not asked: it would import the library to find out."""
+    return True
