@@ -100,7 +100,7 @@ def _is_release(found: str) -> bool:
         return False
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class Engine:
     """An engine, and the plan of what is replaced in it.
 
@@ -125,6 +125,9 @@ class Engine:
     switch: str = f"set {policy.PREFIX}ENGINE=1 in the engine's environment"
     by_variable: ClassVar[bool] = False
     """Whether ``DSV4_BACKENDS_ENGINE`` turns it on."""
+
+    def __repr__(self) -> str:
+        return f"<engine {self.name}>"
 
     def version(self) -> str | None:
         """The installed version; empty for a source tree without one, None where the engine is not installed."""
@@ -252,7 +255,7 @@ def follow(rows: Sequence[Row]) -> None:
 # ------------------------------------------------------------------------------------------- in this process
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class HookedEngine(Engine):
     """An engine whose functions are replaced by an import hook, which its entry point ``register`` sets.
 
