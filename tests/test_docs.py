@@ -158,7 +158,9 @@ def test_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for step in line.split("&&"):
             words = [word for word in shlex.split(step) if not word.startswith("DSV4_BACKENDS_")]
             if words and Path(words[0]).name == "dsv4-backends" and "[" not in step:
-                known = [{"OP": "mqa_logits", "rms_norm": "mqa_logits", "toy": "vllm"}.get(word, word) for word in words[1:]]
+                known = [
+                    {"OP": "mqa_logits", "rms_norm": "mqa_logits", "toy": "vllm"}.get(word, word) for word in words[1:]
+                ]
                 try:
                     cli.parser().parse_args(known)
                 except SystemExit:

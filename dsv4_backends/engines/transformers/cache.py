@@ -20,8 +20,8 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 
 from ...contract import layouts
-from ...errors import DSV4Error
 from ...contract.traffic import WINDOW_PAGE
+from ...errors import DSV4Error
 from .chunks import FEW_TOKENS
 from .pages import Pages
 
