@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from bench_results import result_of, row_of
 
-from dsv4_backends import OPS
+from dsv4_backends import OPS, records
 from dsv4_backends.bench import compare, inputs, plot, results, run, shapes, timing
 from dsv4_backends.commands import bench as command
 from dsv4_backends.commands import cli
@@ -66,9 +67,9 @@ def acme(fake_plugin: Callable[..., None], tmp_path: Path) -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
-def bench(path: Path, *argv: str) -> tuple[int, dict[str, Any]]:
+def bench(path: Path, *argv: str) -> tuple[int, results.Result]:
     code = cli.main(["bench", "--torch-device", "cpu", "--json", str(path), *argv])
-    return code, compare.read(path)
+    return code, results.read(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- rows
@@ -190,20 +191,21 @@ def test_every_op_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
     code, result = bench(tmp_path / "result.json", "--provider", "torch", "--tp", "2")
     out = capsys.readouterr().out
     assert code == cli.OK, out
-    assert list(dict.fromkeys(row["op"] for row in result["rows"])) == list(OPS)
-    for row in result["rows"]:
-        (entry,) = row["results"]
-        assert 0 < entry["q1"] <= entry["us"] <= entry["q3"]
-        assert entry["samples"] == timing.SAMPLES // 10
-        assert row["auto"] == "torch"
-        cost = CONTRACTS[row["op"]].cost(**inputs.draw(shapes.Row(row["op"], row["row"], row["params"]), CPU))
-        assert (row["flops"], row["bytes"], row["math"]) == (cost.flops, cost.bytes, cost.math)
-        assert row["row"] in out
+    assert list(dict.fromkeys(row.op for row in result.rows)) == list(OPS)
+    assert result.samples == timing.SAMPLES // 10
+    for row in result.rows:
+        (timed,) = row.timings
+        assert timed.us is not None
+        assert 0 < timed.q1 <= timed.us <= timed.q3
+        assert row.auto == "torch"
+        cost = CONTRACTS[row.op].cost(**inputs.draw(shapes.Row(row.op, row.name, row.params), CPU))
+        assert (row.flops, row.bytes, row.math) == (cost.flops, cost.bytes, cost.math)
+        assert row.name in out
     assert "On a CPU: small rows" in out
-    assert result["device"]["type"] == "cpu"
-    assert result["command"] == "dsv4-backends bench --provider torch --tp 2"
-    assert result["order"]["mqa_logits"] == ["torch"]
-    assert set(result["rates"]) == {"copy_gbps", "read_gbps", "bf16_tflops", "tf32_tflops", "launch_us"}
+    assert result.device.type == "cpu"
+    assert result.command == "dsv4-backends bench --provider torch --tp 2"
+    assert result.order["mqa_logits"] == ("torch",)
+    assert set(records.plain(result.rates)) == {"copy_gbps", "read_gbps", "bf16_tflops", "tf32_tflops", "launch_us"}
 
 
 def test_the_command_says_whose_instructions_ran(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,12 +231,12 @@ def test_a_provider_is_measured_by_its_code_for_another_architecture_too(
     argv = ("--op", "hc_prenorm_gemm", "--provider", "acme", "--also-as", "8.0")
     code, result = bench(tmp_path / "r.json", *argv)
     assert code == cli.OK
-    assert [entry["provider"] for entry in result["rows"][0]["results"]] == ["acme", "acme as sm_80"]
-    assert set(results.timed(result["rows"][0])) == {"acme", "acme as sm_80"}
-    assert list(results.rivals(result["rows"][0])) == ["acme"]
+    assert [timed.label for timed in result.rows[0].timings] == ["acme", "acme as sm_80"]
+    assert set(result.rows[0].timed) == {"acme", "acme as sm_80"}
+    assert list(result.rows[0].rivals) == ["acme"]
     assert "DSV4_BACKENDS_DEVICE" not in os.environ
-    assert result["command"] == "dsv4-backends bench --op hc_prenorm_gemm --provider acme --also-as 8.0"
-    assert list(result["providers"]) == ["acme"]
+    assert result.command == "dsv4-backends bench --op hc_prenorm_gemm --provider acme --also-as 8.0"
+    assert list(result.providers) == ["acme"]
     assert seen.count("sm_80") == seen.count(None) > timing.SAMPLES // 10
 
 
@@ -256,17 +258,17 @@ def test_a_wrong_result_gets_no_time(acme: Any, tmp_path: Path, capsys: pytest.C
     acme.WRONG = True
     code, result = bench(tmp_path / "r.json", "--op", "hc_prenorm_gemm")
     assert code == cli.FINDING
-    entries = {entry["provider"]: entry for entry in result["rows"][0]["results"]}
-    assert entries["acme"]["us"] is None
-    assert entries["acme"]["error"].startswith("wrong: out: ")
-    assert entries["torch"]["us"] > 0
+    timings = {timed.provider: timed for timed in result.rows[0].timings}
+    assert timings["acme"].us is None
+    assert timings["acme"].error.startswith("wrong: out: ")
+    assert timings["torch"].us
     assert "FAILED hc_prenorm_gemm tiny m=4 k=512 splits=2: acme: wrong" in capsys.readouterr().out
 
 
 def test_one_failure_does_not_lose_the_others(acme: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, result = bench(tmp_path / "r.json", "--provider", "acme")
     assert code == cli.FINDING
-    told = {row["op"]: row["results"][0]["error"] for row in result["rows"] if row["results"]}
+    told = {row.op: row.timings[0].error for row in result.rows if row.timings}
     assert told == {
         "mqa_logits": "refused: too small",
         "fp8_einsum": "RuntimeError: no such kernel",
@@ -287,8 +289,8 @@ def test_a_row_that_cannot_be_drawn_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(inputs, "draw", lambda row, device: fail() if row.op == "mqa_logits" else draw(row, device))
     code, result = bench(tmp_path / "r.json", "--op", "mqa_logits", "--op", "hc_prenorm_gemm")
     assert code == cli.FINDING
-    errors = {row["op"]: row.get("error") for row in result["rows"]}
-    assert errors == {"mqa_logits": "MemoryError: too large", "hc_prenorm_gemm": None}
+    errors = {row.op: row.error for row in result.rows}
+    assert errors == {"mqa_logits": "MemoryError: too large", "hc_prenorm_gemm": ""}
     assert "FAILED mqa_logits" in command.text(result)
 
 
@@ -303,10 +305,10 @@ def test_a_lost_device_ends_the_run_with_what_there_is(tmp_path: Path, monkeypat
     monkeypatch.setattr(run, "_row", lose)
     code, result = bench(tmp_path / "r.json", "--op", "hc_prenorm_gemm", "--op", "mqa_logits", "--op", "fp8_einsum")
     assert code == cli.FINDING
-    assert results.timed(result["rows"][0])
-    assert len(result["rows"]) == 3
-    for row in result["rows"][1:]:
-        assert row["error"].startswith("not measured, the device was lost: CUDA error: an illegal")
+    assert result.rows[0].timed
+    assert len(result.rows) == 3
+    for row in result.rows[1:]:
+        assert row.error.startswith("not measured, the device was lost: CUDA error: an illegal")
 
 
 def test_nobody_to_measure_is_a_finding(acme: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,12 +343,12 @@ def test_the_judge_sees_every_part_of_a_large_result() -> None:
 def test_times_and_floors() -> None:
     taken = timing.Time.of([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (taken.us, taken.q1, taken.q3, taken.samples) == (3.0, 2.0, 4.0, 5)
-    rates = {"copy_gbps": 900.0, "read_gbps": 1000.0, "bf16_tflops": 100.0, "fp8_tflops": 200.0}
-    assert timing.floor_us(1e9, 1e3, "fp8", rates) == pytest.approx(5.0)
-    assert timing.floor_us(1e9, 1e3, "bf16", rates) == pytest.approx(10.0)
-    assert timing.floor_us(1e9, 1e8, "bf16", rates) == pytest.approx(100.0)
-    del rates["fp8_tflops"]  # a GPU without FP8 products
-    assert timing.floor_us(1e9, 1e3, "fp8", rates) == pytest.approx(10.0)
+    rates = results.Rates(copy_gbps=900.0, read_gbps=1000.0, bf16_tflops=100.0, fp8_tflops=200.0, launch_us=1.0)
+    assert rates.floor_us(1e9, 1e3, "fp8") == pytest.approx(5.0)
+    assert rates.floor_us(1e9, 1e3, "bf16") == pytest.approx(10.0)
+    assert rates.floor_us(1e9, 1e8, "bf16") == pytest.approx(100.0)
+    rates = dataclasses.replace(rates, fp8_tflops=None)  # a GPU without FP8 products
+    assert rates.floor_us(1e9, 1e3, "fp8") == pytest.approx(10.0)
 
 
 # --------------------------------------------------------------------------------------------- what is made of it
@@ -366,8 +368,7 @@ def test_text_has_rates_ratios_and_everything_that_is_missing() -> None:
 
 def test_code_for_another_architecture_is_no_rival() -> None:
     row = row_of("mqa_logits", "one", **{"a": 10.0, "b": 20.0, "a as sm_80": 5.0})
-    row["results"][2]["simulated"] = "sm_80"
-    assert results.verdict([row])["worst"] == 1.0
+    assert results.verdict([row]).worst == 1.0
     lines = [line.split() for line in command.text(result_of(row)).splitlines() if " as sm_80" in line]
     assert lines[0][-1] == "2.00"
     assert next(line.split() for line in command.text(result_of(row)).splitlines() if "(auto)" in line)[-1] == "2.00"
@@ -378,9 +379,9 @@ def test_verdict() -> None:
     found = results.verdict(
         [*rows, row_of("mqa_logits", "alone", a=1.0), row_of("mqa_logits", "c", auto="c", a=1.0, b=2.0)]
     )
-    assert (found["rows"], found["near"], found["worst"]) == (3, pytest.approx(2 / 3), pytest.approx(0.9))
-    assert found["worst_row"] == "mqa_logits 2"
-    assert found["not_timed"] == ["mqa_logits c"]
+    assert (found.rows, found.near, found.worst) == (3, pytest.approx(2 / 3), pytest.approx(0.9))
+    assert found.worst_row == "mqa_logits 2"
+    assert found.not_timed == ("mqa_logits c",)
 
 
 @pytest.mark.parametrize(
@@ -395,8 +396,9 @@ def test_changes(after: float | None, verdict: str) -> None:
 
 
 def test_what_overlaps_is_noise() -> None:
-    before, after = (result_of(row_of("mqa_logits", "one", a=us)) for us in (10.0, 11.0))
-    before["rows"][0]["results"][0]["q3"] = 10.95
+    rows = [row_of("mqa_logits", "one", a=us) for us in (10.0, 11.0)]
+    rows[0] = dataclasses.replace(rows[0], timings=(results.Timing("a", 10.0, 9.9, 10.95),))
+    before, after = map(result_of, rows)
     (change,) = compare.compare(before, after)
     assert change.verdict == "same"
 
@@ -434,8 +436,9 @@ def test_compare_catches_a_slowed_provider(acme: Any, tmp_path: Path, capsys: py
     ("text", "message"),
     [
         ("", "Expecting value"),
-        ("[]", "expected what dsv4-backends bench"),
-        (json.dumps(result_of() | {"schema_version": 9}), "got 9"),
+        ("[]", "expected a JSON object, got list"),
+        ("{}", "expected what dsv4-backends bench"),
+        (records.text(result_of(schema_version=9)), "got 9"),
     ],
 )
 def test_compare_wants_results(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -461,7 +464,7 @@ def test_plot_has_a_panel_for_each_op(tmp_path: Path) -> None:
 
 
 def test_a_kept_result_can_be_drawn(tmp_path: Path) -> None:
-    (tmp_path / "r.json").write_text(json.dumps(result_of(row_of("mqa_logits", "one", a=10.0))))
+    results.write(result_of(row_of("mqa_logits", "one", a=10.0)), tmp_path / "r.json")
     assert cli.main(["bench", "plot", str(tmp_path / "r.json"), str(tmp_path / "r.svg")]) == cli.OK
     assert "mqa_logits" in (tmp_path / "r.svg").read_text()
     with pytest.raises(cli.PolicyError, match="no row has a time"):

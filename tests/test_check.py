@@ -12,7 +12,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from dsv4_backends import OPS, Limits, ops
+from dsv4_backends import OPS, Limits, ops, records
 from dsv4_backends.commands import cli
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.models import FLASH, PRO, Model
@@ -127,13 +127,10 @@ def test_what_was_measured_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As for a call: by the need's own shapes."""
-    entry = {"op": "hc_prenorm_gemm", "shapes": "n=24 k=16384", "low": 1, "high": 256, "prefer": "torch"}
-    table = {
-        "schema_version": measured.SCHEMA_VERSION,
-        "sources": [{"device": "somewhere", "date": "2026-11-25"}],
-        "preferences": [entry | {"over": "triton", "ratio": 2.0, "source": 0}],
-    }
-    (tmp_path / "sm_90.json").write_text(json.dumps(table))
+    entry = measured.Entry("hc_prenorm_gemm", "n=24 k=16384", 1, 256, "torch", "triton", ratio=2.0, source=0)
+    source = measured.Source("somewhere", "2026-11-25", "measure it", {})
+    table = measured.Table(measured.SCHEMA_VERSION, "9.0", "by hand", (source,), (entry,))
+    records.write(table, tmp_path / "sm_90.json")
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     code, out, _ = run(capsys, "--model", "flash", "--device", "sm_90", "--json")
     assert code == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ import pytest
 import torch
 from bench_results import result_of, row_of
 
+from dsv4_backends import records
 from dsv4_backends.commands import cli
 from dsv4_backends.commands.shared import FINDINGS
 from dsv4_backends.contract import CONTRACTS, LEVELS
@@ -104,7 +104,7 @@ def test_performance_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "docs" / "results").mkdir(parents=True)
     monkeypatch.setattr(DOCS, "ROOT", tmp_path)
     assert DOCS.performance() == "No run is kept yet."
-    (tmp_path / "docs" / "results" / DOCS.BENCH).write_text(json.dumps(result_of(*rows)))
+    records.write(result_of(*rows), tmp_path / "docs" / "results" / DOCS.BENCH)
     made = DOCS.performance()
     assert "| one | 10.0 (50%) | 20.0 (25%) | 100, 100 | `a` (1.00) |" in made
     assert "| two | - | 7.5 (67%) | 133.3, 133 | `b` |" in made

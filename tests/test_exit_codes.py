@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from bench_results import result_of, row_of
 
+from dsv4_backends import records
 from dsv4_backends.commands import cli
 from dsv4_backends.commands.shared import FINDING, FINDINGS, USAGE
 from dsv4_backends.runtime import bind
@@ -51,7 +51,7 @@ MISTAKES = [
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, us in (("fast", 10.0), ("slow", 20.0)):
-        Path(f"{name}.json").write_text(json.dumps(result_of(row_of("mqa_logits", "one", a=us))))
+        records.write(result_of(row_of("mqa_logits", "one", a=us)), f"{name}.json")
 
 
 def test_every_command_is_in_the_table() -> None:

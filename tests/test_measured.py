@@ -15,8 +15,10 @@ import torch
 from bench_results import result_of, row_of
 from packaging.version import Version
 
-from dsv4_backends import CONTRACTS, OPS, Reason, ops, stats, use_providers
+from dsv4_backends import CONTRACTS, OPS, Reason, ops, records, stats, use_providers
 from dsv4_backends.bench import inputs, shapes, tune
+from dsv4_backends.bench import results as bench_results
+from dsv4_backends.bench.results import Result, Row, Timing
 from dsv4_backends.commands import cli
 from dsv4_backends.commands import tune as tune_command
 from dsv4_backends.runtime import bind
@@ -26,6 +28,7 @@ from dsv4_backends.selection.machine import Device
 from dsv4_backends.selection.provider import Implementation, ProviderSpec, Tier
 from dsv4_backends.selection.resolve import resolve
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 GPU = Device("cuda", 0, "GPU X", Version("9.0"))
 
@@ -60,13 +63,13 @@ def test_classes_tell_apart_what_they_should() -> None:
 # ------------------------------------------------------------------------------------------------------------- tune
 
 
-def decode(name: str, b: int, /, heads: int = 64, **us: float | None) -> dict[str, Any]:
+def decode(name: str, b: int, /, heads: int = 64, **us: float | None) -> Row:
     params = {"b": b, "s_q": 1, "h_q": heads, "window": 128, "selected": 512, "compressed": 16384}
-    return row_of("sparse_mla_decode", name, **us) | {"params": params}
+    return row_of("sparse_mla_decode", name, params=params, **us)
 
 
-def results(*rows: dict[str, Any], order: tuple[str, ...] = ("a", "b")) -> dict[str, Any]:
-    return result_of(*rows) | {"order": {"sparse_mla_decode": list(order)}}
+def results(*rows: Row, order: tuple[str, ...] = ("a", "b")) -> Result:
+    return result_of(*rows, order={"sparse_mla_decode": order})
 
 
 def test_ranges_end_half_way_to_the_next_load() -> None:
@@ -77,7 +80,7 @@ def test_ranges_end_half_way_to_the_next_load() -> None:
         decode("128", 128, a=50.0, b=90.0),
         decode("other", 32, heads=128, a=30.0, b=15.0),
     )
-    found = measured.parse(tune.tune([made]))
+    found = tune.tune([made]).named
     assert [(p.shapes, p.low, p.high, p.prefer, p.over, p.ratio) for p in found] == [
         ("h_q=64", 1, 16, "b", "a", 1.25),  # the root of 8 * 32
         ("h_q=128", 1, None, "b", "a", 2.0),
@@ -93,56 +96,56 @@ def test_ranges_end_half_way_to_the_next_load() -> None:
 def test_a_range_may_lie_in_the_middle_or_above() -> None:
     pairs = ((1, 10.0), (4, 5.0), (16, 5.0), (64, 10.0), (256, 5.0))
     made = results(*(decode(str(b), b, a=10.0, b=us) for b, us in pairs))
-    assert [(p.low, p.high) for p in measured.parse(tune.tune([made]))] == [(3, 32), (129, None)]
+    assert [(p.low, p.high) for p in tune.tune([made]).named] == [(3, 32), (129, None)]
 
 
 def test_what_is_near_noisy_or_contradicted_is_not_preferred() -> None:
     near = results(decode("near", 1, a=10.2, b=10.0))
-    noisy = results(decode("noisy", 1, a=11.0, b=10.0))
-    noisy["rows"][0]["results"][0]["q1"] = 9.0
+    noisy = results(
+        dataclasses.replace(decode("noisy", 1), timings=(Timing("a", 11.0, 9.0, 11.1), Timing("b", 10.0, 9.9, 10.1)))
+    )
     contradicted = results(decode("one", 1, a=20.0, b=10.0), decode("two", 1, a=10.0, b=20.0))
     alone = results(decode("alone", 1, a=None, b=10.0))
     for made in (near, noisy, contradicted, alone):
-        assert tune.tune([made])["preferences"] == []
+        assert tune.tune([made]).preferences == ()
     assert "nothing to prefer" in tune_command.text(tune.tune([near]))
     # The order says who would serve: its first with a time.
     third = results(decode("third", 1, a=None, b=20.0, c=10.0), order=("a", "b", "c"))
-    (entry,) = tune.tune([third])["preferences"]
-    assert (entry["prefer"], entry["over"]) == ("c", "b")
+    (entry,) = tune.tune([third]).preferences
+    assert (entry.prefer, entry.over) == ("c", "b")
 
 
 def test_a_clock_that_changes_on_the_way_hides_no_difference() -> None:
     """The providers take turns: all samples of both are slower at the end, and the quartiles overlap."""
-    drifting = results(decode("1", 1, a=1100.0, b=1000.0))
-    for entry, (q1, q3) in zip(drifting["rows"][0]["results"], ((1000.0, 1150.0), (920.0, 1060.0)), strict=True):
-        entry |= {"q1": q1, "q3": q3}
-    (found,) = tune.tune([drifting])["preferences"]
-    assert (found["prefer"], found["ratio"]) == ("b", 1.1)
+    timings = (Timing("a", 1100.0, 1000.0, 1150.0), Timing("b", 1000.0, 920.0, 1060.0))
+    drifting = results(dataclasses.replace(decode("1", 1), timings=timings))
+    (found,) = tune.tune([drifting]).preferences
+    assert (found.prefer, found.ratio) == ("b", 1.1)
 
 
 def test_several_results_make_one_table() -> None:
     first, second = results(decode("1", 1, a=20.0, b=10.0)), results(decode("h32", 1, heads=32, a=20.0, b=10.0))
     table = tune.tune([first, second])
-    assert [entry["source"] for entry in table["preferences"]] == [0, 1]
-    assert len(table["sources"]) == 2
+    assert [entry.source for entry in table.preferences] == [0, 1]
+    assert len(table.sources) == 2
     # The later one is believed.
-    assert tune.tune([first, results(decode("1", 1, a=10.0, b=20.0))])["preferences"] == []
+    assert tune.tune([first, results(decode("1", 1, a=10.0, b=20.0))]).preferences == ()
 
 
 def test_tune_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "r.json").write_text(json.dumps(results(decode("1", 1, a=20.0, b=10.0))))
+    bench_results.write(results(decode("1", 1, a=20.0, b=10.0)), tmp_path / "r.json")
     argv = ["tune", str(tmp_path / "r.json"), "--output", str(tmp_path / "sm_90.json")]
     assert cli.main(argv) == cli.OK
     assert "sparse_mla_decode  h_q=64, any b * s_q  b       a     2.00" in capsys.readouterr().out
-    table = json.loads((tmp_path / "sm_90.json").read_text())
-    assert table["capability"] == "9.0"
-    assert table["sources"][0]["command"] == "dsv4-backends bench --json result.json"
-    (tmp_path / "cpu.json").write_text(json.dumps(result_of() | {"device": {"name": "CPU", "capability": None}}))
+    table = measured.read(tmp_path / "sm_90.json")
+    assert table.capability == "9.0"
+    assert table.sources[0].command == "dsv4-backends bench --json result.json"
+    bench_results.write(result_of(device=machine.CPU), tmp_path / "cpu.json")
     assert cli.main(["tune", str(tmp_path / "cpu.json")]) == cli.USAGE
     assert "one architecture of GPU, got a CPU" in capsys.readouterr().err
     for setting in ("DSV4_BACKENDS_DEVICE=sm_80", "TRITON_OVERRIDE_ARCH=sm80"):
         with pytest.raises(policy.PolicyError, match="expected times of the architecture itself"):
-            tune.tune([result_of() | {"command": f"{setting} dsv4-backends bench"}])
+            tune.tune([result_of(command=f"{setting} dsv4-backends bench")])
 
 
 # ------------------------------------------------------------------------------------------------ shipped tables
@@ -153,12 +156,12 @@ def test_shipped_tables_are_sound() -> None:
     from dsv4_backends.selection import plugins
 
     for path in measured.FOLDER.glob("*.json"):
-        table = json.loads(path.read_text())
-        assert path.stem == f"sm_{table['capability'].replace('.', '')}"
-        assert all({"device", "date", "command", "packages"} <= source.keys() for source in table["sources"])
+        table = measured.read(path)
+        assert path.stem == f"sm_{table.capability.replace('.', '')}"
+        assert all(source.device and source.date and source.command and source.packages for source in table.sources)
         known = {spec.name for spec in plugins.load().providers}
         by_class: dict[tuple[str, str], list[measured.Preference]] = {}
-        for found in measured.parse(table):
+        for found in table.named:
             assert found.op in OPS
             assert {found.prefer, found.over} <= known
             assert found.ratio >= tune.MARGIN
@@ -170,16 +173,13 @@ def test_shipped_tables_are_sound() -> None:
 
 
 def test_shipped_tables_are_made_from_kept_results() -> None:
-    kept = [
-        json.loads(path.read_text())
-        for path in sorted((Path(__file__).parents[1] / "docs" / "results").glob("*-tune-tp*.json"))
-    ]
+    kept = [bench_results.read(path) for path in (ROOT / "docs" / "results").glob("*-tune-tp*.json")]
+    by_source = {(result.device.name, result.date, result.command): result for result in kept}
     shipped = sorted(measured.FOLDER.glob("*.json"))
     assert [path.name for path in shipped] == ["sm_90.json"]
     for path in shipped:
-        table = json.loads(path.read_text())
-        named = [(source["device"], source["date"], source["command"]) for source in table["sources"]]
-        found = [next(r for r in kept if (r["device"]["name"], r["date"], r["command"]) == name) for name in named]
+        table = measured.read(path)
+        found = [by_source[source.device, source.date, source.command] for source in table.sources]
         assert tune.tune(found) == table
 
 
@@ -188,7 +188,7 @@ def test_the_docs_show_a_shipped_table(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     assert DOCS.measured_choice().startswith("No table")
-    (tmp_path / "sm_90.json").write_text(json.dumps(tune.tune([results(decode("1", 1, a=20.0, b=10.0))])))
+    records.write(tune.tune([results(decode("1", 1, a=20.0, b=10.0))]), tmp_path / "sm_90.json")
     assert "| `sparse_mla_decode` | h_q=64, any b * s_q | `b` | `a` | 2.00 |" in DOCS.measured_choice()
     assert (
         "GPU X, 2026-01-01, torch 2.11.0, commit 0123456789ab: `dsv4-backends bench --json result.json`"
@@ -198,13 +198,14 @@ def test_the_docs_show_a_shipped_table(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_tables_are_read_by_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tune.tune([results(decode("1", 1, a=20.0, b=10.0))])
-    (tmp_path / "sm_90.json").write_text(json.dumps(made))
+    records.write(made, tmp_path / "sm_90.json")
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
     assert [p.prefer for p in measured.preferences(GPU)] == ["b"]
     assert measured.preferences(dataclasses.replace(GPU, capability=Version("10.0"))) == ()
     assert measured.preferences(machine.CPU) == ()
-    with pytest.raises(ValueError, match="expected 1, got 9"):
-        measured.parse({"schema_version": 9})
+    records.write(dataclasses.replace(made, schema_version=9), tmp_path / "sm_90.json")
+    with pytest.raises(policy.PolicyError, match=r"sm_90.json: measured choice: .*expected 1, got 9"):
+        measured.read(tmp_path / "sm_90.json")
 
 
 # ---------------------------------------------------------------------------------------------------------- resolve

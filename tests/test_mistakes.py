@@ -16,6 +16,7 @@ import torch
 from bench_results import result_of, row_of
 
 from dsv4_backends import __main__ as entry
+from dsv4_backends import records
 from dsv4_backends.bench import run as runner
 from dsv4_backends.commands import cli, render, shared
 from dsv4_backends.commands import doctor as doctor_command
@@ -47,7 +48,7 @@ GPUS = torch.cuda.device_count()
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.json").write_text(json.dumps(result_of(row_of("mqa_logits", "one", a=10.0))))
+    records.write(result_of(row_of("mqa_logits", "one", a=10.0)), tmp_path / "a.json")
     (tmp_path / "folder").mkdir()
     return tmp_path
 
@@ -284,7 +285,7 @@ def test_microseconds_on_an_ascii_pipe(folder: Path) -> None:
     done = shell("DSV4 bench compare a.json a.json", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     changed = json.loads((folder / "a.json").read_text())
-    changed["rows"][0]["results"][0] |= {"us": 30.0, "q1": 30.0, "q3": 30.0}
+    changed["rows"][0]["timings"][0] |= {"us": 30.0, "q1": 30.0, "q3": 30.0}
     (folder / "b.json").write_text(json.dumps(changed))
     for poor in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}):
         done = shell("DSV4 bench compare a.json b.json", **poor)
@@ -381,7 +382,7 @@ def test_torch_that_does_not_import(cause: str, folder: Path) -> None:
             assert code == 1
             assert "libtorch_cuda.so" in out
         elif name == "tune":
-            assert "a.json: expected what" in err
+            assert "mqa_logits one: expected a row of this version's bench" in err
         else:
             assert out, (name, err)
     assert answers["list"][0] == 0

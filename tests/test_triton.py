@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib.util
 import os
 import re
@@ -16,7 +15,7 @@ import interpreter
 import pytest
 from packaging.requirements import Requirement
 
-from dsv4_backends import OPS
+from dsv4_backends import OPS, records
 from dsv4_backends.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,23 +80,23 @@ def test_compiles_for_every_architecture(tmp_path: Path) -> None:
 
 def test_the_kept_matrices(tmp_path: Path) -> None:
     """The oldest Triton, the one that engines bring and the newest; a spill that is not kept is found."""
-    matrix = importlib.import_module("matrix")
+    tools = importlib.import_module("kept")
     spilled_more = importlib.import_module("compile_matrix").spilled_more
-    kept = matrix.kept()
+    kept = tools.matrices()
     assert [made.release for made in kept] == [(3, 6), (3, 8), (3, 9)]
     for made in kept:
         assert not [cell.error for cells in made.kernels.values() for cell in cells.values() if cell.error]
-        matrix.write(made, tmp_path / "compile-matrix-again.json")
-        assert matrix.read(tmp_path / "compile-matrix-again.json") == made
-        assert matrix.kept_for(f"{made.triton}.post1+vendor") == made
+        records.write(made, tmp_path / "compile-matrix-again.json")
+        assert tools.matrices(tmp_path) == [made]
+        assert tools.matrix_of(f"{made.triton}.post1+vendor") == made
         assert spilled_more(made, made) == []
         name, cells = next(iter(made.kernels.items()))
         where, cell = next(iter(cells.items()))
-        cells[where] = dataclasses.replace(cell, stack=cell.stack + 8)
-        (told,) = spilled_more(made, matrix.kept_for(made.triton))
+        cells[where] = cell._replace(stack=cell.stack + 8)
+        (told,) = spilled_more(made, tools.matrix_of(made.triton))
         assert name in told
         assert f"{cell.stack + 8} bytes of stack, kept are {cell.stack}" in told
-    assert matrix.kept_for("3.7.1") is None
+    assert tools.matrix_of("3.7.1") is None
 
 
 @pytest.mark.parametrize("device", ["sm_80", "sm_100", "sm_121"])

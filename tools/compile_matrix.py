@@ -19,16 +19,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matrix
+import kept
 import triton
 from dsv4_backend_triton import BATCH_INVARIANT, ahead
 from dsv4_backend_triton._arch import arch_from_capability
 from dsv4_backend_triton._launch import Launch
-from matrix import Cell, Matrix
+from kept import Cell, Matrix
 from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 
-from dsv4_backends import OPS
+from dsv4_backends import OPS, records
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.contract.models import FLASH, PRO
 from dsv4_backends.runtime.serving import Limits, calls
@@ -127,12 +127,12 @@ def compile_share(capability: str, first: int, every: int) -> list[tuple[str, st
     return [compile_one(capability, index) for index in range(first, len(launches(capability)), every)]
 
 
-def spilled_more(made: Matrix, kept: Matrix | None) -> list[str]:
+def spilled_more(made: Matrix, against: Matrix | None) -> list[str]:
     """Where a kernel has more stack than in the kept matrix of the same release of Triton."""
     worse = []
     for name, cells in made.kernels.items():
         for capability, cell in cells.items():
-            before = kept.kernels.get(name, {}).get(capability) if kept else None
+            before = against.kernels.get(name, {}).get(capability) if against else None
             if before is not None and cell.stack > before.stack:
                 worse.append(f"{sm(Version(capability))} {name}: {cell.stack} bytes of stack, kept are {before.stack}")
     return worse
@@ -150,8 +150,13 @@ def main() -> int:
     chosen = [] if tuple(args.capability) == CAPABILITIES else ["--capability", *args.capability]
     chosen += [] if args.every == 1 else ["--every", str(args.every)]
     told = provenance(" ".join(["python tools/compile_matrix.py", *chosen, "--json FILE"]))
-    made = Matrix(told["command"], told["date"], told["commit"], triton.__version__)
-    made.shared_limit = {c: arch_from_capability(Version(c)).smem for c in args.capability}
+    made = Matrix(
+        command=told["command"],
+        date=told["date"],
+        commit=told["commit"],
+        triton=triton.__version__,
+        shared_limit={c: arch_from_capability(Version(c)).smem for c in args.capability},
+    )
     with ProcessPoolExecutor(args.jobs) as pool:
         shares = [(capability, place % args.every, args.every) for place, capability in enumerate(args.capability)]
         for cells in pool.map(compile_share, *zip(*shares, strict=True)):
@@ -164,12 +169,12 @@ def main() -> int:
         for capability, cell in cells.items()
         if cell.error
     ]
-    bad += spilled_more(made, matrix.kept_for(triton.__version__)) if args.kept else []
+    bad += spilled_more(made, kept.matrix_of(triton.__version__)) if args.kept else []
     print(*bad, sep="\n", end="\n" if bad else "")
     count = sum(map(len, made.kernels.values()))
     print(f"Triton {triton.__version__}: {count} kernels in {time.perf_counter() - start:.0f} s, {len(bad)} bad")
     if args.json:
-        matrix.write(made, args.json)
+        records.write(made, args.json)
     return 1 if bad else 0
 
 

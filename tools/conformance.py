@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kept import Conformance, Failure
 
+from dsv4_backends import records
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.selection import builds, plugins
 
@@ -32,11 +35,11 @@ EVERY = 100
 class Kept:
     """Every report of pytest, counted; failures with their messages, skips with their reasons."""
 
-    def __init__(self, result: dict[str, Any], file: Path | None) -> None:
-        self.result, self.file, self.start, self.seen = result, file, time.monotonic(), 0
+    def __init__(self, result: Conformance, file: Path | None) -> None:
+        self.result, self.file, self.seen = result, file, 0
         self.counts: collections.Counter[str] = collections.Counter(passed=0, failed=0, skipped=0)
         self.skips: collections.Counter[str] = collections.Counter()
-        self.failures: list[dict[str, str]] = []
+        self.failures: list[Failure] = []
         self.slowest: list[tuple[float, str]] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -62,14 +65,18 @@ class Kept:
         self.counts["failed"] += 1
         crash = getattr(report.longrepr, "reprcrash", None)
         message = " ".join(str(crash.message if crash else report.longrepr).split())
-        self.failures.append({"test": report.nodeid, "message": message[:1000]})
+        self.failures.append(Failure(report.nodeid, message[:1000]))
 
     def write(self, complete: bool = False) -> None:
-        self.result |= {"complete": complete, "seconds": round(time.monotonic() - self.start, 1)}
-        self.result |= {"counts": dict(self.counts), "failures": self.failures}
-        self.result |= {"skips": dict(self.skips.most_common()), "slowest": self.slowest}
+        self.result = dataclasses.replace(
+            self.result,
+            complete=complete,
+            counts=dict(self.counts),
+            skips=dict(self.skips.most_common()),
+            failures=tuple(self.failures),
+        )
         if self.file:
-            self.file.write_text(json.dumps(self.result, indent=1) + "\n")
+            records.write(self.result, self.file)
 
 
 def main() -> int:
@@ -91,16 +98,18 @@ def main() -> int:
     if arguments.torch_device:
         words.append(f"--torch-device {arguments.torch_device}")
         os.environ["DSV4_BACKENDS_TORCH_DEVICE"] = arguments.torch_device
-    result: dict[str, Any] = {
+    result = Conformance(
         **provenance(" ".join(words)),
-        "libraries": {name: next(iter(by_op.values())).name for name, by_op in found.items()},
-        "level": arguments.level,
-    }
+        libraries={name: next(iter(by_op.values())).name for name, by_op in found.items()},
+        level=arguments.level,
+        complete=False,
+        counts={},
+    )
     os.environ["DSV4_BACKENDS_LEVEL"] = arguments.level
     options = ["-q", "-rfE", "-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
     if arguments.jobs:
         options += ["-n", str(arguments.jobs), "--dist", "worksteal"]
-    kept = Kept(result, arguments.json)
+    kept, start = Kept(result, arguments.json), time.monotonic()
     files = ["triton_suite.py"] if "triton" in names else []
     if chosen := " or ".join(NATIVE[name] for name in names if name in NATIVE):
         files.append("native_suite.py")
@@ -109,7 +118,12 @@ def main() -> int:
         files.append("test_two_gpus.py")
     status = pytest.main([*(str(ROOT / "tests" / file) for file in files), *options], plugins=[kept])
     kept.write(complete=status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
-    print(json.dumps({"libraries": result["libraries"], **kept.counts, "complete": result["complete"]}))
+    for seconds, test in kept.slowest:
+        print(f"{seconds:6.1f} s  {test}")
+    spent = time.monotonic() - start
+    print(
+        json.dumps({"libraries": result.libraries, **kept.counts, "complete": kept.result.complete}), f"{spent:.0f} s"
+    )
     return int(status)
 
 

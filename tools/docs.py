@@ -11,22 +11,24 @@ import ast
 import functools
 import importlib
 import inspect
-import json
 import math
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import matrix
-from matrix import Cell, Matrix
+import kept
+from kept import Cell, Matrix
 from packaging.version import Version
 
-from dsv4_backends.bench.provenance import said_commit
+from dsv4_backends import records
+from dsv4_backends.bench import results as bench
+from dsv4_backends.bench.provenance import Measured, said_commit
 from dsv4_backends.commands import cli, shared
 from dsv4_backends.commands import list as list_command
+from dsv4_backends.commands import verify as verify_command
 from dsv4_backends.contract import CONTRACTS, LEVELS, OpContract, Tolerance
 from dsv4_backends.contract.arguments import Form, ScalarArg
 from dsv4_backends.selection import machine, plugins, policy, provider, resolve
@@ -34,6 +36,7 @@ from dsv4_backends.selection import preferences as measured
 from dsv4_backends.selection.capability import describe, sm
 from dsv4_backends.selection.survey import Survey
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"((?:<!--|#) generated: (?P<name>\w+)[^\n]*\n).*?((?:<!--|#) end of generated)", re.DOTALL)
 
@@ -437,50 +440,48 @@ def checks() -> str:
     return table(("check", "what must hold"), rows)
 
 
-def _results(name: str) -> dict[str, Any]:
-    return dict(json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8")))
+def _kept(name: str) -> Path:
+    return ROOT / "docs" / "results" / name
 
 
-def _measured_on(result: dict[str, Any]) -> str:
+def _all_kept(cls: type[T], before: str, after: str = "") -> list[tuple[str, T]]:
+    """Every file of a kind, with what its name says between the two parts, the GPU apart."""
+    found = sorted(_kept("").glob(f"*-{before}*{after}.json"))
+    return [(path.stem.partition(f"-{before}")[2], records.read(cls, path)) for path in found]
+
+
+def _measured_on(result: Measured) -> str:
     """What a result file says of where, when and how it was made."""
-    machine_ = result["machine"]
-    device = machine_["devices"][0]
-    packages = ", ".join(f"{name} {version}" for name, version in machine_["packages"].items())
+    host = result.machine
+    packages = ", ".join(f"{name} {version}" for name, version in host.packages.items())
     return (
-        f"Measured on {result['date']}: {device['name']}, Python {machine_['python']}, {packages}, "
-        f"{said_commit(result)}. To redo it: `{result['command']}`."
+        f"Measured on {result.date}: {host.devices[0].name}, Python {host.python}, {packages}, "
+        f"{said_commit(result.commit)}. To redo it: `{result.command}`."
     )
 
 
 def overhead() -> str:
-    result = _results("h200-overhead.json")
+    result = records.read(kept.Overhead, _kept("h200-overhead.json"))
     rows = [
-        (
-            code(r["op"]),
-            str(r["tensors"]),
-            f"{r['direct_us']:.2f}",
-            f"{r['call_us']:.2f}",
-            f"{r['added_us']:.2f}",
-            f"{r['check_us']:.2f}",
-        )
-        for r in result["rows"]
+        (code(r.op), str(r.tensors), *(f"{us:.2f}" for us in (r.direct_us, r.call_us, r.added_us, r.check_us)))
+        for r in result.rows
     ]
     header = ("op", "tensors", "direct, µs", "through `dsv4_backends.ops`, µs", "added, µs", "whole check, µs")
     return f"{_measured_on(result)}\n\n{table(header, rows)}"
 
 
 def verified() -> str:
-    result = _results("h200-verify-torch.json")
+    result = records.read(verify_command.Report, _kept("h200-verify-torch.json"))
     rows = [
         (
-            code(r["op"]) if index == 0 else "",
-            f"{r['cases'] - len(r['failures'])} of {r['cases']}" if index == 0 else "",
+            code(r.op) if index == 0 else "",
+            f"{r.cases - len(r.failures)} of {r.cases}" if index == 0 else "",
             code(name),
-            f"{error['share']:.2g}",
-            f"{error['calc_diff']:.1g}",
+            f"{error.share:.2g}",
+            f"{error.calc_diff:.1g}",
         )
-        for r in result["rows"]
-        for index, (name, error) in enumerate(r["errors"].items())
+        for r in result.rows
+        for index, (name, error) in enumerate(r.errors.items())
     ]
     header = ("op", "passed", "result", "worst error, share of the tolerance", "worst calc_diff")
     return f"{_measured_on(result)}\n\n{table(header, rows)}"
@@ -488,59 +489,55 @@ def verified() -> str:
 
 def performance() -> str:
     """The tables of a kept run of ``bench``, one for each op: a column for each provider."""
-    if not (ROOT / "docs" / "results" / BENCH).exists():
+    if not _kept(BENCH).exists():
         return "No run is kept yet."
-    from dsv4_backends.bench import results as bench
-
-    result = _results(BENCH)
-    rates = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in result["rates"].items())
+    result = bench.read(_kept(BENCH))
+    rates = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in records.plain(result.rates).items())
     made_of = "; ".join(
         f"`{name}` with {', '.join(f'{n} {v}' for n, v in versions.items())}"
-        for name, versions in result["providers"].items()
+        for name, versions in result.providers.items()
         if versions
     )
     parts = [_measured_on(result), f"Measured in the same run: {rates}. Providers: {made_of or 'see above'}."]
-    if (ROOT / "docs" / "results" / BENCH).with_suffix(".svg").exists():
+    if _kept(BENCH).with_suffix(".svg").exists():
         parts.append(f"![What each row reaches, and its roof](results/{BENCH.removesuffix('.json')}.svg)")
     parts += _bench_tables(result)
-    return "\n\n".join([*parts, bench.verdict_text(bench.verdict(result["rows"])) + "."])
+    return "\n\n".join([*parts, f"{bench.verdict(result.rows)}."])
 
 
 def performance_scales() -> str:
     """The einsum's table with scales that DeepGEMM has to transpose."""
-    result = _results(BENCH_SCALES)
+    result = bench.read(_kept(BENCH_SCALES))
     return "\n\n".join([_measured_on(result), *_bench_tables(result)])
 
 
 def performance_code() -> str:
     """What the kernels for SM80 take with SM80's own instructions."""
-    result = _results(BENCH_CODE)
+    result = bench.read(_kept(BENCH_CODE))
     return "\n\n".join([_measured_on(result), *_bench_tables(result)])
 
 
-def _bench_tables(result: dict[str, Any]) -> list[str]:
-    from dsv4_backends.bench import results as bench
-
+def _bench_tables(result: bench.Result) -> list[str]:
     parts = []
     for op in CONTRACTS:
-        rows = [row for row in result["rows"] if row["op"] == op]
-        names = list(dict.fromkeys(entry["provider"] for row in rows for entry in row["results"]))
+        rows = [row for row in result.rows if row.op == op]
+        names = list(dict.fromkeys(timing.label for row in rows for timing in row.timings))
         if not names:
             continue
         lines = []
         for row in rows:
-            times, rivals = bench.timed(row), bench.rivals(row)
+            times, rivals = row.timed, row.rivals
             cells = []
             for name in names:
                 us = times.get(name)
-                share = f"{bench.rated(row, us)['floor_share']:.0%}" if us else ""
+                share = f"{result.rate(row, us).floor_share:.0%}" if us else ""
                 cells.append(f"{us:.1f} ({share})" if us else "-")
             best = min(rivals, key=lambda name: rivals[name], default="")
-            reached = bench.rated(row, times[best]) if best else {}
-            speed = f"{reached['tflops']:.4g}, {reached['gbps']:.0f}" if best else "-"
-            auto = row.get("auto") or "-"
+            reached = result.rate(row, times[best]) if best else None
+            speed = f"{reached.tflops:.4g}, {reached.gbps:.0f}" if reached else "-"
+            auto = row.auto or "-"
             ratio = f" ({times[best] / times[auto]:.2f})" if auto in times and len(rivals) > 1 else ""
-            lines.append((row["row"], *cells, speed, code(auto) + ratio))
+            lines.append((row.name, *cells, speed, code(auto) + ratio))
         header = ("row", *(f"`{name}`, µs" for name in names), "best: TFLOP/s, GB/s", "auto (best time / its time)")
         parts += [f"#### {op}", table(header, lines)]
     return parts
@@ -550,20 +547,18 @@ def measured_choice() -> str:
     """The tables that are shipped."""
     parts = []
     for path in sorted(measured.FOLDER.glob("*.json")):
-        made = json.loads(path.read_text(encoding="utf-8"))
+        made = measured.read(path)
         told = [
-            f"{source['device']}, {source['date']}, {', '.join(f'{n} {v}' for n, v in source['packages'].items())}, "
-            f"{said_commit(source)}: `{source['command']}`"
-            for source in made["sources"]
+            f"{source.device}, {source.date}, {', '.join(f'{n} {v}' for n, v in source.packages.items())}, "
+            f"{said_commit(source.commit)}: `{source.command}`"
+            for source in made.sources
         ]
         rows = [
             (code(p.op), p.where.replace("<", "&lt;"), code(p.prefer), code(p.over), f"{p.ratio:.2f}")
-            for p in measured.parse(made)
+            for p in made.named
         ]
         header = ("op", "where", "prefer", "over", "at least so many times as fast")
-        parts.append(
-            f"Compute capability {made['capability']}, measured on {'; '.join(told)}:\n\n{table(header, rows)}"
-        )
+        parts.append(f"Compute capability {made.capability}, measured on {'; '.join(told)}:\n\n{table(header, rows)}")
     return "\n\n".join(parts) or "No table comes with this version: the order of the tiers holds everywhere."
 
 
@@ -581,30 +576,27 @@ def native_builds() -> str:
 
 
 def native_listings() -> str:
-    """What ``list`` says where each release line is installed: the machines are those of the kept listings."""
+    """What ``list`` says where each release line is installed: the machines are those that the suite ran on."""
     shown = []
-    for path in sorted((ROOT / "docs" / "results").glob("*-native-list-*.txt")):
-        gpu, _, line = path.stem.partition("-native-list-")
-        head = path.read_text(encoding="utf-8").split("\n\n")[0].replace(",\n", ", ")
-        name, capability, packages = re.split(r" \(compute capability ([\d.]+), \w+\)[;\n] ?", head)
-        text = list_command.text(_with_libraries(name, capability, packages.strip().split(", ")))
-        made = _results(f"{gpu}-native-conformance-{line}.json")  # in the same run
-        when = f"tested on {made['date']}, {said_commit(made)}"
+    for line, made in _all_kept(kept.Conformance, "native-conformance-"):
+        if "--torch-device" in made.command:  # the builds of another line, once more
+            continue
+        text = list_command.text(_with_libraries(made))
+        name, when = made.machine.devices[0].name, f"tested on {made.date}, {said_commit(made.commit)}"
         shown.append(f"With the {line} builds, {name} ({when}):\n\n```console\n$ dsv4-backends list\n{text}\n```")
     return "\n\n".join(shown) or "Not kept yet."
 
 
-def _with_libraries(name: str, capability: str, packages: Sequence[str]) -> Survey:
-    """The choice for a GPU with these packages, the builds of native libraries among them."""
-    gpu = machine.Device("cuda", 0, name, Version(capability))
-    installed = dict(package.split(" ") for package in packages if re.match(r"(torch|triton) ", package))
+def _with_libraries(made: kept.Conformance) -> Survey:
+    """The choice on the GPU of a run, with its packages and its builds of native libraries."""
+    gpu = made.machine.devices[0]
+    installed = {name: made.machine.packages[name] for name in ("torch", "triton")}
     loaded = _in_tree()
     builds = {}
     for spec in loaded.providers:
         if (probe := _probe_module(spec)) is None:
             continue
-        library = spec.name.replace("_", "")
-        build = next((p for p in packages if re.sub("[-_]", "", p).partition(" ")[0].endswith(library)), "")
+        build = made.libraries.get(spec.name, "")
         reason = provider.Reason("distribution-missing", f"{spec.name} is not installed", probe.HINT)
         found = provider.Build(name=build, capability=probe.KNOWN, reasons=() if build else (reason,))
         builds[spec.name] = dict.fromkeys(CONTRACTS, found)
@@ -622,51 +614,47 @@ def _choices(
     return tuple(made(op, gpu, installed, loaded.providers, policy.Policy(), preferences=known) for op in CONTRACTS)
 
 
-def _conformance(pattern: str) -> str:
+def _conformance(which: str) -> str:
     """What the conformance suite said, as kept: a row for each file."""
     rows, header = [], ""
-    for path in sorted((ROOT / "docs" / "results").glob(pattern)):
-        result = _results(path.name)
+    for _, result in _all_kept(kept.Conformance, which):
         header = header or f"{_measured_on(result)}\n\n"
-        refused = sum(count for reason, count in result["skips"].items() if reason.startswith("refused"))
-        counts = result["counts"]
-        cells = (str(counts["passed"]), str(counts["failed"]), str(refused), str(counts["skipped"] - refused))
-        simulated = result["machine"]["devices"][0]["name"]
-        if "TRITON_OVERRIDE_ARCH" in result["command"]:
+        counts = result.counts
+        cells = (counts["passed"], counts["failed"], result.refused, counts["skipped"] - result.refused)
+        simulated = result.machine.devices[0].name
+        if "TRITON_OVERRIDE_ARCH" in result.command:
             simulated += ", its instructions too"
-        label = ", ".join(result["libraries"].values()) or simulated
-        if "--torch-device" in result["command"]:
+        label = ", ".join(result.libraries.values()) or simulated
+        if "--torch-device" in result.command:
             label += "; tensors on cuda:1, cuda:0 current"
-        rows.append((label, result["level"], *cells))
+        rows.append((label, result.level, *map(str, cells)))
     names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
     return f"{header}{table(names, rows)}" if rows else "Not run yet."
 
 
 def native_conformance() -> str:
     """What the conformance suite said of each release line."""
-    return _conformance("*-native-conformance-*.json")
+    return _conformance("native-conformance-")
 
 
 def triton_conformance() -> str:
     """What it said of the Triton provider: with its kernels for the GPU, and with those of other architectures."""
-    return _conformance("*-triton-conformance*.json")
+    return _conformance("triton-conformance-")
 
 
 def native_overhead() -> str:
     """What the adapters add, worst row of each op and mode, by release line."""
     rows, header = [], ""
-    for path in sorted((ROOT / "docs" / "results").glob("*-native-overhead-*.json")):
-        result = _results(path.name)
-        line = path.stem.partition("-native-overhead-")[2]
+    for line, result in _all_kept(kept.NativeOverhead, "native-overhead-"):
         header = header or f"{_measured_on(result)}\n\n"
-        measured = [row for row in result["rows"] if "error" not in row]
+        measured = [row for row in result.rows if not row.error]
         for op in CONTRACTS:
             for mode in ("step", "call"):
-                found = [row for row in measured if (row["op"], row["mode"]) == (op, mode)]
+                found = [row for row in measured if (row.op, row.mode) == (op, mode)]
                 if found:
-                    gpu = max(found, key=lambda row: float(row["gpu_added_percent"]))
-                    host = max(float(row["host_added_us"]) for row in found)
-                    cells = (f"{gpu['gpu_added_percent']:.1f}", gpu["case"], f"{host:.1f}")
+                    gpu = max(found, key=lambda row: row.gpu_added_percent)
+                    host = max(row.host_added_us for row in found)
+                    cells = (f"{gpu.gpu_added_percent:.1f}", gpu.case, f"{host:.1f}")
                     rows.append((line, code(op), mode, str(len(found)), *cells))
     names = ("builds", "op", "mode", "sizes", "GPU time added at worst, %", "at", "host time added at worst, µs")
     return f"{header}{table(names, rows)}" if rows else "Not measured yet."
@@ -675,46 +663,40 @@ def native_overhead() -> str:
 def vllm_runs() -> str:
     """What the tests over the real vLLM said on a GPU, as kept: a row for each choice of providers."""
     parts = []
-    for path in sorted((ROOT / "docs" / "results").glob("*-engine-vllm.json")):
-        result = _results(path.name)
+    for _, result in _all_kept(kept.VllmRuns, "engine-vllm"):
         rows = []
-        for name, run in result["runs"].items():
-            bad = run["failures"] + run["errors"]
+        for name, run in result.runs.items():
+            bad = run.failures + run.errors
             calls = [
                 f"{code(op)} {', '.join(f'{who} {count}' for who, count in sorted(by.items()))}"
-                for op, by in run["served"].items()
+                for op, by in run.served.items()
             ]
-            passed = run["tests"] - run["skipped"] - bad
-            rows.append((name, str(passed), str(bad), str(run["skipped"]), "; ".join(calls)))
+            passed = run.tests - run.skipped - bad
+            rows.append((name, str(passed), str(bad), str(run.skipped), "; ".join(calls)))
         names = ("providers", "passed", "failed", "skipped", "calls of each op, and who served them")
-        parts.append(f"{_measured_on(result)} vLLM {result['vllm']}.\n\n{table(names, rows)}")
+        parts.append(f"{_measured_on(result)} vLLM {result.vllm}.\n\n{table(names, rows)}")
     return "\n\n".join(parts) or "Not run yet."
 
 
 def transformers_bench() -> str:
     """A model of transformers with and without the integration; the figures first, which compare two rows each."""
     parts = []
-    for path in sorted((ROOT / "docs" / "results").glob("*-transformers.json")):
-        result = _results(path.name)
-        figures = [(name, f"{value:.3g}") for name, value in result["figures"].items()]
+    for _, result in _all_kept(kept.ModelRuns, "transformers"):
+        figures = [(name, f"{value:.3g}") for name, value in result.figures.items()]
         rows = []
-        for row in result["rows"]:
-            if not row["row"].startswith(("prefill", "decode")):
+        for row in result.rows:
+            if not row.row.startswith(("prefill", "decode")):
                 continue
-            cells: tuple[str, ...] = (row["outcome"], "-", "-")
-            if row["outcome"] == "ran":
-                seconds = row.get("seconds", row.get("seconds_per_step"))
-                cells = (
-                    f"{seconds * 1e3:.1f}",
-                    f"{row['peak_extra_bytes'] / 2**30:.2f}",
-                    str(row.get("host_waits_per_step", "-")),
-                )
-            served = {name for counts in row.get("served", {}).values() for name in counts}
-            rows.append((row["side"], row["row"], *cells, ", ".join(map(code, sorted(served))) or "-"))
+            cells = (row.outcome, "-", "-")
+            if row.seconds is not None and row.peak_extra_bytes is not None:
+                waits = "-" if row.host_waits_per_step is None else str(row.host_waits_per_step)
+                cells = (f"{row.seconds * 1e3:.1f}", f"{row.peak_extra_bytes / 2**30:.2f}", waits)
+            served = {name for counts in row.served.values() for name in counts}
+            rows.append((row.side, row.row, *cells, ", ".join(map(code, sorted(served))) or "-"))
         names = ("side", "row", "ms", "extra memory at most, GiB", "waits of the host in a step", "providers")
-        told = f"The model: {result['model']}. transformers {result['transformers']}."
-        if not result["complete"]:
-            told += f" The run is not complete. {result.get('note', '')}".rstrip()
+        told = f"The model: {result.model}. transformers {result.transformers}."
+        if not result.complete:
+            told += " The run is not complete."
         parts.append(
             f"{_measured_on(result)}\n\n{told}\n\n{table(names, rows)}\n\n{table(('figure', 'value'), figures)}"
         )
@@ -735,7 +717,7 @@ def _by_capability(made: Matrix) -> dict[str, list[Cell]]:
 
 def matrix_summary() -> str:
     rows = []
-    for made in matrix.kept():
+    for made in kept.matrices():
         for capability, cells in _by_capability(made).items():
             good = [cell for cell in cells if not cell.error]
             rows.append(
@@ -761,14 +743,14 @@ def matrix_summary() -> str:
         "with any stack",
         "most stack, bytes a thread",
     )
-    commands = " and ".join(sorted({f"`{made.command}`" for made in matrix.kept()}))
-    told = sorted({f"{made.date}, {said_commit({'commit': made.commit})}" for made in matrix.kept()})
+    commands = " and ".join(sorted({f"`{made.command}`" for made in kept.matrices()}))
+    told = sorted({f"{made.date}, {said_commit(made.commit)}" for made in kept.matrices()})
     return f"Compiled on {'; '.join(told)}. To redo it: {commands}.\n\n{table(header, rows)}"
 
 
 def matrix_rows() -> str:
     """One row for each kernel and architecture; what differs between the releases of Triton stands side by side."""
-    all_made = matrix.kept()
+    all_made = kept.matrices()
     names = list(dict.fromkeys(name for made in all_made for name in made.kernels))
 
     def each(cells: list[Cell | None], name: str) -> str:

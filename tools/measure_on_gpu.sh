@@ -5,7 +5,7 @@
 #           bench and transformers are run with the first of them that is there.
 #   OUT     folder for the results, named as docs/results keeps them; docs/results itself will do
 #   STEP    overhead verify bench conformance transformers native (default: all of them, about 20 minutes on an H200).
-#           bench also makes the table of the measured choice, in dsv4_backends/measured.
+#           bench also makes the table of the measured choice, in dsv4_backends/selection/tables.
 # Environment: JOBS, the processes of the suites (8; each needs about 13 GB of the GPU).
 # Needs a python3 with torch for CUDA 13, Triton, pytest, pytest-xdist and transformers, and nvcc. A step that fails does
 # not stop the others. What the tests over the real vLLM say is tools/vllm_on_gpu.sh's.
@@ -50,7 +50,7 @@ for step in $steps; do
         [ "$ranks" -gt 1 ] || tp=()
         "${ours[@]}" bench "${tp[@]}" --json "${results[-1]}" | tail -2
       done
-      "${ours[@]}" tune "${results[@]}" --output "dsv4_backends/measured/sm_$capability.json"
+      "${ours[@]}" tune "${results[@]}" --output "dsv4_backends/selection/tables/sm_$capability.json"
       "${ours[@]}" bench --also-as sm_80 --also-as sm_89 --json "$out/$card-bench.json" --plot "$out/$card-bench.svg" | tail -2
       "${ours[@]}" bench --op fp8_einsum --scales token-major --json "$out/$card-bench-token-major.json" | tail -2
       TRITON_OVERRIDE_ARCH=sm80 DSV4_BACKENDS_DEVICE=sm_80 \
@@ -66,7 +66,6 @@ for step in $steps; do
       for line in "${lines[@]}"; do
         made=$(mktemp -d)
         PYTHONPATH=$before tools/native_on_gpu.sh "$wheels/$line" "$line" "$made" | tail -3
-        mv "$made/list-$line.txt" "$out/$card-native-list-$line.txt"
         mv "$made/conformance-$line.json" "$out/$card-native-conformance-$line.json"
         mv "$made/overhead-$line.json" "$out/$card-native-overhead-$line.json"
         rm -rf "$made"

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 import subprocess
 import sys
@@ -38,8 +37,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import native_calls
+from kept import NativeOverhead, NativeRow
 
-from dsv4_backends import CONTRACTS, ops, step, use_providers
+from dsv4_backends import CONTRACTS, ops, records, step, use_providers
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.testing import checks
 
@@ -167,7 +167,7 @@ def closures(op: str, made: dict[str, Any], mode: str) -> tuple[str, dict[str, C
     return direct.library, {"direct": direct.run, "adapter": lambda: target.function(**made)}
 
 
-def measure(op: str, made: dict[str, Any], mode: str, flush: torch.Tensor) -> dict[str, Any]:
+def measure(op: str, case: str, made: dict[str, Any], mode: str, flush: torch.Tensor) -> NativeRow:
     library, runs = closures(op, made, mode)
     for run in runs.values():  # what compiles, compiles here
         run()
@@ -178,14 +178,13 @@ def measure(op: str, made: dict[str, Any], mode: str, flush: torch.Tensor) -> di
     calls = max(5, min(HOST_CALLS, int(HOST_GPU_US / max(gpu.values()))))
     with use_providers({op: PROVIDERS[op]}):
         host = host_times({**runs, "public": lambda: public(**made)}, mode, calls)
-    return {
-        "library": library,
-        "gpu_direct_us": gpu["direct"],
-        "gpu_adapter_us": gpu["adapter"],
-        "gpu_added_percent": 100 * (gpu["adapter"] / gpu["direct"] - 1),
-        **{f"host_{name}_us": value for name, value in host.items()},
-        "host_added_us": host["adapter"] - host["direct"],
-    }
+    row = NativeRow(op, case, mode, gpu["direct"], gpu["adapter"], host["direct"], host["adapter"])
+    print(
+        f"{op:20} {case:30} {mode:4} {library}: GPU {row.gpu_direct_us:.2f} us, {row.gpu_added_percent:+.1f} %; host "
+        f"{row.host_direct_us:.2f} us, {row.host_added_us:+.2f}, through dsv4_backends.ops {host['public']:.2f}",
+        flush=True,
+    )
+    return row
 
 
 def draw(op: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -228,26 +227,25 @@ def main() -> None:
             child.wait()
         print(f"{len(compiled)} calls made once in {time.monotonic() - start:.0f} s", flush=True)
     flush = torch.zeros(FLUSH_FLOATS, device="cuda")
-    rows: list[dict[str, Any]] = []
+    rows: list[NativeRow] = []
 
-    def keep(row: dict[str, Any]) -> None:
+    def keep(row: NativeRow) -> None:
         rows.append(row)
-        shown = row.get("error") or " ".join(f"{k} {v:.2f}" for k, v in row.items() if isinstance(v, float))
-        print(f"{row['op']:20} {row['case']:30} {row['mode']:4} {shown}", flush=True)
+        if row.error:
+            print(f"{row.op:20} {row.case:30} {row.mode:4} {row.error}", flush=True)
         if arguments.json:
-            result = {**provenance("python tools/native_overhead.py"), "rows": rows}
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            result = NativeOverhead(**provenance("python tools/native_overhead.py"), rows=tuple(rows))
+            records.write(result, arguments.json)
 
     for op in chosen:
         for case, params in ROWS[op].items():
             made: dict[str, Any] = {}
             for mode in ("step", "call") if native_calls.NATIVE[op].planned else ("call",):
-                row: dict[str, Any] = {"op": op, "case": case, "mode": mode}
                 try:
                     made = made or as_engines_have_it(op, draw(op, params))
-                    row |= measure(op, made, mode, flush)
+                    row = measure(op, case, made, mode, flush)
                 except Exception as error:  # one failing row must not lose the others
-                    row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    row = NativeRow(op, case, mode, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
                 keep(row)
                 gc.collect()
                 torch.cuda.empty_cache()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import statistics
 import sys
 import time
@@ -20,8 +19,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from kept import Overhead, OverheadRow
 
-from dsv4_backends import CONTRACTS, ops, use_providers
+from dsv4_backends import CONTRACTS, ops, records, use_providers
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.contract import OpContract
 from dsv4_backends.contract.checker import checked_function
@@ -92,12 +92,14 @@ def main() -> None:
             whole = checked_function(contract, (), ("return None",), {})
         check = microseconds(whole, args, kwargs) - direct
         tensors = sum(isinstance(value, torch.Tensor) for value in made.values())
-        row = {"direct_us": direct, "call_us": call, "added_us": call - direct, "check_us": check}
-        row |= {"may_refuse_us": may_refuse - direct, "block_us": block - direct}
-        rows.append({"op": op, "tensors": tensors, **row})
-        print(f"{op:20} {tensors} tensors, us:", *(f"{name[:-3]} {value:.2f}" for name, value in row.items()))
+        row = OverheadRow(op, tensors, direct, call, check)
+        rows.append(row)
+        print(
+            f"{op:20} {tensors} tensors, us: direct {direct:.2f} call {call:.2f} added {row.added_us:.2f} "
+            f"check {check:.2f} may_refuse {may_refuse - direct:.2f} block {block - direct:.2f}"
+        )
     if target:
-        target.write_text(json.dumps({**provenance("python tools/overhead.py"), "rows": rows}, indent=1) + "\n")
+        records.write(Overhead(**provenance("python tools/overhead.py"), rows=tuple(rows)), target)
 
 
 if __name__ == "__main__":

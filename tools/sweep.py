@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from dsv4_backend_triton import hyper_connection as hc
 from dsv4_backend_triton._arch import arch_of
 from dsv4_backend_triton._sizes import cdiv
 
+from dsv4_backends import records
 from dsv4_backends.bench import inputs, run, timing
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.bench.shapes import Row
@@ -246,7 +246,7 @@ def main() -> None:
             if arguments.json:
                 under = f"DSV4_BACKENDS_DEVICE={SIMULATED} " if SIMULATED else ""
                 result = {**provenance(f"{under}python tools/sweep.py {' '.join(arguments.op)}"), "rows": rows}
-                arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+                records.write(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -297,8 +297,8 @@ class Bench:
         return {
             "batch": batch,
             "context": self.context,
-            "seconds_per_step": seconds[1],
-            "all_seconds_per_step": seconds,
+            "seconds": seconds[1],
+            "all_seconds": seconds,
             "first_seconds": first,
             "compiled_while_timed": self.compiled - compiled,
             "cache_bytes": held,
@@ -364,10 +364,10 @@ def child(side: str, rows: list[str], small: bool) -> None:
             torch.cuda.empty_cache()
 
 
-def run_side(side: str, rows: list[str], small: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All rows of a side, in as many processes as it takes."""
+def run_side(side: str, rows: list[str], small: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows of a side, in as many processes as it takes; and the replaced parts, in words."""
     done: list[dict[str, Any]] = []
-    told: dict[str, Any] = {}
+    parts: list[str] = []
     while rows:
         command = [sys.executable, __file__, "--child", side, *rows, *(["--small"] if small else [])]
         env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -388,37 +388,12 @@ def run_side(side: str, rows: list[str], small: bool) -> tuple[list[dict[str, An
                     done.append(found)
                     rows = [row for row in rows if row != found["row"]]
                 else:
-                    told = found
+                    parts = found["parts"]
         if rows and process.returncode != GO_ON and (process.returncode or not out):
             lost, *rows = rows
             tail = " | ".join(errors.strip().splitlines()[-4:])
             done.append({"side": side, "row": lost, "outcome": "crashed", "message": f"{why}: {tail}"[:1200]})
-    return done, told
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures that the rows give together; a figure without both of its rows is missing."""
-    ran = {(r["side"], r["row"]): r for r in rows if r["outcome"] == "ran"}
-    figures: dict[str, Any] = {}
-
-    def ratio(name: str, row: str, key: str, side: str, *, inverse: bool = False) -> None:
-        pair = ran.get(("eager", row)), ran.get((side, row))
-        if pair[0] and pair[1] and pair[0].get(key) and pair[1].get(key):
-            value = pair[0][key] / pair[1][key]
-            figures[name] = 1 / value if inverse else value
-
-    ratio("prefill 8192: times as fast as eager", "prefill 8192", "seconds", "dsv4_backends")
-    ratio(
-        "prefill 8192: share of eager's extra memory", "prefill 8192", "peak_extra_bytes", "dsv4_backends", inverse=True
-    )
-    for side in ("dsv4_backends", "packed"):
-        for row in ("decode b=1", "decode b=32"):
-            ratio(f"{row}, {side}: times as fast as eager", row, "seconds_per_step", side)
-        launches = f"decode b=1, {side}: share of eager's kernels"
-        ratio(launches, "kernels of decode b=1", "launches", side, inverse=True)
-    if check := ran.get(("dsv4_backends", "check 1024")):
-        figures["worst relative error of an attention block"] = check["worst_relative_error"]
-    return figures
+    return done, parts
 
 
 def main() -> None:
@@ -431,34 +406,31 @@ def main() -> None:
     if args.child:
         child(args.child[0], args.child[1:], args.small)
         return
+    import kept
+
+    from dsv4_backends import records
     from dsv4_backends.bench.provenance import provenance
 
-    rows: list[dict[str, Any]] = []
-    parts: list[str] = []
+    rows: list[kept.ModelRow] = []
     start = time.perf_counter()
-    result: dict[str, Any] = {}
     for side in ROWS:
         wanted = [name.partition("/")[2] for name in args.only if name.startswith(f"{side}/")]
-        done, told = run_side(side, wanted, args.small)
-        rows += done
-        parts = told.get("parts") or parts
+        done, parts = run_side(side, wanted, args.small)
         for row in done:
-            shown = {k: v for k, v in row.items() if k not in ("side", "row", "kernels")}
+            shown = {key: value for key, value in row.items() if key not in ("side", "row")}
             print(f"{row['side']}/{row['row']}: {json.dumps(shown)}", flush=True)
-        result = {
-            **provenance("python tools/transformers_bench.py"),
-            "transformers": importlib.metadata.version("transformers"),
-            "model": MODEL,
-            "small": args.small,
-            "seconds": time.perf_counter() - start,
-            "complete": len(rows) == len(args.only),
-            "parts": parts,
-            "figures": summary(rows),
-            "rows": rows,
-        }
+        rows += [records.build(kept.ModelRow, row, f"{side}/{row['row']}") for row in done]
+        result = kept.ModelRuns(
+            **provenance(f"python tools/transformers_bench.py{' --small' if args.small else ''}"),
+            transformers=importlib.metadata.version("transformers"),
+            model=MODEL,
+            complete=len(rows) == len(args.only),
+            rows=tuple(rows),
+        )
+        print(*parts, sep="\n", flush=True)
         if args.json:  # after each side: a run that is stopped keeps what it has
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["figures"], indent=1), f"{result['seconds']:.0f} s", sep="\n")
+            records.write(result, args.json)
+    print(json.dumps(result.figures, indent=1), f"{time.perf_counter() - start:.0f} s", sep="\n")
 
 
 if __name__ == "__main__":

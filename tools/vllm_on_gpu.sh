@@ -49,6 +49,10 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
+sys.path.insert(0, "tools")
+from kept import VllmRun, VllmRuns
+
+from dsv4_backends import records
 from dsv4_backends.bench.provenance import provenance
 
 out, failed = Path(sys.argv[1]), False
@@ -57,20 +61,18 @@ for run in sys.argv[2:]:
     try:
         (suite,) = ElementTree.parse(out / f"{run}.xml").getroot().iter("testsuite")
     except (OSError, ElementTree.ParseError) as error:
-        results[run] = {"error": f"{type(error).__name__}: {error}", "output": (out / f"{run}.txt").read_text()[-3000:]}
+        print((out / f"{run}.txt").read_text()[-3000:])
+        results[run] = VllmRun(error=f"{type(error).__name__}: {error}")
         failed = True
         continue
-    row = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")} | {"seconds": float(suite.get("time"))}
-    row["failed"] = [case.get("name") for case in suite.iter("testcase") if {child.tag for child in case} & {"failure", "error"}]
-    row["served"] = next((json.loads(p.get("value")) for p in suite.iter("property") if p.get("name") == "served"), None)
-    results[run] = row
-    failed = failed or bool(row["failed"]) or not row["tests"]
-kept = {
-    **provenance("tools/vllm_on_gpu.sh WHEELS OUT"),
-    "vllm": version("vllm"),
-    "runs": results,
-}
-(out / "vllm.json").write_text(json.dumps(kept, indent=1) + "\n")
-print(json.dumps(results, indent=1))
+    results[run] = row = VllmRun(
+        **{key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")},
+        served=next((json.loads(p.get("value")) for p in suite.iter("property") if p.get("name") == "served"), {}),
+        failed=tuple(case.get("name") for case in suite.iter("testcase") if {child.tag for child in case} & {"failure", "error"}),
+    )
+    failed = failed or bool(row.failed) or not row.tests
+made = VllmRuns(**provenance("tools/vllm_on_gpu.sh WHEELS OUT"), vllm=version("vllm"), runs=results)
+records.write(made, out / "vllm.json")
+print(records.text(made))
 sys.exit(failed)
 PYTHON

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from ..selection.machine import Machine, probe
+from ..selection.machine import Device, Machine, probe
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("dsv4_backends", "backends", "tools")
@@ -35,21 +36,71 @@ def commit(root: Path = ROOT) -> str:
     return f"{head}-dirty" if _git(root, "status", "--porcelain", "--", *CODE) else head
 
 
-def provenance(command: str, machine: Machine | None = None) -> dict[str, Any]:
-    """The first entries of every result file.
+@dataclass(frozen=True)
+class Host:
+    """The machine that a result is of.
+
+    Attributes:
+        python: Its version.
+        packages: The versions of what the numbers depend on.
+        devices: One of each kind of GPU, or the CPU.
+        note: What the probe met; empty when all was well.
+    """
+
+    python: str
+    packages: dict[str, str]
+    devices: tuple[Device, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """How a file was made: what every kept file begins with.
+
+    Attributes:
+        command: What makes it anew.
+        date: The day, UTC.
+        commit: Of the code; empty where it was not recorded.
+    """
+
+    command: str
+    date: str
+    commit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Made):
+    """What was made on a machine that its numbers depend on."""
+
+    machine: Host
+
+
+class Provenance(TypedDict):
+    """The fields of ``Measured``, to be given to a class that has more."""
+
+    command: str
+    date: str
+    commit: str
+    machine: Host
+
+
+def provenance(command: str, machine: Machine | None = None) -> Provenance:
+    """How what is made now is made.
 
     Args:
-        command: What makes the file anew.
+        command: What makes it anew.
         machine: Default: this one.
     """
+    found = machine or probe()
+    packages = {n: v for n in ("dsv4-backends", "torch", "triton") if (v := found.installed.get(n))}
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit(),
-        "machine": (machine or probe()).json(),
+        "machine": Host(platform.python_version(), packages, found.devices, found.note),
     }
 
 
-def said_commit(result: Mapping[str, Any]) -> str:
-    """What a result file says of the commit, in words; files from before it was kept say nothing."""
-    return f"commit {made}" if (made := result.get("commit")) else "commit not recorded"
+def said_commit(commit: str) -> str:
+    """A commit in words; files from before it was kept say nothing."""
+    return f"commit {commit}" if commit else "commit not recorded"

@@ -1,88 +1,256 @@
-"""What a benchmark's result says: times, rates, and how good the automatic choice was."""
+"""What a benchmark's result says: times, rates, and how good the automatic choice was. Its file, too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
-"""Of the files that ``bench --json`` writes."""
+from .. import records
+from ..errors import PolicyError
+from ..selection.machine import Device
+from .provenance import Measured
+
+SCHEMA_VERSION = 2
+"""Of the files that ``bench --json`` writes; version 1 is read as well."""
 NEAR = 1.03
 """A provider within this of the best is as good as the best."""
 WANTED_NEAR, WANTED_WORST = 0.95, 0.9
 """The automatic choice should be as good as the best on this share of rows, and never below this part of the best."""
 
 
-def timed(row: Mapping[str, Any]) -> dict[str, float]:
-    """Microseconds by provider, for those that have a time."""
-    return {result["provider"]: result["us"] for result in row["results"] if result["us"] is not None}
+@dataclass(frozen=True)
+class Timing:
+    """What one provider did on one row.
 
-
-def rivals(row: Mapping[str, Any]) -> dict[str, float]:
-    """Those times that a choice can have: not of code for another architecture."""
-    simulated = {result["provider"] for result in row["results"] if result.get("simulated")}
-    return {name: us for name, us in timed(row).items() if name not in simulated}
-
-
-def rated(row: Mapping[str, Any], us: float) -> dict[str, float]:
-    """TFLOP/s, GB/s and the share of the floor that a time means."""
-    return {
-        "tflops": row["flops"] / us / 1e6,
-        "gbps": row["bytes"] / us / 1e3,
-        "floor_share": row["floor_us"] / us,
-    }
-
-
-def verdict(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """How good the automatic choice is, over the rows where it had one and more than one provider has a time.
-
-    Returns:
-        ``rows`` judged; ``near``: the share of them where it is within 3% of the best; ``worst``: the least ratio of
-        the best time to its time, with its row; ``not_timed``: rows where it chose somebody who has no time.
+    Attributes:
+        provider: Its name.
+        us: Median of the microseconds of a call; None where there is no time.
+        q1, q3: Their quartiles.
+        error: Why there is none: ``refused: ...``, or what went wrong.
+        simulated: The architecture whose code it ran, such as ``sm_80``; empty for this GPU's own.
     """
+
+    provider: str
+    us: float | None = None
+    q1: float = 0.0
+    q3: float = 0.0
+    error: str = ""
+    simulated: str = ""
+
+    @property
+    def label(self) -> str:
+        return label(self.provider, self.simulated)
+
+
+def label(provider: str, simulated: str) -> str:
+    return f"{provider} as {simulated}" if simulated else provider
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call that was measured.
+
+    Attributes:
+        op, name: As ``shapes`` names them; runs are compared by both.
+        params: Its sizes.
+        flops, bytes, math: Its cost, as the contract counts it.
+        auto: Who serves it when nobody says who should.
+        timings: One for each provider.
+        error: Why the row was not measured.
+    """
+
+    op: str
+    name: str
+    params: dict[str, int | str]
+    flops: float = 0.0
+    bytes: float = 0.0
+    math: str = ""
+    auto: str | None = None
+    timings: tuple[Timing, ...] = ()
+    error: str = ""
+
+    @property
+    def timed(self) -> dict[str, float]:
+        """Microseconds by provider, for those that have a time."""
+        return {timing.label: timing.us for timing in self.timings if timing.us is not None}
+
+    @property
+    def rivals(self) -> dict[str, float]:
+        """Those times that a choice can have: not of code for another architecture."""
+        return {t.label: t.us for t in self.timings if t.us is not None and not t.simulated}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What the machine itself reaches, measured as calls are: floors are made from it.
+
+    Attributes:
+        bf16_tflops, fp8_tflops, tf32_tflops: PyTorch's matrix products; None: it has none on this GPU.
+        copy_gbps: Bytes read and written by a kernel that copies.
+        read_gbps: Bytes read by one that sums; None in older results.
+        launch_us: The time of a graph that does next to nothing, as it is seen by the events.
+    """
+
+    bf16_tflops: float
+    copy_gbps: float
+    fp8_tflops: float | None = None
+    launch_us: float
+    read_gbps: float | None = None
+    tf32_tflops: float | None = None
+
+    @property
+    def memory_gbps(self) -> float:
+        """The rate at which memory was seen to move: most ops mostly read."""
+        return max(self.copy_gbps, self.read_gbps or 0.0)
+
+    def floor_us(self, flops: float, moved: float, math: str) -> float:
+        """The least time of a call. Without FP8 products the bf16 rate counts for FP8."""
+        rate = {"fp8": self.fp8_tflops, "tf32": self.tf32_tflops}.get(math) or self.bf16_tflops
+        return max(flops / rate / 1e6, moved / self.memory_gbps / 1e3)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a time means: TFLOP/s, GB/s, and the share of the floor."""
+
+    tflops: float
+    gbps: float
+    floor_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Measured):
+    """What ``bench --json`` writes.
+
+    Attributes:
+        device: Where it was measured.
+        providers: For each its versions of what it is made of.
+        absent: For each op and provider that was not measured, why.
+        order: For each op the providers as they rank without measurements.
+        rates: What the machine itself reached in the same run.
+        samples: How many times each time is the median of.
+        seconds: For all of it.
+        rows: One for each call.
+    """
+
+    schema_version: int
+    device: Device
+    providers: dict[str, dict[str, str]] = field(default_factory=dict)
+    absent: dict[str, dict[str, str]] = field(default_factory=dict)
+    order: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rates: Rates
+    samples: int
+    seconds: float = 0.0
+    rows: tuple[Row, ...]
+
+    def floor_us(self, row: Row) -> float:
+        return self.rates.floor_us(row.flops, row.bytes, row.math)
+
+    def rate(self, row: Row, us: float) -> Rate:
+        return Rate(row.flops / us / 1e6, row.bytes / us / 1e3, self.floor_us(row) / us)
+
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong: a row, or a provider on a row, without a refusal."""
+        errors = [timing.error for row in self.rows for timing in row.timings]
+        return any(row.error for row in self.rows) or any(e and not e.startswith("refused") for e in errors)
+
+
+def write(result: Result, path: str | Path) -> None:
+    records.write(result, path)
+
+
+def read(path: str | Path) -> Result:
+    """A file that ``bench --json`` wrote.
+
+    Raises:
+        PolicyError: it cannot be read or is something else.
+    """
+    content = records.load(path)
+    expected = f"{path}: expected what dsv4-backends bench --json writes"
+    if not {"rates", "rows", "device", "schema_version"} <= content.keys():
+        raise PolicyError(expected)
+    version = content["schema_version"]
+    if version not in (1, SCHEMA_VERSION):
+        raise PolicyError(f"{path}: schema_version: expected 1 or {SCHEMA_VERSION}, got {version!r}")
+    try:
+        content = _from_1(content) if version == 1 else content
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PolicyError(f"{expected}: {type(error).__name__}: {error}") from error
+    result = records.build(Result, content, expected)
+    for row in result.rows:
+        if row.timed and min(*row.timed.values(), row.flops, row.bytes) <= 0:
+            raise PolicyError(f"{expected}: {row.op} {row.name}: expected times, flops and bytes above 0")
+    if min(result.rates.copy_gbps, result.rates.bf16_tflops) <= 0:
+        raise PolicyError(f"{expected}: rates: expected rates above 0")
+    return result
+
+
+def _from_1(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Version 1 has a row's name under ``row``, its timings under ``results``, each with its count of samples, labels
+    in place of names, and the floors."""
+    rows = [
+        {
+            **row,
+            "name": row["row"],
+            "timings": [
+                {key: value for key, value in entry.items() if value is not None}
+                | {"provider": entry["provider"].removesuffix(f" as {entry.get('simulated', '')}")}
+                for entry in row["results"]
+            ],
+        }
+        for row in content["rows"]
+    ]
+    counts = [entry["samples"] for row in content["rows"] for entry in row["results"] if "samples" in entry]
+    return {**content, "schema_version": SCHEMA_VERSION, "rows": rows, "samples": max(counts, default=0)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How good the automatic choice is.
+
+    Attributes:
+        rows: How many are judged: where it had a choice, and more than one provider has a time.
+        near: The share of them where it is within 3% of the best.
+        worst, worst_row: The least ratio of the best time to its time, and where.
+        not_timed: Rows where it chose a provider that has no time.
+    """
+
+    rows: int
+    near: float
+    worst: float
+    worst_row: str
+    not_timed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.rows:
+            said = (
+                f"auto: within 3% of the best provider on {self.near:.0%} of {self.rows} rows where there is a "
+                f"choice (wanted: {WANTED_NEAR:.0%}); at worst {self.worst:.2f} of it ({self.worst_row}; wanted: "
+                f"{WANTED_WORST:.2f})"
+            )
+        else:
+            said = "auto: not judged, since no row has the times of two providers"
+        if self.not_timed:
+            said += f"\nauto: on {len(self.not_timed)} rows it chose a provider that has no time here"
+        return said
+
+
+def verdict(rows: Iterable[Row]) -> Verdict:
+    """How good the automatic choice is on some rows."""
     ratios, not_timed = [], []
     for row in rows:
-        times = rivals(row)
-        if not times or row.get("auto") is None:
+        times = row.rivals
+        if not times or row.auto is None:
             continue
-        name = f"{row['op']} {row['row']}"
-        if row["auto"] not in times:
+        name = f"{row.op} {row.name}"
+        if row.auto not in times:
             not_timed.append(name)
         elif len(times) > 1:
-            ratios.append((min(times.values()) / times[row["auto"]], name))
+            ratios.append((min(times.values()) / times[row.auto], name))
     near = sum(ratio >= 1 / NEAR for ratio, _ in ratios)
     worst, at = min(ratios, default=(math.nan, ""))
-    return {
-        "rows": len(ratios),
-        "near": near / len(ratios) if ratios else math.nan,
-        "worst": worst,
-        "worst_row": at,
-        "not_timed": not_timed,
-    }
-
-
-def verdict_text(found: Mapping[str, Any]) -> str:
-    lines = []
-    if found["rows"]:
-        lines.append(
-            f"auto: within 3% of the best provider on {found['near']:.0%} of {found['rows']} rows where there is a "
-            f"choice (wanted: {WANTED_NEAR:.0%}); at worst {found['worst']:.2f} of it ({found['worst_row']}; wanted: "
-            f"{WANTED_WORST:.2f})"
-        )
-    else:
-        lines.append("auto: not judged, since no row has the times of two providers")
-    if found["not_timed"]:
-        lines.append(f"auto: on {len(found['not_timed'])} rows it chose a provider that has no time here")
-    return "\n".join(lines)
-
-
-def memory_gbps(rates: Mapping[str, float]) -> float:
-    """The rate at which memory was seen to move: most ops mostly read. Older results have the copy's rate only."""
-    return max(rates["copy_gbps"], rates.get("read_gbps", 0.0))
-
-
-def failed(result: Mapping[str, Any]) -> bool:
-    """Whether something went wrong: a row, or a provider on a row, without a refusal."""
-    entries = [entry["error"] for row in result["rows"] for entry in row["results"]]
-    return any(row.get("error") for row in result["rows"]) or any(e and not e.startswith("refused") for e in entries)
+    return Verdict(len(ratios), near / len(ratios) if ratios else math.nan, worst, at, tuple(not_timed))

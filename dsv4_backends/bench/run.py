@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..contract import CONTRACTS, OPS
 from ..contract.models import MODELS
@@ -21,7 +22,10 @@ from ..selection import capability as cc
 from ..selection.provider import ProviderSpec, Tier
 from . import inputs, shapes
 from .provenance import provenance
-from .results import SCHEMA_VERSION
+from .results import SCHEMA_VERSION, Result, Row, Timing, label
+
+if TYPE_CHECKING:
+    from .timing import Time
 
 CHECKED_ROWS = 256
 """Rows of a result that are compared with the oracle, spread over all of them."""
@@ -38,10 +42,10 @@ def bench(
     tp: int,
     device: str | None,
     progress: Callable[[str], None],
-    save: Callable[[dict[str, Any]], None] = lambda result: None,
+    save: Callable[[Result], None] = lambda result: None,
     also_as: Sequence[str] = (),
     scales: str = shapes.SCALES[0],
-) -> dict[str, Any]:
+) -> Result:
     """Measure and return what ``--json`` writes.
 
     Args:
@@ -77,31 +81,31 @@ def bench(
     timer = Timer(where)
     measured = rates(timer)
     names = {entry.subject.provider for found in subjects.values() for entry in found}
-    done: list[dict[str, Any]] = []
-    result = {
-        "schema_version": SCHEMA_VERSION,
+    result = Result(
         **provenance(_command(wanted_ops, providers, models, tp, also_as, scales)),
-        "device": machine.device_of(where).json(),
-        "providers": {spec.name: _versions(spec) for spec in _specs() if spec.name in names},
-        "absent": absent,
-        "order": {op: _order(op, where) for op in wanted_ops},
-        "rates": measured,
-        "seconds": 0.0,
-        "rows": done,
-    }
+        schema_version=SCHEMA_VERSION,
+        device=machine.device_of(where),
+        providers={spec.name: _versions(spec) for spec in _specs() if spec.name in names},
+        absent=absent,
+        order={op: _order(op, where) for op in wanted_ops},
+        rates=measured,
+        samples=timer.samples,
+        rows=(),
+    )
     lost = ""
     for index, row in enumerate(rows, 1):
         progress(f"{index}/{len(rows)} {row.op} {row.name}")
         try:
             if lost:
                 raise DeviceLost(lost)
-            done.append(_row(row, subjects[row.op], timer, measured))
+            done = _row(row, subjects[row.op], timer)
         except DeviceLost as error:
-            done.append(_empty(row) | {"error": f"not measured, the device was lost: {error}"})
+            done = _unmeasured(row, f"not measured, the device was lost: {error}")
             lost = str(error)
         except Exception as error:  # one row must not lose the others
-            done.append(_empty(row) | {"error": _words(error)})
-        result["seconds"] = round(time.perf_counter() - started, 1)
+            done = _unmeasured(row, _words(error))
+        seconds = round(time.perf_counter() - started, 1)
+        result = dataclasses.replace(result, rows=(*result.rows, done), seconds=seconds)
         save(result)
         gc.collect()
         if on_gpu and not lost:
@@ -145,10 +149,10 @@ def _versions(spec: ProviderSpec) -> dict[str, str]:
     }
 
 
-def _order(op: str, where: Any) -> list[str]:
+def _order(op: str, where: Any) -> tuple[str, ...]:
     """The providers that can serve ``op`` here, as the automatic choice ranks them without measurements."""
     found = bind.resolution_under(policy.Policy(experimental=True), op, where)
-    return list(dict.fromkeys(candidate.name for candidate in found.accepted))
+    return tuple(dict.fromkeys(candidate.name for candidate in found.accepted))
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,13 @@ class _Entry:
 
     @property
     def label(self) -> str:
-        return _label(self.subject.provider, self.simulated)
+        return label(self.subject.provider, self.simulated)
 
-    def result(self) -> dict[str, Any]:
-        return {"provider": self.label, "simulated": self.simulated, "us": None, "error": ""}
+    def failed(self, error: str) -> Timing:
+        return Timing(self.subject.provider, error=error, simulated=self.simulated)
+
+    def timed(self, taken: Time) -> Timing:
+        return Timing(self.subject.provider, taken.us, taken.q1, taken.q3, simulated=self.simulated)
 
     def refusal(self, arguments: dict[str, Any]) -> Any:
         with _as(self.simulated):
@@ -172,10 +179,6 @@ class _Entry:
     def run(self, arguments: dict[str, Any]) -> Any:
         with _as(self.simulated):
             return self.subject.run(arguments)
-
-
-def _label(provider: str, simulated: str) -> str:
-    return f"{provider} as {simulated}" if simulated else provider
 
 
 @contextlib.contextmanager
@@ -219,19 +222,19 @@ def _subjects(
                 except NoProviderError as error:
                     reasons = error.resolution.candidates if error.resolution is not None else ()
                     told = [str(r) for c in reasons if c.name == spec.name for r in c.reasons if r.code != "not-pinned"]
-                    absent.setdefault(op, {})[_label(spec.name, simulated)] = "; ".join(told) or str(error)
+                    absent.setdefault(op, {})[label(spec.name, simulated)] = "; ".join(told) or str(error)
     if not any(subjects.values()):
         why = "\n".join(f"  {op}: {name}: {text}" for op, all_ in absent.items() for name, text in all_.items())
         raise NoProviderError(f"nothing to measure on {where}:\n{why}" if why else f"nothing to measure on {where}")
     return subjects, absent
 
 
-def _empty(row: shapes.Row) -> dict[str, Any]:
-    return {"op": row.op, "row": row.name, "params": dict(row.params), "results": []}
+def _unmeasured(row: shapes.Row, error: str) -> Row:
+    return Row(row.op, row.name, dict(row.params), error=error)
 
 
-def _row(row: shapes.Row, entries: Sequence[_Entry], timer: Any, measured: dict[str, float]) -> dict[str, Any]:
-    from .timing import Captured, floor_us
+def _row(row: shapes.Row, entries: Sequence[_Entry], timer: Any) -> Row:
+    from .timing import Captured
 
     contract = CONTRACTS[row.op]
     arguments = inputs.draw(row, timer.device)
@@ -239,34 +242,38 @@ def _row(row: shapes.Row, entries: Sequence[_Entry], timer: Any, measured: dict[
     cost = contract.cost(**arguments)
     judge = Judge(row.op, arguments)
     calls: dict[str, Captured] = {}
-    results: dict[str, dict[str, Any]] = {}
+    errors: dict[str, str] = {}
     for entry in entries:
-        result = results[entry.label] = entry.result()
         try:
             if (refusal := entry.refusal(arguments)) is not None:
-                result["error"] = f"refused: {refusal}"
+                errors[entry.label] = f"refused: {refusal}"
                 continue
             call = Captured(functools.partial(entry.run, arguments), timer.device)
-            result["error"] = judge(call)
-            if not result["error"]:
+            if wrong := judge(call):
+                errors[entry.label] = wrong
+            else:
                 calls[entry.label] = call
         except Exception as error:
-            result["error"] = _words(error)
-            _require_alive(timer, result["error"])
+            errors[entry.label] = _words(error)
+            _require_alive(timer, errors[entry.label])
     try:
-        for provider, taken in (timer.interleaved(calls) if calls else {}).items():
-            results[provider] |= asdict(taken)
+        taken = timer.interleaved(calls) if calls else {}
     except Exception as error:
         _require_alive(timer, _words(error))
         raise
-    return _empty(row) | {
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "math": cost.math,
-        "floor_us": floor_us(cost.flops, cost.bytes, cost.math, measured),
-        "auto": _auto(row.op, arguments),
-        "results": list(results.values()),
-    }
+    return Row(
+        op=row.op,
+        name=row.name,
+        params=dict(row.params),
+        flops=cost.flops,
+        bytes=cost.bytes,
+        math=cost.math,
+        auto=_auto(row.op, arguments),
+        timings=tuple(
+            entry.failed(errors[entry.label]) if entry.label in errors else entry.timed(taken[entry.label])
+            for entry in entries
+        ),
+    )
 
 
 def _auto(op: str, arguments: dict[str, Any]) -> str | None:

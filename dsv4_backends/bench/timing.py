@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.steps import step
-from .results import memory_gbps
+from .results import Rates
 
 FLUSH_BYTES = 256 << 20
 SAMPLES = 50
@@ -121,14 +121,8 @@ class Timer:
         return seen
 
 
-def rates(timer: Timer) -> dict[str, float]:
-    """What this machine reaches: the rates from which floors are made.
-
-    Returns:
-        ``copy_gbps``: bytes read and written by a kernel that copies; ``read_gbps``: bytes read by one that sums;
-        ``bf16_tflops``, ``fp8_tflops`` and ``tf32_tflops``: PyTorch's matrix products, fp8 only where it has them;
-        ``launch_us``: the time of a graph that does next to nothing, as it is seen by the events.
-    """
+def rates(timer: Timer) -> Rates:
+    """What this machine reaches."""
     device = timer.device
     n = 8192 if timer.on_gpu else 256
     words = (1 << 28) if timer.on_gpu else (1 << 20)
@@ -169,10 +163,4 @@ def rates(timer: Timer) -> dict[str, float]:
         found[name] = moved * words / times[name].us / 1e3
     for name in times.keys() - found.keys():
         found[name] = 2.0 * n**3 / times[name].us / 1e6
-    return dict(sorted(found.items()))
-
-
-def floor_us(flops: float, moved: float, math: str, measured: Mapping[str, float]) -> float:
-    """The least time of a call at the measured rates. Without FP8 products the bf16 rate counts for FP8."""
-    rate = measured.get(f"{math}_tflops", measured["bf16_tflops"])
-    return max(flops / rate / 1e6, moved / memory_gbps(measured) / 1e3)
+    return Rates(**found)

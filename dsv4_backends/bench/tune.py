@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from ..errors import PolicyError
 from ..selection import preferences as measured
+from ..selection.preferences import Entry, Source, Table
+from .results import Result, Row
 
 MARGIN = 1.03
 """A provider is preferred from this ratio on: less is not worth a choice that depends on the shape."""
 
 
-def tune(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def tune(results: Sequence[Result]) -> Table:
     """The table for the architecture on which all ``results`` were measured.
 
     For each class of shapes and each measured load, the fastest provider is preferred over the one that ranks first
@@ -25,80 +28,110 @@ def tune(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         PolicyError: nothing was measured on a GPU, or on several architectures, or on one in place of another.
     """
-    capabilities = sorted({str(result["device"]["capability"]) for result in results})
-    if len(capabilities) != 1 or capabilities == ["None"]:
-        found = ", ".join(capabilities).replace("None", "a CPU")
+    capabilities = sorted({str(result.device.capability or "a CPU") for result in results})
+    if len(capabilities) != 1 or capabilities == ["a CPU"]:
+        found = ", ".join(capabilities)
         raise PolicyError(f"tune: expected results of one architecture of GPU, got {found or 'none'}")
     for result in results:
-        if any(f"{name}=" in result["command"] for name in ("DSV4_BACKENDS_DEVICE", "TRITON_OVERRIDE_ARCH")):
-            raise PolicyError(f"tune: {result['device']['name']}: expected times of the architecture itself")
-    sources = [
-        {
-            "device": result["device"]["name"],
-            **{name: result[name] for name in ("date", "commit", "command") if name in result},
-            "packages": result["machine"]["packages"],
-            "providers": result["providers"],
-        }
-        for result in results
-    ]
+        if any(f"{name}=" in result.command for name in ("DSV4_BACKENDS_DEVICE", "TRITON_OVERRIDE_ARCH")):
+            raise PolicyError(f"tune: {result.device.name}: expected times of the architecture itself")
     # By class and load; a later file replaces what an earlier one has of the same row.
-    rows: dict[tuple[str, str], tuple[int, Mapping[str, Any], Sequence[str]]] = {}
+    rows: dict[tuple[str, str], _Found] = {}
     for source, result in enumerate(results):
-        for row in result["rows"]:
-            if row["results"]:
-                rows[row["op"], row["row"]] = source, row, result["order"][row["op"]]
-    points: dict[tuple[str, str], dict[int, list[tuple[int, Mapping[str, Any], Sequence[str]]]]]
-    points = defaultdict(lambda: defaultdict(list))
-    for (op, _), found_row in rows.items():
-        classes = measured.CLASSES[op]
-        name, load = classes.read(*classes.of_row(found_row[1]["params"]))
-        points[op, name][load].append(found_row)
-    preferences = [
-        {"op": op, "shapes": name, **entry}
-        for (op, name), by_load in points.items()
-        for entry in _of_class({load: _decide(at) for load, at in sorted(by_load.items())})
-    ]
-    return {
-        "schema_version": measured.SCHEMA_VERSION,
-        "capability": capabilities[0],
-        "how": "dsv4-backends tune, from results of dsv4-backends bench --json",
-        "sources": sources,
-        "preferences": preferences,
-    }
+        for row in result.rows:
+            if row.timings:
+                if row.op not in result.order:
+                    raise PolicyError(f"tune: {result.device.name}, {result.date}: expected the order of {row.op}")
+                rows[row.op, row.name] = _Found(source, row, result.order[row.op])
+    points: dict[tuple[str, str], dict[int, list[_Found]]] = defaultdict(lambda: defaultdict(list))
+    for found_row in rows.values():
+        row = found_row.row
+        try:
+            classes = measured.CLASSES[row.op]
+            name, load = classes.read(*classes.of_row(row.params))
+        except (KeyError, TypeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise PolicyError(f"tune: {row.op} {row.name}: expected a row of this version's bench ({said})") from error
+        points[row.op, name][load].append(found_row)
+    return Table(
+        schema_version=measured.SCHEMA_VERSION,
+        capability=capabilities[0],
+        how="dsv4-backends tune, from results of dsv4-backends bench --json",
+        sources=tuple(
+            Source(
+                device=result.device.name,
+                date=result.date,
+                command=result.command,
+                packages=result.machine.packages,
+                providers=result.providers,
+                commit=result.commit,
+            )
+            for result in results
+        ),
+        preferences=tuple(
+            entry
+            for (op, name), by_load in points.items()
+            for entry in _of_class(op, name, {load: _decide(at) for load, at in sorted(by_load.items())})
+        ),
+    )
 
 
-def _decide(rows: Sequence[tuple[int, Mapping[str, Any], Sequence[str]]]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Found:
+    """A row, the place of the result that it is from, and how the providers rank without measurements."""
+
+    source: int
+    row: Row
+    order: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """Who goes first at one load, or over a range of loads; the least ratio of the times."""
+
+    prefer: str
+    over: str
+    ratio: float
+    source: int
+
+    def agrees(self, other: _Decision) -> bool:
+        return (self.prefer, self.over) == (other.prefer, other.over)
+
+
+def _decide(rows: Sequence[_Found]) -> _Decision | None:
     """What all rows of one load agree on, or None where the tiers' order stays."""
-    agreed: dict[str, Any] | None = None
-    for source, row, order in rows:
-        times = {entry["provider"]: entry for entry in row["results"] if entry["us"] is not None}
-        ranked = [name for name in order if name in times]
+    agreed: _Decision | None = None
+    for found in rows:
+        times = {timing.label: timing for timing in found.row.timings}
+        us = found.row.timed
+        ranked = [name for name in found.order if name in us]
         if not ranked:
             return None
-        over, best = ranked[0], min(ranked, key=lambda name: times[name]["us"])
-        ratio = times[over]["us"] / times[best]["us"]
-        if ratio < MARGIN or any(times[best][quartile] >= times[over][quartile] for quartile in ("q1", "q3")):
+        over, best = ranked[0], min(ranked, key=lambda name: us[name])
+        ratio = us[over] / us[best]
+        if ratio < MARGIN or times[best].q1 >= times[over].q1 or times[best].q3 >= times[over].q3:
             return None
-        if agreed is not None and (agreed["prefer"], agreed["over"]) != (best, over):
+        new = _Decision(best, over, ratio, found.source)
+        if agreed is not None and not agreed.agrees(new):
             return None
-        ratio = min(ratio, agreed["ratio"]) if agreed is not None else ratio
-        agreed = {"prefer": best, "over": over, "ratio": ratio, "source": source}
+        agreed = dataclasses.replace(new, ratio=min(ratio, agreed.ratio)) if agreed is not None else new
     return agreed
 
 
-def _of_class(by_load: Mapping[int, dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+def _of_class(op: str, shapes: str, by_load: Mapping[int, _Decision | None]) -> Iterator[Entry]:
     """Ranges of load with one preference."""
     loads = list(by_load)
-    entry: dict[str, Any] | None = None
+    entry: Entry | None = None
     for index, load in enumerate(loads):
         low = 1 if index == 0 else math.isqrt(loads[index - 1] * load) + 1
         high = None if index == len(loads) - 1 else math.isqrt(load * loads[index + 1])
         found = by_load[load]
-        if found is not None and entry is not None and all(found[k] == entry[k] for k in ("prefer", "over", "source")):
-            entry |= {"high": high, "ratio": min(entry["ratio"], round(found["ratio"], 3))}
+        ratio = round(found.ratio, 3) if found is not None else 0.0
+        if found and entry and (found.prefer, found.over, found.source) == (entry.prefer, entry.over, entry.source):
+            entry = dataclasses.replace(entry, high=high, ratio=min(entry.ratio, ratio))
             continue
         if entry is not None:
             yield entry
-        entry = None if found is None else {"low": low, "high": high, **found, "ratio": round(found["ratio"], 3)}
+        entry = Entry(op, shapes, low, high, found.prefer, found.over, ratio, found.source) if found else None
     if entry is not None:
         yield entry

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
 from typing import Any
 
+from .. import records
 from ..bench.compare import Change, passed
-from ..bench.results import rated, rivals, verdict, verdict_text
+from ..bench.results import Result, verdict
 from ..bench.shapes import SCALES
 from ..contract import OPS
 from ..errors import PolicyError
@@ -82,7 +81,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     need_torch()
-    from ..bench import plot, results
+    from ..bench import plot
     from ..bench import run as runner
 
     file = args.json if args.json != "-" else None
@@ -91,21 +90,22 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         require_plot("--plot", args.plot)
     known_providers(args.provider)
-    kept: dict[str, Any] = {}
+    kept: Result | None = None
     trouble: dict[str, str] = {}  # by option
 
-    def save(result: dict[str, Any]) -> None:
-        kept.update(result)
+    def save(result: Result) -> None:
+        nonlocal kept
+        kept = result
         if file is not None:
             try:
-                write("--json", file, json.dumps(result, indent=1) + "\n")
+                write("--json", file, records.text(result))
                 trouble.pop("--json", None)
             except PolicyError as error:  # what is measured is not thrown away for it
                 trouble["--json"] = str(error)
 
-    def answer(result: dict[str, Any]) -> None:
+    def answer(result: Result) -> None:
         progress("")
-        put(json.dumps(result, indent=1) if args.json == "-" else text(result))
+        put(records.text(result).rstrip() if args.json == "-" else text(result))
 
     try:
         result = runner.bench(
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             args.scales,
         )
     except KeyboardInterrupt:
-        if not kept:
+        if kept is None:
             raise
         answer(kept)
         raise AnsweredInterrupt from None
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         tell(f"dsv4-backends: {words}\n")
     if trouble:
         return USAGE
-    return FINDING if results.failed(result) else OK
+    return FINDING if result.failed else OK
 
 
 def require_plot(option: str, file: str) -> None:
@@ -156,90 +156,85 @@ def require_plot(option: str, file: str) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    from ..bench import compare
+    from ..bench import compare, results
 
-    before, after = compare.read(args.before), compare.read(args.after)
-    with compare.understood(args.before, args.after):
-        changes = compare.compare(before, after)
-        shown = compare_json(before, after, changes), compare_text(before, after, changes)
-    show(args, lambda: shown[0], lambda: shown[1])
+    before, after = results.read(args.before), results.read(args.after)
+    changes = compare.compare(before, after)
+    show(args, lambda: compare_json(before, after, changes), lambda: compare_text(before, after, changes))
     return OK if compare.passed(changes) else FINDING
 
 
 def run_plot(args: argparse.Namespace) -> int:
-    from ..bench import compare, plot
+    from ..bench import plot, results
 
-    result = compare.read(args.result)
+    result = results.read(args.result)
     require_plot("FILE", args.file)
     try:
-        with compare.understood(args.result):
-            plot.plot(result, args.file)
+        plot.plot(result, args.file)
     except OSError as error:
         raise PolicyError(f"FILE: {error}") from error
     return OK
 
 
-def text(result: Mapping[str, Any]) -> str:
+def text(result: Result) -> str:
     """One table per op, then what could not be measured and why, then the automatic choice."""
-    rates = result["rates"]
-    reached = [f"{name} {rates[f'{name}_gbps']:.0f} GB/s" for name in ("copy", "read") if f"{name}_gbps" in rates]
-    reached += [
-        f"{name} {rates[f'{name}_tflops']:.4g} TFLOP/s" for name in ("bf16", "fp8", "tf32") if f"{name}_tflops" in rates
-    ]
-    parts = [f"{result['device']['name']}: {', '.join(reached)}; an empty graph {rates['launch_us']:.1f} µs"]
-    if result["device"]["type"] != "cuda":
+    rates = result.rates
+    memory = {"copy": rates.copy_gbps, "read": rates.read_gbps}
+    products = {"bf16": rates.bf16_tflops, "fp8": rates.fp8_tflops, "tf32": rates.tf32_tflops}
+    reached = [f"{name} {rate:.0f} GB/s" for name, rate in memory.items() if rate]
+    reached += [f"{name} {rate:.4g} TFLOP/s" for name, rate in products.items() if rate]
+    parts = [f"{result.device.name}: {', '.join(reached)}; an empty graph {rates.launch_us:.1f} µs"]
+    if result.device.type != "cuda":
         parts.append("On a CPU: small rows, the wall clock, and no word about any GPU. It shows that the bench works.")
     by_op: dict[str, list[tuple[str, ...]]] = {}
     problems = []
-    for row in result["rows"]:
-        lines = by_op.setdefault(row["op"], [])
-        if row.get("error"):
-            problems.append(f"FAILED {row['op']} {row['row']}: {row['error']}")
-        times = rivals(row)
+    for row in result.rows:
+        lines = by_op.setdefault(row.op, [])
+        if row.error:
+            problems.append(f"FAILED {row.op} {row.name}: {row.error}")
+        times = row.rivals
         first = True
-        for entry in row["results"]:
-            if entry["error"]:
-                kind = "" if entry["error"].startswith("refused") else "FAILED "
-                problems.append(f"{kind}{row['op']} {row['row']}: {entry['provider']}: {entry['error']}")
-            us = entry["us"]
+        for timing in row.timings:
+            if timing.error:
+                kind = "" if timing.error.startswith("refused") else "FAILED "
+                problems.append(f"{kind}{row.op} {row.name}: {timing.label}: {timing.error}")
+            us = timing.us
             shown = ("-",) * 6
             if us is not None:
-                rate = rated(row, us)
-                others = [value for name, value in times.items() if name != entry["provider"]]
+                rate = result.rate(row, us)
+                others = [value for name, value in times.items() if name != timing.label]
                 shown = (
                     f"{us:.1f}",
-                    f"{entry['q1']:.1f}..{entry['q3']:.1f}",
-                    f"{rate['tflops']:.4g}",
-                    f"{rate['gbps']:.3g}" if rate["gbps"] < 100 else f"{rate['gbps']:.0f}",
-                    f"{rate['floor_share']:.0%}",
+                    f"{timing.q1:.1f}..{timing.q3:.1f}",
+                    f"{rate.tflops:.4g}",
+                    f"{rate.gbps:.3g}" if rate.gbps < 100 else f"{rate.gbps:.0f}",
+                    f"{rate.floor_share:.0%}",
                     f"{min(others) / us:.2f}" if others else "-",
                 )
-            mark = " (auto)" if entry["provider"] == row["auto"] else ""
-            lines.append((row["row"] if first else "", entry["provider"] + mark, *shown))
+            mark = " (auto)" if timing.label == row.auto else ""
+            lines.append((row.name if first else "", timing.label + mark, *shown))
             first = False
     header = ("ROW", "PROVIDER", "µs", "QUARTILES", "TFLOP/s", "GB/s", "OF FLOOR", "VS BEST OTHER")
     parts += [f"{op}\n{table(header, lines)}" for op, lines in by_op.items()]
-    absent = [
-        f"not measured: {op}: {name}: {why}" for op, all_ in result["absent"].items() for name, why in all_.items()
-    ]
+    absent = [f"not measured: {op}: {name}: {why}" for op, all_ in result.absent.items() for name, why in all_.items()]
     parts += ["\n".join(lines) for lines in (problems, absent) if lines]
-    parts.append(f"{verdict_text(verdict(result['rows']))}\n{len(result['rows'])} rows in {result['seconds']:.0f} s")
+    parts.append(f"{verdict(result.rows)}\n{len(result.rows)} rows in {result.seconds:.0f} s")
     return "\n\n".join(parts)
 
 
 _SHOWN = ("slower", "lost", "faster", "new", "absent")
 
 
-def compare_text(before: Mapping[str, Any], after: Mapping[str, Any], changes: list[Change]) -> str:
+def compare_text(before: Result, after: Result, changes: list[Change]) -> str:
     """What changed, worst first; and what the two machines are, since a slower machine makes everything slower."""
     parts = []
     for name, result in (("before", before), ("after", after)):
-        rates = result["rates"]
+        rates = result.rates
         parts.append(
-            f"{name}: {result['device']['name']}, {result['date']}, copy {rates['copy_gbps']:.0f} GB/s, "
-            f"bf16 {rates['bf16_tflops']:.4g} TFLOP/s"
+            f"{name}: {result.device.name}, {result.date}, copy {rates.copy_gbps:.0f} GB/s, "
+            f"bf16 {rates.bf16_tflops:.4g} TFLOP/s"
         )
-    if before["device"]["name"] != after["device"]["name"]:
+    if before.device.name != after.device.name:
         parts.append("these are different devices: what differs may be theirs")
     shown = []
     for change in sorted(changes, key=lambda c: -(c.after or 0) / c.before if c.before else 0):
@@ -258,11 +253,15 @@ def compare_text(before: Mapping[str, Any], after: Mapping[str, Any], changes: l
     return "\n".join(parts)
 
 
-def compare_json(before: Mapping[str, Any], after: Mapping[str, Any], changes: list[Change]) -> dict[str, Any]:
+def compare_json(before: Result, after: Result, changes: list[Change]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "before": {key: before[key] for key in ("date", "device", "rates")},
-        "after": {key: after[key] for key in ("date", "device", "rates")},
+        "before": _told(before),
+        "after": _told(after),
         "ok": passed(changes),
         "changes": [vars(change) for change in changes],
     }
+
+
+def _told(result: Result) -> dict[str, Any]:
+    return {"date": result.date, "device": result.device.json(), "rates": records.plain(result.rates)}

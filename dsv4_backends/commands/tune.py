@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
-from typing import Any
 
+from .. import records
 from ..selection import preferences
 from . import render
 from .shared import OK, AddCommand, require_writable, show, write
@@ -19,22 +17,20 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench import compare, tune
+    from ..bench import results, tune
 
     if args.output is not None:
         require_writable("--output", args.output)
-    read = [compare.read(path) for path in args.results]
-    with compare.understood(*args.results):
-        table = tune.tune(read)
+    table = tune.tune([results.read(path) for path in args.results])
     if args.output is not None:
-        write("--output", args.output, json.dumps(table, indent=1) + "\n")
-    show(args, lambda: table, lambda: text(table))
+        write("--output", args.output, records.text(table))
+    show(args, lambda: records.plain(table), lambda: text(table))
     return OK
 
 
-def text(table: Mapping[str, Any]) -> str:
+def text(table: preferences.Table) -> str:
     """The table's preferences, a line each."""
-    rows = [(p.op, p.where, p.prefer, p.over, f"{p.ratio:.2f}") for p in preferences.parse(table)]
+    rows = [(p.op, p.where, p.prefer, p.over, f"{p.ratio:.2f}") for p in table.named]
     if not rows:
         return "nothing to prefer: on every row the provider that ranks first is the fastest, or near it"
     return render.table(("OP", "WHERE", "PREFER", "OVER", "AT LEAST"), rows)

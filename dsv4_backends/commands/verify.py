@@ -6,18 +6,16 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-from ..bench.provenance import provenance
+from .. import records
+from ..bench.provenance import Measured, provenance
 from ..contract import LEVELS, OPS
 from ..selection import machine
 from ..selection.machine import Machine
+from ..testing.verify import Row
 from .render import SCHEMA_VERSION, table
 from .shared import FINDING, OK, AddCommand, AnsweredInterrupt, need_torch, progress, show
-
-if TYPE_CHECKING:
-    from ..testing.verify import Row
 
 LOG_SECONDS = 5.0
 """In a log, a line for the first case of an op, and later ones this far apart."""
@@ -53,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
     def answer(rows: Sequence[Row], interrupted: bool) -> None:
         progress("")
-        show(args, lambda: as_json(rows, args.level, machine.probe(), interrupted), lambda: text(rows, interrupted))
+        show(
+            args,
+            lambda: records.plain(report(rows, args.level, machine.probe(), interrupted)),
+            lambda: text(rows, interrupted),
+        )
 
     try:
         rows = verify(
@@ -81,9 +83,9 @@ def text(rows: Sequence[Row], interrupted: bool = False) -> str:
                     row.provider if first else "",
                     passed + (f", {row.refused} refused" if row.refused else "") if first else "",
                     result,
-                    f"{error['share']:.3g}",
-                    f"{error['calc_diff']:.2g}",
-                    error["case"],
+                    f"{error.share:.3g}",
+                    f"{error.calc_diff:.2g}",
+                    error.case,
                 )
             )
         if not row.errors:
@@ -96,12 +98,30 @@ def text(rows: Sequence[Row], interrupted: bool = False) -> str:
     return "\n".join([*parts, "", *failures, *empty, verdict])
 
 
-def as_json(rows: Sequence[Row], level: str, machine: Machine, interrupted: bool = False) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
+@dataclass(frozen=True, kw_only=True)
+class Report(Measured):
+    """What ``verify --json`` prints.
+
+    Attributes:
+        level: How many cases.
+        ok: Whether all passed.
+        interrupted: Whether not all ran.
+        rows: One for each op and provider.
+    """
+
+    schema_version: int
+    level: str
+    ok: bool
+    interrupted: bool
+    rows: tuple[Row, ...]
+
+
+def report(rows: Sequence[Row], level: str, machine: Machine, interrupted: bool = False) -> Report:
+    return Report(
         **provenance(" ".join(["dsv4-backends", *sys.argv[1:]]), machine),
-        "level": level,
-        "ok": bool(rows) and not interrupted and all(row.ok for row in rows),
-        "interrupted": interrupted,
-        "rows": [asdict(row) for row in rows],
-    }
+        schema_version=SCHEMA_VERSION,
+        level=level,
+        ok=bool(rows) and not interrupted and all(row.ok for row in rows),
+        interrupted=interrupted,
+        rows=tuple(rows),
+    )

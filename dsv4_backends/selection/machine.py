@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from typing import Any
 
 from packaging.version import Version
 
-from ..contract import OPS
 from ..errors import PolicyError
 from . import capability as cc
 from .foreign import identity
@@ -140,17 +138,6 @@ class Machine:
     def fault(self) -> bool:
         """Whether the note tells of GPUs that are not used: the driver refuses, the probe failed, torch is for AMD."""
         return any(word in self.note for word in ("cuInit", "probe", "ROCm"))
-
-    def json(self) -> dict[str, Any]:
-        """For result files: what the numbers were measured on."""
-        return {
-            "python": platform.python_version(),
-            "packages": {n: v for n in ("dsv4-backends", "torch", "triton") if (v := self.installed.get(n))},
-            "devices": [device.json() for device in self.devices],
-            "note": self.note,
-            "executable": Path(sys.executable).name,
-            "ops": list(OPS),
-        }
 
 
 def simulate(text: str) -> Machine:

@@ -8,17 +8,17 @@ call's class looks at shapes only, so a choice that is captured in a CUDA graph 
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
+from .. import records
 from ..contract import CONTRACTS
 from ..contract.traffic import Classes, Shape
+from ..errors import PolicyError
 from . import capability as cc
 from .machine import Device
 
@@ -77,34 +77,72 @@ def _reach(load: str, low: int, high: int | None) -> str:
     return f"{load} <= {high}" if low <= 1 else f"{low} <= {load} <= {high}"
 
 
-def parse(table: Mapping[str, Any]) -> tuple[Preference, ...]:
-    """The preferences of a table.
+@dataclass(frozen=True)
+class Source:
+    """A result that a table is made from.
+
+    Attributes:
+        device: The GPU's name.
+        date, command, commit: When and how it was measured, and the code; no commit where it was not recorded.
+        packages: Versions that the numbers depend on.
+        providers: For each provider the versions of what it is made of.
+    """
+
+    device: str
+    date: str
+    command: str
+    packages: dict[str, str]
+    providers: dict[str, dict[str, str]] = field(default_factory=dict)
+    commit: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A preference as the file has it: ``source`` counts the table's sources from 0."""
+
+    op: str
+    shapes: str
+    low: int
+    high: int | None
+    prefer: str
+    over: str
+    ratio: float
+    source: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """The file of an architecture: what ``dsv4-backends tune`` writes."""
+
+    schema_version: int
+    capability: str
+    how: str
+    sources: tuple[Source, ...]
+    preferences: tuple[Entry, ...]
+
+    @property
+    def named(self) -> tuple[Preference, ...]:
+        """Its preferences, each with its source in words."""
+        words = [f"{source.device}, {source.date}" for source in self.sources]
+        return tuple(Preference(**vars(entry) | {"source": words[entry.source]}) for entry in self.preferences)
+
+
+def read(path: Path) -> Table:
+    """A table.
 
     Raises:
-        ValueError: it is not a table of this version.
+        PolicyError: it is not a table of this version.
     """
-    if (version := table.get("schema_version")) != SCHEMA_VERSION:
-        raise ValueError(f"measured choice: schema_version: expected {SCHEMA_VERSION}, got {version!r}")
-    sources = table["sources"]
-    return tuple(
-        Preference(
-            op=entry["op"],
-            shapes=entry["shapes"],
-            low=entry["low"],
-            high=entry["high"],
-            prefer=entry["prefer"],
-            over=entry["over"],
-            ratio=entry["ratio"],
-            source=f"{sources[entry['source']]['device']}, {sources[entry['source']]['date']}",
-        )
-        for entry in table["preferences"]
-    )
+    content = records.load(path)
+    if (version := content.get("schema_version")) != SCHEMA_VERSION:
+        raise PolicyError(f"{path}: measured choice: schema_version: expected {SCHEMA_VERSION}, got {version!r}")
+    return records.build(Table, content, str(path))
 
 
 @lru_cache(maxsize=16)
 def _load(sm: str, folder: Path) -> tuple[Preference, ...]:
     path = folder / f"{sm}.json"
-    return parse(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ()
+    return read(path).named if path.exists() else ()
 
 
 def preferences(device: Device) -> tuple[Preference, ...]:

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Worst:
+    """The largest error of a result: its share of what is allowed, the worst ``calc_diff``, the case of the former."""
+
+    share: float
+    calc_diff: float
+    case: str
+
+
+@dataclass(frozen=True)
 class Row:
     """What one provider did on one op.
 
@@ -23,7 +32,7 @@ class Row:
         op, provider: Who.
         cases, refused: How many cases ran, and how many the provider refused by shape.
         failures: One line for each case that failed.
-        errors: By result: the worst share of what is allowed, the worst ``calc_diff``, the case of the former.
+        errors: By result, the worst over the cases.
         seconds: For all of it, the oracle included.
     """
 
@@ -32,7 +41,7 @@ class Row:
     cases: int
     refused: int
     failures: tuple[str, ...]
-    errors: dict[str, dict[str, Any]]
+    errors: dict[str, Worst]
     seconds: float
 
     @property
@@ -110,7 +119,7 @@ def _one(subject: Any, level: str, progress: Callable[[str], None]) -> Row:
     contract = CONTRACTS[subject.contract.name]
     cases = contract.at_level(level)
     failures: list[str] = []
-    worst: dict[str, dict[str, Any]] = {}
+    worst: dict[str, Worst] = {}
     ran = refused = 0
     start = time.perf_counter()
 
@@ -137,8 +146,8 @@ def _one(subject: Any, level: str, progress: Callable[[str], None]) -> Row:
                     failures.append(
                         f"{case.name}: {result}: {error.note or f'{error.ratio:.3g} times what is allowed'}"
                     )
-                if error.ratio >= worst.get(result, {}).get("share", -math.inf):
-                    worst[result] = {"share": error.ratio, "calc_diff": error.calc_diff, "case": case.name}
+                if error.ratio >= (worst[result].share if result in worst else -math.inf):
+                    worst[result] = Worst(error.ratio, error.calc_diff, case.name)
     except KeyboardInterrupt:
         raise Interrupted([row()] if ran or refused else []) from None
     return row()

@@ -1,0 +1,262 @@
+"""What lies in docs/results beside the results of ``bench``: a dataclass for each kind of file.
+
+``dsv4_backends.records`` writes and reads them. A file has what a page is made from, and how it was made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.version import Version
+
+from dsv4_backends import records
+from dsv4_backends.bench.provenance import Made, Measured
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+
+# ---------------------------------------------------------------------------------------------- compile matrices
+
+
+class Cell(NamedTuple):
+    """What a compiled kernel takes of an architecture, in registers a thread, bytes a thread and bytes a block.
+
+    With an ``error``, which says why the kernel is bad there, the numbers may be missing.
+    """
+
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix(Made):
+    """What the kernels take, compiled by one release of Triton. No machine: every one compiles the same.
+
+    Attributes:
+        shared_limit: Bytes of shared memory that a block may have, by compute capability.
+        kernels: By kernel and its constants, then by compute capability.
+    """
+
+    triton: str
+    shared_limit: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Cell]] = field(default_factory=dict)
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        return Version(self.triton).release[:2]
+
+
+def matrices(folder: Path = FOLDER) -> list[Matrix]:
+    """The matrices that the docs show, oldest release first."""
+    found = [records.read(Matrix, path) for path in folder.glob("compile-matrix-*.json")]
+    return sorted(found, key=lambda matrix: matrix.release)
+
+
+def matrix_of(triton: str, folder: Path = FOLDER) -> Matrix | None:
+    """The one of a release, whatever its patch level."""
+    return next((m for m in matrices(folder) if m.release == Version(triton).release[:2]), None)
+
+
+# -------------------------------------------------------------------------------------------------- what calls cost
+
+
+@dataclass(frozen=True)
+class OverheadRow:
+    """Microseconds of a call of an op whose implementation returns at once.
+
+    Attributes:
+        op, tensors: The op, and how many tensors the call has.
+        direct_us, call_us: Of the implementation itself, and through ``dsv4_backends.ops``.
+        check_us: What the whole check costs where the shapes are not known.
+    """
+
+    op: str
+    tensors: int
+    direct_us: float
+    call_us: float
+    check_us: float
+
+    @property
+    def added_us(self) -> float:
+        return self.call_us - self.direct_us
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead(Measured):
+    """Of tools/overhead.py."""
+
+    rows: tuple[OverheadRow, ...]
+
+
+@dataclass(frozen=True)
+class NativeRow:
+    """Microseconds of a call of a native library, directly and through the adapter; on the GPU, and on the host.
+
+    Attributes:
+        op, case, mode: What is called, on which sizes, and in which way: ``step`` or ``call``.
+        error: Why there are no times.
+    """
+
+    op: str
+    case: str
+    mode: str
+    gpu_direct_us: float = 0.0
+    gpu_adapter_us: float = 0.0
+    host_direct_us: float = 0.0
+    host_adapter_us: float = 0.0
+    error: str = ""
+
+    @property
+    def gpu_added_percent(self) -> float:
+        return 100 * (self.gpu_adapter_us / self.gpu_direct_us - 1)
+
+    @property
+    def host_added_us(self) -> float:
+        return self.host_adapter_us - self.host_direct_us
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeOverhead(Measured):
+    """Of tools/native_overhead.py."""
+
+    rows: tuple[NativeRow, ...]
+
+
+# -------------------------------------------------------------------------------------------------- suites
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A test that failed."""
+
+    test: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conformance(Measured):
+    """Of tools/conformance.py.
+
+    Attributes:
+        libraries: The build of each native library.
+        level: How many cases.
+        complete: Whether all tests ran.
+        counts: Of the tests that passed, failed and were skipped.
+        skips: How many were skipped for each reason.
+        failures: The tests that failed.
+    """
+
+    libraries: dict[str, str] = field(default_factory=dict)
+    level: str
+    complete: bool
+    counts: dict[str, int]
+    skips: dict[str, int] = field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def refused(self) -> int:
+        """How many were skipped since the provider refuses the shape."""
+        return sum(count for reason, count in self.skips.items() if reason.startswith("refused"))
+
+
+@dataclass(frozen=True)
+class VllmRun:
+    """The tests over the real vLLM with one choice of providers.
+
+    Attributes:
+        tests, failures, errors, skipped: How many.
+        served: For each op how many calls each provider served.
+        failed: The names of those that failed.
+        error: Why nothing ran.
+    """
+
+    tests: int = 0
+    failures: int = 0
+    errors: int = 0
+    skipped: int = 0
+    served: dict[str, dict[str, int]] = field(default_factory=dict)
+    failed: tuple[str, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmRuns(Measured):
+    """Of tools/vllm_on_gpu.sh: a run for each choice of providers, and vLLM's version."""
+
+    vllm: str
+    runs: dict[str, VllmRun]
+
+
+# -------------------------------------------------------------------------------------------------- transformers
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One call of a model.
+
+    Attributes:
+        side, row: How, and what; see tools/transformers_bench.py.
+        outcome: ``ran``, or what stopped it, and ``message`` its words.
+        seconds: Of a prefill, or of a step of decoding.
+        peak_extra_bytes: The most memory beyond what was held before.
+        host_waits_per_step: How often the host waits for the GPU.
+        launches: How many kernels run.
+        worst_relative_error: Of an attention block, against eager's.
+        served: For each op how many calls each provider served.
+    """
+
+    side: str
+    row: str
+    outcome: str
+    message: str = ""
+    seconds: float | None = None
+    peak_extra_bytes: int | None = None
+    host_waits_per_step: int | None = None
+    launches: int | None = None
+    worst_relative_error: float | None = None
+    served: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRuns(Measured):
+    """Of tools/transformers_bench.py.
+
+    Attributes:
+        transformers: Its version.
+        model: The model, in words.
+        complete: Whether all rows were tried.
+        rows: One for each call and side.
+    """
+
+    transformers: str
+    model: str
+    complete: bool
+    rows: tuple[ModelRow, ...]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the rows give together; a figure without both of its rows is missing."""
+        ran = {(row.side, row.row): row for row in self.rows if row.outcome == "ran"}
+        found: dict[str, float] = {}
+
+        def compare(name: str, row: str, key: str, side: str, *, share: bool = False) -> None:
+            eager, ours = (getattr(ran.get((which, row)), key, None) for which in ("eager", side))
+            if eager and ours:
+                found[name] = ours / eager if share else eager / ours
+
+        row = "prefill 8192"
+        compare(f"{row}: times as fast as eager", row, "seconds", "dsv4_backends")
+        compare(f"{row}: share of eager's extra memory", row, "peak_extra_bytes", "dsv4_backends", share=True)
+        for side in ("dsv4_backends", "packed"):
+            for row in ("decode b=1", "decode b=32"):
+                compare(f"{row}, {side}: times as fast as eager", row, "seconds", side)
+            launches = f"decode b=1, {side}: share of eager's kernels"
+            compare(launches, "kernels of decode b=1", "launches", side, share=True)
+        check = ran.get(("dsv4_backends", "check 1024"))
+        if check is not None and check.worst_relative_error is not None:
+            found["worst relative error of an attention block"] = check.worst_relative_error
+        return found
