@@ -30,7 +30,7 @@ def spec(**over):
     impl = dict(op='mqa_logits', target='@M@:serve', devices=('cuda', 'cpu')) | over.pop('impl', {})
     return d.ProviderSpec(**(dict(name='@N@', summary='fake', tier=d.Tier.NATIVE,
         implementations=(d.Implementation(**impl),)) | over))
-from dsv4_backends.contract.indexer import mqa_logits as _contract
+from dsv4_backends.contract.indexer.meaning import mqa_logits as _contract
 import inspect
 def serve(*args, **kwargs): raise AssertionError('it must not be reached')
 serve.__signature__ = inspect.signature(_contract)
