@@ -20,11 +20,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from dsv4_backends.contract.names import OPS
 from packaging.version import Version
 
 from dsv4_backends import PolicyError, engines
 from dsv4_backends.commands import cli
+from dsv4_backends.contract import OPS
 from dsv4_backends.engines import hook, patching
 from dsv4_backends.engines import vllm as engine
 from dsv4_backends.engines.vllm import rules
