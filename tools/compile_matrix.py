@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,18 @@ def label(launch: Launch) -> str:
     return f"{launch.kernel.__name__.strip('_').removesuffix('_kernel')} {constants}".strip()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A launch, and the op that asked for it first."""
+
+    op: str
+    launch: Launch
+
+    @property
+    def label(self) -> str:
+        return f"{label(self.launch)} warps={self.launch.options['num_warps']}"
+
+
 def _identity(launch: Launch) -> tuple[Any, ...]:
     types = [str(getattr(value, "dtype", None) or type(value).__name__) for value in launch.arguments.values()]
     shapes = [getattr(value, "block_shape", None) for value in launch.arguments.values()]
@@ -76,16 +89,16 @@ def _identity(launch: Launch) -> tuple[Any, ...]:
 
 
 @cache
-def launches(capability: str) -> tuple[Launch, ...]:
+def launches(capability: str) -> tuple[Asked, ...]:
     """Everything that dispatch asks for on a capability, each once, in a fixed order."""
     arch = arch_from_capability(Version(capability))
-    found: dict[tuple[Any, ...], Launch] = {}
+    found: dict[tuple[Any, ...], Asked] = {}
     for invariant in (False, True):
         home = "batch_invariant" if invariant else ""
         for op in (op for op in OPS if op not in BATCH_INVARIANT or not invariant):
             for rank in RANKS:
                 for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch, home):
-                    found.setdefault(_identity(launch), launch)
+                    found.setdefault(_identity(launch), Asked(op, launch))
     return tuple(found.values())
 
 
@@ -105,8 +118,8 @@ def registers_and_stack(compiled: Any) -> tuple[int, int]:
 def compile_one(capability: str, index: int) -> tuple[str, str, Cell]:
     """Compile the index-th launch for a capability: the kernel's name, the capability, and what it takes."""
     arch = arch_from_capability(Version(capability))
-    launch = launches(capability)[index]
-    name = f"{label(launch)} warps={launch.options['num_warps']}"
+    asked = launches(capability)[index]
+    name, launch = asked.label, asked.launch
     triton.runtime.driver.set_active(NoGpu(arch.cc))
     try:
         compiled = launch.compile()

@@ -1,0 +1,145 @@
+"""Compare the machine code (SASS) of the Triton provider's kernels before and after a change, without a GPU.
+
+``record`` compiles every launch that dispatch asks for, as ``compile_matrix.py`` finds them, and keeps a hash of each
+kernel's SASS. ``compare`` matches two records by op, capability and hash, and lists what differs. Names of functions
+and files are not hashed, so moved and renamed kernels compare equal. Usage:
+
+    python tools/sass.py record [--capability 8.0 ...] [--every N] [--jobs N] --json FILE
+    python tools/sass.py compare BEFORE AFTER
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import compile_matrix
+import triton
+from packaging.version import Version
+
+from dsv4_backends.bench.provenance import provenance
+
+CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
+"""One of each instruction set for matrix products, and 10.0, where the plain kernels serve."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compiled launch.
+
+    Attributes:
+        code: The hash of its SASS.
+        shared: Bytes of shared memory.
+        label: The kernel and its constants, for the reader only.
+    """
+
+    op: str
+    capability: str
+    code: str
+    shared: int
+    label: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.op, self.capability, self.code, self.shared
+
+
+def normalised(dump: str, name: str) -> str:
+    """The instructions of ``cuobjdump -sass`` with their encodings, without the names of functions and files."""
+    lines = (line.strip() for line in dump.splitlines())
+    code = [line for line in lines if line.startswith("/*") or re.match(r"\.L_x_\d+:", line)]
+    return "\n".join(code).replace(name, "kernel")
+
+
+def sass(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [compile_matrix.CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True
+        )
+    return done.stdout
+
+
+def record_share(capability: str, first: int, every: int) -> list[Entry]:
+    """Every ``every``-th launch of a capability."""
+    found = []
+    cc = compile_matrix.arch_from_capability(Version(capability)).cc
+    triton.runtime.driver.set_active(compile_matrix.NoGpu(cc))
+    for asked in compile_matrix.launches(capability)[first::every]:
+        compiled = asked.launch.compile()
+        code = normalised(sass(compiled.asm["cubin"]), compiled.metadata.name)
+        assert code, f"no SASS of {asked.label}"
+        short = hashlib.sha256(code.encode()).hexdigest()[:16]
+        found.append(Entry(asked.op, capability, short, int(compiled.metadata.shared), asked.label))
+    return found
+
+
+def write(entries: Iterable[Entry], command: str, path: Path) -> None:
+    head = {**provenance(command), "triton": triton.__version__}
+    path.write_text(json.dumps({**head, "entries": [asdict(entry) for entry in entries]}, indent=1) + "\n")
+
+
+def read(path: Path) -> tuple[str, list[Entry]]:
+    """The version of Triton, and the entries."""
+    content = json.loads(path.read_text())
+    return content["triton"], [Entry(**entry) for entry in content["entries"]]
+
+
+def differences(before: list[Entry], after: list[Entry]) -> list[str]:
+    """What only one of two records has, as lines; where an op's label on a capability has another hash, it changed."""
+    gone = Counter(entry.key for entry in before)
+    came = Counter(entry.key for entry in after)
+    gone, came = gone - came, came - gone
+    old = {(e.op, e.capability, e.label): e for e in before if e.key in gone}
+    new = {(e.op, e.capability, e.label): e for e in after if e.key in came}
+    lines = []
+    for where in sorted({*old, *new}):
+        kind = "changed" if where in old and where in new else "gone" if where in old else "new"
+        codes = " -> ".join(f"{e.code}, {e.shared} bytes shared" for e in (old.get(where), new.get(where)) if e)
+        lines.append(f"{kind}: {' '.join(where)}: {codes}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record")
+    recording.add_argument("--capability", nargs="+", default=CAPABILITIES)
+    recording.add_argument("--every", type=int, default=1, help="each N-th only, of the same order")
+    recording.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    recording.add_argument("--json", type=Path, required=True)
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("before", type=Path)
+    comparing.add_argument("after", type=Path)
+    args = parser.parse_args()
+    if args.command == "record":
+        with ProcessPoolExecutor(args.jobs) as pool:
+            shares = [(capability, 0, args.every) for capability in args.capability]
+            entries = [entry for part in pool.map(record_share, *zip(*shares, strict=True)) for entry in part]
+        write(entries, f"python tools/sass.py record --every {args.every} --json FILE", args.json)
+        print(f"Triton {triton.__version__}: {len(entries)} kernels")
+        return 0
+    (old_triton, before), (new_triton, after) = read(args.before), read(args.after)
+    if old_triton != new_triton:
+        print(f"different versions of Triton: {old_triton} and {new_triton}", file=sys.stderr)
+        return 2
+    lines = differences(before, after)
+    print(*lines, sep="\n", end="\n" if lines else "")
+    print(f"Triton {new_triton}: {len(before)} kernels before, {len(after)} after, {len(lines)} differ")
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
