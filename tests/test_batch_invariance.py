@@ -12,7 +12,7 @@ import pytest
 import torch
 import traffic as serving
 from dsv4_backend_triton import BATCH_INVARIANT, ahead, batch_invariant
-from dsv4_backend_triton._arch import arch_from_capability
+from dsv4_backend_triton.arch import arch_from_capability
 from packaging.version import Version
 
 from dsv4_backends import OPS, ops
@@ -100,7 +100,7 @@ def test_one_reading_when_a_call_is_bound(monkeypatch: pytest.MonkeyPatch) -> No
         chosen = resolution.selected.implementation
         return chosen.target, chosen.batch_invariant
 
-    usual = ("dsv4_backend_triton.hyper_connection:hc_prenorm_gemm", False)
+    usual = ("dsv4_backend_triton.hyper_connection.hc_prenorm_gemm.op:hc_prenorm_gemm", False)
     in_mode = ("dsv4_backend_triton.batch_invariant:hc_prenorm_gemm", True)
     assert target() == usual
     monkeypatch.setenv("DSV4_BACKENDS_BATCH_INVARIANT", "1")

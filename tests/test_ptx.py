@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from dsv4_backend_triton import _numeric
+from dsv4_backend_triton.lib import bits
 
 
 def _halves(word: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_every_code_beside_every_kind_of_neighbour() -> None:
     table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).bfloat16()
     for code, neighbour in itertools.product(range(256), (0x00, 0x80, 0x7F, 0xFF, 0x7E, 0x01)):
         codes = [code, neighbour, neighbour ^ 0x80, code]
-        words = run(_numeric.E4M3X4_TO_BF16X4, 2, sum(byte << 8 * i for i, byte in enumerate(codes)))
+        words = run(bits.E4M3X4_TO_BF16X4, 2, sum(byte << 8 * i for i, byte in enumerate(codes)))
         got, want = torch.cat([_halves(word) for word in words]), table[codes]
         assert torch.equal(got.isnan(), want.isnan())
         kept = ~want.isnan()

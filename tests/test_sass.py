@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dsv4_backend_triton._launch import Launch
+from dsv4_backend_triton.launch import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from dsv4_backend_triton._arch import arch_from_capability
-from dsv4_backend_triton._launch import Launch, recording
+from dsv4_backend_triton.arch import arch_from_capability
+from dsv4_backend_triton.launch import Launch, recording
 from packaging.version import Version
 
 from dsv4_backends import CONTRACTS

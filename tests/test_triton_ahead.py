@@ -13,8 +13,9 @@ import pytest
 import torch
 import traffic as serving
 import triton
-from dsv4_backend_triton import ahead, decode
-from dsv4_backend_triton._arch import Arch, arch_from_capability
+from dsv4_backend_triton import ahead, variants
+from dsv4_backend_triton.arch import Arch, arch_from_capability
+from dsv4_backend_triton.sparse_mla.decode.plan import MOST_SPLITS, Shape
 from packaging.version import Version
 from traffic import Arguments, Limits, served
 
@@ -166,7 +167,7 @@ def test_many_rows_of_the_prenorm_gemm_have_their_own_kernel_on_hopper() -> None
         first = next(iter(ahead.record("hc_prenorm_gemm", [call], arch_from_capability(Version(capability)))))
         return str(first.kernel.__name__)
 
-    assert kernel("9.0", 129) == kernel("9.0", 8192, k=64) == kernel("9.0", 200, n=32) == "hc_hopper_kernel"
+    assert kernel("9.0", 129) == kernel("9.0", 8192, k=64) == kernel("9.0", 200, n=32) == "_hc_wgmma_kernel"
     plain = [kernel("9.0", 128), kernel("9.0", 200, n=33), kernel("9.0", 200, k=96), kernel("9.0", 200, stride=1028)]
     assert {*plain, kernel("8.0", 8192), kernel("10.0", 8192), kernel("12.0", 8192)} == {"_hc_kernel"}
 
@@ -181,7 +182,7 @@ def test_few_tokens_of_the_einsum_have_their_own_kernel_on_hopper() -> None:
     for minor in (True, False):
         made = {tokens: launched("9.0", tokens, token_minor=minor) for tokens in (16, 17, 32, 33, 64, 65)}
         names = [launch.kernel.__name__ for launch in made.values()]
-        assert names == ["_einsum_kernel", *["einsum_few_kernel"] * 4, "einsum_hopper_kernel"]
+        assert names == ["_einsum_kernel", *["_einsum_wgmma_few_kernel"] * 4, "_einsum_wgmma_kernel"]
         assert [made[n].constants["BLOCK_B"] for n in (17, 32, 33, 64)] == [32, 32, 64, 64]
         assert {made[n].constants["STAGES"] for n in (16, 17, 64)} == {6}
         assert {launched("9.0", n, PRO, token_minor=minor).constants["STAGES"] for n in (16, 17, 64)} == {4}
@@ -194,13 +195,14 @@ def test_splits_can_be_combined_at_once(capability: str) -> None:
     """However wide the scopes are, and whatever few rows would have liked."""
     arch = arch_from_capability(Version(capability))
     chosen = [
-        decode.plan(arch, rows, heads, 128, selected, gluon=gluon, rough=rough)
+        next(variants.choices("sparse_mla_decode", Shape(arch, rows, heads, 128, selected, vectors, rough, False)))
         for rows in (1, 2, 7, 64)
         for heads in (1, 16, 64, 128)
         for selected in (0, 512, 1024, 2048, 8192)
-        for gluon, rough in ((True, False), (False, False), (False, True))
+        for vectors, rough in ((True, False), (False, False), (False, True))
     ]
-    assert 32 < max(plan.splits for plan in chosen) <= decode._MOST_SPLITS
+    splits = [plan.splits for name, plan in chosen if name != "staged"]
+    assert 32 < max(splits) <= MOST_SPLITS
 
 
 def test_attention_has_its_own_kernels_for_mma_sync() -> None:
@@ -215,26 +217,26 @@ def test_attention_has_its_own_kernels_for_mma_sync() -> None:
 
     many, few = (serving.decode(64, b, 1, 128, (512, 64)) for b in (128, 8))
     for capability, wide in (("8.0", 64), ("8.6", 32), ("8.9", 32), ("12.0", 32)):
-        assert tile(capability, "sparse_mla_decode", many) == ("_decode_ampere_kernel", wide, wide)
-        assert tile(capability, "sparse_mla_decode", few) == ("_decode_ampere_kernel", 32, 32)
+        assert tile(capability, "sparse_mla_decode", many) == ("_decode_mma_sync_kernel", wide, wide)
+        assert tile(capability, "sparse_mla_decode", few) == ("_decode_mma_sync_kernel", 32, 32)
         for heads, high in ((128, wide), (64, wide), (32, 32), (17, 32)):
             call = serving.prefill(heads, 512, 4096, 640)
-            assert tile(capability, "sparse_mla_prefill", call) == ("_prefill_ampere_kernel", high, high)
+            assert tile(capability, "sparse_mla_prefill", call) == ("_prefill_mma_sync_kernel", high, high)
         call = serving.prefill(16, 512, 4096, 640)
-        assert tile(capability, "sparse_mla_prefill", call) == ("_prefill_ampere_kernel", 16, 64)
+        assert tile(capability, "sparse_mla_prefill", call) == ("_prefill_mma_sync_kernel", 16, 64)
     rank = serving.decode(16, 128, 1, 128, (512, 64))  # of eight ranks: Hopper too
     for capability in ("8.0", "8.6", "8.9", "9.0", "12.0"):
-        assert tile(capability, "sparse_mla_decode", rank) == ("_decode_ampere_kernel", 16, 32)
+        assert tile(capability, "sparse_mla_decode", rank) == ("_decode_mma_sync_kernel", 16, 32)
     single = serving.decode(64, 1, 1, 128, (512, 64))  # up to three of the smallest tiles a program: Hopper too
     for capability in ("8.0", "8.6", "8.9", "9.0", "12.0"):
-        assert tile(capability, "sparse_mla_decode", single) == ("_decode_ampere_kernel", 16, 32)
-    assert tile("9.0", "sparse_mla_decode", serving.decode(64, 8, 1, 128, (512, 64)))[0] == "_decode_hopper_kernel"
+        assert tile(capability, "sparse_mla_decode", single) == ("_decode_mma_sync_kernel", 16, 32)
+    assert tile("9.0", "sparse_mla_decode", serving.decode(64, 8, 1, 128, (512, 64)))[0] == "_decode_wgmma_kernel"
     for capability in ("10.0", "10.3"):
         assert tile(capability, "sparse_mla_prefill", serving.prefill(64, 512, 4096, 640))[0] == "_prefill_kernel"
-        assert "ampere" not in tile(capability, "sparse_mla_decode", many)[0]
+        assert "mma_sync" not in tile(capability, "sparse_mla_decode", many)[0]
     apart = torch.empty(4096, 1, 516, dtype=torch.bfloat16, device="meta")[..., :512]
     call = serving.prefill(64, 512, 4096, 640) | {"kv": apart}
     assert tile("8.0", "sparse_mla_prefill", call)[0] == "_prefill_kernel"
     odd = torch.empty(1024, 64 * 584 + 8, dtype=torch.uint8, device="meta")[:, : 64 * 584].view(1024, 64, 1, 584)
     names = [name for name, *_ in launched("8.0", "sparse_mla_decode", many | {"k_cache": odd})]
-    assert names == ["_stage_kernel", "_prefill_ampere_kernel"]
+    assert names == ["_stage_kernel", "_prefill_mma_sync_kernel"]

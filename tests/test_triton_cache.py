@@ -14,8 +14,9 @@ import torch
 import traffic as serving
 import triton
 from dsv4_backend_deep_gemm import _finish
-from dsv4_backend_triton import _launch, ahead
-from dsv4_backend_triton._arch import arch_from_capability
+from dsv4_backend_triton import ahead
+from dsv4_backend_triton import launch as triton_launch
+from dsv4_backend_triton.arch import arch_from_capability
 from packaging.version import Version
 
 from dsv4_backends import OPS
@@ -42,8 +43,8 @@ class Kernel:
 
 
 DOORS: dict[str, Callable[[Any], None]] = {
-    "triton": lambda kernel: _launch.launch(kernel, (1,), X),
-    "triton ahead": lambda kernel: _launch.Launch(kernel, (1,), {}, {}).compile(),
+    "triton": lambda kernel: triton_launch.launch(kernel, (1,), X),
+    "triton ahead": lambda kernel: triton_launch.Launch(kernel, (1,), {}, {}).compile(),
     "deep_gemm": lambda kernel: _finish._launch(kernel, -1, (1, 1, 1), (X,), (), ()),
     "transformers": lambda kernel: transformers_kernels._launch(kernel, (1,), X, X),
 }

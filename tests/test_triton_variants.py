@@ -18,14 +18,24 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from dsv4_backend_triton import _variants
+from dsv4_backend_triton.variants import OPS as KERNELS
 
 from dsv4_backends import OPS
 
 HERE = Path(__file__).resolve()
 PACKAGE = HERE.parents[1] / "backends" / "dsv4_backend_triton"
 GLUON = "triton.experimental.gluon"
-MODULES = sorted({name for names in _variants.VARIANTS.values() for name in names})
+GONE = {
+    "sparse_mla.prefill.wgmma": {"_prefill_wgmma_kernel"},
+    "sparse_mla.prefill.mma_sync": {"_prefill_mma_sync_kernel"},
+    "sparse_mla.decode.wgmma": {"_decode_wgmma_kernel"},
+    "sparse_mla.decode.mma_sync": {"_decode_mma_sync_kernel"},
+    "indexer.mqa_logits.wgmma": {"_mqa_logits_wgmma_kernel"},
+    "projection.fp8_einsum.wgmma": {"_einsum_wgmma_kernel"},
+    "projection.fp8_einsum.wgmma_few": {"_einsum_wgmma_few_kernel"},
+    "hyper_connection.hc_prenorm_gemm.wgmma": {"_hc_wgmma_kernel"},
+}
+"""By the file of a variant in Gluon, its kernels."""
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
 PLAIN = {
     "sparse_mla_prefill": {"_prefill_kernel"},
@@ -35,7 +45,8 @@ PLAIN = {
         "_combine_kernel",
         "_stage_kernel",
         "_prefill_kernel",
-        "_prefill_ampere_kernel",
+        "_prefill_mma_sync_kernel",
+        "_prefill_wgmma_kernel",
     },
     "mqa_logits": {"_mqa_logits_kernel"},
     "paged_mqa_logits": {"_paged_mqa_logits_kernel"},
@@ -45,7 +56,7 @@ PLAIN = {
 
 
 def _sources() -> Iterator[ast.Module]:
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         if GLUON in path.read_text():
             yield ast.parse(path.read_text())
 
@@ -100,7 +111,7 @@ def _look() -> dict[str, Any]:
     logging.getLogger("dsv4_backends").addHandler(handler)
     import traffic as serving
     from dsv4_backend_triton import ahead
-    from dsv4_backend_triton._arch import arch_from_capability
+    from dsv4_backend_triton.arch import arch_from_capability
     from packaging.version import Version
 
     from dsv4_backends.contract.models import FLASH
@@ -120,14 +131,14 @@ def _look() -> dict[str, Any]:
             kernels = {one.kernel.__name__ for one in recorded}
             launched[f"{op} {capability}"] = sorted(kernels)
     notices = {op: [str(r) for r in ahead.notices(op) if r.code == "slower-kernels"] for op in OPS}
-    missing = {name: _variants_of()[name] for name in MODULES}
+    from dsv4_backend_triton import variants
+
+    missing = {f"{variants.OPS[op].folder}.{v.name}": variants.missing(op, v) for op in OPS for v in gluon(op)}
     return {"launched": launched, "said": said, "notices": notices, "missing": missing}
 
 
-def _variants_of() -> dict[str, str]:
-    from dsv4_backend_triton import _variants as variants
-
-    return {name: variants.missing(name) for name in MODULES}
+def gluon(op: str) -> list[Any]:
+    return [variant for variant in KERNELS[op].variants if variant.gluon]
 
 
 def _child(owner: str, attribute: str) -> dict[str, Any]:
@@ -168,8 +179,8 @@ def test_this_triton_has_all_of_them(found: dict[str, Any]) -> None:
     assert whole["said"] == []
     assert set(whole["missing"].values()) == {""}
     launched = {kernel for kernels in whole["launched"].values() for kernel in kernels}
-    assert {"_prefill", "_decode_hopper_kernel", "mqa_hopper_kernel", "hc_hopper_kernel"} <= launched
-    assert {"_prefill_ampere_kernel", "_decode_ampere_kernel", "einsum_hopper_kernel", "einsum_few_kernel"} <= launched
+    assert set(whole["missing"]) == set(GONE)
+    assert set().union(*GONE.values()) <= launched
 
 
 @pytest.mark.parametrize("name", [f"{owner}:{attribute}" for owner, attribute in NAMES])
@@ -182,10 +193,10 @@ def test_a_missing_name_costs_what_uses_it(name: str, found: dict[str, Any]) -> 
     assert len(set(without["said"])) == len(without["said"]) <= 1
     assert bool(without["said"]) == bool(lost)
     for op in OPS:
-        own = set(_variants.VARIANTS[op]) & lost
+        own = {f"{KERNELS[op].folder}.{variant.name}" for variant in gluon(op)} & lost
         assert len(without["notices"][op]) == len(own)
         # Staged decode attends as prefill does.
-        touched = own or (op == "sparse_mla_decode" and lost & {"prefill_ampere"})
+        touched = own or (op == "sparse_mla_decode" and any("prefill" in file for file in lost))
         for capability in CAPABILITIES:
             before, after = (set(f["launched"][f"{op} {capability}"]) for f in (whole, without))
             if not touched:
@@ -193,10 +204,7 @@ def test_a_missing_name_costs_what_uses_it(name: str, found: dict[str, Any]) -> 
             else:
                 assert after <= before | PLAIN[op]
                 assert after
-            gone = {"prefill_hopper": "_prefill", "prefill_ampere": "_prefill_ampere_kernel"}
-            gone |= {"decode_hopper": "_decode_hopper_kernel", "decode_ampere": "_decode_ampere_kernel"}
-            gone |= {"logits_hopper": "mqa_hopper_kernel", "hyper_connection_hopper": "hc_hopper_kernel"}
-            assert not after & {gone.get(module, "einsum_hopper_kernel") for module in lost}
+            assert not after & set().union(*(GONE[file] for file in lost))
 
 
 SPARE: set[str] = {f"{GLUON}.language.shared_memory_descriptor:_reinterpret"}

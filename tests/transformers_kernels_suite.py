@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dsv4_backend_triton._arch import interpreting
+from dsv4_backend_triton.arch import interpreting
 from test_transformers import (  # noqa: F401
     attend,
     inference,

@@ -12,9 +12,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from dsv4_backend_triton import BATCH_INVARIANT, _numeric
-from dsv4_backend_triton._arch import arch_of, interpreting
-from dsv4_backend_triton._launch import launch
+from dsv4_backend_triton import BATCH_INVARIANT
+from dsv4_backend_triton.arch import arch_of, interpreting
+from dsv4_backend_triton.launch import launch
+from dsv4_backend_triton.lib import bits
 from extremes import check_extreme_scale_codes
 from traffic import served
 
@@ -90,8 +91,8 @@ def test_bits_of_a_row_in_every_batch(op: str) -> None:
 @triton.jit
 def _decode_every_code(e4m3_ptr, e8m0_ptr):
     code = tl.arange(0, 256)
-    tl.store(e4m3_ptr + code, _numeric.e4m3_to_fp32(code.to(tl.uint8)))
-    tl.store(e8m0_ptr + code, _numeric.e8m0_to_fp32(code))
+    tl.store(e4m3_ptr + code, bits.e4m3_to_fp32(code.to(tl.uint8)))
+    tl.store(e8m0_ptr + code, bits.e8m0_to_fp32(code))
 
 
 def test_every_e4m3_and_e8m0_code() -> None:
@@ -111,7 +112,7 @@ def test_extreme_scale_codes() -> None:
 @triton.jit
 def _round_bf16(source, target):
     at = tl.arange(0, 512)
-    tl.store(target + at, _numeric.round_to(tl.load(source + at), tl.bfloat16, tl.float32))
+    tl.store(target + at, bits.round_to(tl.load(source + at), tl.bfloat16, tl.float32))
 
 
 def test_rounding_to_bf16() -> None:

@@ -15,16 +15,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kept
 import triton
 from dsv4_backend_triton import BATCH_INVARIANT, ahead
-from dsv4_backend_triton._arch import arch_from_capability
-from dsv4_backend_triton._launch import Launch
+from dsv4_backend_triton.arch import arch_from_capability
+from dsv4_backend_triton.launch import Launch
 from kept import Cell, Matrix
 from packaging.version import Version
 from triton.backends.compiler import GPUTarget
@@ -70,8 +69,7 @@ def label(launch: Launch) -> str:
     return f"{launch.kernel.__name__.strip('_').removesuffix('_kernel')} {constants}".strip()
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """A launch, and the op that asked for it first."""
 
     op: str

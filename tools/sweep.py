@@ -15,19 +15,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from dsv4_backend_triton import decode, einsum, prefill
-from dsv4_backend_triton import hyper_connection as hc
-from dsv4_backend_triton._arch import arch_of
-from dsv4_backend_triton._sizes import cdiv
+from dsv4_backend_triton import variants
+from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm import portable as hc_portable
+from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm import wgmma as hc_wgmma
+from dsv4_backend_triton.lib.sizes import cdiv
+from dsv4_backend_triton.projection.fp8_einsum import portable as einsum_portable
+from dsv4_backend_triton.projection.fp8_einsum import wgmma as einsum_wgmma
+from dsv4_backend_triton.projection.fp8_einsum import wgmma_few as einsum_few
+from dsv4_backend_triton.sparse_mla.decode.plan import Plan, Tile
+from dsv4_backend_triton.sparse_mla.prefill.plan import Tile as PrefillTile
 
 from dsv4_backends import records
 from dsv4_backends.bench import inputs, run, timing
@@ -51,108 +57,98 @@ Candidate = Callable[[dict[str, Any]], Any]
 """Makes the op's call with one configuration, from the call's arguments."""
 
 
-def _hyper_connection() -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    def call(config: Any, splits: int, made: dict[str, Any]) -> Any:
-        return hc._hc_prenorm_gemm(made["x"], made["fn"], made["num_splits"], None, None, config, splits)
+def _call(op: str, variant: str, config: Any, made: dict[str, Any]) -> Any:
+    module, name = f"dsv4_backend_triton.{variants.OPS[op].folder}.op", op
+    with variants.forced(op, variant, config):
+        return getattr(importlib.import_module(module), name)(**made)
 
+
+def _candidates(op: str, configs: Iterable[tuple[str, Any]]) -> dict[str, Candidate]:
+    return {f"{variant} {config}": functools.partial(_call, op, variant, config) for variant, config in configs}
+
+
+def _hyper_connection() -> Iterator[tuple[Row, dict[str, Candidate]]]:
     wide = [
-        hc.HcConfig(m, k, 32, False, mode, m // 16, stages, 1, True, "")
+        ("portable", hc_portable.Config(m, k, 32, False, mode, m // 16, stages, 1, True))
         for m, k, stages, mode in itertools.product((64, 128), (64, 128), (3, 4, 6), ("bf16", "tf32"))
         if stages * k * (2 * m + 128) + 128 * k <= MOST_SHARED
     ]
     narrow = [
-        hc.HcConfig(m, k, n, True, "tf32", warps, stages, 1, True, "")
+        ("portable", hc_portable.Config(m, k, n, True, "tf32", warps, stages, 1, True))
         for m, n, k, warps, stages in itertools.product((16, 32), (16, 32), (64, 128), (2, 4), (3, 4))
     ]
     tiles = [(64, 64, 8, 4), (64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 5, 2)]
     tiles += [(128, 64, 4, 2), (128, 64, 6, 4), (128, 64, 8, 2), (128, 128, 3, 2)]
-    special = [hc.HopperConfig(*tile, "") for tile in tiles]
+    special = [("wgmma", hc_wgmma.Config(*tile)) for tile in tiles]
     shapes = ((32, 32), (64, 32), (128, 32), (256, 32), (512, 16), (1024, 8), (2048, 4), (8192, 1))
     for k, (m, results) in itertools.product((16384, 28672), shapes):
-        found: dict[str, Candidate] = {}
-        for config in [*(narrow if m <= 256 else []), *wide, *(special if m > 64 else [])]:
+        configs = []
+        for variant, config in [*(narrow if m <= 256 else []), *wide, *(special if m > 64 else [])]:
             for group in (1, 2, 4):
                 blocks = cdiv(m, config.block_m) * results * group
                 if group == 1 or blocks <= 4 * 132:
-                    found[f"{config} group={group}"] = functools.partial(call, config, results * group)
+                    configs.append((variant, config._replace(splits=results * group)))
         params = {"m": m, "k": k, "n": 24, "num_splits": results}
-        yield Row("hc_prenorm_gemm", f"m={m} k={k} splits={results}", params), found
+        row = Row("hc_prenorm_gemm", f"m={m} k={k} splits={results}", params)
+        yield row, _candidates("hc_prenorm_gemm", configs)
 
 
 def _einsum() -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    def call(config: Any, made: dict[str, Any]) -> Any:
-        return einsum._fp8_einsum(made["x"], made["x_scale"], made["w"], made["w_scale"], None, config)
-
     for h, b in itertools.product((8, 16), (1, 8, 16, 32, 64, 128, 512, 4096)):
-        configs: list[Any] = []
+        configs: list[tuple[str, Any]] = []
         if b <= 32:
             tokens = 16 if b <= 16 else 32
             for d, warps, stages, unroll in itertools.product((32, 64), (2, 4, 8), (3, 4, 6, 8), (1, 2)):
                 if d >= 4 * warps:
-                    configs.append(einsum.EinsumConfig(tokens, d, 1, True, 1, warps, stages, unroll, False, None, ""))
+                    config = einsum_portable.Config(tokens, d, True, warps, stages, stages, unroll, False)
+                    configs.append(("portable", config))
         else:
             for tokens, d, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (4, 6, 8)):
                 if stages * (tokens + d) * 128 <= MOST_SHARED:
-                    config = einsum.EinsumConfig(tokens, d, 1, False, 1, warps, stages, 1, True, None, "")
-                    configs.append(config)
-            configs += [einsum.HopperConfig(*sizes, "") for sizes in ((64, 8, 152), (128, 6, 216))]
-        few = [(tokens, stages) for tokens in (16, 32, 64) for stages in (4, 6, 8, 10)]
-        configs += [einsum.FewConfig(n, stages, "") for n, stages in few if b <= n <= max(4 * b, 16)]
-        found: dict[str, Candidate] = {str(config): functools.partial(call, config) for config in configs}
-        yield Row("fp8_einsum", f"b={b} h={h} token-minor scales", {"b": b, "h": h, "r": 4096, "d": 1024}), found
+                    config = einsum_portable.Config(tokens, d, False, warps, stages, stages, 1, True)
+                    configs.append(("portable", config))
+            configs += [("wgmma", einsum_wgmma.Config(*sizes)) for sizes in ((64, 8, 152), (128, 6, 216))]
+        few = [(tokens, stages) for tokens in (16, 32, 64) for stages in (4, 6, 8, 10) if b <= tokens <= max(4 * b, 16)]
+        configs += [("wgmma_few", einsum_few.Config(tokens, stages, stages)) for tokens, stages in few]
+        row = Row("fp8_einsum", f"b={b} h={h} token-minor scales", {"b": b, "h": h, "r": 4096, "d": 1024})
+        yield row, _candidates("fp8_einsum", configs)
 
 
 def _decode() -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    def call(plan: Any, made: dict[str, Any]) -> Any:
-        q = made["q"]
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
-        caches = ("k_cache", "indices", "topk_length", "extra_k_cache", "extra_indices", "extra_topk_length")
-        scopes = decode._scopes(*(made[name] for name in caches))
-        decode._launch(q, scopes, made["sm_scale"], made["attn_sink"], out, lse, arch_of(q.device), plan)
-        return out, lse
-
+    wide, small, medium = Tile(64, 64, 8), Tile(16, 32, 4), Tile(16, 64, 8)
     models = ((64, 512), (128, 1024), (16, 512), (16, 1024))  # Flash and Pro; of Flash a rank of 4, of Pro one of 8
     for (heads, selected), b in itertools.product(models, (1, 2, 4, 8, 16, 32, 64, 128)):
         tiles = cdiv(128, 64) + cdiv(selected, 64)
-        plans = []
+        plans: list[tuple[str, Any]] = []
         for high, splits in itertools.product((16, 19, 22, 32, 43, 64), range(1, tiles + 1)):
             programs = b * cdiv(heads, high) * splits
-            if splits == 1 or programs <= 132 or (high == 64 and programs <= 264):
-                single = splits == tiles
-                if HOPPER and (high <= heads or high == 64):
-                    plans.append(decode.Plan(decode._HOPPER, splits, single=single, hopper=True, block_heads=high))
-        for tile in (decode.Tile(*sizes, 1) for sizes in ((16, 32, 4), (16, 64, 4), (32, 32, 4), (64, 64, 8))):
+            fits = splits == 1 or programs <= 132 or (high == 64 and programs <= 264)
+            if HOPPER and fits and (high <= heads or high == 64):
+                plans.append(("wgmma", Plan(wide, splits, single=splits == tiles, block_heads=high)))
+        for tile in (Tile(*sizes) for sizes in ((16, 32, 4), (16, 64, 4), (32, 32, 4), (64, 64, 8))):
             most = cdiv(128, tile.keys) + cdiv(selected, tile.keys)
             for splits in range(1, most + 1):
                 programs = b * cdiv(heads, tile.heads) * splits
                 even = splits == cdiv(most, cdiv(most, splits))  # fewer splits would not do with as few tiles each
                 fits = splits == 1 or (programs <= 396 if tile.heads == 16 else programs <= 264)
                 if even and fits and tile.heads < 2 * max(heads, 16):
-                    plans.append(decode.Plan(tile, splits, ampere=True))
+                    plans.append(("mma_sync", Plan(tile, splits)))
         if b <= 8:
-            plans.append(decode.Plan(decode._SMALL, 2 * tiles, single=True))
-            plans.append(decode.Plan(decode._MEDIUM, tiles, single=True))
-        found: dict[str, Candidate] = {str(plan): functools.partial(call, plan) for plan in plans}
+            plans.append(("portable", Plan(small, 2 * tiles, single=True)))
+            plans.append(("portable", Plan(medium, tiles, single=True)))
         params = {"b": b, "s_q": 1, "h_q": heads, "window": 128, "selected": selected, "compressed": 16384}
-        yield Row("sparse_mla_decode", f"b={b} h={heads} topk=128+{selected}", params), found
+        row = Row("sparse_mla_decode", f"b={b} h={heads} topk=128+{selected}", params)
+        yield row, _candidates("sparse_mla_decode", plans)
 
 
 def _prefill() -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    def call(tile: Any, made: dict[str, Any]) -> Any:
-        q = made["q"]
-        out, top = torch.empty_like(q), torch.empty(q.shape[:2], device=q.device)
-        lse = torch.empty_like(top)
-        given = (made[name] for name in ("q", "kv", "indices", "sm_scale", "attn_sink"))
-        prefill._launch(*given, None, out, top, lse, arch_of(q.device), tile)
-        return out, top, lse
-
-    plain = [prefill.Tile(*sizes) for sizes in ((16, 32, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 32, 4, 2))]
-    placed = [prefill.Tile(*sizes, 1, ampere=True) for sizes in ((16, 64, 4), (32, 32, 4), (64, 64, 8))]
+    plain = [("portable", PrefillTile(*s)) for s in ((16, 32, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 32, 4, 2))]
+    placed = [("mma_sync", PrefillTile(*sizes)) for sizes in ((16, 64, 4), (32, 32, 4), (64, 64, 8))]
     for (heads, selected), s_q in itertools.product(((64, 512), (128, 1024), (16, 512), (16, 1024)), (512, 4096)):
-        tiles = [tile for tile in (*plain, *placed) if tile.heads < 2 * max(heads, 16)]
-        found: dict[str, Candidate] = {str(tile): functools.partial(call, tile) for tile in tiles}
+        tiles = [(variant, tile) for variant, tile in (*plain, *placed) if tile.heads < 2 * max(heads, 16)]
         params = {"s_q": s_q, "h_q": heads, "window": 128, "selected": selected, "compressed": 16384}
-        yield Row("sparse_mla_prefill", f"s_q={s_q} h={heads} topk={128 + selected}", params), found
+        row = Row("sparse_mla_prefill", f"s_q={s_q} h={heads} topk={128 + selected}", params)
+        yield row, _candidates("sparse_mla_prefill", tiles)
 
 
 CANDIDATES = {

@@ -12,17 +12,14 @@ from collections.abc import Iterable
 
 from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
 
-HOMES = {
-    "sparse_mla_prefill": "prefill",
-    "sparse_mla_decode": "decode",
-    "mqa_logits": "logits",
-    "paged_mqa_logits": "logits",
-    "fp8_einsum": "einsum",
-    "hc_prenorm_gemm": "hyper_connection",
-}
+from .configurations import told
+from .variants import OPS, kernels
 
-BATCH_INVARIANT = ("sparse_mla_prefill", "paged_mqa_logits")
+BATCH_INVARIANT = tuple(name for name, op in OPS.items() if op.batch_invariant)
 """The ops of which no kernel, tile or split follows from the batch. The others have a function more, which is so."""
+
+
+_CONFIGURATIONS = "configurations measured on compute capability 9.0; elsewhere derived, not run on hardware"
 
 
 def _implementation(
@@ -36,7 +33,7 @@ def _implementation(
         notices="dsv4_backend_triton.ahead:notices",
         devices=("cuda", "cpu") if interpreted else ("cuda",),
         capability=(">=8.0",),
-        note="launch configurations measured on compute capability 9.0; elsewhere derived, not run on hardware",
+        note=f"kernels: {kernels(op)}; {_CONFIGURATIONS}; {told(op)}",
         batch_invariant=invariant,
         only_batch_invariant=mode,
     )
@@ -53,12 +50,12 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
         requires=("triton>=3.6",),
         implementations=(
             *(
-                _implementation(op, home, "ahead", interpreted, invariant=op in BATCH_INVARIANT, mode=False)
-                for op, home in HOMES.items()
+                _implementation(name, f"{op.folder}.op", "ahead", interpreted, invariant=op.batch_invariant, mode=False)
+                for name, op in OPS.items()
             ),
             *(
                 _implementation(op, "batch_invariant", "batch_invariant", interpreted, invariant=True, mode=True)
-                for op in HOMES
+                for op in OPS
                 if op not in BATCH_INVARIANT
             ),
         ),

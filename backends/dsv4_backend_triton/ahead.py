@@ -10,14 +10,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import triton
 
 from dsv4_backends.provider import Reason, cache_problem
 
-from . import HOMES
-from ._arch import Arch, arch_of, interpreting
-from ._launch import Launch, recording
-from ._variants import VARIANTS, missing
+from .arch import Arch, arch_of, interpreting
+from .launch import Launch, recording
+from .variants import OPS, slower
 
 
 def record(op: str, calls: Iterable[dict[str, Any]], arch: Arch, home: str = "") -> Iterable[Launch]:
@@ -78,10 +76,9 @@ def notices(op: str) -> Iterable[Reason]:
     """What keeps kernels of an op from being compiled here, or makes slower ones serve."""
     if not interpreting() and (problem := cache_problem()) is not None:
         yield problem
-    for name in VARIANTS[op]:
-        if why := missing(name):
-            message = f"triton {triton.__version__}: {why}; slower plain kernels serve in place of {name}"
-            yield Reason("slower-kernels", message)
+    for variant in OPS[op].variants:
+        if why := slower(op, variant):
+            yield Reason("slower-kernels", why)
 
 
 def _storage(x: torch.Tensor) -> int:
@@ -89,4 +86,4 @@ def _storage(x: torch.Tensor) -> int:
 
 
 def _function(op: str, home: str) -> Any:
-    return getattr(importlib.import_module(f"{__package__}.{home or HOMES[op]}"), op)
+    return getattr(importlib.import_module(f"{__package__}.{home or OPS[op].folder + '.op'}"), op)

@@ -10,7 +10,11 @@ from collections.abc import Callable
 from functools import partial, update_wrapper
 from typing import Any
 
-from . import ahead, decode, einsum, hyper_connection, logits
+from . import ahead
+from .hyper_connection.hc_prenorm_gemm import op as hyper_connection
+from .indexer.mqa_logits import op as indexer
+from .projection.fp8_einsum import op as projection
+from .sparse_mla.decode import op as sparse_mla
 
 
 def _mode(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,10 +22,10 @@ def _mode(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]
     return update_wrapper(partial(run, batch_invariant=True), op)
 
 
-sparse_mla_decode = _mode(decode.sparse_mla_decode, decode._sparse_mla_decode)
-mqa_logits = _mode(logits.mqa_logits, logits._mqa_logits)
-fp8_einsum = _mode(einsum.fp8_einsum, einsum._fp8_einsum)
-hc_prenorm_gemm = _mode(hyper_connection.hc_prenorm_gemm, hyper_connection._hc_prenorm_gemm)
+sparse_mla_decode = _mode(sparse_mla.sparse_mla_decode, sparse_mla.decode)
+mqa_logits = _mode(indexer.mqa_logits, indexer.logits)
+fp8_einsum = _mode(projection.fp8_einsum, projection.einsum)
+hc_prenorm_gemm = _mode(hyper_connection.hc_prenorm_gemm, hyper_connection.prenorm_gemm)
 
 warmup = partial(ahead.warmup, home="batch_invariant")
 workspace = partial(ahead.workspace, home="batch_invariant")

@@ -1,0 +1,113 @@
+"""What both indexer kernels share: the head sum, the query tile, the fill, and how a configuration is fitted.
+
+``logits[m, n] = k_scale[n] * sum_h relu(q[m, h] . k[n]) * weights[m, h]``; positions outside a row's range
+are exactly -inf. Every element of the output is written exactly once by the kernel itself: no fill pass, no
+workspace.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..arch import Arch
+from ..configurations import configured
+from ..lib.bits import fp8_operand
+from ..lib.sizes import cdiv, pow2
+
+
+class Config(NamedTuple):
+    """Launch configuration. ``waves``: blocks per multiprocessor aimed at when work is cut along the keys."""
+
+    rows: int
+    block_n: int
+    warps: int
+    stages: int
+    tma: bool
+    waves: int
+
+
+def padded(h: int, d: int) -> tuple[int, int]:
+    """Heads and dimensions of a tile."""
+    return pow2(h, 16), pow2(d, 32)
+
+
+def fitted(op: str, arch: Arch, rows: int | None, h: int, d: int) -> Config:
+    """The configuration of the portable kernel. Bounds rows x heads by what the tile was made for (128 columns, 256 for
+    the paged kernel's rows), and drops stages until operands fit shared memory. ``rows``: as many as there are, or None
+    for as many as the tile takes."""
+    config = Config(**configured(op, "portable", arch))
+    block_h, block_d = padded(h, d)
+    size = 1 if arch.native_fp8 else 2
+    most = config.rows * max(1, 64 // block_h)
+    rows = max(1, min(most, pow2(most if rows is None else rows)))
+    stages, keys = config.stages, config.block_n * block_d
+    while stages > 1 and rows * block_h * block_d * size + (stages + size - 1) * keys > arch.smem - 8192:
+        stages -= 1
+    return config._replace(rows=rows, stages=stages)
+
+
+def chunk_of(columns: int, other_blocks: int, config: Config, sms: int) -> int:
+    """Columns per block: as many as keep ``waves`` blocks per multiprocessor, a multiple of the tile."""
+    wanted = cdiv(config.waves * sms, max(other_blocks, 1))
+    return max(1, cdiv(cdiv(columns, wanted), config.block_n)) * config.block_n
+
+
+def as_bytes(t: torch.Tensor, arch: Arch) -> torch.Tensor:
+    """The tensor as the kernel's element type: e4m3 where native, else uint8."""
+    return t.view(torch.float8_e4m3fn if arch.fp8 == tl.float8e4nv else torch.uint8)
+
+
+def constants(config: Config, arch: Arch, h: int, d: int) -> dict[str, Any]:
+    """Those of both kernels."""
+    block_h, block_d = padded(h, d)
+    names = dict(H=h, D=d, BLOCK_H=block_h, BLOCK_D=block_d, ROWS=config.rows, BLOCK_N=config.block_n)
+    return names | dict(OPERAND=arch.fp8, STAGES=config.stages)
+
+
+@triton.jit
+def relu_head_sum(k, q_t, w, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Twice ``sum_h relu(k . q_h) * w_h``, as [BLOCK_N, ROWS].
+
+    Keys are the M side of the product, so that the head sum runs along registers of one thread. ``x + |x|``
+    is twice the relu in one full-rate instruction (max is half rate), and keeps NaN.
+    """
+    s = tl.dot(k, q_t, out_dtype=tl.float32)
+    s = (s + tl.abs(s)) * w[None, :]
+    return tl.sum(tl.reshape(s, (BLOCK_N, ROWS, BLOCK_H)), axis=2)
+
+
+@triton.jit
+def load_q(
+    q_ptr,
+    row,
+    row_ok,
+    head,
+    stride_m,
+    stride_h,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    dim = tl.arange(0, BLOCK_D)
+    ptr = q_ptr + row.to(tl.int64)[:, None] * stride_m + (head * stride_h)[:, None] + dim[None, :]
+    mask = (row_ok & (head < H))[:, None] & (dim < D)[None, :]
+    if OPERAND == tl.float8e4nv:
+        raw = tl.load(ptr, mask=mask, other=0.0)
+    else:
+        raw = tl.load(ptr, mask=mask, other=0)
+    return fp8_operand(raw, OPERAND)
+
+
+@triton.jit
+def fill(out_ptr, row, row_ok, out_stride, begin, end, FILL_N: tl.constexpr):
+    """-inf to columns [begin, end) of some rows."""
+    for j in range(begin, end, FILL_N):
+        col = j + tl.arange(0, FILL_N)
+        ptr = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
+        value = tl.full((row.shape[0], FILL_N), float("-inf"), tl.float32)
+        tl.store(ptr, value, mask=row_ok[:, None] & (col < end)[None, :], cache_modifier=".cs")

@@ -1,0 +1,456 @@
+"""``mqa_logits`` (full form, 64 heads of 128) on Hopper: warp-specialised Gluon, persistent.
+
+One warp fetches keys and queries through tensor maps; each of CONSUMERS warpgroups multiplies every key tile
+by its own two queries (128 columns of heads) and reduces over heads in registers. A key tile is fetched once
+for all warpgroups, no barrier spans the block, and one warpgroup's reduction overlaps another's product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from ...configurations import configured
+from ...launch import launch as launch_kernel
+from ...lib.boxes import boxes
+from ...lib.gluon import load_box
+from ...lib.sizes import cdiv
+from .plan import Call, Shape
+
+COLUMNS = gl.constexpr(128)  # two queries of 64 heads: the N of one wgmma
+DIM = gl.constexpr(128)
+FEWEST_ROWS = 4
+"""Each block takes 4 of them."""
+
+
+class Config(NamedTuple):
+    keys: int
+    stages: int
+    registers: int
+
+
+def plan(shape: Shape) -> Config | None:
+    if shape.compressed or shape.rows < FEWEST_ROWS or (shape.h, shape.d) != (64, 128):
+        return None
+    return Config(**configured("mqa_logits", "wgmma", shape.arch))
+
+
+def takes(call: Call) -> bool:
+    """Contiguous queries, and keys on 16-byte boundaries."""
+    q, k = call.q, call.k
+    contiguous = q.stride(2) == 1 and q.stride(1) == 128 and q.stride(0) == 8192
+    pointers = (q.data_ptr() | k.data_ptr()) % 16 == 0
+    return contiguous and pointers and k.stride(0) % 16 == 0 and k.stride(0) >= 128
+
+
+def launch(call: Call, config: Config) -> None:
+    (m, _, _), n, sms = call.q.shape, call.k.shape[0], call.shape.arch.sms
+    row_blocks = cdiv(m, 4)
+    chunk = _balanced_chunk(n, row_blocks, config.keys, sms)
+    launch_kernel(
+        _mqa_logits_wgmma_kernel,
+        (min(sms, row_blocks * cdiv(n, chunk)),),
+        boxes(call.q, [m * 64, 128], [128, 1], [128, 128], 8),
+        boxes(call.k, [n, 128], [call.k.stride(0), 1], [config.keys, 128], 8),
+        *(call.k_scale, call.weights, call.starts, call.ends, call.out),
+        *(m, n, call.weights.stride(0), call.out.stride(0), chunk),
+        KEYS=config.keys,
+        CONSUMERS=2,
+        STAGES=config.stages,
+        CONSUMER_REGS=config.registers,
+        num_warps=4,
+    )
+
+
+def _balanced_chunk(columns: int, row_blocks: int, block_n: int, sms: int) -> int:
+    """Columns per item of the persistent kernel: the number of pieces whose last round is fullest, where
+    each more costs about 2 % of a block's time (refetched queries)."""
+    pieces = range(1, max(8, cdiv(sms, row_blocks)) + 1)
+    best = min(pieces, key=lambda c: cdiv(row_blocks * c, sms) / c * (1 + 0.02 * c))
+    return cdiv(cdiv(columns, best), block_n) * block_n
+
+
+@gluon.jit
+def _item(index, row_blocks, chunk, starts_ptr, ends_ptr, m, n, KEYS: gl.constexpr, ROWS: gl.constexpr):
+    """First row, column range, and the tile-aligned part of it that some row reaches."""
+    row0 = (index % row_blocks) * ROWS
+    c0 = (index // row_blocks) * chunk
+    c1 = gl.minimum(c0 + chunk, n)
+    lo = n
+    hi = 0
+    for i in gl.static_range(ROWS):
+        row = gl.minimum(row0 + i, m - 1)
+        start = gl.minimum(gl.maximum(gl.load(starts_ptr + row), 0), n)
+        end = gl.minimum(gl.maximum(gl.load(ends_ptr + row), 0), n)
+        some = end > start
+        lo = gl.minimum(lo, gl.where(some, start, n))
+        hi = gl.maximum(hi, gl.where(some, end, 0))
+    lo = gl.minimum(gl.maximum(c0, lo // KEYS * KEYS), c1)
+    hi = gl.maximum(gl.minimum(c1, hi), lo)
+    return row0, c0, c1, lo, hi
+
+
+@gluon.jit
+def _producer(
+    q_desc,
+    k_desc,
+    q_smem,
+    k_smem,
+    q_full,
+    q_empty,
+    k_full,
+    k_empty,
+    starts_ptr,
+    ends_ptr,
+    m,
+    n,
+    chunk,
+    row_blocks,
+    items,
+    KEYS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    step = 0
+    turn = 0
+    for index in range(gl.program_id(0), items, gl.num_programs(0)):
+        row0, _c0, _c1, lo, hi = _item(index, row_blocks, chunk, starts_ptr, ends_ptr, m, n, KEYS, 2 * CONSUMERS)
+        slot = turn % 2
+        mbarrier.wait(q_empty.index(slot), ((turn // 2) & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), CONSUMERS * COLUMNS * DIM)
+        for i in gl.static_range(CONSUMERS):
+            load_box(q_desc, [row0 * 64 + i * COLUMNS, 0], q_full.index(slot), q_smem.index(slot * CONSUMERS + i))
+        turn += 1
+        for j in range(lo, hi, KEYS):
+            stage = step % STAGES
+            mbarrier.wait(k_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(k_full.index(stage), KEYS * DIM)
+            load_box(k_desc, [j, 0], k_full.index(stage), k_smem.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _fill(out_ptr, row, m, out_stride, begin, end):
+    """-inf to columns [begin, end) of two rows."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    lane = gl.arange(0, 512, layout=layout)
+    value = gl.full([512], float("-inf"), gl.float32, layout=layout)
+    for j in range(begin, end, 512):
+        for i in gl.static_range(2):
+            col = j + lane
+            ptr = out_ptr + (row + i).to(gl.int64) * out_stride + col
+            gl.store(ptr, value, mask=(col < end) & (row + i < m), cache_modifier=".cs")
+
+
+@gluon.jit
+def _consumer(
+    WHO: gl.constexpr,
+    q_smem,
+    k_smem,
+    q_full,
+    q_empty,
+    k_full,
+    k_empty,
+    k_scale_ptr,
+    w_ptr,
+    starts_ptr,
+    ends_ptr,
+    out_ptr,
+    m,
+    n,
+    w_stride,
+    out_stride,
+    chunk,
+    row_blocks,
+    items,
+    KEYS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    zeros = gl.zeros([KEYS, COLUMNS], gl.float32, layout=mma)
+    result: gl.constexpr = gl.sum(gl.reshape(zeros, [KEYS, 2, 64]), axis=2).type.layout
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, result))
+    pair = gl.arange(0, 2, layout=gl.SliceLayout(0, result))
+    step = 0
+    turn = 0
+    for index in range(gl.program_id(0), items, gl.num_programs(0)):
+        row0, c0, c1, lo, hi = _item(index, row_blocks, chunk, starts_ptr, ends_ptr, m, n, KEYS, 2 * CONSUMERS)
+        row = row0 + WHO * 2
+        w_row = row + column // 64
+        # half of the weights: the relu below is doubled
+        w = 0.5 * gl.load(w_ptr + w_row.to(gl.int64) * w_stride + column % 64, mask=w_row < m, other=0.0)
+        rows = row + pair
+        rows_in = gl.minimum(rows, m - 1)
+        start = gl.maximum(gl.load(starts_ptr + rows_in), 0)
+        end = gl.load(ends_ptr + rows_in)
+        row_ptr = out_ptr + rows.to(gl.int64) * out_stride
+        row_ok = rows < m
+        scale = gl.load(k_scale_ptr + lo + key, mask=lo + key < n, other=0.0)
+        slot = turn % 2
+        mbarrier.wait(q_full.index(slot), (turn // 2) & 1)
+        q_t = q_smem.index(slot * CONSUMERS + WHO).permute((1, 0))
+        for j in range(lo, hi, KEYS):
+            ahead = j + KEYS + key
+            scale_next = gl.load(k_scale_ptr + ahead, mask=ahead < n, other=0.0)
+            stage = step % STAGES
+            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            s = warpgroup_mma(k_smem.index(stage), q_t, zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(stage))
+            s = (s + gl.abs(s)) * w[None, :]
+            total = gl.sum(gl.reshape(s, [KEYS, 2, 64]), axis=2) * scale[:, None]
+            col = j + key
+            inside = (col[:, None] >= start[None, :]) & (col[:, None] < end[None, :])
+            total = gl.where(inside, total, float("-inf"))
+            gl.store(
+                row_ptr[None, :] + col[:, None],
+                total,
+                mask=row_ok[None, :] & (col < c1)[:, None],
+                cache_modifier=".cs",
+            )
+            scale = scale_next
+            step += 1
+        mbarrier.arrive(q_empty.index(slot))
+        turn += 1
+        _fill(out_ptr, row, m, out_stride, c0, lo)
+        _fill(out_ptr, row, m, out_stride, gl.minimum((hi + KEYS - 1) // KEYS * KEYS, c1), c1)
+
+
+SIZES = ["m", "n", "w_stride", "out_stride", "chunk"]
+ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
+
+
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
+def _mqa_logits_wgmma_kernel(
+    q_desc,
+    k_desc,
+    k_scale_ptr,
+    w_ptr,
+    starts_ptr,
+    ends_ptr,
+    out_ptr,
+    m,
+    n,
+    w_stride,
+    out_stride,
+    chunk,
+    KEYS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr,
+):
+    """q_desc: [m * 64, 128] boxes of [128, 128]; k_desc: [n, 128] boxes of [KEYS, 128]."""
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, COLUMNS, DIM], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, DIM], k_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+    row_blocks = gl.cdiv(m, 2 * CONSUMERS)
+    items = row_blocks * gl.cdiv(n, chunk)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (
+                        0,
+                        q_smem,
+                        k_smem,
+                        q_full,
+                        q_empty,
+                        k_full,
+                        k_empty,
+                        k_scale_ptr,
+                        w_ptr,
+                        starts_ptr,
+                        ends_ptr,
+                        out_ptr,
+                        m,
+                        n,
+                        w_stride,
+                        out_stride,
+                        chunk,
+                        row_blocks,
+                        items,
+                        KEYS,
+                        CONSUMERS,
+                        STAGES,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        1,
+                        q_smem,
+                        k_smem,
+                        q_full,
+                        q_empty,
+                        k_full,
+                        k_empty,
+                        k_scale_ptr,
+                        w_ptr,
+                        starts_ptr,
+                        ends_ptr,
+                        out_ptr,
+                        m,
+                        n,
+                        w_stride,
+                        out_stride,
+                        chunk,
+                        row_blocks,
+                        items,
+                        KEYS,
+                        CONSUMERS,
+                        STAGES,
+                    ),
+                ),
+                (
+                    _producer,
+                    (
+                        q_desc,
+                        k_desc,
+                        q_smem,
+                        k_smem,
+                        q_full,
+                        q_empty,
+                        k_full,
+                        k_empty,
+                        starts_ptr,
+                        ends_ptr,
+                        m,
+                        n,
+                        chunk,
+                        row_blocks,
+                        items,
+                        KEYS,
+                        CONSUMERS,
+                        STAGES,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [CONSUMER_REGS, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consumer,
+                    (
+                        0,
+                        q_smem,
+                        k_smem,
+                        q_full,
+                        q_empty,
+                        k_full,
+                        k_empty,
+                        k_scale_ptr,
+                        w_ptr,
+                        starts_ptr,
+                        ends_ptr,
+                        out_ptr,
+                        m,
+                        n,
+                        w_stride,
+                        out_stride,
+                        chunk,
+                        row_blocks,
+                        items,
+                        KEYS,
+                        CONSUMERS,
+                        STAGES,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        1,
+                        q_smem,
+                        k_smem,
+                        q_full,
+                        q_empty,
+                        k_full,
+                        k_empty,
+                        k_scale_ptr,
+                        w_ptr,
+                        starts_ptr,
+                        ends_ptr,
+                        out_ptr,
+                        m,
+                        n,
+                        w_stride,
+                        out_stride,
+                        chunk,
+                        row_blocks,
+                        items,
+                        KEYS,
+                        CONSUMERS,
+                        STAGES,
+                    ),
+                ),
+                (
+                    _consumer,
+                    (
+                        2,
+                        q_smem,
+                        k_smem,
+                        q_full,
+                        q_empty,
+                        k_full,
+                        k_empty,
+                        k_scale_ptr,
+                        w_ptr,
+                        starts_ptr,
+                        ends_ptr,
+                        out_ptr,
+                        m,
+                        n,
+                        w_stride,
+                        out_stride,
+                        chunk,
+                        row_blocks,
+                        items,
+                        KEYS,
+                        CONSUMERS,
+                        STAGES,
+                    ),
+                ),
+                (
+                    _producer,
+                    (
+                        q_desc,
+                        k_desc,
+                        q_smem,
+                        k_smem,
+                        q_full,
+                        q_empty,
+                        k_full,
+                        k_empty,
+                        starts_ptr,
+                        ends_ptr,
+                        m,
+                        n,
+                        chunk,
+                        row_blocks,
+                        items,
+                        KEYS,
+                        CONSUMERS,
+                        STAGES,
+                    ),
+                ),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, 40],
+        )

@@ -1,0 +1,95 @@
+"""The one door through which kernels are launched, so that launches can be recorded where nothing should run.
+
+Recording is what warm-up and the compile matrix are made of: the op's own function runs on tensors of the meta device,
+and whatever it would launch is handed over instead. What is compiled ahead is then what dispatch asks for, by
+construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dsv4_backends.provider import cache_error, elsewhere, on_its_device
+
+from .arch import Arch, pretending
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that did not happen.
+
+    Attributes:
+        kernel: The ``triton.jit`` or ``gluon.jit`` function.
+        arguments: By name, constants included.
+        options: ``num_warps`` and whatever else is the launch's and not the kernel's.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def compile(self) -> Any:
+        """Compile for Triton's active driver, or find that it has been."""
+        try:
+            return self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
+        except Exception as error:
+            if (named := cache_error(error)) is not None:
+                raise named from error
+            raise
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the compiler sees besides types, in the kernel's order."""
+        return {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+
+
+# Said at every launch: Triton 3.9 warns where it is not, and from 3.10 on the default is to multiply and add apart.
+_FUSED = {"enable_fp_fusion": True}
+
+_recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("dsv4_backend_triton_recorder", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    """``kernel[grid](*args, **kwargs)`` on the device of the first argument, or a record of it.
+
+    Args:
+        kernel: Its first argument is a tensor, or a tensor map over one.
+
+    Raises:
+        CacheError: Triton has to compile the kernel and cannot keep it.
+    """
+    record = _recorder.get()
+    if record is None:
+        where = args[0] if isinstance(args[0], Tensor) else args[0].base
+        try:
+            if elsewhere(where):
+                with on_its_device(where):
+                    kernel[grid](*args, **kwargs, **_FUSED)
+            else:
+                kernel[grid](*args, **kwargs, **_FUSED)
+        except Exception as error:
+            if (named := cache_error(error)) is not None:
+                raise named from error
+            raise
+        return
+    names = kernel.arg_names
+    arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    record(Launch(kernel, grid, arguments, {k: v for k, v in kwargs.items() if k not in names} | _FUSED))
+
+
+@contextmanager
+def recording(record: Callable[[Launch], None], arch: Arch) -> Iterator[None]:
+    """Within the block nothing is launched: ``record`` gets every launch that ``arch`` would see."""
+    token = _recorder.set(record)
+    try:
+        with pretending(arch):
+            yield
+    finally:
+        _recorder.reset(token)

@@ -1,0 +1,82 @@
+"""Exact byte decoding inside kernels: e4m3 and E8M0, by integer arithmetic, for machines without the types.
+
+SM80 and SM86 have no e4m3 in hardware or in Triton, so kernels read bytes there. Every one of the 256 codes
+is decoded exactly, subnormals and NaN (0x7f, 0xff) included; bf16 holds every e4m3 value.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Four e4m3 bytes to four bf16. A byte and its sign spread over 16 bits, its magnitude moved to where bf16 has its own,
+# read as value * 2^-120 (the biases are 7 and 127), subnormals included, and one multiplication by 2^120 puts that
+# right. The NaN code alone reads as 480: times 1.11 * 2^119 it is infinite, where 448 is not yet. Adding 0 times that
+# makes it a NaN and leaves the others. Three integer instructions for two values: machines without e4m3 have least of
+# those. fma with -0 rather than mul: mul.bf16x2 needs SM90.
+E4M3X4_TO_BF16X4 = """{
+    .reg .b32 t, k, b, o, z;
+    mov.b32 k, 0x7b807b80;
+    mov.b32 b, 0x7b0e7b0e;
+    mov.b32 o, 0;
+    mov.b32 z, 0x80008000;
+    prmt.b32 t, $2, 0, 0x9180;
+    shl.b32 t, t, 4;
+    and.b32 t, t, 0x87f087f0;
+    fma.rn.bf16x2 $0, t, k, z;
+    fma.rn.bf16x2 t, $0, b, z;
+    fma.rn.bf16x2 $0, t, o, $0;
+    prmt.b32 t, $2, 0, 0xb3a2;
+    shl.b32 t, t, 4;
+    and.b32 t, t, 0x87f087f0;
+    fma.rn.bf16x2 $1, t, k, z;
+    fma.rn.bf16x2 t, $1, b, z;
+    fma.rn.bf16x2 $1, t, o, $1;
+}"""
+_E4M3X4_TO_BF16X4 = tl.constexpr(E4M3X4_TO_BF16X4)
+
+
+@triton.jit
+def e4m3_to_fp32(byte):
+    """e4m3 bytes (uint8) to fp32, exact for all 256 codes."""
+    bits = byte.to(tl.int32)
+    magnitude = bits & 0x7F
+    # magnitude << 20 reads as value * 2^-120; its subnormals (codes 1..7) are exact: Triton does not flush
+    # them
+    value = ((magnitude << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True)
+    return tl.where(magnitude == 0x7F, float("nan"), value * 1.329227995784916e36)
+
+
+@triton.jit
+def e4m3_to_bf16(byte):
+    """e4m3 bytes (uint8) to bf16, exact for all 256 codes. Not for the interpreter (PTX)."""
+    return tl.inline_asm_elementwise(_E4M3X4_TO_BF16X4, "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4)
+
+
+@triton.jit
+def e8m0_to_fp32(byte):
+    """E8M0 scale bytes to fp32: code b is 2^(b-127), 0 is the subnormal 2^-127, 255 is NaN."""
+    bits = byte.to(tl.int32) & 0xFF
+    bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fp8_operand(raw, OPERAND: tl.constexpr):
+    """A loaded e4m3 tile as a dot operand: untouched where the type exists, decoded from bytes elsewhere."""
+    if OPERAND == tl.float8e4nv:
+        return raw
+    elif OPERAND == tl.bfloat16:
+        return e4m3_to_bf16(raw)
+    else:
+        return e4m3_to_fp32(raw)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr, OPERAND: tl.constexpr):
+    """fp32 to ``DTYPE``, to the nearest. The interpreter (operands in fp32) truncates where it casts to bf16."""
+    if OPERAND == tl.float32 and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(DTYPE)

@@ -1,0 +1,34 @@
+"""What the Gluon kernels share: names that differ between Triton 3.6 and 3.9, and words of PTX."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from .names import either
+
+# Renamed in Triton 3.9. What is missing altogether is noticed for the kernels that use it, see variants.py.
+# one tensor-map box to shared memory
+load_box = either(either(hopper, "tma"), "async_load", "async_copy_global_to_shared")
+# cp.async
+async_load = either(either(hopper, "async_copy"), "async_load", "async_copy_global_to_shared")
+# all threads of a role
+barrier = either(gl, "barrier", "thread_barrier")
+PRIVATE_REINTERPRET = gl.constexpr(hasattr(getattr(gl, "shared_memory_descriptor", None), "_reinterpret"))
+
+
+@gluon.jit
+def launch_dependents():
+    """The next kernel may be launched: it waits by itself for what this one writes."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def block_index(AXIS: gl.constexpr):
+    """The block's place in the grid ("x" or "y") again, as the compiler does not know: it would keep what it has."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %ctaid." + AXIS + ";", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )

@@ -1,0 +1,73 @@
+"""What the wgmma kernels of ``fp8_einsum`` share: which calls their tensor maps can describe, and the launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...launch import launch as launch_kernel
+from ...lib.boxes import boxes
+from .plan import FP32, Call
+
+SIZES = [
+    "B",
+    "N",
+    "n_k",
+    "H",
+    "x_row_h",
+    "x_col_h",
+    "w_row_h",
+    "xs_row_h",
+    "xs_stride_b",
+    "xs_stride_h",
+    "xs_stride_k",
+    "ws_stride_h",
+    "ws_stride_d",
+    "ws_stride_k",
+    "o_stride_b",
+    "o_stride_h",
+]
+
+
+def _rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, int, int, int] | None:
+    """A 2-D view of [b, h, r]: rows, columns, and each head's row and column offset; None where there is none."""
+    if stride_b > 0 and stride_h % stride_b == 0 and stride_b >= r:
+        return (h - 1) * (stride_h // stride_b) + b, r, stride_h // stride_b, 0
+    if (h - 1) * stride_h + r <= min(stride_b, (1 << 31) - 1):
+        return b, (h - 1) * stride_h + r, 0, stride_h
+    return None
+
+
+def takes(call: Call) -> bool:
+    """fp32 scales, whole K blocks, 16-byte boundaries, and operands of which a 2-D tensor map exists."""
+    x, w, (b, h, r) = call.x, call.w, call.x.shape
+    pointers = (x.data_ptr() | w.data_ptr() | call.out.data_ptr()) % 16 == 0
+    plain = call.x_kind == FP32 and call.w_kind == FP32 and r % 128 == 0 and call.aligned
+    two_dimensional = w.stride(1) >= r and w.stride(0) % w.stride(1) == 0
+    return plain and pointers and two_dimensional and _rows(x.stride(0), x.stride(1), b, h, r) is not None
+
+
+def launch_boxes(kernel: Any, grid: int, call: Call, tokens: int, outputs: int, scales: int, **others: Any) -> None:
+    """Launch with boxes of so many tokens, outputs and scales."""
+    x, xs, w, ws, out = call.x, call.xs, call.w, call.ws, call.out
+    (b, h, r), d = x.shape, w.shape[1]
+    view = _rows(x.stride(0), x.stride(1), b, h, r)
+    assert view is not None
+    rows, columns, x_row_h, x_col_h = view
+    w_row_h = w.stride(0) // w.stride(1)
+    xs_b, xs_h, xs_k = xs.stride()
+    scale_box = xs_b == 1 and xs_k % 4 == 0 and xs_k >= b and xs_h % xs_k == 0 and xs.data_ptr() % 16 == 0
+    xs_desc, xs_row_h = None, 0
+    if scale_box:
+        xs_row_h = xs_h // xs_k
+        xs_desc = boxes(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, scales], 32, swizzle=0)
+    launch_kernel(
+        kernel,
+        (grid,),
+        boxes(x, [rows, columns], [x.stride(0), 1], [tokens, 128], 8),
+        boxes(w, [(h - 1) * w_row_h + d, r], [w.stride(1), 1], [outputs, 128], 8),
+        *(xs_desc, xs, ws, out),
+        *(b, d, r // 128, h, x_row_h, x_col_h, w_row_h, xs_row_h),
+        *(xs_b, xs_h, xs_k, *ws.stride(), out.stride(0), out.stride(1)),
+        SCALE_BOX=scale_box,
+        **others,
+    )

@@ -1,0 +1,235 @@
+"""``fp8_einsum`` for few tokens on Hopper: these are the N of the products, and 64 outputs the M.
+
+A block streams 64 rows of w past its tokens, as far ahead as its shared memory goes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from ...configurations import configured
+from ...lib.gluon import load_box
+from ...lib.sizes import cdiv
+from .boxes import SIZES, launch_boxes, takes  # noqa: F401
+from .plan import Call, Shape
+
+OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens are the N
+LINE = gl.constexpr(32)  # scales that are fetched at least: a box lands at a multiple of 128 bytes
+TOKENS = range(17, 65)
+
+
+class Config(NamedTuple):
+    """Tiles of ``block_b`` tokens x 64 outputs. ``stages_alone``: where every block has a multiprocessor of its own."""
+
+    block_b: int
+    stages: int
+    stages_alone: int
+
+
+def plan(shape: Shape) -> Config | None:
+    if shape.w_rows or shape.batch_invariant or shape.b not in TOKENS:
+        return None
+    config = Config(**configured("fp8_einsum", "wgmma_few", shape.arch, size=shape.b))
+    return config._replace(stages=config.stages_alone) if shape.alone else config
+
+
+def launch(call: Call, config: Config) -> None:
+    grid, scales = cdiv(call.shape.d, 64) * call.shape.h, max(config.block_b, LINE.value)
+    constants = dict(BLOCK_B=config.block_b, STAGES=config.stages)
+    # 128 registers a thread: two blocks share a multiprocessor
+    options = dict(num_warps=4, maxnreg=128)
+    launch_boxes(_einsum_wgmma_few_kernel, grid, call, config.block_b, 64, scales, **constants, **options)
+
+
+@gluon.jit
+def _producer(
+    x_desc,
+    w_desc,
+    xs_desc,
+    x_smem,
+    w_smem,
+    xs_smem,
+    full,
+    empty,
+    n_k,
+    x_row,
+    x_col,
+    w_row,
+    xs_row,
+    BLOCK_B: gl.constexpr,
+    STAGES: gl.constexpr,
+    SCALE_BOX: gl.constexpr,
+):
+    for kb in range(n_k):
+        stage = kb % STAGES
+        mbarrier.wait(empty.index(stage), ((kb // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        if SCALE_BOX:
+            mbarrier.expect(bar, (BLOCK_B + OUTPUTS) * 128 + max(BLOCK_B, LINE) * 4)
+            load_box(xs_desc, [xs_row + kb, 0], bar, xs_smem.index(stage))
+        else:
+            mbarrier.expect(bar, (BLOCK_B + OUTPUTS) * 128)
+        load_box(w_desc, [w_row, kb * 128], bar, w_smem.index(stage))
+        load_box(x_desc, [x_row, x_col + kb * 128], bar, x_smem.index(stage))
+
+
+@gluon.jit
+def _consumer(
+    x_smem,
+    w_smem,
+    xs_smem,
+    full,
+    empty,
+    xs,
+    ws,
+    out_ptr,
+    n_k,
+    d0,
+    B,
+    N,
+    xs_stride_b,
+    xs_stride_k,
+    ws_stride_k,
+    o_stride_b,
+    BLOCK_B: gl.constexpr,
+    STAGES: gl.constexpr,
+    SCALE_BOX: gl.constexpr,
+):
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_B, 32])
+    tokens: gl.constexpr = gl.SliceLayout(0, mma)
+    store: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    zeros = gl.zeros([OUTPUTS, BLOCK_B], gl.float32, mma)
+    acc = zeros
+    w_scale = gl.load(ws)
+    if not SCALE_BOX:
+        xs += gl.minimum(gl.arange(0, BLOCK_B, tokens), B - 1).to(gl.int64) * xs_stride_b
+        x_scale = gl.load(xs)
+    for kb in range(n_k):
+        stage = kb % STAGES
+        ahead = gl.minimum(kb + 1, n_k - 1).to(gl.int64)
+        w_next = gl.load(ws + ahead * ws_stride_k)
+        if not SCALE_BOX:
+            x_next = gl.load(xs + ahead * xs_stride_k)
+        mbarrier.wait(full.index(stage), (kb // STAGES) & 1)
+        part = warpgroup_mma(
+            w_smem.index(stage), x_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        if SCALE_BOX:
+            x_scale = xs_smem.index(stage).reshape([max(BLOCK_B, LINE)]).slice(0, BLOCK_B).load(tokens)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(empty.index(stage))
+        acc += part * (x_scale * w_scale)[None, :]
+        w_scale = w_next
+        if not SCALE_BOX:
+            x_scale = x_next
+    tile = gl.convert_layout(acc.to(gl.bfloat16), store)
+    col = d0 + gl.arange(0, OUTPUTS, gl.SliceLayout(1, store))
+    token = gl.arange(0, BLOCK_B, gl.SliceLayout(0, store))
+    ptr = out_ptr + token.to(gl.int64)[None, :] * o_stride_b + col[:, None]
+    gl.store(ptr, tile, mask=(token < B)[None, :] & (col < N)[:, None])
+
+
+@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
+def _einsum_wgmma_few_kernel(
+    x_desc,
+    w_desc,
+    xs_desc,
+    xs_ptr,
+    ws_ptr,
+    out_ptr,
+    B,
+    N,
+    n_k,
+    H,
+    x_row_h,
+    x_col_h,
+    w_row_h,
+    xs_row_h,
+    xs_stride_b,
+    xs_stride_h,
+    xs_stride_k,
+    ws_stride_h,
+    ws_stride_d,
+    ws_stride_k,
+    o_stride_b,
+    o_stride_h,
+    BLOCK_B: gl.constexpr,
+    STAGES: gl.constexpr,
+    SCALE_BOX: gl.constexpr,
+):
+    """The same for at most BLOCK_B tokens, which are the N of the products: a block streams 64 rows of w past them, as
+    far ahead as its shared memory goes. x_desc: boxes of [BLOCK_B, 128]; w_desc: of [64, 128]; xs_desc: of
+    [1, BLOCK_B], or of 32."""
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_B, 128], x_desc.layout)
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, OUTPUTS, 128], w_desc.layout)
+    if SCALE_BOX:
+        xs_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, max(BLOCK_B, LINE)], xs_desc.layout)
+    else:
+        xs_smem = x_smem
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    n_tiles = gl.cdiv(N, OUTPUTS)
+    index = gl.program_id(0)
+    h = index // n_tiles
+    d0 = (index % n_tiles) * OUTPUTS
+    h64 = h.to(gl.int64)
+    o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
+    o_stride_h = gl.multiple_of(o_stride_h.to(gl.int64), 8)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    x_smem,
+                    w_smem,
+                    xs_smem,
+                    full,
+                    empty,
+                    xs_ptr + h64 * xs_stride_h,
+                    ws_ptr + h64 * ws_stride_h + (d0 // 128).to(gl.int64) * ws_stride_d,
+                    out_ptr + h64 * o_stride_h,
+                    n_k,
+                    d0,
+                    B,
+                    gl.multiple_of(N.to(gl.int64), 8),
+                    xs_stride_b,
+                    xs_stride_k,
+                    ws_stride_k,
+                    o_stride_b,
+                    BLOCK_B,
+                    STAGES,
+                    SCALE_BOX,
+                ),
+            ),
+            (
+                _producer,
+                (
+                    x_desc,
+                    w_desc,
+                    xs_desc,
+                    x_smem,
+                    w_smem,
+                    xs_smem,
+                    full,
+                    empty,
+                    n_k,
+                    h * x_row_h,
+                    h * x_col_h,
+                    d0 + h * w_row_h,
+                    h * xs_row_h,
+                    BLOCK_B,
+                    STAGES,
+                    SCALE_BOX,
+                ),
+            ),
+        ],
+        [1],
+        [40],
+    )

@@ -1,0 +1,145 @@
+"""Rows of the paged FP8 cache in plain Triton: gathered as bytes, decoded to keys in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
+# Decoded keys are kept as value * 2^-60. A byte's e4m3 bits placed into bf16 read as value * 2^-120, so one
+# bf16 multiplication has to undo 2^-120 and apply the E8M0 scale; with 2^60 left over its factor stays a
+# normal number for every scale code up to 194 (2^67), where 2^120 * 2^(code-127) would overflow from code 135
+# on. The 2^60 is applied to the logits (in their scale) and to the output (in the normaliser), where it costs
+# nothing.
+BIAS = tl.constexpr(60)
+UNBIAS = tl.constexpr(2.0**60)
+
+# n e4m3 bytes to bf16, times a bf16 factor: spread a byte and its sign over 16 bits (prmt with sign
+# replication), shift the magnitude to bf16's place, drop the surplus sign bits, multiply. (byte & 0x7f) + 1
+# reaches 0x80 for the NaN codes alone; one NaN key element makes the logit NaN and with it every output of
+# the row, so it is enough that all elements decoded together become NaN, through the addend of the
+# multiplication. fma and not mul: mul.bf16x2 needs SM90.
+
+
+def _decode_asm(words: int) -> str:
+    outs, factors = 2 * words, words
+    lines = ["{", ".reg .b32 n, t, z;", ".reg .pred p;"]
+    first_raw, first_factor = outs, outs + factors
+    for i in range(words):
+        raw = f"${first_raw + i}"
+        lines.append(f"and.b32 t, {raw}, 0x7f7f7f7f;")
+        lines.append("add.u32 t, t, 0x01010101;")
+        lines.append("mov.b32 n, t;" if i == 0 else "or.b32 n, n, t;")
+    lines += ["and.b32 n, n, 0x80808080;", "setp.ne.u32 p, n, 0;", "selp.b32 z, 0x7fc07fc0, 0x80008000, p;"]
+    for i in range(words):
+        for half, selector in ((0, "0x9180"), (1, "0xb3a2")):
+            factor = f"${first_factor + 2 * i + half}"  # elementwise: the layout may put other rows beside each other
+            lines.append(f"prmt.b32 t, ${first_raw + i}, 0, {selector};")
+            lines.append("shl.b32 t, t, 4;")
+            lines.append("and.b32 t, t, 0x87f087f0;")
+            lines.append(f"fma.rn.bf16x2 ${2 * i + half}, t, {factor}, z;")
+    return "\n".join([*lines, "}"])
+
+
+def _decode_constraints(words: int) -> str:
+    return ",".join(["=&r"] * (2 * words) + ["r"] * (words + 2 * words))
+
+
+_ASM4, _CON4 = tl.constexpr(_decode_asm(1)), tl.constexpr(_decode_constraints(1))
+_ASM8, _CON8 = tl.constexpr(_decode_asm(2)), tl.constexpr(_decode_constraints(2))
+_ASM16, _CON16 = tl.constexpr(_decode_asm(4)), tl.constexpr(_decode_constraints(4))
+_ASM_ROPE = tl.constexpr(
+    "{ .reg .b32 f, z; mov.b32 f, 0x21802180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }"
+)
+
+
+@triton.jit
+def _scale_factor(code, OPERAND: tl.constexpr):
+    """E8M0 bytes to the factor 2^(code - 127 + 120 - 60); code 0 is 2^-127 and needs no special case, 255
+    is NaN.
+    """
+    exponent = tl.minimum(code.to(tl.int32) + (120 - BIAS), 254)
+    if OPERAND == tl.bfloat16:
+        bits = tl.where(code == 255, 0x7FC0, exponent << 7)
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        bits = tl.where(code == 255, 0x7FC00000, exponent << 23)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decode_nope(raw, word, FIRST: tl.constexpr, OPERAND: tl.constexpr, THREADS: tl.constexpr):
+    """e4m3 bytes [N, G, 64], scale groups FIRST.. of the rows' scale words [N], to keys [N, G * 64],
+    times 2^-60.
+    """
+    group = tl.arange(0, raw.shape[1]) + FIRST
+    code = ((word[:, None] >> (group * 8)[None, :]) & 0xFF).to(tl.int32)
+    factor = _scale_factor(code, OPERAND)[:, :, None].broadcast_to(raw.shape)
+    if OPERAND == tl.bfloat16:
+        # as many at once as a thread has, never more: the rest would be undefined and could look like a NaN
+        if raw.numel >= 16 * THREADS:
+            value = tl.inline_asm_elementwise(_ASM16, _CON16, [raw, factor], dtype=tl.bfloat16, is_pure=True, pack=16)
+        elif raw.numel >= 8 * THREADS:
+            value = tl.inline_asm_elementwise(_ASM8, _CON8, [raw, factor], dtype=tl.bfloat16, is_pure=True, pack=8)
+        else:
+            value = tl.inline_asm_elementwise(_ASM4, _CON4, [raw, factor], dtype=tl.bfloat16, is_pure=True, pack=4)
+    else:
+        byte = raw.to(tl.int32)
+        bits = ((byte & 0x80) << 24) | ((byte & 0x7F) << 20)
+        value = bits.to(tl.float32, bitcast=True)
+        value = tl.where((byte & 0x7F) == 0x7F, float("nan"), value) * factor
+    return value.reshape(raw.shape[0], raw.shape[1] * raw.shape[2])
+
+
+@triton.jit
+def _bias_rope(rope, OPERAND: tl.constexpr):
+    """bf16 values times 2^-60, to match the decoded nope part."""
+    if OPERAND == tl.bfloat16:
+        return tl.inline_asm_elementwise(_ASM_ROPE, "=r,r", [rope], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return rope.to(tl.float32) * (1.0 / UNBIAS)
+
+
+@triton.jit
+def gather(cache, page_stride, page_size, page_shift, index, valid, UNIT: tl.constexpr, POW2: tl.constexpr):
+    """The raw bytes of the rows ``index`` of one cache: nope groups 0-3, 4-5, 6, the rope part, and their
+    scales.
+    """
+    if POW2:
+        page = index >> page_shift
+        slot = index & (page_size - 1)
+    else:
+        page = index // page_size
+        slot = index - page * page_size
+    block = page.to(tl.int64) * (page_stride * UNIT)
+    row = cache + (block + slot * _TOKEN_BYTES)
+    scale = cache + (block + page_size.to(tl.int64) * _TOKEN_BYTES + slot * 8)
+    group4, group2, lane = tl.arange(0, 4), tl.arange(0, 2), tl.arange(0, 64)
+    row3, valid3 = row[:, None, None], valid[:, None, None]
+    raw_a = tl.load(row3 + (group4[:, None] * 64 + lane[None, :])[None], mask=valid3, other=0)
+    raw_b = tl.load(row3 + (group2[:, None] * 64 + lane[None, :] + 256)[None], mask=valid3, other=0)
+    raw_c = tl.load(row3 + (lane[None, :] + 384)[None], mask=valid3, other=0)
+    rope = tl.load(
+        (row + 448).to(tl.pointer_type(tl.bfloat16))[:, None] + lane[None, :], mask=valid[:, None], other=0.0
+    )
+    if UNIT == 1:
+        byte = tl.arange(0, 8)
+        codes = tl.load(scale[:, None] + byte[None, :], mask=valid[:, None], other=127).to(tl.int64)
+        word = tl.sum(codes << (byte * 8)[None, :].to(tl.int64), 1)
+    else:
+        word = tl.load(scale.to(tl.pointer_type(tl.int64)), mask=valid, other=0)
+    return raw_a, raw_b, raw_c, rope, word
+
+
+@triton.jit
+def _concat(left, right):
+    """[N, D] and [N, D] to [N, 2 D]; moves nothing between threads."""
+    return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], 2 * left.shape[1])
+
+
+@triton.jit
+def keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND: tl.constexpr, THREADS: tl.constexpr):
+    """The gathered bytes as keys [N, 512], times 2^-60."""
+    tail = _concat(_decode_nope(raw_c, word, 6, OPERAND, THREADS), _bias_rope(rope, OPERAND))
+    tail = _concat(_decode_nope(raw_b, word, 4, OPERAND, THREADS), tail)
+    return _concat(_decode_nope(raw_a, word, 0, OPERAND, THREADS), tail)

@@ -1,0 +1,151 @@
+"""What the Gluon kernels of sparse MLA decode share: which keys a split has, how they are fetched and decoded."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+UNBIAS = gl.constexpr(2.0**60)  # keys are kept times 2^-60, see cache_rows.py
+
+
+def _decode_asm() -> str:
+    """Four words of e4m3 bytes, and their factors, to eight words of bf16 pairs; cache_rows.py explains the
+    steps.
+    """
+    lines = ["{", ".reg .b32 n, t, z;", ".reg .pred p;"]
+    for i in range(4):
+        lines += [f"and.b32 t, ${8 + i}, 0x7f7f7f7f;", "add.u32 t, t, 0x01010101;"]
+        lines.append("mov.b32 n, t;" if i == 0 else "or.b32 n, n, t;")
+    lines += ["and.b32 n, n, 0x80808080;", "setp.ne.u32 p, n, 0;", "selp.b32 z, 0x7fc07fc0, 0x80008000, p;"]
+    for i in range(4):
+        for half, selector in ((0, "0x9180"), (1, "0xb3a2")):
+            lines += [
+                f"prmt.b32 t, ${8 + i}, 0, {selector};",
+                "shl.b32 t, t, 4;",
+                "and.b32 t, t, 0x87f087f0;",
+            ]
+            lines.append(f"fma.rn.bf16x2 ${4 * half + i}, t, ${12 + i}, z;")
+    return "\n".join([*lines, "}"])
+
+
+_ASM = gl.constexpr(_decode_asm())
+_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+_ASM_ROPE = gl.constexpr(
+    "{ .reg .b32 f, z; mov.b32 f, 0x21802180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }"
+)
+
+
+@gluon.jit
+def place(index, block_heads, head_blocks, s_q):
+    """The query row of a block, as a number and as (b, s), and its first head."""
+    row = index // head_blocks
+    b = row // s_q
+    return row, b, row - b * s_q, (index - row * head_blocks) * block_heads
+
+
+@gluon.jit
+def tile_of(i, here1, split, first2, splits):
+    """The i-th tile of a split: whether it is of the first scope, and its number there."""
+    one = i < here1
+    return one, gl.where(one, split + i * splits, first2 + (i - here1) * splits)
+
+
+@gluon.jit
+def schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, KEYS: gl.constexpr, SINGLE: gl.constexpr):
+    """Lengths, and this split's share of the tiles: they go round robin, the second scope's after the first's.
+
+    Where a split begins follows from the widths, so that its first indices do not wait for the lengths; where it ends,
+    from the second scope's length too.
+    """
+    length1 = gl.minimum(gl.maximum(gl.load(len1 + b, mask=has_len1 != 0, other=topk1), 0), topk1)
+    length2 = gl.minimum(gl.maximum(gl.load(len2 + b, mask=has_len2 != 0, other=topk2), 0), topk2)
+    tiles1 = (topk1 + KEYS - 1) // KEYS
+    first2 = (split - tiles1 % splits + splits) % splits
+    here1 = (gl.maximum(tiles1 - split, 0) + splits - 1) // splits
+    if SINGLE:  # a split for every tile of the widths
+        tiles2 = (topk2 + KEYS - 1) // KEYS
+    else:
+        tiles2 = (length2 + KEYS - 1) // KEYS
+    here = here1 + (gl.maximum(tiles2 - first2, 0) + splits - 1) // splits
+    return length1, length2, first2, here1, here
+
+
+@gluon.jit
+def index_of(i, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2):
+    """The indices of a tile, -1 beyond the width."""
+    one, tile = tile_of(i, here1, split, first2, splits)
+    k = tile * keys.shape[0] + keys
+    return gl.load(gl.where(one, idx1, idx2) + k, mask=k < gl.where(one, topk1, topk2), other=-1)
+
+
+@gluon.jit
+def find(i, index, keys, share, scopes):
+    """Where the rows of a tile are (their first word), which of them count, and the scale word of each."""
+    here1, split, first2, splits, length1, length2 = share
+    cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2 = scopes
+    one, tile = tile_of(i, here1, split, first2, splits)
+    page_size = gl.where(one, page1, page2)
+    ok = (index >= 0) & (index < gl.where(one, slots1, slots2))
+    ok = ok & (tile * keys.shape[0] + keys < gl.where(one, length1, length2))
+    safe = gl.where(ok, index, 0)
+    page = safe >> gl.where(one, shift1, shift2)
+    slot = safe & (page_size - 1)
+    block = gl.where(one, cache1, cache2) + page.to(gl.int64) * (gl.where(one, stride1, stride2) * 4)
+    start = block + slot * 144
+    scale = (block + page_size * 144 + slot * 2).to(gl.pointer_type(gl.int64))
+    word = gl.load(scale, mask=ok, other=0)
+    return start, ok, word
+
+
+@gluon.jit
+def load_front(start, ok, cols):
+    """Issue the loads of the first four nope groups of each row."""
+    row = start[:, None] + cols[None, :]
+    okc = ok[:, None]
+    r0 = gl.load(row, mask=okc, other=0)
+    r1 = gl.load(row + 16, mask=okc, other=0)
+    r2 = gl.load(row + 32, mask=okc, other=0)
+    r3 = gl.load(row + 48, mask=okc, other=0)
+    return r0, r1, r2, r3
+
+
+@gluon.jit
+def load_back(start, ok, cols, cols_r, rows_r: gl.constexpr):
+    """Issue the loads of the other three, and of the rope part."""
+    row = start[:, None] + cols[None, :]
+    okc = ok[:, None]
+    r4 = gl.load(row + 64, mask=okc, other=0)
+    r5 = gl.load(row + 80, mask=okc, other=0)
+    r6 = gl.load(row + 96, mask=okc, other=0)
+    start_r = gl.convert_layout(start, rows_r)
+    ok_r = gl.convert_layout(ok, rows_r)
+    rope = gl.load(start_r[:, None] + (cols_r + 112)[None, :], mask=ok_r[:, None], other=0)
+    return r4, r5, r6, rope
+
+
+@gluon.jit
+def _decode_group(raw, word, g: gl.constexpr):
+    code = ((word >> (8 * g)) & 0xFF).to(gl.int32)
+    bits = gl.where(code == 255, 0x7FC0, gl.minimum(code + 60, 254) << 7)
+    factor, _ = gl.broadcast((bits * 0x10001)[:, None], raw)
+    low, high = gl.inline_asm_elementwise(
+        _ASM, _CONSTRAINTS, [raw, factor], dtype=(gl.int32, gl.int32), is_pure=True, pack=4
+    )
+    return gl.reshape(gl.join(low, high), [raw.shape[0], 2 * raw.shape[1]])
+
+
+@gluon.jit
+def _beside(left, right):
+    """[N, D] and [N, D] to [N, 2 D]; moves nothing between threads."""
+    return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [left.shape[0], 2 * left.shape[1]])
+
+
+@gluon.jit
+def deposit(keys32, bias, lay_r: gl.constexpr, r0, r1, r2, r3, r4, r5, r6, rope, word, ok):
+    """Decode a tile into a key buffer (seen as 32-bit words), and its mask beside it."""
+    bias.store(gl.where(ok, 0.0, float("-inf")))
+    keys32.slice(0, 64, 1).store(_beside(_decode_group(r0, word, 0), _decode_group(r1, word, 1)))
+    keys32.slice(64, 64, 1).store(_beside(_decode_group(r2, word, 2), _decode_group(r3, word, 3)))
+    keys32.slice(128, 64, 1).store(_beside(_decode_group(r4, word, 4), _decode_group(r5, word, 5)))
+    tail = gl.inline_asm_elementwise(_ASM_ROPE, "=r,r", [rope], dtype=gl.int32, is_pure=True, pack=1)
+    keys32.slice(192, 64, 1).store(_beside(gl.convert_layout(_decode_group(r6, word, 6), lay_r), tail))

@@ -1,0 +1,240 @@
+"""The split kernel of sparse MLA decode for mma.sync, in Gluon: for SM8x and SM12x, and for few queries on Hopper too.
+
+One CTA serves one query
+row, up to 64 heads and one split: each key is gathered and decoded once for all of them, where the portable kernel does
+so for every 16.
+
+All warps do everything, one step after the other: decode a tile of keys to shared memory, S = Q K^T, the softmax,
+O += P V.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from ...arch import Arch
+from ...configurations import configured
+from ...lib.gluon import PRIVATE_REINTERPRET, block_index, launch_dependents
+from ...lib.mma_sync import ROWS_LAYOUT, add_weights, halves, mma_layout, sums_layout
+from ...lib.sizes import cdiv
+from ...lib.softmax import LN2, LOG2E, NEGATIVE
+from .combine import launch_splits
+from .gather import (
+    UNBIAS,
+    deposit,
+    find,
+    index_of,
+    load_back,
+    load_front,
+    place,
+    schedule,
+)
+from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
+
+_STEP = gl.constexpr(64)  # columns of Q and K at a time
+
+
+def plan(shape: Shape) -> Plan | None:
+    """The large tile has 138 KiB, the small one 67 for architectures with 99. Timed on the H200 under SM80's and SM89's
+    names, with as much shared memory as they have."""
+    if not shape.vectors:
+        return None
+    rows, heads, arch = shape.planned_rows, shape.heads, shape.arch
+    few, small, large = (_tile(arch, role) for role in ("few", "small", "large"))
+    tiles = shape.tiles(few.keys)
+    if (each := cdiv(rows * cdiv(heads, 16) * tiles, arch.sms)) <= 3:
+        # few rows are latency: up to three small tiles a program, every program on the machine at once
+        return Plan(few, cdiv(tiles, max(each, cdiv(tiles, MOST_SPLITS))))
+    if heads <= 16:
+        tile = few
+    elif arch.wgmma:
+        return None
+    else:
+        below = rows * cdiv(heads, 32) * tiles <= 6 * arch.sms
+        tile = small if below or heads <= 32 or arch.smem < large.kib * 1024 else large
+    # a multiprocessor's registers and shared memory; each program's last KiB is the system's
+    resident = max(1, min(tile.resident, (arch.smem // 1024 + 1) // (tile.kib + 1)))
+    programs = rows * cdiv(heads, tile.heads)
+    return Plan(tile, splits_for(programs, shape.tiles(tile.keys), arch.sms, resident))
+
+
+def _tile(arch: Arch, role: str) -> Tile:
+    return Tile(**configured("sparse_mla_decode", "mma_sync", arch, role=role))
+
+
+def launch(call: Call, plan: Plan) -> None:
+    tile = plan.tile
+    shape = dict(block_heads=tile.heads, HEADS=tile.heads, KEYS=tile.keys, num_warps=tile.warps)
+    launch_splits(_decode_mma_sync_kernel, call, plan, words=True, **shape)
+
+
+@gluon.jit
+def _keep(p_smem, weight):
+    """The weights of a tile, 32 keys a buffer: on the H200 1 to 2 % faster than one buffer for all."""
+    if weight.shape[1] == 64:
+        low, high = halves(weight)
+        p_smem.index(0).store(low)
+        p_smem.index(1).store(high)
+    else:
+        p_smem.index(0).store(weight)
+
+
+@gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+def _decode_mma_sync_kernel(
+    q,
+    out,
+    lse,
+    part,
+    part_lse,
+    sink,
+    cache1,
+    idx1,
+    len1,
+    cache2,
+    idx2,
+    len2,
+    has_sink: gl.int32,
+    has_len1: gl.int32,
+    has_len2: gl.int32,
+    scale_log2: gl.float32,
+    heads: gl.int32,
+    block_heads: gl.int32,
+    head_blocks: gl.int32,
+    s_q: gl.int32,
+    splits: gl.int32,
+    q_sb: gl.int64,
+    q_ss: gl.int64,
+    q_sh: gl.int64,
+    o_sb: gl.int64,
+    o_ss: gl.int64,
+    o_sh: gl.int64,
+    i1_sb: gl.int64,
+    i1_ss: gl.int64,
+    i2_sb: gl.int64,
+    i2_ss: gl.int64,
+    topk1: gl.int32,
+    topk2: gl.int32,
+    slots1: gl.int32,
+    slots2: gl.int32,
+    stride1: gl.int64,
+    stride2: gl.int64,
+    page1: gl.int32,
+    page2: gl.int32,
+    shift1: gl.int32,
+    shift2: gl.int32,
+    SPLIT: gl.constexpr,
+    HEADS: gl.constexpr,
+    KEYS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    if PDL:
+        launch_dependents()
+    warps: gl.constexpr = gl.num_warps()
+    mma: gl.constexpr = mma_layout(warps)
+    lhs: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    # A thread has 16 bytes of each 64-byte group of one row: 4 lanes a row, so that the stores of the decoded keys (32
+    # bytes a thread) meet no bank twice.
+    lay: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [warps, 1], [1, 0])
+    lay_r: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [warps, 1], [1, 0])
+    rows_r: gl.constexpr = gl.SliceLayout(1, lay_r)
+    q_lay: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [warps, 1], [1, 0])
+    sums_lay: gl.constexpr = sums_layout(HEADS, warps)
+    words: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    narrow: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, 512], ROWS_LAYOUT)
+    k_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS, 512], ROWS_LAYOUT)
+    if PRIVATE_REINTERPRET:
+        k32 = k_smem._reinterpret(gl.int32, [KEYS, 256], words)
+    else:
+        k32 = k_smem.reinterpret(gl.int32, [KEYS, 256], words)
+    if HEADS > 16:
+        p_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS // 32, HEADS, 32], narrow)
+        b_smem = gl.allocate_shared_memory(gl.float32, [KEYS], flat)
+
+    split = gl.program_id(1)
+    _, b, s, head0 = place(gl.program_id(0), block_heads, head_blocks, s_q)
+    b64, s64 = b.to(gl.int64), s.to(gl.int64)
+    idx1 += b64 * i1_sb + s64 * i1_ss
+    idx2 += b64 * i2_sb + s64 * i2_ss
+    keys = gl.arange(0, KEYS, gl.SliceLayout(1, lay))
+    cols = gl.arange(0, 16, gl.SliceLayout(0, lay))
+    cols_r = gl.arange(0, 32, gl.SliceLayout(0, lay_r))
+    length1, length2, first2, here1, here = schedule(
+        b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, KEYS, False
+    )
+    share = here1, split, first2, splits, length1, length2
+    scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
+    index = index_of(0, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+    start, ok, word = find(0, index, keys, share, scopes)
+    r0, r1, r2, r3 = load_front(start, ok, cols)
+    r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
+    index = index_of(1, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+
+    h = head0 + gl.arange(0, HEADS, gl.SliceLayout(1, q_lay))
+    q_cols = gl.arange(0, 512, gl.SliceLayout(0, q_lay))
+    q_row = q + (b64 * q_sb + s64 * q_ss) * 8 + h.to(gl.int64) * (q_sh * 8)
+    h_ok = h < gl.minimum(heads, head0 + block_heads)
+    q_smem.store(gl.load(q_row[:, None] + q_cols[None, :], mask=h_ok[:, None], other=0.0))
+
+    peak = gl.full([HEADS], NEGATIVE, gl.float32, rows)
+    sums = gl.zeros([HEADS, 16], gl.float32, sums_lay)
+    acc = gl.zeros([HEADS, 512], gl.float32, mma)
+    for i in range(here):
+        if HEADS == 16:  # taken for as long as they are needed only: two programs of 32 keys fit the 100 KiB of SM86
+            b_smem = gl.allocate_shared_memory(gl.float32, [KEYS], flat)
+        deposit(k32, b_smem, lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
+        # The next tile, in two parts: all of it at once does not fit the L1 cache that is left, and the loads would
+        # stand in the way of what is read from shared memory.
+        start, ok, word = find(i + 1, index, keys, share, scopes)
+        r0, r1, r2, r3 = load_front(start, ok, cols)
+        logits = gl.zeros([HEADS, KEYS], gl.float32, mma)
+        for c in gl.static_range(512 // _STEP):
+            queries = q_smem.slice(_STEP * c, _STEP, 1).load(lhs)
+            logits = mma_v2(queries, k_smem.slice(_STEP * c, _STEP, 1).permute((1, 0)).load(rhs), logits)
+        r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
+        index = index_of(i + 2, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+        logits = logits * scale_log2 + b_smem.load(gl.SliceLayout(0, mma))[None, :]
+        new_peak = gl.maximum(peak, gl.max(logits, 1))
+        weight = gl.exp2(logits - new_peak[:, None])
+        alpha = gl.exp2(peak - new_peak)
+        acc = acc * alpha[:, None]
+        sums = add_weights(sums, alpha, weight)
+        if HEADS == 16:
+            p_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS // 32, HEADS, 32], narrow)
+        _keep(p_smem, weight.to(gl.bfloat16))
+        for c in gl.static_range(KEYS // 16):  # 16 keys at a time: all the weights would take too many registers
+            weights = p_smem.index(c // 2).slice(16 * (c % 2), 16, 1).load(lhs)
+            acc = mma_v2(weights, k_smem.slice(16 * c, 16, 0).load(rhs), acc)
+        peak = new_peak
+
+    total = gl.convert_layout(gl.sum(sums, 1), rows)
+    some = total != 0.0  # true for NaN too: a NaN key must show
+    total = gl.where(some, total, 1.0)
+    inverse = gl.where(some, UNBIAS / total, 0.0)
+    # Found again: kept from before the loop, all this would cost its registers.
+    row, b, s, head0 = place(block_index("x"), block_heads, head_blocks, s_q)
+    split = block_index("y")
+    row64, split_row = row.to(gl.int64), (row.to(gl.int64) * splits + split) * heads
+    out += (b.to(gl.int64) * o_sb + s.to(gl.int64) * o_ss) * 8
+    lse += row64 * heads
+    part_lse += split_row
+    part += split_row * 512
+    head = head0 + gl.arange(0, HEADS, rows)
+    head_ok = head < gl.minimum(heads, head0 + block_heads)
+    d = gl.arange(0, 512, gl.SliceLayout(0, mma))
+    if SPLIT:
+        gl.store(part_lse + head, gl.where(some, peak + gl.log2(total), float("-inf")), mask=head_ok)
+        if here > 0:
+            gl.store((part + head * 512)[:, None] + d[None, :], acc * inverse[:, None], mask=head_ok[:, None])
+    else:
+        row_lse = gl.where(some, (peak + gl.log2(total)) * LN2, float("inf"))
+        gl.store(lse + head, row_lse, mask=head_ok)
+        sink_value = gl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
+        inverse = gl.where(some, inverse / (1.0 + gl.exp2((sink_value - row_lse) * LOG2E)), 0.0)
+        o_row = out + head.to(gl.int64) * (o_sh * 8)
+        gl.store(o_row[:, None] + d[None, :], (acc * inverse[:, None]).to(gl.bfloat16), mask=head_ok[:, None])

@@ -1,0 +1,164 @@
+"""Sparse MLA decode: what a call is to its kernels, and how often the keys of a row are split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...arch import Arch
+from ...lib.sizes import cdiv
+
+MOST_SPLITS = 40  # the registers of one that combines them
+_INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
+
+# Of the split kernels, which have the same parameters.
+NO_SPECIALIZE = [
+    "has_sink",
+    "has_len1",
+    "has_len2",
+    "scale_log2",
+    "heads",
+    "block_heads",
+    "head_blocks",
+    "s_q",
+    "splits",
+    "q_sb",
+    "q_ss",
+    "q_sh",
+    "o_sb",
+    "o_ss",
+    "o_sh",
+    "i1_sb",
+    "i1_ss",
+    "i2_sb",
+    "i2_ss",
+    "topk1",
+    "topk2",
+    "slots1",
+    "slots2",
+    "stride1",
+    "stride2",
+    "page1",
+    "page2",
+    "shift1",
+    "shift2",
+]
+NO_ALIGN = ["sink", "idx1", "len1", "idx2", "len2", "lse"]
+
+
+class Shape(NamedTuple):
+    """All that a plan follows from.
+
+    Attributes:
+        rows: b * s_q.
+        topk1, topk2: Widths of the two scopes' indices.
+        vectors: Cache pages, queries and output can be read 16 bytes at a time, and page sizes are powers of two.
+        rough: Cache pages are not even 8-byte aligned.
+    """
+
+    arch: Arch
+    rows: int
+    heads: int
+    topk1: int
+    topk2: int
+    vectors: bool
+    rough: bool
+    batch_invariant: bool
+
+    @property
+    def planned_rows(self) -> int:
+        """In the batch-invariant mode kernel, tile and splits are those of so many rows, whatever ``rows`` is."""
+        return _INVARIANT_ROWS if self.batch_invariant else self.rows
+
+    def tiles(self, keys: int) -> int:
+        """Tiles of so many keys in a row."""
+        return max(cdiv(self.topk1, keys) + cdiv(self.topk2, keys), 1)
+
+
+class Tile(NamedTuple):
+    """How one program is shaped.
+
+    ``keys`` must be 32 or more. A 16-key tile of the portable kernel came out wrong on the H200 (Triton 3.6; the logits
+    right, the product with the values not): its operands get kWidth 8, as if for the byte loads they come from, with a
+    K dimension of 16.
+
+    Attributes:
+        resident: Programs that share a multiprocessor, by their registers.
+        kib: Shared memory of one.
+    """
+
+    heads: int
+    keys: int
+    warps: int
+    resident: int = 1
+    kib: int = 0
+
+
+class Plan(NamedTuple):
+    """A launch of a split kernel: its tile, and into how many splits the keys of a row go."""
+
+    tile: Tile
+    splits: int
+    single: bool = False  # every split is exactly one tile of the widths
+    block_heads: int = 64  # heads of one program, if fewer than the tile is high: more programs
+
+
+class Scopes(NamedTuple):
+    """Both scopes of a call as the kernels take them; one scope is two, the second without indices."""
+
+    cache1: Tensor
+    cache2: Tensor
+    idx1: Tensor
+    idx2: Tensor
+    len1: Tensor
+    len2: Tensor
+    has_len1: int
+    has_len2: int
+    strides: tuple[int, int, int, int]  # of the indices
+    topk1: int
+    topk2: int
+    unit: int  # bytes that divide every page's address: 16, 8 or 1
+    pow2: bool  # both page sizes are powers of two
+
+    @property
+    def pages(self) -> Iterator[int]:
+        """slots, page strides (in units), page sizes and their logarithms, each of both scopes."""
+        caches = (self.cache1, self.cache2)
+        pages = [cache.shape[1] for cache in caches]
+        yield from (min(cache.shape[0] * cache.shape[1], 2**31 - 1) for cache in caches)
+        yield from (cache.stride(0) // self.unit for cache in caches)
+        yield from pages
+        yield from (page.bit_length() - 1 for page in pages)
+
+
+class Call(NamedTuple):
+    """A call, its results allocated. ``q_unit``: strides of ``q`` and ``out`` are passed in this unit, 8 or 1."""
+
+    shape: Shape
+    q: Tensor
+    scopes: Scopes
+    sm_scale: float
+    sink: Tensor | None
+    out: Tensor
+    lse: Tensor
+    q_unit: int
+
+
+def splits_for(programs: int, tiles: int, sms: int, resident: int = 1) -> int:
+    """The split count with the least expected time.
+
+    In units of one tile: what the longest program of a wave computes, for every program with which it shares a
+    multiprocessor (``resident`` at most) half as much again, 2 to start and finish a program, 0.0102 to write and read
+    back a program's partial result. The numbers are fitted to sweeps on the H200, 2026-11-27: within 3 % of the best.
+    """
+    best, least = 1, float("inf")
+    for splits in range(1, min(tiles, MOST_SPLITS) + 1):
+        sharing = min(cdiv(programs * splits, sms), resident)
+        waves = cdiv(programs * splits, sms * sharing)
+        cost = waves * ((1 + 0.5 * (sharing - 1)) * (tiles / splits + cdiv(tiles, splits)) / 2 + 2)
+        cost += 0.0102 * programs * splits if splits > 1 else 0.0
+        if cost < least - 1e-9:
+            best, least = splits, cost
+    return best

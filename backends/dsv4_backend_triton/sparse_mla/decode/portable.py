@@ -1,0 +1,249 @@
+"""Sparse MLA decode over the paged FP8 cache: split over the keys, then combine.
+
+One program serves one query row, one block of heads and one split of the row's keys. It gathers every KV row
+once (K and V are the same vector), decodes it to bf16 in registers and feeds both products from it. A row's
+two scopes are walked as one list of tiles, so their softmax is joint by construction. Loops end at the row's
+own length.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from ...configurations import configured
+from ...lib.bits import round_to
+from ...lib.sizes import cdiv
+from ...lib.softmax import LN2, NEGATIVE
+from .cache_rows import UNBIAS, gather, keys_of
+from .combine import launch_splits
+from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
+
+
+def plan(shape: Shape) -> Plan:
+    """Few programs: every one gets a single tile, the smallest that still fits all of them on the machine at once."""
+    programs, sms = shape.planned_rows * cdiv(shape.heads, 16), shape.arch.sms
+    for role in ("small", "medium"):
+        tile = _tile(shape, role)
+        tiles = shape.tiles(tile.keys)
+        if programs * tiles <= sms and tiles <= MOST_SPLITS and not (role == "medium" and shape.rough):
+            return Plan(tile, tiles, single=True)
+    tile = _tile(shape, "bytes" if shape.rough else "loop")  # in a loop of byte loads 64 keys outgrow 99 KiB
+    return Plan(tile, splits_for(programs, shape.tiles(tile.keys), sms))
+
+
+def _tile(shape: Shape, role: str) -> Tile:
+    return Tile(**configured("sparse_mla_decode", "portable", shape.arch, role=role))
+
+
+def launch(call: Call, plan: Plan) -> None:
+    tile = plan.tile
+    launch_splits(
+        _decode_kernel,
+        call,
+        plan,
+        words=False,
+        block_heads=tile.heads,
+        BH=tile.heads,
+        BN=tile.keys,
+        THREADS=32 * tile.warps,
+        SINGLE=plan.single,
+        POW2=call.scopes.pow2,
+        UNIT=call.scopes.unit,
+        Q_UNIT=call.q_unit,
+        OPERAND=call.shape.arch.bf16,
+        num_warps=tile.warps,
+        num_stages=1,
+    )
+
+
+@triton.jit
+def _attend(q, acc, peak, total, k, valid, scale_log2, OPERAND: tl.constexpr, FIRST: tl.constexpr):
+    """One tile of keys into the running (accumulator, maximum, sum) of an online softmax in base 2."""
+    logits = tl.dot(q, tl.trans(k))
+    logits = tl.where(valid[None, :], logits * scale_log2, NEGATIVE)
+    if FIRST:
+        new_peak = tl.max(logits, 1)
+    else:
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+    weight = tl.where(valid[None, :], tl.exp2(logits - new_peak[:, None]), 0.0)
+    if FIRST:
+        total = tl.sum(weight, 1)
+        acc = tl.dot(weight.to(OPERAND), k)
+    else:
+        alpha = tl.exp2(peak - new_peak)
+        total = total * alpha + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
+    return acc, new_peak, total
+
+
+@triton.jit
+def _tile_index(i, here1, first1, first2, splits, idx1, idx2, length1, length2, BN: tl.constexpr):
+    """The indices of the i-th tile of this split, and whether each entry lies within its row's length."""
+    one = i < here1
+    tile = tl.where(one, first1 + i * splits, first2 + (i - here1) * splits)
+    k = tile * BN + tl.arange(0, BN)
+    inside = k < tl.where(one, length1, length2)
+    index = tl.load(tl.where(one, idx1, idx2) + k, mask=inside, other=-1)
+    return index, one
+
+
+@triton.jit
+def _block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
+    """The program's index again, as the compiler does not know: it would keep it, and all that was made of it."""
+    if OPERAND == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "mov.u32 $0, %ctaid." + ("x" if AXIS == 0 else "y") + ";", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tl.program_id(AXIS)
+
+
+@triton.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+def _decode_kernel(
+    q,
+    out,
+    lse,
+    part,
+    part_lse,
+    sink,
+    cache1,
+    idx1,
+    len1,
+    cache2,
+    idx2,
+    len2,
+    has_sink: tl.int32,
+    has_len1: tl.int32,
+    has_len2: tl.int32,
+    scale_log2: tl.float32,
+    heads: tl.int32,
+    block_heads: tl.int32,
+    head_blocks: tl.int32,
+    s_q: tl.int32,
+    splits: tl.int32,
+    q_sb: tl.int64,
+    q_ss: tl.int64,
+    q_sh: tl.int64,
+    o_sb: tl.int64,
+    o_ss: tl.int64,
+    o_sh: tl.int64,
+    i1_sb: tl.int64,
+    i1_ss: tl.int64,
+    i2_sb: tl.int64,
+    i2_ss: tl.int64,
+    topk1: tl.int32,
+    topk2: tl.int32,
+    slots1: tl.int32,
+    slots2: tl.int32,
+    stride1: tl.int64,
+    stride2: tl.int64,
+    page1: tl.int32,
+    page2: tl.int32,
+    shift1: tl.int32,
+    shift2: tl.int32,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+    THREADS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SINGLE: tl.constexpr,
+    POW2: tl.constexpr,
+    UNIT: tl.constexpr,
+    Q_UNIT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    row = pid // head_blocks
+    b = row // s_q
+    s = row - b * s_q
+    b64, s64 = b.to(tl.int64), s.to(tl.int64)
+    head = (pid - row * head_blocks) * block_heads + tl.arange(0, BH)
+    head_ok = head < heads
+    idx1 += b64 * i1_sb + s64 * i1_ss
+    idx2 += b64 * i2_sb + s64 * i2_ss
+    length1 = tl.minimum(tl.maximum(tl.load(len1 + b, mask=has_len1 != 0, other=topk1), 0), topk1)
+    length2 = tl.minimum(tl.maximum(tl.load(len2 + b, mask=has_len2 != 0, other=topk2), 0), topk2)
+
+    d = tl.arange(0, 512)
+    q_ok = head_ok[:, None]
+    q_row = (q + (b64 * q_sb + s64 * q_ss) * Q_UNIT) + head.to(tl.int64)[:, None] * (q_sh * Q_UNIT)
+    query = tl.load(q_row + d[None, :], mask=q_ok, other=0.0).to(OPERAND)
+
+    peak = tl.full([BH], NEGATIVE, tl.float32)
+    total = tl.zeros([BH], tl.float32)
+    if SINGLE:
+        # as many splits as the widths have tiles: which tile is whose does not wait for the lengths
+        tiles1 = tl.cdiv(topk1, BN)
+        one = split < tiles1
+        k = tl.where(one, split, split - tiles1) * BN + tl.arange(0, BN)
+        index = tl.load(tl.where(one, idx1, idx2) + k, mask=k < tl.where(one, topk1, topk2), other=-1)
+        valid = (k < tl.where(one, length1, length2)) & (index >= 0) & (index < tl.where(one, slots1, slots2))
+        raw_a, raw_b, raw_c, rope, word = gather(
+            tl.where(one, cache1, cache2),
+            tl.where(one, stride1, stride2),
+            tl.where(one, page1, page2),
+            tl.where(one, shift1, shift2),
+            index,
+            valid,
+            UNIT,
+            POW2,
+        )
+        k = keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND, THREADS)
+        acc, peak, total = _attend(query, 0.0, peak, total, k, valid, scale_log2, OPERAND, True)
+    else:
+        acc = tl.zeros([BH, 512], tl.float32)
+        # tiles go round robin over the splits, the second scope's after the first's
+        tiles1, tiles2 = tl.cdiv(length1, BN), tl.cdiv(length2, BN)
+        first2 = (split - tiles1 % splits + splits) % splits
+        here1 = tl.maximum(tl.cdiv(tiles1 - split, splits), 0)
+        here = here1 + tl.maximum(tl.cdiv(tiles2 - first2, splits), 0)
+        index, one = _tile_index(0, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
+        for i in range(here):
+            valid = (index >= 0) & (index < tl.where(one, slots1, slots2))
+            raw_a, raw_b, raw_c, rope, word = gather(
+                tl.where(one, cache1, cache2),
+                tl.where(one, stride1, stride2),
+                tl.where(one, page1, page2),
+                tl.where(one, shift1, shift2),
+                index,
+                valid,
+                UNIT,
+                POW2,
+            )
+            # read again rather than kept: the mask is wanted in the layout of the logits, where it costs
+            # registers
+            again, one_again = _tile_index(i, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
+            valid = (again >= 0) & (again < tl.where(one_again, slots1, slots2))
+            index, one = _tile_index(i + 1, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
+            k = keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND, THREADS)
+            acc, peak, total = _attend(query, acc, peak, total, k, valid, scale_log2, OPERAND, False)
+
+    some = total != 0.0  # true for NaN too: a NaN key must show
+    total = tl.where(some, total, 1.0)
+    inverse = tl.where(some, UNBIAS / total, 0.0)
+    # Found again: kept from before the loop, all this would cost its registers.
+    pid = _block_index(0, OPERAND)
+    row = pid // head_blocks
+    head = (pid - row * head_blocks) * block_heads + tl.arange(0, BH)
+    head_ok = head < heads
+    b64 = (row // s_q).to(tl.int64)
+    s64 = (row % s_q).to(tl.int64)
+    row64 = row.to(tl.int64)
+    if SPLIT:
+        lse_at = (row64 * splits + _block_index(1, OPERAND)) * heads + head
+        tl.store(part_lse + lse_at, tl.where(some, peak + tl.log2(total), float("-inf")), mask=head_ok)
+        o_row = part + lse_at[:, None] * 512
+    else:
+        row_lse = tl.where(some, (peak + tl.log2(total)) * LN2, float("inf"))
+        tl.store(lse + row64 * heads + head, row_lse, mask=head_ok)
+        sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
+        inverse = tl.where(some, inverse / (1.0 + tl.exp(sink_value - row_lse)), 0.0)
+        o_row = (out + (b64 * o_sb + s64 * o_ss) * Q_UNIT) + head.to(tl.int64)[:, None] * (o_sh * Q_UNIT)
+    tl.store(
+        o_row + d[None, :], round_to(acc * inverse[:, None], o_row.dtype.element_ty, OPERAND), mask=head_ok[:, None]
+    )

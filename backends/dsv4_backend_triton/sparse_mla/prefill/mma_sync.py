@@ -1,0 +1,228 @@
+"""Sparse MLA prefill for mma.sync (SM80, and SM86, SM89 and SM12x by a smaller tile), written in Gluon.
+
+One CTA serves one query row and up to 64 heads. A tile of keys
+lies in shared memory as four buffers of 128 columns. Q K^T reads them one after the other, and so does P V: when a
+buffer has been multiplied, the same columns of the next tile are on their way into it, and are not waited for until
+Q K^T comes to them. So the keys need no memory beyond one tile, and their loads have three quarters of a tile's time.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from ...configurations import configured
+from ...launch import launch as launch_kernel
+from ...lib.gluon import async_load, block_index
+from ...lib.mma_sync import ROWS_LAYOUT, add_weights, halves, mma_layout, sums_layout
+from ...lib.softmax import LN2, LOG2E, NEGATIVE
+from .plan import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
+
+_PART = gl.constexpr(128)  # columns of a buffer
+_STEP = gl.constexpr(64)  # columns of Q and K at a time
+
+
+def plan(shape: Shape) -> Tile | None:
+    """The large tile has 137 KiB, the others 81 and 67: two fit a multiprocessor of SM80, one an architecture of 99."""
+    if not shape.vectors:
+        return None
+    return Tile(**configured("sparse_mla_prefill", "mma_sync", shape.arch, size=shape.heads))
+
+
+def launch(call: Call, tile: Tile) -> None:
+    grid, arguments = call.arguments(tile.heads, 8)
+    kernel = _prefill_mma_sync_kernel
+    launch_kernel(kernel, grid, *arguments, HEADS=tile.heads, KEYS=tile.keys, num_warps=tile.warps)
+
+
+@gluon.jit
+def _indices(idx, tile, keys, length):
+    """The indices of a tile, -1 beyond the length."""
+    k = tile * keys.shape[0] + keys
+    return gl.load(idx + k, mask=k < length, other=-1)
+
+
+@gluon.jit
+def _copy(buffer, kv, index, s_kv, kv_ss, cols, part: gl.constexpr):
+    """Start the copy of one part of a tile's rows; of an invalid index it is zeros."""
+    ok = (index >= 0) & (index < s_kv)
+    row = kv + gl.where(ok, index, 0).to(gl.int64) * (kv_ss * 8)
+    async_load(buffer, row[:, None] + (cols + part * _PART)[None, :], mask=ok[:, None])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _score(logits, q_smem, buffer, part: gl.constexpr, lhs: gl.constexpr, rhs: gl.constexpr):
+    for c in gl.static_range(_PART // _STEP):
+        queries = q_smem.slice(part * _PART + c * _STEP, _STEP, 1).load(lhs)
+        logits = mma_v2(queries, buffer.slice(c * _STEP, _STEP, 1).permute((1, 0)).load(rhs), logits)
+    return logits
+
+
+@gluon.jit
+def _operands(p_smem, lhs: gl.constexpr):
+    """The weights as operands, 16 keys each; all four products read them."""
+    first, second = p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
+    if p_smem.shape[1] == 32:
+        return first, second
+    else:
+        return first, second, p_smem.slice(32, 16, 1).load(lhs), p_smem.slice(48, 16, 1).load(lhs)
+
+
+@gluon.jit
+def _few_operands(weight, lhs: gl.constexpr):
+    """The same of 16 heads and 64 keys, through 1 KiB that is not kept from one tile to the next: so two programs fit
+    the 164 KiB of SM80."""
+    p_smem = gl.allocate_shared_memory(gl.bfloat16, [16, 32], gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
+    low, high = halves(weight)
+    p_smem.store(low)
+    first, second = p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
+    p_smem.store(high)
+    return first, second, p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
+
+
+@gluon.jit
+def _weigh(acc, weights, buffer, rhs: gl.constexpr):
+    for c in gl.static_range(buffer.shape[0] // 16):
+        acc = mma_v2(weights[c], buffer.slice(16 * c, 16, 0).load(rhs), acc)
+    return acc
+
+
+@gluon.jit
+def _emit(acc, inverse, buffer, o_row, cols, ok, part: gl.constexpr, lay: gl.constexpr):
+    """128 columns of the output, through shared memory: 16 bytes at a time."""
+    buffer = buffer.slice(0, acc.shape[0], 0)
+    buffer.store((acc * inverse[:, None]).to(gl.bfloat16))
+    gl.store(o_row[:, None] + (cols + part * _PART)[None, :], buffer.load(lay), mask=ok[:, None])
+
+
+@gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+def _prefill_mma_sync_kernel(
+    q,
+    kv,
+    idx,
+    lengths,
+    sink,
+    out,
+    max_logits,
+    lse,
+    has_sink: gl.int32,
+    has_length: gl.int32,
+    scale_log2: gl.float32,
+    heads: gl.int32,
+    head_blocks: gl.int32,
+    topk: gl.int32,
+    s_kv: gl.int32,
+    q_ss: gl.int64,
+    q_sh: gl.int64,
+    kv_ss: gl.int64,
+    o_ss: gl.int64,
+    o_sh: gl.int64,
+    i_ss: gl.int64,
+    HEADS: gl.constexpr,
+    KEYS: gl.constexpr,
+):
+    warps: gl.constexpr = gl.num_warps()
+    mma: gl.constexpr = mma_layout(warps)
+    lhs: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [warps, 1], [1, 0])
+    lay_rows: gl.constexpr = gl.SliceLayout(1, lay)
+    sums_lay: gl.constexpr = sums_layout(HEADS, warps)
+    narrow: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // KEYS, KEYS // 8, [1, 0])
+    q_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, 512], ROWS_LAYOUT)
+    k0 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
+    k1 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
+    k2 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
+    k3 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
+    if HEADS > 16:
+        p_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, KEYS], narrow)
+
+    pid = gl.program_id(0)
+    row = pid // head_blocks
+    row64 = row.to(gl.int64)
+    head0 = (pid - row * head_blocks) * HEADS
+    idx += row64 * i_ss
+    length = gl.minimum(gl.maximum(gl.load(lengths + row, mask=has_length != 0, other=topk), 0), topk)
+    keys = gl.arange(0, KEYS, lay_rows)
+    columns = gl.arange(0, KEYS, gl.SliceLayout(0, mma))
+    cols = gl.arange(0, _PART, gl.SliceLayout(0, lay))
+
+    h = head0 + gl.arange(0, HEADS, lay_rows)
+    q_row = q + row64 * (q_ss * 8) + h.to(gl.int64) * (q_sh * 8)
+    for part in gl.static_range(4):
+        async_load(
+            q_smem.slice(part * _PART, _PART, 1),
+            q_row[:, None] + (cols + part * _PART)[None, :],
+            mask=(h < heads)[:, None],
+        )
+    index = _indices(idx, 0, keys, length)
+    _copy(k0, kv, index, s_kv, kv_ss, cols, 0)
+    _copy(k1, kv, index, s_kv, kv_ss, cols, 1)
+    _copy(k2, kv, index, s_kv, kv_ss, cols, 2)
+    _copy(k3, kv, index, s_kv, kv_ss, cols, 3)
+
+    peak = gl.full([HEADS], NEGATIVE, gl.float32, rows)
+    sums = gl.zeros([HEADS, 16], gl.float32, sums_lay)
+    acc0 = gl.zeros([HEADS, _PART], gl.float32, mma)
+    acc1 = gl.zeros([HEADS, _PART], gl.float32, mma)
+    acc2 = gl.zeros([HEADS, _PART], gl.float32, mma)
+    acc3 = gl.zeros([HEADS, _PART], gl.float32, mma)
+    for tile in range((length + KEYS - 1) // KEYS):
+        here = _indices(idx, tile, columns, length)
+        index = _indices(idx, tile + 1, keys, length)
+        logits = gl.zeros([HEADS, KEYS], gl.float32, mma)
+        async_copy.wait_group(3)
+        logits = _score(logits, q_smem, k0, 0, lhs, rhs)
+        async_copy.wait_group(2)
+        logits = _score(logits, q_smem, k1, 1, lhs, rhs)
+        async_copy.wait_group(1)
+        logits = _score(logits, q_smem, k2, 2, lhs, rhs)
+        async_copy.wait_group(0)
+        logits = _score(logits, q_smem, k3, 3, lhs, rhs)
+        valid = (here >= 0) & (here < s_kv)
+        logits = gl.where(valid[None, :], logits * scale_log2, float("-inf"))
+        new_peak = gl.maximum(peak, gl.max(logits, 1))
+        weight = gl.exp2(logits - new_peak[:, None])
+        if HEADS > 16:
+            p_smem.store(weight.to(gl.bfloat16))
+        alpha = gl.exp2(peak - new_peak)
+        sums = add_weights(sums, alpha, weight)
+        if HEADS > 16:
+            weights = _operands(p_smem, lhs)
+        else:
+            weights = _few_operands(weight.to(gl.bfloat16), lhs)
+        acc0 = _weigh(acc0 * alpha[:, None], weights, k0, rhs)
+        _copy(k0, kv, index, s_kv, kv_ss, cols, 0)
+        acc1 = _weigh(acc1 * alpha[:, None], weights, k1, rhs)
+        _copy(k1, kv, index, s_kv, kv_ss, cols, 1)
+        acc2 = _weigh(acc2 * alpha[:, None], weights, k2, rhs)
+        _copy(k2, kv, index, s_kv, kv_ss, cols, 2)
+        acc3 = _weigh(acc3 * alpha[:, None], weights, k3, rhs)
+        _copy(k3, kv, index, s_kv, kv_ss, cols, 3)
+        peak = new_peak
+    async_copy.wait_group(0)
+
+    total = gl.convert_layout(gl.sum(sums, 1), rows)
+    # Found again: kept from before the loop, all this would cost its registers.
+    pid = block_index("x")
+    row = pid // head_blocks
+    row64 = row.to(gl.int64)
+    head0 = (pid - row * head_blocks) * HEADS
+    some = total != 0.0  # true for NaN too: a NaN key must show
+    total = gl.where(some, total, 1.0)
+    row_lse = gl.where(some, (peak + gl.log2(total)) * LN2, float("inf"))
+    head = head0 + gl.arange(0, HEADS, rows)
+    at = row64 * heads + head
+    gl.store(lse + at, row_lse, mask=head < heads)
+    gl.store(max_logits + at, gl.where(some, peak * LN2, float("-inf")), mask=head < heads)
+    sink_value = gl.load(sink + head, mask=head < gl.where(has_sink != 0, heads, 0), other=float("-inf"))
+    inverse = gl.where(some, 1.0 / (total * (1.0 + gl.exp2((sink_value - row_lse) * LOG2E))), 0.0)
+    h = head0 + gl.arange(0, HEADS, lay_rows)
+    o_row = out + row64 * (o_ss * 8) + h.to(gl.int64) * (o_sh * 8)
+    _emit(acc0, inverse, k0, o_row, cols, h < heads, 0, lay)
+    _emit(acc1, inverse, k1, o_row, cols, h < heads, 1, lay)
+    _emit(acc2, inverse, k2, o_row, cols, h < heads, 2, lay)
+    _emit(acc3, inverse, k3, o_row, cols, h < heads, 3, lay)

@@ -1,0 +1,118 @@
+"""Sparse MLA prefill: every query row attends to its own list of rows of one bf16 KV array.
+
+One program serves one query row and one block of heads. It gathers each KV row once, 512 wide, and uses it as
+key and as value; the next tile's rows are on their way while this one is computed, and the indices one tile
+further ahead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...configurations import configured
+from ...launch import launch as launch_kernel
+from ...lib.bits import round_to
+from ...lib.softmax import LN2, NEGATIVE
+from .plan import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
+
+
+def plan(shape: Shape) -> Tile:
+    """Of the tiles that spill at most 32 bytes with Triton 3.6 and 3.9, the fastest; all take 81 KiB or less, so that
+    two programs fit a multiprocessor of SM80."""
+    return Tile(**configured("sparse_mla_prefill", "portable", shape.arch, size=shape.heads))
+
+
+def launch(call: Call, tile: Tile) -> None:
+    unit = 8 if call.shape.vectors else 1
+    grid, arguments = call.arguments(tile.heads, unit)
+    launch_kernel(
+        _prefill_kernel,
+        grid,
+        *arguments,
+        BH=tile.heads,
+        BN=tile.keys,
+        UNIT=unit,
+        OPERAND=call.shape.arch.bf16,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit
+def _load_index(idx, tile, length, BN: tl.constexpr):
+    k = tile * BN + tl.arange(0, BN)
+    return tl.load(idx + k, mask=k < length, other=-1)
+
+
+@triton.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+def _prefill_kernel(
+    q,
+    kv,
+    idx,
+    lengths,
+    sink,
+    out,
+    max_logits,
+    lse,
+    has_sink: tl.int32,
+    has_length: tl.int32,
+    scale_log2: tl.float32,
+    heads: tl.int32,
+    head_blocks: tl.int32,
+    topk: tl.int32,
+    s_kv: tl.int32,
+    q_ss: tl.int64,
+    q_sh: tl.int64,
+    kv_ss: tl.int64,
+    o_ss: tl.int64,
+    o_sh: tl.int64,
+    i_ss: tl.int64,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+    UNIT: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row = pid // head_blocks
+    row64 = row.to(tl.int64)
+    head = (pid - row * head_blocks) * BH + tl.arange(0, BH)
+    head_ok = head < heads
+    idx += row64 * i_ss
+    length = tl.minimum(tl.maximum(tl.load(lengths + row, mask=has_length != 0, other=topk), 0), topk)
+    d = tl.arange(0, 512)
+    q_row = (q + row64 * (q_ss * UNIT)) + head.to(tl.int64)[:, None] * (q_sh * UNIT)
+    query = tl.load(q_row + d[None, :], mask=head_ok[:, None], other=0.0).to(OPERAND)
+
+    peak = tl.full([BH], NEGATIVE, tl.float32)
+    total = tl.zeros([BH], tl.float32)
+    acc = tl.zeros([BH, 512], tl.float32)
+    index = _load_index(idx, 0, length, BN)
+    for tile in range(tl.cdiv(length, BN)):
+        valid = (index >= 0) & (index < s_kv)
+        kv_row = kv + index.to(tl.int64) * (kv_ss * UNIT)
+        k = tl.load(kv_row[:, None] + d[None, :], mask=valid[:, None], other=0.0).to(OPERAND)
+        # read again rather than kept: the mask is wanted in the layout of the logits, where it costs 16
+        # registers
+        again = _load_index(idx, tile, length, BN)
+        valid = (again >= 0) & (again < s_kv)
+        index = _load_index(idx, tile + 1, length, BN)
+        logits = tl.dot(query, tl.trans(k))
+        logits = tl.where(valid[None, :], logits * scale_log2, NEGATIVE)
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        weight = tl.where(valid[None, :], tl.exp2(logits - new_peak[:, None]), 0.0)
+        alpha = tl.exp2(peak - new_peak)
+        total = total * alpha + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
+        peak = new_peak
+
+    some = total != 0.0  # true for NaN too: a NaN key must show
+    total = tl.where(some, total, 1.0)
+    row_lse = tl.where(some, (peak + tl.log2(total)) * LN2, float("inf"))
+    at = row64 * heads + head
+    tl.store(lse + at, row_lse, mask=head_ok)
+    tl.store(max_logits + at, tl.where(some, peak * LN2, float("-inf")), mask=head_ok)
+    sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
+    inverse = tl.where(some, 1.0 / (total * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
+    o_row = (out + row64 * (o_ss * UNIT)) + head.to(tl.int64)[:, None] * (o_sh * UNIT)
+    tl.store(o_row + d[None, :], round_to(acc * inverse[:, None], tl.bfloat16, OPERAND), mask=head_ok[:, None])

@@ -1,0 +1,552 @@
+"""Sparse MLA prefill for Hopper (sm_90a), written in Gluon.
+
+One CTA works on one query row and 64 heads at a time, and strides over all such items (a persistent grid).
+Its four warpgroups have three roles:
+
+* the *score* warpgroup computes S = Q K^T for a block of 64 keys and the softmax, and hands P (bf16) and
+  the rescale factors on through shared memory. Three quarters of Q stay in its registers (96 of them),
+  which is what frees the shared memory for a third key buffer;
+* two *accumulator* warpgroups hold the 64 x 512 fp32 output, 256 columns each (128 registers a thread), and
+  only rescale, multiply P V, and store. P V of block i is held back until Q K^T of block i + 1 is done: the
+  two products then never share the tensor cores, and P V runs under the softmax of block i + 1;
+* the *loader* warpgroup gathers key rows with 16-byte ``cp.async`` into a ring of three 64 x 512 buffers. A
+  row whose index is invalid is zero-filled by the copy itself, so nothing that unreferenced memory holds
+  ever gets in; the mask travels beside the keys as 0 or -inf and becomes the initial value of the score
+  accumulator.
+
+K and V are the same bytes: P V reads a buffer as it lies, Q K^T through a transposed view. The 512
+registers that a thread of each warpgroup can have between them are split 160 (score), 2 x 160
+(accumulators), 32 (loader); below 160 an accumulator warpgroup makes ptxas serialise every wgmma of the
+kernel.
+
+The copies are generic-proxy writes that wgmma reads through the async proxy, ordered by the mbarrier alone
+and without ``fence.proxy.async``, as usual for cp.async operands of wgmma; P is stored by ordinary stores
+and does get the fence.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ...launch import launch as launch_kernel
+from ...lib.gluon import async_load, barrier
+from ...lib.sizes import cdiv
+from ...lib.softmax import LN2, LOG2E, NEGATIVE
+from .plan import Call, Shape, Tile
+
+HEADS = gl.constexpr(64)  # heads of one item: the M of wgmma
+DIM = gl.constexpr(512)
+BN = gl.constexpr(64)  # keys in a block
+NBUF = gl.constexpr(3)  # key buffers of 64 KiB
+NP = gl.constexpr(2)  # P buffers of 8 KiB
+QC = gl.constexpr(128)  # columns in a chunk of Q
+Q_REG = gl.constexpr(3)  # chunks of Q that live in registers; the fourth lives in shared memory
+REG_SCORE = gl.constexpr(160)
+REG_LOAD = gl.constexpr(32)  # leaves 160 for the accumulators: 512 = 160 + 2 * 160 + 32
+
+
+def plan(shape: Shape) -> Tile | None:
+    """Nothing to choose: any head count is right, and at 8 heads the tile of 64 still takes no longer than the
+    portable kernel does. Tuned on an NVIDIA H200 with Triton 3.6.0, 2026-11-22."""
+    return Tile(HEADS.value, BN.value, 8) if shape.vectors else None
+
+
+def launch(call: Call, tile: Tile) -> None:
+    """One CTA on each multiprocessor: it takes all of the shared memory and of the registers."""
+    s_q, h_q, _ = call.q.shape
+    groups = cdiv(h_q, tile.heads)
+    n_items = s_q * groups
+    launch_kernel(
+        _prefill_wgmma_kernel,
+        (min(call.shape.arch.sms, n_items),),
+        *(call.q, call.kv, call.indices),
+        call.indices if call.lengths is None else call.lengths,  # not read
+        call.max_logits if call.sink is None else call.sink,  # not read
+        *(call.out, call.max_logits, call.lse),
+        *(n_items, call.kv.shape[0], h_q, call.indices.shape[1]),
+        *(stride // 8 for stride in call.strides[:3]),
+        call.indices.stride(0),
+        *(stride // 8 for stride in call.strides[3:]),
+        float(call.sm_scale) * LOG2E.value,
+        HAS_LEN=call.lengths is not None,
+        HAS_SINK=call.sink is not None,
+        FLIP=not call.sm_scale > 0,
+        GROUPS=groups,
+        num_warps=tile.warps,
+    )
+
+
+@gluon.jit
+def _row_blocks(len_ptr, row, topk, HAS_LEN: gl.constexpr):
+    """Number of keys to look at for one row, and the number of blocks that hold them."""
+    n = topk
+    if HAS_LEN:
+        n = gl.maximum(gl.minimum(gl.load(len_ptr + row), topk), 0)
+    return n, (n + BN - 1) // BN
+
+
+@gluon.jit
+def _advance(slot, phase, N: gl.constexpr):
+    """Next slot of a ring of N, and its phase bit."""
+    nxt = slot + 1
+    wrap = nxt == N
+    return gl.where(wrap, 0, nxt), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def _opaque(x):
+    """x, hidden from the optimiser, so that addresses built from it are computed where they are used.
+
+    Whatever depends on the thread index alone is otherwise hoisted out of the loop over items, and spilled.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
+def _loader(
+    q_ptr,
+    kv_ptr,
+    idx_ptr,
+    len_ptr,
+    k_smem,
+    q_smem,
+    b_smem,
+    k_full,
+    k_empty,
+    q_full,
+    q_empty,
+    n_items,
+    s_kv,
+    h_q,
+    topk,
+    q_stride_s8,
+    q_stride_h8,
+    kv_stride8,
+    idx_stride,
+    HAS_LEN: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    # 8 lanes cover one 128-byte line of a row; a warp instruction moves 4 lines.
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lay_r: gl.constexpr = gl.SliceLayout(1, lay)
+    lay_c: gl.constexpr = gl.SliceLayout(0, lay)
+    slot = 0
+    phase = 0
+    q_phase = 0
+    for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
+        row = item // GROUPS
+        keys = _opaque(gl.arange(0, BN, lay_r))
+        n, n_blocks = _row_blocks(len_ptr, row, topk, HAS_LEN)
+        idx_row = idx_ptr + row.to(gl.int64) * idx_stride
+        idx = gl.load(idx_row + keys, mask=keys < n, other=-1)
+
+        h = _opaque((item % GROUPS) * HEADS) + gl.arange(0, HEADS, lay_r)
+        qcols = gl.arange(0, QC, lay_c)
+        q_rows = q_ptr + (row.to(gl.int64) * q_stride_s8 + h.to(gl.int64) * q_stride_h8) * 8
+        h_ok = h < h_q
+        # The part of Q that ends in registers travels through one slot of the key ring.
+        mbarrier.wait(k_empty.index(slot), phase ^ 1)
+        for c in gl.static_range(Q_REG):
+            async_load(
+                k_smem.index(slot).slice(c * QC, QC, 1), q_rows[:, None] + (qcols + c * QC)[None, :], mask=h_ok[:, None]
+            )
+        async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+        mbarrier.arrive(k_full.index(slot), count=1)
+        slot, phase = _advance(slot, phase, NBUF)
+        mbarrier.wait(q_empty, q_phase ^ 1)
+        async_load(q_smem, q_rows[:, None] + (qcols + Q_REG * QC)[None, :], mask=h_ok[:, None])
+        async_copy.mbarrier_arrive(q_full, increment_count=False)
+        q_phase ^= 1
+
+        cols = gl.arange(0, DIM, lay_c)
+        for i in range(n_blocks):
+            ok = idx.to(gl.uint32, bitcast=True) < s_kv.to(gl.uint32)  # both bounds at once
+            src = kv_ptr + gl.where(ok, idx, 0).to(gl.int64) * kv_stride8 * 8
+            nxt = keys + (i + 1) * BN
+            idx = gl.load(idx_row + nxt, mask=nxt < n, other=-1)
+            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            b_smem.index(slot).store(gl.where(ok, 0.0, float("-inf")))
+            async_load(k_smem.index(slot), src[:, None] + cols[None, :], mask=ok[:, None])
+            async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+            # One ordinary arrival more: it releases the stores of the mask, as the copies' arrivals do not.
+            barrier()
+            mbarrier.arrive(k_full.index(slot), count=1)
+            slot, phase = _advance(slot, phase, NBUF)
+
+
+@gluon.jit
+def _row_max(s, rows: gl.constexpr):
+    # In two steps: twice as many independent chains of comparisons.
+    return gl.convert_layout(gl.max(gl.max(gl.reshape(s, [HEADS, BN // 8, 8]), 1), 1), rows)
+
+
+@gluon.jit
+def _score(
+    len_ptr,
+    sink_ptr,
+    max_ptr,
+    lse_ptr,
+    k_smem,
+    q_smem,
+    b_smem,
+    p_smem,
+    a_smem,
+    k_full,
+    k_empty,
+    q_full,
+    q_empty,
+    p_full,
+    p_empty,
+    s_done,
+    n_items,
+    h_q,
+    topk,
+    scale,
+    HAS_LEN: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+    FLIP: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    qlay: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    # 4 partial sums per head, one in each thread that holds the head.
+    plast: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[HEADS, 4],
+    )
+    slot = 0
+    phase = 0
+    q_phase = 0
+    pslot = 0
+    pphase = 0
+    for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
+        row = item // GROUPS
+        head0 = (item % GROUPS) * HEADS
+        _n, n_blocks = _row_blocks(len_ptr, row, topk, HAS_LEN)
+        mbarrier.wait(k_full.index(slot), phase)
+        qb = k_smem.index(slot)
+        q0 = qb.slice(0, QC, 1).load(qlay)
+        q1 = qb.slice(QC, QC, 1).load(qlay)
+        q2 = qb.slice(2 * QC, QC, 1).load(qlay)
+        barrier()
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        slot, phase = _advance(slot, phase, NBUF)
+        mbarrier.wait(q_full, q_phase)
+        q_phase ^= 1
+
+        # m is the running maximum (of the raw products, unless FLIP), part the running sum of exp, added up
+        # across threads only at the end of the row.
+        m = gl.full([HEADS], NEGATIVE, gl.float32, rows)
+        part = gl.zeros([HEADS, 4], gl.float32, plast)
+        for i in range(n_blocks):
+            mbarrier.wait(k_full.index(slot), phase)
+            kb = k_smem.index(slot)
+            # The mask (0 or -inf for each key) is the initial value of the accumulator.
+            acc, _ = gl.broadcast(b_smem.index(slot).load(gl.SliceLayout(0, mma))[None, :], m[:, None])
+            acc = warpgroup_mma(q0, kb.slice(0, QC, 1).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(q1, kb.slice(QC, QC, 1).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(q2, kb.slice(2 * QC, QC, 1).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(q_smem, kb.slice(3 * QC, QC, 1).permute((1, 0)), acc, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(acc,))
+            # P V of the block before may now have the tensor cores.
+            mbarrier.arrive(s_done.index(pslot ^ 1), count=1, pred=i > 0)
+            if FLIP:  # a scale that is not positive would turn the maximum into a minimum
+                s = gl.where(s == float("-inf"), s, s * scale)
+                m_new = gl.maximum(m, _row_max(s, rows))
+                alpha = gl.exp2(m - m_new)
+                p = gl.exp2(s - m_new[:, None])
+            else:
+                m_new = gl.maximum(m, _row_max(s, rows))
+                alpha = gl.exp2((m - m_new) * scale)
+                p = gl.exp2(s * scale - (m_new * scale)[:, None])
+            m = m_new
+            mbarrier.wait(p_empty.index(pslot), pphase ^ 1)
+            p_smem.index(pslot).store(p.to(gl.bfloat16))
+            a_smem.index(pslot).store(alpha)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(p_full.index(pslot), count=1)
+            psum = gl.convert_layout(gl.sum(gl.sum(gl.reshape(p, [HEADS, BN // 8, 4, 2]), 1), 2), plast)
+            part = part * gl.convert_layout(alpha, gl.SliceLayout(1, plast))[:, None] + psum
+            slot, phase = _advance(slot, phase, NBUF)
+            pslot, pphase = _advance(pslot, pphase, NP)
+        mbarrier.arrive(s_done.index(pslot ^ 1), count=1, pred=n_blocks > 0)
+        # Without the barrier, a row of no blocks could let the loader run two phases past a late warp.
+        barrier()
+        mbarrier.arrive(q_empty, count=1)
+        l = gl.convert_layout(gl.sum(part, 1), rows)  # noqa: E741
+        if not FLIP:
+            m = m * scale
+
+        # Final factor of each head: 1 / (sum + sink), or 0 for a row with nothing valid.
+        h = _opaque(head0) + gl.arange(0, HEADS, rows)
+        h_ok = h < h_q
+        den = l
+        if HAS_SINK:
+            sink = gl.load(sink_ptr + h, mask=h_ok, other=float("-inf"))
+            den = l + gl.exp2(sink * LOG2E - m)
+        fin = gl.where(l > 0.0, 1.0 / gl.where(l > 0.0, den, 1.0), 0.0)
+        mbarrier.wait(p_empty.index(pslot), pphase ^ 1)
+        a_smem.index(pslot).store(fin)
+        barrier()
+        mbarrier.arrive(p_full.index(pslot), count=1)
+        mbarrier.arrive(s_done.index(pslot), count=1)
+        pslot, pphase = _advance(pslot, pphase, NP)
+        dst = row.to(gl.int64) * h_q + h
+        lse = gl.where(l > 0.0, (m + gl.log2(gl.where(l > 0.0, l, 1.0))) * LN2, float("inf"))
+        gl.store(max_ptr + dst, gl.where(l > 0.0, m * LN2, float("-inf")), mask=h_ok)
+        gl.store(lse_ptr + dst, lse, mask=h_ok)
+
+
+@gluon.jit
+def _emit(x, buf, dst, column: gl.constexpr, ok, lay: gl.constexpr):
+    """Store 64 columns of the output through shared memory, with 16-byte accesses to global memory."""
+    barrier()
+    buf.store(gl.reshape(x, [HEADS, 64]))
+    barrier()
+    gl.store(dst + column, buf.load(lay), mask=ok)
+
+
+@gluon.jit
+def _accumulate(
+    out_ptr,
+    len_ptr,
+    k_smem,
+    p_smem,
+    a_smem,
+    k_empty,
+    p_full,
+    p_empty,
+    s_done,
+    n_items,
+    h_q,
+    topk,
+    o_stride_s8,
+    o_stride_h8,
+    HAS_LEN: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    # Two warpgroups side by side along the columns: 128 columns of each 256 belong to one. (The instruction
+    # with N = 256 needs more registers than ptxas grants a kernel of 512 threads.)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 2], instr_shape=[16, 128, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    wlay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    slot = 0
+    pslot = 0
+    pphase = 0
+    for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
+        row = item // GROUPS
+        head0 = (item % GROUPS) * HEADS
+        _n, n_blocks = _row_blocks(len_ptr, row, topk, HAS_LEN)
+        slot, _ = _advance(slot, 0, NBUF)  # the slot that Q passed through
+        acc = gl.zeros([HEADS, DIM], gl.float32, mma)
+        for _ in range(n_blocks):
+            mbarrier.wait(p_full.index(pslot), pphase)
+            alpha = a_smem.index(pslot).load(rows)
+            acc = acc * alpha[:, None]
+            mbarrier.wait(s_done.index(pslot), pphase)
+            tok = warpgroup_mma(p_smem.index(pslot), k_smem.index(slot), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(tok,))
+            barrier()
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            mbarrier.arrive(p_empty.index(pslot), count=1)
+            slot, _ = _advance(slot, 0, NBUF)
+            pslot, pphase = _advance(pslot, pphase, NP)
+
+        # The last entry of a row carries the final factors; its P buffer is free for the way out.
+        mbarrier.wait(p_full.index(pslot), pphase)
+        mbarrier.wait(s_done.index(pslot), pphase)
+        fin = a_smem.index(pslot).load(rows)
+        o = (acc * fin[:, None]).to(gl.bfloat16)
+        h = _opaque(head0) + gl.arange(0, HEADS, gl.SliceLayout(1, wlay))
+        c = gl.arange(0, 64, gl.SliceLayout(0, wlay))
+        dst = out_ptr + (row.to(gl.int64) * o_stride_s8 + h.to(gl.int64) * o_stride_h8) * 8
+        dst = dst[:, None] + (c % 32 + c // 32 * 128)[None, :]
+        h_ok = (h < h_q)[:, None]
+        buf = p_smem.index(pslot)
+        # Column bits 256, 128 (the warpgroup), 64 and 32; the pieces are named by bits 32, 64, 256.
+        o = gl.permute(gl.reshape(o, [HEADS, 2, 2, 2, 2, 32]), [0, 2, 5, 1, 3, 4])
+        x0, x1 = gl.split(o)
+        x00, x01 = gl.split(x0)
+        x10, x11 = gl.split(x1)
+        x000, x001 = gl.split(x00)
+        x010, x011 = gl.split(x01)
+        x100, x101 = gl.split(x10)
+        x110, x111 = gl.split(x11)
+        _emit(x000, buf, dst, 0, h_ok, wlay)
+        _emit(x100, buf, dst, 32, h_ok, wlay)
+        _emit(x010, buf, dst, 64, h_ok, wlay)
+        _emit(x110, buf, dst, 96, h_ok, wlay)
+        _emit(x001, buf, dst, 256, h_ok, wlay)
+        _emit(x101, buf, dst, 288, h_ok, wlay)
+        _emit(x011, buf, dst, 320, h_ok, wlay)
+        _emit(x111, buf, dst, 352, h_ok, wlay)
+        barrier()
+        mbarrier.arrive(p_empty.index(pslot), count=1)
+        pslot, pphase = _advance(pslot, pphase, NP)
+
+
+_SIZES = [
+    "n_items",
+    "s_kv",
+    "h_q",
+    "topk",
+    "q_stride_s8",
+    "q_stride_h8",
+    "kv_stride8",
+    "idx_stride",
+    "o_stride_s8",
+    "o_stride_h8",
+]
+# Read and written 4 bytes at a time: their alignment makes no difference.
+_SCALAR_POINTERS = ["idx_ptr", "len_ptr", "sink_ptr", "max_ptr", "lse_ptr"]
+
+
+@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SIZES + _SCALAR_POINTERS)
+def _prefill_wgmma_kernel(
+    q_ptr,
+    kv_ptr,
+    idx_ptr,
+    len_ptr,
+    sink_ptr,
+    out_ptr,
+    max_ptr,
+    lse_ptr,
+    n_items,
+    s_kv,
+    h_q,
+    topk,
+    q_stride_s8,
+    q_stride_h8,
+    kv_stride8,
+    idx_stride,
+    o_stride_s8,
+    o_stride_h8,
+    scale,
+    HAS_LEN: gl.constexpr,
+    HAS_SINK: gl.constexpr,
+    FLIP: gl.constexpr,
+    GROUPS: gl.constexpr,
+):
+    """Strides with an 8 in their name are in units of 8 elements (16 bytes), so that alignment is known."""
+    t_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    f_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    m_lay: gl.constexpr = mbarrier.MBarrierLayout()
+    k_smem = gl.allocate_shared_memory(gl.bfloat16, [NBUF, BN, DIM], t_lay)
+    q_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, QC], t_lay)
+    p_smem = gl.allocate_shared_memory(gl.bfloat16, [NP, HEADS, BN], t_lay)
+    a_smem = gl.allocate_shared_memory(gl.float32, [NP, HEADS], f_lay)  # rescale factors
+    b_smem = gl.allocate_shared_memory(gl.float32, [NBUF, BN], f_lay)  # masks
+    k_full = gl.allocate_shared_memory(gl.int64, [NBUF, 1], m_lay)
+    k_empty = gl.allocate_shared_memory(gl.int64, [NBUF, 1], m_lay)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], m_lay)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], m_lay)
+    p_full = gl.allocate_shared_memory(gl.int64, [NP, 1], m_lay)
+    p_empty = gl.allocate_shared_memory(gl.int64, [NP, 1], m_lay)
+    s_done = gl.allocate_shared_memory(gl.int64, [NP, 1], m_lay)
+    for j in gl.static_range(NBUF):
+        # Every loader thread arrives when its copies have landed, and one more for the mask.
+        mbarrier.init(k_full.index(j), count=129)
+        mbarrier.init(k_empty.index(j), count=1)
+    for j in gl.static_range(NP):
+        mbarrier.init(p_full.index(j), count=1)
+        mbarrier.init(p_empty.index(j), count=1)
+        mbarrier.init(s_done.index(j), count=1)
+    mbarrier.init(q_full, count=128)
+    mbarrier.init(q_empty, count=1)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (
+                _accumulate,
+                (
+                    out_ptr,
+                    len_ptr,
+                    k_smem,
+                    p_smem,
+                    a_smem,
+                    k_empty,
+                    p_full,
+                    p_empty,
+                    s_done,
+                    n_items,
+                    h_q,
+                    topk,
+                    o_stride_s8,
+                    o_stride_h8,
+                    HAS_LEN,
+                    GROUPS,
+                ),
+            ),
+            (
+                _score,
+                (
+                    len_ptr,
+                    sink_ptr,
+                    max_ptr,
+                    lse_ptr,
+                    k_smem,
+                    q_smem,
+                    b_smem,
+                    p_smem,
+                    a_smem,
+                    k_full,
+                    k_empty,
+                    q_full,
+                    q_empty,
+                    p_full,
+                    p_empty,
+                    s_done,
+                    n_items,
+                    h_q,
+                    topk,
+                    scale,
+                    HAS_LEN,
+                    HAS_SINK,
+                    FLIP,
+                    GROUPS,
+                ),
+            ),
+            (
+                _loader,
+                (
+                    q_ptr,
+                    kv_ptr,
+                    idx_ptr,
+                    len_ptr,
+                    k_smem,
+                    q_smem,
+                    b_smem,
+                    k_full,
+                    k_empty,
+                    q_full,
+                    q_empty,
+                    n_items,
+                    s_kv,
+                    h_q,
+                    topk,
+                    q_stride_s8,
+                    q_stride_h8,
+                    kv_stride8,
+                    idx_stride,
+                    HAS_LEN,
+                    GROUPS,
+                ),
+            ),
+        ],
+        [4, 4],
+        [REG_SCORE, REG_LOAD],
+    )
