@@ -1,13 +1,30 @@
-"""``hc_prenorm_gemm`` for many rows on Hopper: warp-specialised Gluon.
+"""``hc_prenorm_gemm`` for many rows on wgmma: warp-specialised.
 
-The plain kernel has one group of warps that waits for a tile, splits ``fn`` into two bf16, writes that to shared memory
-for the tensor cores, and multiplies: one after the other, which ends at three quarters of the H200's bandwidth. Here
-three roles overlap:
+The portable kernel has one group of warps that waits for a tile, splits ``fn`` into two bf16, writes that to shared
+memory for the tensor cores, and multiplies: one after the other, which ends at three quarters of the H200's bandwidth.
+Here three roles overlap.
 
-* one *producer* warp fetches tiles of x and fn through tensor maps into a ring;
-* one *splitter* warpgroup turns each fn tile into [high; low], bf16, in a second ring;
-* one or two *consumer* warpgroups, 64 rows each, multiply x by both at once, straight from shared memory, and sum the
-  squares meanwhile.
+    role       warps                registers   does
+    consumer   ROWS / 16, a group   80          x times both halves at once, straight from shared memory, and squares
+               for 64 rows
+    splitter   4                    80          turns each fn tile into [high; low], bf16
+    producer   1                    40          fetches tiles of x and fn through tensor maps
+
+                32 mixes high, 32 low
+    ROWS rows [ acc                  ]     K: STEP columns at a time, ``per`` in all
+
+    shared memory                          bytes, with ROWS = 64, STEP = 128, STAGES = 5, RING = 2
+    x_smem [STAGES, ROWS, STEP] bf16       81920
+    fn_smem [STAGES, 32, STEP] fp32        81920
+    split_smem [RING, 64, STEP] bf16       32768
+
+    barrier           arrives                  waits                count
+    x_full [STAGES]   the tensor maps' bytes   splitter, consumer   1
+    x_empty [STAGES]  splitter, consumer       producer             2
+    s_full [RING]     splitter                 consumer             1
+    s_empty [RING]    consumer                 splitter             1
+
+    strides: in elements. N <= 32; K and per are multiples of STEP.
 """
 
 from __future__ import annotations
@@ -24,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...configurations import configured
+from ...lib import ring
 from ...lib.boxes import boxes
 from ...lib.gluon import barrier, launch_dependents, load_box
 from .plan import Call, Shape
@@ -63,23 +81,14 @@ def launch(call: Call, config: Config) -> None:
 
 
 @gluon.jit
-def _producer(
-    x_desc,
-    fn_desc,
-    x_smem,
-    fn_smem,
-    x_full,
-    x_empty,
-    m0,
-    k_lo,
-    steps,
-    ROWS: gl.constexpr,
-    STEP: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _producer(descs, smem, bars, at, ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr):
+    x_desc, fn_desc = descs
+    x_smem, fn_smem = smem
+    x_full, x_empty = bars
+    m0, k_lo, steps = at
     for step in range(steps):
         stage = step % STAGES
-        mbarrier.wait(x_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        mbarrier.wait(x_empty.index(stage), ring.phase(step, STAGES) ^ 1)
         bar = x_full.index(stage)
         mbarrier.expect(bar, ROWS * STEP * 2 + MIXES * STEP * 4)
         k0 = k_lo + step * STEP
@@ -88,18 +97,20 @@ def _producer(
 
 
 @gluon.jit
-def _splitter(fn_smem, split_smem, x_full, x_empty, s_full, s_empty, steps, STAGES: gl.constexpr, RING: gl.constexpr):
+def _splitter(smem, bars, steps, STAGES: gl.constexpr, RING: gl.constexpr):
+    fn_smem, split_smem = smem
+    x_full, x_empty, s_full, s_empty = bars
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for step in range(steps):
         stage = step % STAGES
-        mbarrier.wait(x_full.index(stage), (step // STAGES) & 1)
+        mbarrier.wait(x_full.index(stage), ring.phase(step, STAGES))
         fn = fn_smem.index(stage).load(lay)
         # high by truncation: integer instructions, where a rounding conversion costs four times as much
         bits = fn.to(gl.int32, bitcast=True)
         high = (bits >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
         low = (fn - (bits & -65536).to(gl.float32, bitcast=True)).to(gl.bfloat16)
         slot = step % RING
-        mbarrier.wait(s_empty.index(slot), ((step // RING) & 1) ^ 1)
+        mbarrier.wait(s_empty.index(slot), ring.phase(step, RING) ^ 1)
         both = split_smem.index(slot)
         both.slice(0, MIXES, 0).store(high)
         both.slice(MIXES, MIXES, 0).store(low)
@@ -111,25 +122,12 @@ def _splitter(fn_smem, split_smem, x_full, x_empty, s_full, s_empty, steps, STAG
 
 @gluon.jit
 def _consumer(
-    x_smem,
-    split_smem,
-    x_full,
-    x_empty,
-    s_full,
-    s_empty,
-    out_ptr,
-    sqr_ptr,
-    m0,
-    M,
-    N,
-    o_stride_m,
-    s_stride_m,
-    steps,
-    ROWS: gl.constexpr,
-    STEP: gl.constexpr,
-    STAGES: gl.constexpr,
-    RING: gl.constexpr,
-):
+    smem, bars, target, steps,
+    ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    x_smem, split_smem = smem
+    x_full, x_empty, s_full, s_empty = bars
+    out_ptr, sqr_ptr, m0, M, N, o_stride_m, s_stride_m = target
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, 2 * MIXES, 16])
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [ROWS // 16, 1], [1, 0])
     acc = gl.zeros([ROWS, 2 * MIXES], gl.float32, mma)
@@ -137,9 +135,9 @@ def _consumer(
     for step in range(steps):
         stage = step % STAGES
         slot = step % RING
-        mbarrier.wait(s_full.index(slot), (step // RING) & 1)
+        mbarrier.wait(s_full.index(slot), ring.phase(step, RING))
         # the splitter has waited for this tile, but what arrived is seen by those who wait for it themselves
-        mbarrier.wait(x_full.index(stage), (step // STAGES) & 1)
+        mbarrier.wait(x_full.index(stage), ring.phase(step, STAGES))
         x = x_smem.index(stage)
         acc = warpgroup_mma(x, split_smem.index(slot).permute((1, 0)), acc, is_async=True)
         wide = x.load(lay).to(gl.float32)
@@ -159,31 +157,18 @@ def _consumer(
     gl.store(sqr_ptr + rows.to(gl.int64) * s_stride_m, gl.sum(squares, 1), mask=rows < M)
 
 
-SIZES = ["M", "N", "K", "o_stride_s", "o_stride_m", "s_stride_s", "s_stride_m", "per"]
+_SIZES = ["M", "N", "K", "o_stride_s", "o_stride_m", "s_stride_s", "s_stride_m", "per"]
 
 
-@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
+@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
 def _hc_wgmma_kernel(
-    x_desc,
-    fn_desc,
-    out_ptr,
-    sqr_ptr,
-    M,
-    N,
-    K,
-    o_stride_s,
-    o_stride_m,
-    s_stride_s,
-    s_stride_m,
+    x_desc, fn_desc,  # in boxes of [ROWS, STEP] bf16 and [32, STEP] fp32
+    out_ptr, sqr_ptr,
+    M, N, K,
+    o_stride_s, o_stride_m, s_stride_s, s_stride_m,
     per,
-    ROWS: gl.constexpr,
-    STEP: gl.constexpr,
-    STAGES: gl.constexpr,
-    RING: gl.constexpr,
-    PDL: gl.constexpr,
-):
-    """One block: ROWS rows and ``per`` columns of k, STEP of them at a time. x_desc: boxes [ROWS, STEP] of bf16;
-    fn_desc: boxes [32, STEP] of fp32. N <= 32; K and per are multiples of STEP; a warp for every 16 rows."""
+    ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     if PDL:
         launch_dependents()
     m0 = gl.program_id(0) * ROWS
@@ -197,45 +182,20 @@ def _hc_wgmma_kernel(
     x_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, STEP], x_desc.layout)
     fn_smem = gl.allocate_shared_memory(gl.float32, [STAGES, MIXES, STEP], fn_desc.layout)
     split_smem = gl.allocate_shared_memory(gl.bfloat16, [RING, 2 * MIXES, STEP], b_lay)
-    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    s_full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    s_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(x_empty.index(i), count=2)
-    for i in gl.static_range(RING):
-        mbarrier.init(s_full.index(i), count=1)
-        mbarrier.init(s_empty.index(i), count=1)
+    x_full, x_empty = ring.barriers(STAGES, 1, 2)
+    s_full, s_empty = ring.barriers(RING, 1, 1)
     fence_async_shared()
     barrier()
+    bars = (x_full, x_empty, s_full, s_empty)
+    target = (out_ptr, sqr_ptr, m0, M, N, o_stride_m, s_stride_m)
     gl.warp_specialize(
         [
+            (_consumer, ((x_smem, split_smem), bars, target, steps, ROWS, STEP, STAGES, RING)),
+            (_splitter, ((fn_smem, split_smem), bars, steps, STAGES, RING)),
             (
-                _consumer,
-                (
-                    x_smem,
-                    split_smem,
-                    x_full,
-                    x_empty,
-                    s_full,
-                    s_empty,
-                    out_ptr,
-                    sqr_ptr,
-                    m0,
-                    M,
-                    N,
-                    o_stride_m,
-                    s_stride_m,
-                    steps,
-                    ROWS,
-                    STEP,
-                    STAGES,
-                    RING,
-                ),
+                _producer,
+                ((x_desc, fn_desc), (x_smem, fn_smem), (x_full, x_empty), (m0, k_lo, steps), ROWS, STEP, STAGES),
             ),
-            (_splitter, (fn_smem, split_smem, x_full, x_empty, s_full, s_empty, steps, STAGES, RING)),
-            (_producer, (x_desc, fn_desc, x_smem, fn_smem, x_full, x_empty, m0, k_lo, steps, ROWS, STEP, STAGES)),
         ],
         [4, 1],
         [80, 40],

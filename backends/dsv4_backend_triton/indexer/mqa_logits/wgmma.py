@@ -1,8 +1,27 @@
-"""``mqa_logits`` (full form, 64 heads of 128) on Hopper: warp-specialised Gluon, persistent.
+"""``mqa_logits`` (full form, 64 heads of 128) on wgmma: warp-specialised, persistent.
 
-One warp fetches keys and queries through tensor maps; each of CONSUMERS warpgroups multiplies every key tile
-by its own two queries (128 columns of heads) and reduces over heads in registers. A key tile is fetched once
-for all warpgroups, no barrier spans the block, and one warpgroup's reduction overlaps another's product.
+A key tile is fetched once for both consumers, no barrier spans the block, and one consumer's head sum overlaps the
+other's product.
+
+    role            warps   registers   does
+    producer        1       40          fetches queries and keys through tensor maps
+    consumer 0, 1   4 each  232         keys x its two queries, relu, head sum in registers, store
+
+              query 2 WHO  query 2 WHO + 1
+              64 heads     64 heads
+    KEYS keys [          S          ] -> [KEYS, 2] logits        K: the 128 dimensions
+
+    shared memory                  bytes, with KEYS = 128 and STAGES = 6
+    q_smem [4, 128, 128] e4m3      65536     slot 2 * (turn % 2) + WHO
+    k_smem [STAGES, KEYS, 128]     98304
+
+    barrier          arrives                     waits       count
+    q_full [2]       the tensor map's bytes      consumers   1
+    q_empty [2]      each consumer               producer    2
+    k_full [STAGES]  the tensor map's bytes      consumers   1
+    k_empty [STAGES] each consumer               producer    2
+
+    strides: w_stride, out_stride in elements
 """
 
 from __future__ import annotations
@@ -15,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from ...configurations import configured
 from ...launch import launch as launch_kernel
+from ...lib import ring
 from ...lib.boxes import boxes
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
@@ -22,8 +42,8 @@ from .plan import Call, Shape
 
 COLUMNS = gl.constexpr(128)  # two queries of 64 heads: the N of one wgmma
 DIM = gl.constexpr(128)
+ROWS = gl.constexpr(4)  # queries of a block
 FEWEST_ROWS = 4
-"""Each block takes 4 of them."""
 
 
 class Config(NamedTuple):
@@ -58,7 +78,6 @@ def launch(call: Call, config: Config) -> None:
         *(call.k_scale, call.weights, call.starts, call.ends, call.out),
         *(m, n, call.weights.stride(0), call.out.stride(0), chunk),
         KEYS=config.keys,
-        CONSUMERS=2,
         STAGES=config.stages,
         CONSUMER_REGS=config.registers,
         num_warps=4,
@@ -74,8 +93,9 @@ def _balanced_chunk(columns: int, row_blocks: int, block_n: int, sms: int) -> in
 
 
 @gluon.jit
-def _item(index, row_blocks, chunk, starts_ptr, ends_ptr, m, n, KEYS: gl.constexpr, ROWS: gl.constexpr):
+def _item(index, work, KEYS: gl.constexpr):
     """First row, column range, and the tile-aligned part of it that some row reaches."""
+    starts_ptr, ends_ptr, m, n, chunk, row_blocks, _ = work
     row0 = (index % row_blocks) * ROWS
     c0 = (index // row_blocks) * chunk
     c1 = gl.minimum(c0 + chunk, n)
@@ -94,39 +114,24 @@ def _item(index, row_blocks, chunk, starts_ptr, ends_ptr, m, n, KEYS: gl.constex
 
 
 @gluon.jit
-def _producer(
-    q_desc,
-    k_desc,
-    q_smem,
-    k_smem,
-    q_full,
-    q_empty,
-    k_full,
-    k_empty,
-    starts_ptr,
-    ends_ptr,
-    m,
-    n,
-    chunk,
-    row_blocks,
-    items,
-    KEYS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _producer(descs, smem, bars, work, KEYS: gl.constexpr, STAGES: gl.constexpr):
+    q_desc, k_desc = descs
+    q_smem, k_smem = smem
+    q_full, q_empty, k_full, k_empty = bars
+    _, _, _, _, _, _, items = work
     step = 0
     turn = 0
     for index in range(gl.program_id(0), items, gl.num_programs(0)):
-        row0, _c0, _c1, lo, hi = _item(index, row_blocks, chunk, starts_ptr, ends_ptr, m, n, KEYS, 2 * CONSUMERS)
+        row0, _c0, _c1, lo, hi = _item(index, work, KEYS)
         slot = turn % 2
-        mbarrier.wait(q_empty.index(slot), ((turn // 2) & 1) ^ 1)
-        mbarrier.expect(q_full.index(slot), CONSUMERS * COLUMNS * DIM)
-        for i in gl.static_range(CONSUMERS):
-            load_box(q_desc, [row0 * 64 + i * COLUMNS, 0], q_full.index(slot), q_smem.index(slot * CONSUMERS + i))
+        mbarrier.wait(q_empty.index(slot), ring.phase(turn, 2) ^ 1)
+        mbarrier.expect(q_full.index(slot), 2 * COLUMNS * DIM)
+        for i in gl.static_range(2):
+            load_box(q_desc, [row0 * 64 + i * COLUMNS, 0], q_full.index(slot), q_smem.index(2 * slot + i))
         turn += 1
         for j in range(lo, hi, KEYS):
             stage = step % STAGES
-            mbarrier.wait(k_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.wait(k_empty.index(stage), ring.phase(step, STAGES) ^ 1)
             mbarrier.expect(k_full.index(stage), KEYS * DIM)
             load_box(k_desc, [j, 0], k_full.index(stage), k_smem.index(stage))
             step += 1
@@ -146,40 +151,21 @@ def _fill(out_ptr, row, m, out_stride, begin, end):
 
 
 @gluon.jit
-def _consumer(
-    WHO: gl.constexpr,
-    q_smem,
-    k_smem,
-    q_full,
-    q_empty,
-    k_full,
-    k_empty,
-    k_scale_ptr,
-    w_ptr,
-    starts_ptr,
-    ends_ptr,
-    out_ptr,
-    m,
-    n,
-    w_stride,
-    out_stride,
-    chunk,
-    row_blocks,
-    items,
-    KEYS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _consumer(WHO: gl.constexpr, tensors, smem, bars, work, KEYS: gl.constexpr, STAGES: gl.constexpr):
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     zeros = gl.zeros([KEYS, COLUMNS], gl.float32, layout=mma)
     result: gl.constexpr = gl.sum(gl.reshape(zeros, [KEYS, 2, 64]), axis=2).type.layout
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, result))
     pair = gl.arange(0, 2, layout=gl.SliceLayout(0, result))
+    k_scale_ptr, w_ptr, out_ptr, w_stride, out_stride = tensors
+    starts_ptr, ends_ptr, m, n, _, _, items = work
+    q_smem, k_smem = smem
+    q_full, q_empty, k_full, k_empty = bars
     step = 0
     turn = 0
     for index in range(gl.program_id(0), items, gl.num_programs(0)):
-        row0, c0, c1, lo, hi = _item(index, row_blocks, chunk, starts_ptr, ends_ptr, m, n, KEYS, 2 * CONSUMERS)
+        row0, c0, c1, lo, hi = _item(index, work, KEYS)
         row = row0 + WHO * 2
         w_row = row + column // 64
         # half of the weights: the relu below is doubled
@@ -192,13 +178,13 @@ def _consumer(
         row_ok = rows < m
         scale = gl.load(k_scale_ptr + lo + key, mask=lo + key < n, other=0.0)
         slot = turn % 2
-        mbarrier.wait(q_full.index(slot), (turn // 2) & 1)
-        q_t = q_smem.index(slot * CONSUMERS + WHO).permute((1, 0))
+        mbarrier.wait(q_full.index(slot), ring.phase(turn, 2))
+        q_t = q_smem.index(2 * slot + WHO).permute((1, 0))
         for j in range(lo, hi, KEYS):
             ahead = j + KEYS + key
             scale_next = gl.load(k_scale_ptr + ahead, mask=ahead < n, other=0.0)
             stage = step % STAGES
-            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            mbarrier.wait(k_full.index(stage), ring.phase(step, STAGES))
             s = warpgroup_mma(k_smem.index(stage), q_t, zeros, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
@@ -221,236 +207,31 @@ def _consumer(
         _fill(out_ptr, row, m, out_stride, gl.minimum((hi + KEYS - 1) // KEYS * KEYS, c1), c1)
 
 
-SIZES = ["m", "n", "w_stride", "out_stride", "chunk"]
-ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
+_SIZES = ["m", "n", "w_stride", "out_stride", "chunk"]
+_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
 
 
-@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
+@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _mqa_logits_wgmma_kernel(
-    q_desc,
-    k_desc,
-    k_scale_ptr,
-    w_ptr,
-    starts_ptr,
-    ends_ptr,
-    out_ptr,
-    m,
-    n,
-    w_stride,
-    out_stride,
-    chunk,
-    KEYS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr,
-):
-    """q_desc: [m * 64, 128] boxes of [128, 128]; k_desc: [n, 128] boxes of [KEYS, 128]."""
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, COLUMNS, DIM], q_desc.layout)
+    q_desc, k_desc,  # [m * 64, 128] in boxes of [128, 128], [n, 128] in boxes of [KEYS, 128]
+    k_scale_ptr, w_ptr, starts_ptr, ends_ptr, out_ptr,
+    m, n, w_stride, out_stride, chunk,
+    KEYS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+):  # fmt: skip
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, COLUMNS, DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, DIM], k_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
-    row_blocks = gl.cdiv(m, 2 * CONSUMERS)
-    items = row_blocks * gl.cdiv(n, chunk)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (
-                        0,
-                        q_smem,
-                        k_smem,
-                        q_full,
-                        q_empty,
-                        k_full,
-                        k_empty,
-                        k_scale_ptr,
-                        w_ptr,
-                        starts_ptr,
-                        ends_ptr,
-                        out_ptr,
-                        m,
-                        n,
-                        w_stride,
-                        out_stride,
-                        chunk,
-                        row_blocks,
-                        items,
-                        KEYS,
-                        CONSUMERS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        1,
-                        q_smem,
-                        k_smem,
-                        q_full,
-                        q_empty,
-                        k_full,
-                        k_empty,
-                        k_scale_ptr,
-                        w_ptr,
-                        starts_ptr,
-                        ends_ptr,
-                        out_ptr,
-                        m,
-                        n,
-                        w_stride,
-                        out_stride,
-                        chunk,
-                        row_blocks,
-                        items,
-                        KEYS,
-                        CONSUMERS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _producer,
-                    (
-                        q_desc,
-                        k_desc,
-                        q_smem,
-                        k_smem,
-                        q_full,
-                        q_empty,
-                        k_full,
-                        k_empty,
-                        starts_ptr,
-                        ends_ptr,
-                        m,
-                        n,
-                        chunk,
-                        row_blocks,
-                        items,
-                        KEYS,
-                        CONSUMERS,
-                        STAGES,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [CONSUMER_REGS, 40],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (
-                        0,
-                        q_smem,
-                        k_smem,
-                        q_full,
-                        q_empty,
-                        k_full,
-                        k_empty,
-                        k_scale_ptr,
-                        w_ptr,
-                        starts_ptr,
-                        ends_ptr,
-                        out_ptr,
-                        m,
-                        n,
-                        w_stride,
-                        out_stride,
-                        chunk,
-                        row_blocks,
-                        items,
-                        KEYS,
-                        CONSUMERS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        1,
-                        q_smem,
-                        k_smem,
-                        q_full,
-                        q_empty,
-                        k_full,
-                        k_empty,
-                        k_scale_ptr,
-                        w_ptr,
-                        starts_ptr,
-                        ends_ptr,
-                        out_ptr,
-                        m,
-                        n,
-                        w_stride,
-                        out_stride,
-                        chunk,
-                        row_blocks,
-                        items,
-                        KEYS,
-                        CONSUMERS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        2,
-                        q_smem,
-                        k_smem,
-                        q_full,
-                        q_empty,
-                        k_full,
-                        k_empty,
-                        k_scale_ptr,
-                        w_ptr,
-                        starts_ptr,
-                        ends_ptr,
-                        out_ptr,
-                        m,
-                        n,
-                        w_stride,
-                        out_stride,
-                        chunk,
-                        row_blocks,
-                        items,
-                        KEYS,
-                        CONSUMERS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _producer,
-                    (
-                        q_desc,
-                        k_desc,
-                        q_smem,
-                        k_smem,
-                        q_full,
-                        q_empty,
-                        k_full,
-                        k_empty,
-                        starts_ptr,
-                        ends_ptr,
-                        m,
-                        n,
-                        chunk,
-                        row_blocks,
-                        items,
-                        KEYS,
-                        CONSUMERS,
-                        STAGES,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [CONSUMER_REGS, CONSUMER_REGS, 40],
-        )
+    q_full, q_empty = ring.barriers(2, 1, 2)
+    k_full, k_empty = ring.barriers(STAGES, 1, 2)
+    row_blocks = gl.cdiv(m, ROWS)
+    work = (starts_ptr, ends_ptr, m, n, chunk, row_blocks, row_blocks * gl.cdiv(n, chunk))
+    tensors, smem = (k_scale_ptr, w_ptr, out_ptr, w_stride, out_stride), (q_smem, k_smem)
+    bars = (q_full, q_empty, k_full, k_empty)
+    gl.warp_specialize(
+        [
+            (_consumer, (0, tensors, smem, bars, work, KEYS, STAGES)),
+            (_consumer, (1, tensors, smem, bars, work, KEYS, STAGES)),
+            (_producer, ((q_desc, k_desc), smem, bars, work, KEYS, STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGS, 40],
+    )

@@ -1,9 +1,27 @@
-"""``fp8_einsum`` for many tokens on Hopper: warp-specialised Gluon, persistent.
+"""``fp8_einsum`` for many tokens on wgmma: warp-specialised, persistent.
 
-One warp fetches tiles through tensor maps; two warpgroups each multiply 64 tokens by BLOCK_D outputs and add
-the scaled product of every 128-wide K block to their accumulators. While one warpgroup scales and adds, the
-other keeps the tensor cores busy, which plain Triton cannot express: there the product of a block is waited
-for at once.
+While one consumer scales and adds the product of a 128-wide K block, the other keeps the tensor cores busy, which plain
+Triton cannot express: there the product of a block is waited for at once.
+
+    role            warps   registers          does
+    producer        1       40                 fetches tiles of x and w, and scales of x, through tensor maps
+    consumer 0, 1   4 each  CONSUMER_REGS      64 tokens x BLOCK_D outputs: product, scale, add; store at the end
+
+                 BLOCK_D outputs
+    64 tokens  [ consumer 0 ]         K: 128 at a time, R in all
+    64 tokens  [ consumer 1 ]
+
+    shared memory                         bytes, narrow (BLOCK_D = 64, STAGES = 8)   wide (128, 6)
+    x_smem [2 STAGES, 64, 128] e4m3       131072                                     98304
+    w_smem [STAGES, BLOCK_D, 128] e4m3    65536                                      98304
+    xs_smem [STAGES, 1, 128] fp32         4096, with SCALE_BOX                       3072
+
+    barrier         arrives                  waits       count
+    full [STAGES]   the tensor maps' bytes   consumers   1
+    empty [STAGES]  each consumer            producer    2
+
+    strides: in elements. N and the output's are multiples of 8, R of 128; scales are fp32, of w one for 128 outputs.
+    SCALE_BOX: scales of x lie token-minor (a new cache line every K block) and come through xs_desc.
 """
 
 from __future__ import annotations
@@ -15,6 +33,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
+from ...lib import ring
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
 from .boxes import SIZES, launch_boxes, takes  # noqa: F401
@@ -52,9 +71,10 @@ def launch(call: Call, config: Config) -> None:
 
 
 @gluon.jit
-def _tile(index, n_tiles, b_tiles, BLOCK_D: gl.constexpr):
+def _tile(index, tiles, BLOCK_D: gl.constexpr):
     """Output tile of a linear index: outputs fastest, then tokens, then heads, so that a wave shares both
     operands."""
+    _, n_tiles, b_tiles, _ = tiles
     d0 = (index % n_tiles) * BLOCK_D
     index = index // n_tiles
     b0 = (index % b_tiles) * (2 * TOKENS)
@@ -63,36 +83,22 @@ def _tile(index, n_tiles, b_tiles, BLOCK_D: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    x_desc,
-    w_desc,
-    xs_desc,
-    x_smem,
-    w_smem,
-    xs_smem,
-    full,
-    empty,
-    tiles,
-    n_tiles,
-    b_tiles,
-    n_k,
-    x_row_h,
-    x_col_h,
-    w_row_h,
-    xs_row_h,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
-    SCALE_BOX: gl.constexpr,
-):
+    descs, smem, bars, tiles, heads, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr
+):  # fmt: skip
+    x_desc, w_desc, xs_desc = descs
+    x_smem, w_smem, xs_smem = smem
+    full, empty = bars
+    x_row_h, x_col_h, w_row_h, xs_row_h = heads
+    count, _, _, n_k = tiles
     step = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        h, b0, d0 = _tile(index, n_tiles, b_tiles, BLOCK_D)
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        h, b0, d0 = _tile(index, tiles, BLOCK_D)
         x_row = b0 + h * x_row_h
         x_col = h * x_col_h
         w_row = d0 + h * w_row_h
         for kb in range(n_k):
             stage = step % STAGES
-            phase = (step // STAGES) & 1
-            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.wait(empty.index(stage), ring.phase(step, STAGES) ^ 1)
             bar = full.index(stage)
             if SCALE_BOX:
                 mbarrier.expect(bar, (2 * TOKENS + BLOCK_D) * 128 + 2 * TOKENS * 4)
@@ -107,41 +113,23 @@ def _producer(
 
 @gluon.jit
 def _consumer(
-    WHO: gl.constexpr,
-    x_smem,
-    w_smem,
-    xs_smem,
-    full,
-    empty,
-    xs_ptr,
-    ws_ptr,
-    out_ptr,
-    tiles,
-    n_tiles,
-    b_tiles,
-    n_k,
-    B,
-    N,
-    xs_stride_b,
-    xs_stride_h,
-    xs_stride_k,
-    ws_stride_h,
-    ws_stride_d,
-    ws_stride_k,
-    o_stride_b,
-    o_stride_h,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
-    SCALE_BOX: gl.constexpr,
-):
+    WHO: gl.constexpr, smem, bars, tensors, tiles, sizes, strides,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr,
+):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     store: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    xs_ptr, ws_ptr, out_ptr = tensors
+    x_smem, w_smem, xs_smem = smem
+    full, empty = bars
+    B, N = sizes
+    xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h = strides
+    count, _, _, n_k = tiles
     rows = gl.arange(0, TOKENS, layout=row_layout)
     zeros = gl.zeros([TOKENS, BLOCK_D], gl.float32, layout=mma)
     step = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        h, b0, d0 = _tile(index, n_tiles, b_tiles, BLOCK_D)
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        h, b0, d0 = _tile(index, tiles, BLOCK_D)
         b0 += WHO * TOKENS
         ws = ws_ptr + h.to(gl.int64) * ws_stride_h + (d0 // 128).to(gl.int64) * ws_stride_d
         w_scale = gl.load(ws)
@@ -158,7 +146,7 @@ def _consumer(
             w_next = gl.load(ws + ahead * ws_stride_k)
             if not SCALE_BOX:
                 x_next = gl.load(xs + ahead * xs_stride_k)
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            mbarrier.wait(full.index(stage), ring.phase(step, STAGES))
             part = warpgroup_mma(
                 x_smem.index(2 * stage + WHO),
                 w_smem.index(stage).permute((1, 0)),
@@ -185,143 +173,36 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_wgmma_kernel(
-    x_desc,
-    w_desc,
-    xs_desc,
-    xs_ptr,
-    ws_ptr,
-    out_ptr,
-    B,
-    N,
-    n_k,
-    H,
-    x_row_h,
-    x_col_h,
-    w_row_h,
-    xs_row_h,
-    xs_stride_b,
-    xs_stride_h,
-    xs_stride_k,
-    ws_stride_h,
-    ws_stride_d,
-    ws_stride_k,
-    o_stride_b,
-    o_stride_h,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr,
-    SCALE_BOX: gl.constexpr,
-):
-    """x_desc: boxes of [64, 128], head h starting at row h * x_row_h, column h * x_col_h; w_desc: boxes of
-    [BLOCK_D, 128], head h at row h * w_row_h. Rows of the next head that a box reaches are not stored. N % 8
-    == 0, out strides % 8 == 0, r % 128 == 0, fp32 scales, w scales per 128. SCALE_BOX: x scales lie
-    token-minor (a new cache line every K block) and come through xs_desc, boxes of [1, 128], head h at row h
-    * xs_row_h."""
+    x_desc, w_desc, xs_desc,
+    xs_ptr, ws_ptr, out_ptr,
+    B, N, n_k, H,
+    x_row_h, x_col_h, w_row_h, xs_row_h,  # where head h begins in a tensor map: h times these
+    xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, SCALE_BOX: gl.constexpr,
+):  # fmt: skip
+    """Boxes: [64, 128] of x, [BLOCK_D, 128] of w, [1, 128] of the scales of x. Rows of the next head that a box reaches
+    are not stored."""
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, TOKENS, 128], x_desc.layout)
     w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BLOCK_D, 128], w_desc.layout)
     if SCALE_BOX:
         xs_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * TOKENS], xs_desc.layout)
     else:
         xs_smem = x_smem
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    bars = ring.barriers(STAGES, 1, 2)
     o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
     o_stride_h = gl.multiple_of(o_stride_h.to(gl.int64), 8)
     n_tiles = gl.cdiv(N, BLOCK_D)
     b_tiles = gl.cdiv(B, 2 * TOKENS)
-    tiles = n_tiles * b_tiles * H
-    n_out = gl.multiple_of(N.to(gl.int64), 8)
+    tiles = (n_tiles * b_tiles * H, n_tiles, b_tiles, n_k)
+    sizes = (B, gl.multiple_of(N.to(gl.int64), 8))
+    tensors, smem = (xs_ptr, ws_ptr, out_ptr), (x_smem, w_smem, xs_smem)
+    strides = (xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h)
+    descs, heads = (x_desc, w_desc, xs_desc), (x_row_h, x_col_h, w_row_h, xs_row_h)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    0,
-                    x_smem,
-                    w_smem,
-                    xs_smem,
-                    full,
-                    empty,
-                    xs_ptr,
-                    ws_ptr,
-                    out_ptr,
-                    tiles,
-                    n_tiles,
-                    b_tiles,
-                    n_k,
-                    B,
-                    n_out,
-                    xs_stride_b,
-                    xs_stride_h,
-                    xs_stride_k,
-                    ws_stride_h,
-                    ws_stride_d,
-                    ws_stride_k,
-                    o_stride_b,
-                    o_stride_h,
-                    BLOCK_D,
-                    STAGES,
-                    SCALE_BOX,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    1,
-                    x_smem,
-                    w_smem,
-                    xs_smem,
-                    full,
-                    empty,
-                    xs_ptr,
-                    ws_ptr,
-                    out_ptr,
-                    tiles,
-                    n_tiles,
-                    b_tiles,
-                    n_k,
-                    B,
-                    n_out,
-                    xs_stride_b,
-                    xs_stride_h,
-                    xs_stride_k,
-                    ws_stride_h,
-                    ws_stride_d,
-                    ws_stride_k,
-                    o_stride_b,
-                    o_stride_h,
-                    BLOCK_D,
-                    STAGES,
-                    SCALE_BOX,
-                ),
-            ),
-            (
-                _producer,
-                (
-                    x_desc,
-                    w_desc,
-                    xs_desc,
-                    x_smem,
-                    w_smem,
-                    xs_smem,
-                    full,
-                    empty,
-                    tiles,
-                    n_tiles,
-                    b_tiles,
-                    n_k,
-                    x_row_h,
-                    x_col_h,
-                    w_row_h,
-                    xs_row_h,
-                    BLOCK_D,
-                    STAGES,
-                    SCALE_BOX,
-                ),
-            ),
+            (_consumer, (0, smem, bars, tensors, tiles, sizes, strides, BLOCK_D, STAGES, SCALE_BOX)),
+            (_consumer, (1, smem, bars, tensors, tiles, sizes, strides, BLOCK_D, STAGES, SCALE_BOX)),
+            (_producer, (descs, smem, bars, tiles, heads, BLOCK_D, STAGES, SCALE_BOX)),
         ],
         [4, 1],
         [CONSUMER_REGS, 40],

@@ -1,6 +1,22 @@
-"""``fp8_einsum`` for few tokens on Hopper: these are the N of the products, and 64 outputs the M.
+"""``fp8_einsum`` for few tokens on wgmma: these are the N of the products, and 64 outputs the M.
 
-A block streams 64 rows of w past its tokens, as far ahead as its shared memory goes.
+role       warps   registers   does
+consumer   4       128         64 outputs x BLOCK_B tokens: product, scale, add; store at the end
+producer   1       40          streams rows of w past the tokens, as far ahead as the ring goes
+
+             BLOCK_B tokens
+64 outputs [     S^T     ]        K: 128 at a time, R in all; two blocks share a multiprocessor
+
+shared memory                               bytes, with BLOCK_B = 64 and STAGES = 4
+x_smem [STAGES, BLOCK_B, 128] e4m3          32768
+w_smem [STAGES, 64, 128] e4m3               32768
+xs_smem [STAGES, 1, max(BLOCK_B, 32)] fp32  1024, with SCALE_BOX
+
+barrier         arrives                  waits      count
+full [STAGES]   the tensor maps' bytes   consumer   1
+empty [STAGES]  the consumer             producer   1
+
+strides: in elements, as in wgmma.py
 """
 
 from __future__ import annotations
@@ -12,6 +28,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
+from ...lib import ring
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
 from .boxes import SIZES, launch_boxes, takes  # noqa: F401
@@ -46,27 +63,14 @@ def launch(call: Call, config: Config) -> None:
 
 
 @gluon.jit
-def _producer(
-    x_desc,
-    w_desc,
-    xs_desc,
-    x_smem,
-    w_smem,
-    xs_smem,
-    full,
-    empty,
-    n_k,
-    x_row,
-    x_col,
-    w_row,
-    xs_row,
-    BLOCK_B: gl.constexpr,
-    STAGES: gl.constexpr,
-    SCALE_BOX: gl.constexpr,
-):
+def _producer(descs, smem, bars, n_k, at, BLOCK_B: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr):
+    x_desc, w_desc, xs_desc = descs
+    x_smem, w_smem, xs_smem = smem
+    full, empty = bars
+    x_row, x_col, w_row, xs_row = at
     for kb in range(n_k):
         stage = kb % STAGES
-        mbarrier.wait(empty.index(stage), ((kb // STAGES) & 1) ^ 1)
+        mbarrier.wait(empty.index(stage), ring.phase(kb, STAGES) ^ 1)
         bar = full.index(stage)
         if SCALE_BOX:
             mbarrier.expect(bar, (BLOCK_B + OUTPUTS) * 128 + max(BLOCK_B, LINE) * 4)
@@ -79,29 +83,16 @@ def _producer(
 
 @gluon.jit
 def _consumer(
-    x_smem,
-    w_smem,
-    xs_smem,
-    full,
-    empty,
-    xs,
-    ws,
-    out_ptr,
-    n_k,
-    d0,
-    B,
-    N,
-    xs_stride_b,
-    xs_stride_k,
-    ws_stride_k,
-    o_stride_b,
-    BLOCK_B: gl.constexpr,
-    STAGES: gl.constexpr,
-    SCALE_BOX: gl.constexpr,
-):
+    tensors, smem, bars, sizes, strides, n_k, BLOCK_B: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr
+):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_B, 32])
     tokens: gl.constexpr = gl.SliceLayout(0, mma)
     store: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    xs, ws, out_ptr = tensors
+    x_smem, w_smem, xs_smem = smem
+    full, empty = bars
+    d0, B, N = sizes
+    xs_stride_b, xs_stride_k, ws_stride_k, o_stride_b = strides
     zeros = gl.zeros([OUTPUTS, BLOCK_B], gl.float32, mma)
     acc = zeros
     w_scale = gl.load(ws)
@@ -114,7 +105,7 @@ def _consumer(
         w_next = gl.load(ws + ahead * ws_stride_k)
         if not SCALE_BOX:
             x_next = gl.load(xs + ahead * xs_stride_k)
-        mbarrier.wait(full.index(stage), (kb // STAGES) & 1)
+        mbarrier.wait(full.index(stage), ring.phase(kb, STAGES))
         part = warpgroup_mma(
             w_smem.index(stage), x_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
         )
@@ -135,46 +126,21 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_wgmma_few_kernel(
-    x_desc,
-    w_desc,
-    xs_desc,
-    xs_ptr,
-    ws_ptr,
-    out_ptr,
-    B,
-    N,
-    n_k,
-    H,
-    x_row_h,
-    x_col_h,
-    w_row_h,
-    xs_row_h,
-    xs_stride_b,
-    xs_stride_h,
-    xs_stride_k,
-    ws_stride_h,
-    ws_stride_d,
-    ws_stride_k,
-    o_stride_b,
-    o_stride_h,
-    BLOCK_B: gl.constexpr,
-    STAGES: gl.constexpr,
-    SCALE_BOX: gl.constexpr,
-):
-    """The same for at most BLOCK_B tokens, which are the N of the products: a block streams 64 rows of w past them, as
-    far ahead as its shared memory goes. x_desc: boxes of [BLOCK_B, 128]; w_desc: of [64, 128]; xs_desc: of
-    [1, BLOCK_B], or of 32."""
+    x_desc, w_desc, xs_desc,
+    xs_ptr, ws_ptr, out_ptr,
+    B, N, n_k, H,
+    x_row_h, x_col_h, w_row_h, xs_row_h,  # where head h begins in a tensor map: h times these
+    xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h,
+    BLOCK_B: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr,
+):  # fmt: skip
+    """Boxes: [BLOCK_B, 128] of x, [64, 128] of w, [1, BLOCK_B] of the scales of x, or of 32."""
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_B, 128], x_desc.layout)
     w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, OUTPUTS, 128], w_desc.layout)
     if SCALE_BOX:
         xs_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, max(BLOCK_B, LINE)], xs_desc.layout)
     else:
         xs_smem = x_smem
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+    bars = ring.barriers(STAGES, 1, 1)
     n_tiles = gl.cdiv(N, OUTPUTS)
     index = gl.program_id(0)
     h = index // n_tiles
@@ -182,53 +148,19 @@ def _einsum_wgmma_few_kernel(
     h64 = h.to(gl.int64)
     o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
     o_stride_h = gl.multiple_of(o_stride_h.to(gl.int64), 8)
+    smem = (x_smem, w_smem, xs_smem)
+    tensors = (
+        xs_ptr + h64 * xs_stride_h,
+        ws_ptr + h64 * ws_stride_h + (d0 // 128).to(gl.int64) * ws_stride_d,
+        out_ptr + h64 * o_stride_h,
+    )
+    sizes = (d0, B, gl.multiple_of(N.to(gl.int64), 8))
+    strides = (xs_stride_b, xs_stride_k, ws_stride_k, o_stride_b)
+    at = (h * x_row_h, h * x_col_h, d0 + h * w_row_h, h * xs_row_h)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    x_smem,
-                    w_smem,
-                    xs_smem,
-                    full,
-                    empty,
-                    xs_ptr + h64 * xs_stride_h,
-                    ws_ptr + h64 * ws_stride_h + (d0 // 128).to(gl.int64) * ws_stride_d,
-                    out_ptr + h64 * o_stride_h,
-                    n_k,
-                    d0,
-                    B,
-                    gl.multiple_of(N.to(gl.int64), 8),
-                    xs_stride_b,
-                    xs_stride_k,
-                    ws_stride_k,
-                    o_stride_b,
-                    BLOCK_B,
-                    STAGES,
-                    SCALE_BOX,
-                ),
-            ),
-            (
-                _producer,
-                (
-                    x_desc,
-                    w_desc,
-                    xs_desc,
-                    x_smem,
-                    w_smem,
-                    xs_smem,
-                    full,
-                    empty,
-                    n_k,
-                    h * x_row_h,
-                    h * x_col_h,
-                    d0 + h * w_row_h,
-                    h * xs_row_h,
-                    BLOCK_B,
-                    STAGES,
-                    SCALE_BOX,
-                ),
-            ),
+            (_consumer, (tensors, smem, bars, sizes, strides, n_k, BLOCK_B, STAGES, SCALE_BOX)),
+            (_producer, ((x_desc, w_desc, xs_desc), smem, bars, n_k, at, BLOCK_B, STAGES, SCALE_BOX)),
         ],
         [1],
         [40],

@@ -77,22 +77,11 @@ def launch_splits(
     do_not_specialize_on_alignment=["sink", "lse", "part_lse"],
 )
 def _combine_kernel(
-    part,
-    part_lse,
-    sink,
-    out,
-    lse,
-    has_sink: tl.int32,
-    heads: tl.int32,
-    s_q: tl.int32,
-    splits: tl.int32,
-    o_sb: tl.int64,
-    o_ss: tl.int64,
-    o_sh: tl.int64,
-    BS: tl.constexpr,
-    O_UNIT: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    part, part_lse, sink, out, lse,
+    has_sink: tl.int32, heads: tl.int32, s_q: tl.int32, splits: tl.int32,
+    o_sb: tl.int64, o_ss: tl.int64, o_sh: tl.int64,  # in O_UNIT elements
+    BS: tl.constexpr, O_UNIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """The at most ``BS`` splits of one (row, head) into the output: every load is on its way before the first is waited
     for, and no thread needs what another has."""
     pid = tl.program_id(0)
@@ -116,20 +105,20 @@ def _combine_kernel(
     lses = ()
     for i in tl.static_range(BS):
         lses += (tl.load(part_lse + i * heads, mask=i < splits, other=float("-inf")),)  # type: ignore[assignment]
-    peak = lses[0]  # type: ignore[misc]
+    m_i = lses[0]  # type: ignore[misc]
     for i in tl.static_range(1, BS):
-        peak = tl.maximum(peak, lses[i])
-    peak = tl.maximum(peak, NEGATIVE)
-    total = 0.0
+        m_i = tl.maximum(m_i, lses[i])
+    m_i = tl.maximum(m_i, NEGATIVE)
+    l_i = 0.0
     acc = tl.zeros([512], tl.float32)
     for i in tl.static_range(BS):
-        weight = tl.exp2(lses[i] - peak)
-        total += weight
+        weight = tl.exp2(lses[i] - m_i)
+        l_i += weight
         # a split without keys has written no values: select, do not multiply
         acc += tl.where(lses[i] != float("-inf"), values[i] * weight, 0.0)
-    some = total != 0.0
-    total = tl.where(some, total, 1.0)
-    row_lse = tl.where(some, (peak + tl.log2(total)) * LN2, float("inf"))
-    inverse = tl.where(some, 1.0 / (total * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
+    some = l_i != 0.0
+    l_i = tl.where(some, l_i, 1.0)
+    row_lse = tl.where(some, (m_i + tl.log2(l_i)) * LN2, float("inf"))
+    inverse = tl.where(some, 1.0 / (l_i * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
     tl.store(lse + pid, row_lse)
     tl.store(o_row + d, (acc * inverse).to(tl.bfloat16))

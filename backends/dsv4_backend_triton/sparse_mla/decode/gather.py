@@ -44,19 +44,22 @@ def place(index, block_heads, head_blocks, s_q):
 
 
 @gluon.jit
-def tile_of(i, here1, split, first2, splits):
+def _tile_of(i, share):
     """The i-th tile of a split: whether it is of the first scope, and its number there."""
+    here1, split, first2, splits, _, _ = share
     one = i < here1
     return one, gl.where(one, split + i * splits, first2 + (i - here1) * splits)
 
 
 @gluon.jit
-def schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, KEYS: gl.constexpr, SINGLE: gl.constexpr):
-    """Lengths, and this split's share of the tiles: they go round robin, the second scope's after the first's.
+def schedule(at, lengths, KEYS: gl.constexpr, SINGLE: gl.constexpr):
+    """This split's share of the tiles, and how many: they go round robin, the second scope's after the first's.
 
     Where a split begins follows from the widths, so that its first indices do not wait for the lengths; where it ends,
     from the second scope's length too.
     """
+    b, split, splits = at
+    len1, len2, has_len1, has_len2, topk1, topk2 = lengths
     length1 = gl.minimum(gl.maximum(gl.load(len1 + b, mask=has_len1 != 0, other=topk1), 0), topk1)
     length2 = gl.minimum(gl.maximum(gl.load(len2 + b, mask=has_len2 != 0, other=topk2), 0), topk2)
     tiles1 = (topk1 + KEYS - 1) // KEYS
@@ -67,13 +70,15 @@ def schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, KEY
     else:
         tiles2 = (length2 + KEYS - 1) // KEYS
     here = here1 + (gl.maximum(tiles2 - first2, 0) + splits - 1) // splits
-    return length1, length2, first2, here1, here
+    return (here1, split, first2, splits, length1, length2), here
 
 
 @gluon.jit
-def index_of(i, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2):
+def index_of(i, keys, share, indices, lengths):
     """The indices of a tile, -1 beyond the width."""
-    one, tile = tile_of(i, here1, split, first2, splits)
+    idx1, idx2 = indices
+    _, _, _, _, topk1, topk2 = lengths
+    one, tile = _tile_of(i, share)
     k = tile * keys.shape[0] + keys
     return gl.load(gl.where(one, idx1, idx2) + k, mask=k < gl.where(one, topk1, topk2), other=-1)
 
@@ -81,9 +86,9 @@ def index_of(i, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2):
 @gluon.jit
 def find(i, index, keys, share, scopes):
     """Where the rows of a tile are (their first word), which of them count, and the scale word of each."""
-    here1, split, first2, splits, length1, length2 = share
+    _, _, _, _, length1, length2 = share
     cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2 = scopes
-    one, tile = tile_of(i, here1, split, first2, splits)
+    one, tile = _tile_of(i, share)
     page_size = gl.where(one, page1, page2)
     ok = (index >= 0) & (index < gl.where(one, slots1, slots2))
     ok = ok & (tile * keys.shape[0] + keys < gl.where(one, length1, length2))
@@ -141,8 +146,10 @@ def _beside(left, right):
 
 
 @gluon.jit
-def deposit(keys32, bias, lay_r: gl.constexpr, r0, r1, r2, r3, r4, r5, r6, rope, word, ok):
+def deposit(keys32, bias, front, back, word, ok, lay_r: gl.constexpr):
     """Decode a tile into a key buffer (seen as 32-bit words), and its mask beside it."""
+    r0, r1, r2, r3 = front
+    r4, r5, r6, rope = back
     bias.store(gl.where(ok, 0.0, float("-inf")))
     keys32.slice(0, 64, 1).store(_beside(_decode_group(r0, word, 0), _decode_group(r1, word, 1)))
     keys32.slice(64, 64, 1).store(_beside(_decode_group(r2, word, 2), _decode_group(r3, word, 3)))

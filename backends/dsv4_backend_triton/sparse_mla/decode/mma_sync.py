@@ -1,11 +1,22 @@
-"""The split kernel of sparse MLA decode for mma.sync, in Gluon: for SM8x and SM12x, and for few queries on Hopper too.
+"""The split kernel of sparse MLA decode on mma.sync, in Gluon: for SM8x and SM12x, and for few queries on Hopper too.
 
-One CTA serves one query
-row, up to 64 heads and one split: each key is gathered and decoded once for all of them, where the portable kernel does
-so for every 16.
+One CTA serves one query row, up to 64 heads and one split: each key is gathered and decoded once for all of them, where
+the portable kernel does so for every 16.
 
-All warps do everything, one step after the other: decode a tile of keys to shared memory, S = Q K^T, the softmax,
-O += P V.
+    role   warps    does
+    all    4 or 8   one step after the other: a tile of keys to shared memory, S = Q K^T, the softmax, O += P V
+
+                 KEYS keys                 512 columns
+    HEADS heads [ S ]  K: 512 by 64s      [ O, a quarter a warp ]  K: KEYS by 16s
+
+    shared memory                 bytes, few (16 x 32)   small (32 x 32)   large (64 x 64)
+    q_smem [HEADS, 512] bf16      16384                  32768             65536
+    k_smem [KEYS, 512] bf16       32768                  32768             65536
+    p_smem [KEYS / 32, HEADS, 32] 1024, in the loop      2048              8192
+    b_smem [KEYS] fp32            128, in the loop       128               256
+
+    barriers: of the whole CTA, placed by Triton
+    strides: as the signature says
 """
 
 from __future__ import annotations
@@ -83,52 +94,18 @@ def _keep(p_smem, weight):
 
 @gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
 def _decode_mma_sync_kernel(
-    q,
-    out,
-    lse,
-    part,
-    part_lse,
-    sink,
-    cache1,
-    idx1,
-    len1,
-    cache2,
-    idx2,
-    len2,
-    has_sink: gl.int32,
-    has_len1: gl.int32,
-    has_len2: gl.int32,
+    q, out, lse, part, part_lse, sink,
+    cache1, idx1, len1, cache2, idx2, len2,
+    has_sink: gl.int32, has_len1: gl.int32, has_len2: gl.int32,
     scale_log2: gl.float32,
-    heads: gl.int32,
-    block_heads: gl.int32,
-    head_blocks: gl.int32,
-    s_q: gl.int32,
-    splits: gl.int32,
-    q_sb: gl.int64,
-    q_ss: gl.int64,
-    q_sh: gl.int64,
-    o_sb: gl.int64,
-    o_ss: gl.int64,
-    o_sh: gl.int64,
-    i1_sb: gl.int64,
-    i1_ss: gl.int64,
-    i2_sb: gl.int64,
-    i2_ss: gl.int64,
-    topk1: gl.int32,
-    topk2: gl.int32,
-    slots1: gl.int32,
-    slots2: gl.int32,
-    stride1: gl.int64,
-    stride2: gl.int64,
-    page1: gl.int32,
-    page2: gl.int32,
-    shift1: gl.int32,
-    shift2: gl.int32,
-    SPLIT: gl.constexpr,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    heads: gl.int32, block_heads: gl.int32, head_blocks: gl.int32, s_q: gl.int32, splits: gl.int32,
+    q_sb: gl.int64, q_ss: gl.int64, q_sh: gl.int64, o_sb: gl.int64, o_ss: gl.int64, o_sh: gl.int64,  # in 8 elements
+    i1_sb: gl.int64, i1_ss: gl.int64, i2_sb: gl.int64, i2_ss: gl.int64,  # in indices
+    topk1: gl.int32, topk2: gl.int32, slots1: gl.int32, slots2: gl.int32,
+    stride1: gl.int64, stride2: gl.int64,  # of a page, in 16 bytes
+    page1: gl.int32, page2: gl.int32, shift1: gl.int32, shift2: gl.int32,
+    SPLIT: gl.constexpr, HEADS: gl.constexpr, KEYS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     if PDL:
         launch_dependents()
     warps: gl.constexpr = gl.num_warps()
@@ -164,16 +141,14 @@ def _decode_mma_sync_kernel(
     keys = gl.arange(0, KEYS, gl.SliceLayout(1, lay))
     cols = gl.arange(0, 16, gl.SliceLayout(0, lay))
     cols_r = gl.arange(0, 32, gl.SliceLayout(0, lay_r))
-    length1, length2, first2, here1, here = schedule(
-        b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, KEYS, False
-    )
-    share = here1, split, first2, splits, length1, length2
+    lengths, indices = (len1, len2, has_len1, has_len2, topk1, topk2), (idx1, idx2)
+    share, here = schedule((b, split, splits), lengths, KEYS, False)
     scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
-    index = index_of(0, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+    index = index_of(0, keys, share, indices, lengths)
     start, ok, word = find(0, index, keys, share, scopes)
-    r0, r1, r2, r3 = load_front(start, ok, cols)
-    r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
-    index = index_of(1, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+    front = load_front(start, ok, cols)
+    back = load_back(start, ok, cols, cols_r, rows_r)
+    index = index_of(1, keys, share, indices, lengths)
 
     h = head0 + gl.arange(0, HEADS, gl.SliceLayout(1, q_lay))
     q_cols = gl.arange(0, 512, gl.SliceLayout(0, q_lay))
@@ -181,41 +156,41 @@ def _decode_mma_sync_kernel(
     h_ok = h < gl.minimum(heads, head0 + block_heads)
     q_smem.store(gl.load(q_row[:, None] + q_cols[None, :], mask=h_ok[:, None], other=0.0))
 
-    peak = gl.full([HEADS], NEGATIVE, gl.float32, rows)
-    sums = gl.zeros([HEADS, 16], gl.float32, sums_lay)
+    m_i = gl.full([HEADS], NEGATIVE, gl.float32, rows)
+    l_parts = gl.zeros([HEADS, 16], gl.float32, sums_lay)
     acc = gl.zeros([HEADS, 512], gl.float32, mma)
     for i in range(here):
         if HEADS == 16:  # taken for as long as they are needed only: two programs of 32 keys fit the 100 KiB of SM86
             b_smem = gl.allocate_shared_memory(gl.float32, [KEYS], flat)
-        deposit(k32, b_smem, lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
+        deposit(k32, b_smem, front, back, word, ok, lay_r)
         # The next tile, in two parts: all of it at once does not fit the L1 cache that is left, and the loads would
         # stand in the way of what is read from shared memory.
         start, ok, word = find(i + 1, index, keys, share, scopes)
-        r0, r1, r2, r3 = load_front(start, ok, cols)
+        front = load_front(start, ok, cols)
         logits = gl.zeros([HEADS, KEYS], gl.float32, mma)
         for c in gl.static_range(512 // _STEP):
             queries = q_smem.slice(_STEP * c, _STEP, 1).load(lhs)
             logits = mma_v2(queries, k_smem.slice(_STEP * c, _STEP, 1).permute((1, 0)).load(rhs), logits)
-        r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
-        index = index_of(i + 2, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+        back = load_back(start, ok, cols, cols_r, rows_r)
+        index = index_of(i + 2, keys, share, indices, lengths)
         logits = logits * scale_log2 + b_smem.load(gl.SliceLayout(0, mma))[None, :]
-        new_peak = gl.maximum(peak, gl.max(logits, 1))
-        weight = gl.exp2(logits - new_peak[:, None])
-        alpha = gl.exp2(peak - new_peak)
+        m_new = gl.maximum(m_i, gl.max(logits, 1))
+        weight = gl.exp2(logits - m_new[:, None])
+        alpha = gl.exp2(m_i - m_new)
         acc = acc * alpha[:, None]
-        sums = add_weights(sums, alpha, weight)
+        l_parts = add_weights(l_parts, alpha, weight)
         if HEADS == 16:
             p_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS // 32, HEADS, 32], narrow)
         _keep(p_smem, weight.to(gl.bfloat16))
         for c in gl.static_range(KEYS // 16):  # 16 keys at a time: all the weights would take too many registers
             weights = p_smem.index(c // 2).slice(16 * (c % 2), 16, 1).load(lhs)
             acc = mma_v2(weights, k_smem.slice(16 * c, 16, 0).load(rhs), acc)
-        peak = new_peak
+        m_i = m_new
 
-    total = gl.convert_layout(gl.sum(sums, 1), rows)
-    some = total != 0.0  # true for NaN too: a NaN key must show
-    total = gl.where(some, total, 1.0)
-    inverse = gl.where(some, UNBIAS / total, 0.0)
+    l_i = gl.convert_layout(gl.sum(l_parts, 1), rows)
+    some = l_i != 0.0  # true for NaN too: a NaN key must show
+    l_i = gl.where(some, l_i, 1.0)
+    inverse = gl.where(some, UNBIAS / l_i, 0.0)
     # Found again: kept from before the loop, all this would cost its registers.
     row, b, s, head0 = place(block_index("x"), block_heads, head_blocks, s_q)
     split = block_index("y")
@@ -228,11 +203,11 @@ def _decode_mma_sync_kernel(
     head_ok = head < gl.minimum(heads, head0 + block_heads)
     d = gl.arange(0, 512, gl.SliceLayout(0, mma))
     if SPLIT:
-        gl.store(part_lse + head, gl.where(some, peak + gl.log2(total), float("-inf")), mask=head_ok)
+        gl.store(part_lse + head, gl.where(some, m_i + gl.log2(l_i), float("-inf")), mask=head_ok)
         if here > 0:
             gl.store((part + head * 512)[:, None] + d[None, :], acc * inverse[:, None], mask=head_ok[:, None])
     else:
-        row_lse = gl.where(some, (peak + gl.log2(total)) * LN2, float("inf"))
+        row_lse = gl.where(some, (m_i + gl.log2(l_i)) * LN2, float("inf"))
         gl.store(lse + head, row_lse, mask=head_ok)
         sink_value = gl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
         inverse = gl.where(some, inverse / (1.0 + gl.exp2((sink_value - row_lse) * LOG2E)), 0.0)

@@ -59,23 +59,23 @@ def launch(call: Call, plan: Plan) -> None:
 
 
 @triton.jit
-def _attend(q, acc, peak, total, k, valid, scale_log2, OPERAND: tl.constexpr, FIRST: tl.constexpr):
+def _attend(q, acc, m_i, l_i, k, valid, scale_log2, OPERAND: tl.constexpr, FIRST: tl.constexpr):
     """One tile of keys into the running (accumulator, maximum, sum) of an online softmax in base 2."""
     logits = tl.dot(q, tl.trans(k))
     logits = tl.where(valid[None, :], logits * scale_log2, NEGATIVE)
     if FIRST:
-        new_peak = tl.max(logits, 1)
+        m_new = tl.max(logits, 1)
     else:
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-    weight = tl.where(valid[None, :], tl.exp2(logits - new_peak[:, None]), 0.0)
+        m_new = tl.maximum(m_i, tl.max(logits, 1))
+    weight = tl.where(valid[None, :], tl.exp2(logits - m_new[:, None]), 0.0)
     if FIRST:
-        total = tl.sum(weight, 1)
+        l_i = tl.sum(weight, 1)
         acc = tl.dot(weight.to(OPERAND), k)
     else:
-        alpha = tl.exp2(peak - new_peak)
-        total = total * alpha + tl.sum(weight, 1)
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(weight, 1)
         acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
-    return acc, new_peak, total
+    return acc, m_new, l_i
 
 
 @triton.jit
@@ -102,58 +102,19 @@ def _block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
 
 @triton.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
 def _decode_kernel(
-    q,
-    out,
-    lse,
-    part,
-    part_lse,
-    sink,
-    cache1,
-    idx1,
-    len1,
-    cache2,
-    idx2,
-    len2,
-    has_sink: tl.int32,
-    has_len1: tl.int32,
-    has_len2: tl.int32,
+    q, out, lse, part, part_lse, sink,
+    cache1, idx1, len1, cache2, idx2, len2,
+    has_sink: tl.int32, has_len1: tl.int32, has_len2: tl.int32,
     scale_log2: tl.float32,
-    heads: tl.int32,
-    block_heads: tl.int32,
-    head_blocks: tl.int32,
-    s_q: tl.int32,
-    splits: tl.int32,
-    q_sb: tl.int64,
-    q_ss: tl.int64,
-    q_sh: tl.int64,
-    o_sb: tl.int64,
-    o_ss: tl.int64,
-    o_sh: tl.int64,
-    i1_sb: tl.int64,
-    i1_ss: tl.int64,
-    i2_sb: tl.int64,
-    i2_ss: tl.int64,
-    topk1: tl.int32,
-    topk2: tl.int32,
-    slots1: tl.int32,
-    slots2: tl.int32,
-    stride1: tl.int64,
-    stride2: tl.int64,
-    page1: tl.int32,
-    page2: tl.int32,
-    shift1: tl.int32,
-    shift2: tl.int32,
-    BH: tl.constexpr,
-    BN: tl.constexpr,
-    THREADS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SINGLE: tl.constexpr,
-    POW2: tl.constexpr,
-    UNIT: tl.constexpr,
-    Q_UNIT: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    heads: tl.int32, block_heads: tl.int32, head_blocks: tl.int32, s_q: tl.int32, splits: tl.int32,
+    q_sb: tl.int64, q_ss: tl.int64, q_sh: tl.int64, o_sb: tl.int64, o_ss: tl.int64, o_sh: tl.int64,  # in Q_UNITs
+    i1_sb: tl.int64, i1_ss: tl.int64, i2_sb: tl.int64, i2_ss: tl.int64,  # in indices
+    topk1: tl.int32, topk2: tl.int32, slots1: tl.int32, slots2: tl.int32,
+    stride1: tl.int64, stride2: tl.int64,  # of a page, in UNIT bytes
+    page1: tl.int32, page2: tl.int32, shift1: tl.int32, shift2: tl.int32,
+    BH: tl.constexpr, BN: tl.constexpr, THREADS: tl.constexpr, SPLIT: tl.constexpr, SINGLE: tl.constexpr,
+    POW2: tl.constexpr, UNIT: tl.constexpr, Q_UNIT: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0)
@@ -174,8 +135,8 @@ def _decode_kernel(
     q_row = (q + (b64 * q_sb + s64 * q_ss) * Q_UNIT) + head.to(tl.int64)[:, None] * (q_sh * Q_UNIT)
     query = tl.load(q_row + d[None, :], mask=q_ok, other=0.0).to(OPERAND)
 
-    peak = tl.full([BH], NEGATIVE, tl.float32)
-    total = tl.zeros([BH], tl.float32)
+    m_i = tl.full([BH], NEGATIVE, tl.float32)
+    l_i = tl.zeros([BH], tl.float32)
     if SINGLE:
         # as many splits as the widths have tiles: which tile is whose does not wait for the lengths
         tiles1 = tl.cdiv(topk1, BN)
@@ -194,7 +155,7 @@ def _decode_kernel(
             POW2,
         )
         k = keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND, THREADS)
-        acc, peak, total = _attend(query, 0.0, peak, total, k, valid, scale_log2, OPERAND, True)
+        acc, m_i, l_i = _attend(query, 0.0, m_i, l_i, k, valid, scale_log2, OPERAND, True)
     else:
         acc = tl.zeros([BH, 512], tl.float32)
         # tiles go round robin over the splits, the second scope's after the first's
@@ -221,11 +182,11 @@ def _decode_kernel(
             valid = (again >= 0) & (again < tl.where(one_again, slots1, slots2))
             index, one = _tile_index(i + 1, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
             k = keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND, THREADS)
-            acc, peak, total = _attend(query, acc, peak, total, k, valid, scale_log2, OPERAND, False)
+            acc, m_i, l_i = _attend(query, acc, m_i, l_i, k, valid, scale_log2, OPERAND, False)
 
-    some = total != 0.0  # true for NaN too: a NaN key must show
-    total = tl.where(some, total, 1.0)
-    inverse = tl.where(some, UNBIAS / total, 0.0)
+    some = l_i != 0.0  # true for NaN too: a NaN key must show
+    l_i = tl.where(some, l_i, 1.0)
+    inverse = tl.where(some, UNBIAS / l_i, 0.0)
     # Found again: kept from before the loop, all this would cost its registers.
     pid = _block_index(0, OPERAND)
     row = pid // head_blocks
@@ -236,10 +197,10 @@ def _decode_kernel(
     row64 = row.to(tl.int64)
     if SPLIT:
         lse_at = (row64 * splits + _block_index(1, OPERAND)) * heads + head
-        tl.store(part_lse + lse_at, tl.where(some, peak + tl.log2(total), float("-inf")), mask=head_ok)
+        tl.store(part_lse + lse_at, tl.where(some, m_i + tl.log2(l_i), float("-inf")), mask=head_ok)
         o_row = part + lse_at[:, None] * 512
     else:
-        row_lse = tl.where(some, (peak + tl.log2(total)) * LN2, float("inf"))
+        row_lse = tl.where(some, (m_i + tl.log2(l_i)) * LN2, float("inf"))
         tl.store(lse + row64 * heads + head, row_lse, mask=head_ok)
         sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
         inverse = tl.where(some, inverse / (1.0 + tl.exp(sink_value - row_lse)), 0.0)

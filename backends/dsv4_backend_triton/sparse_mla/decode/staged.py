@@ -58,61 +58,23 @@ def launch(call: Call, tile: Tile) -> None:
         out.copy_(flat.view(out.shape))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "has_len1",
-        "has_len2",
-        "s_q",
-        "i1_sb",
-        "i1_ss",
-        "i2_sb",
-        "i2_ss",
-        "topk1",
-        "topk2",
-        "slots1",
-        "slots2",
-        "stride1",
-        "stride2",
-        "page1",
-        "page2",
-        "shift1",
-        "shift2",
-    ],
-    do_not_specialize_on_alignment=["idx1", "len1", "idx2", "len2", "places", "lengths"],
-)
+_NO_SPECIALIZE = (
+    "has_len1 has_len2 s_q i1_sb i1_ss i2_sb i2_ss topk1 topk2 slots1 slots2 stride1 stride2 page1 page2 shift1 shift2"
+).split()
+_NO_ALIGN = ["idx1", "len1", "idx2", "len2", "places", "lengths"]
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZE, do_not_specialize_on_alignment=_NO_ALIGN)
 def _stage_kernel(
-    staged,
-    places,
-    lengths,
-    cache1,
-    idx1,
-    len1,
-    cache2,
-    idx2,
-    len2,
-    has_len1: tl.int32,
-    has_len2: tl.int32,
-    s_q: tl.int32,
-    i1_sb: tl.int64,
-    i1_ss: tl.int64,
-    i2_sb: tl.int64,
-    i2_ss: tl.int64,
-    topk1: tl.int32,
-    topk2: tl.int32,
-    slots1: tl.int32,
-    slots2: tl.int32,
-    stride1: tl.int64,
-    stride2: tl.int64,
-    page1: tl.int32,
-    page2: tl.int32,
-    shift1: tl.int32,
-    shift2: tl.int32,
-    BN: tl.constexpr,
-    THREADS: tl.constexpr,
-    POW2: tl.constexpr,
-    UNIT: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
+    staged, places, lengths,
+    cache1, idx1, len1, cache2, idx2, len2,
+    has_len1: tl.int32, has_len2: tl.int32, s_q: tl.int32,
+    i1_sb: tl.int64, i1_ss: tl.int64, i2_sb: tl.int64, i2_ss: tl.int64,  # in indices
+    topk1: tl.int32, topk2: tl.int32, slots1: tl.int32, slots2: tl.int32,
+    stride1: tl.int64, stride2: tl.int64,  # of a page, in UNIT bytes
+    page1: tl.int32, page2: tl.int32, shift1: tl.int32, shift2: tl.int32,
+    BN: tl.constexpr, THREADS: tl.constexpr, POW2: tl.constexpr, UNIT: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
     """One tile of a row's keys as bf16 into ``staged`` [rows, topk1 + topk2, 512], both scopes without a gap
     between.
 

@@ -1,18 +1,35 @@
-"""The split kernel of sparse MLA decode for Hopper (sm_90a), written in Gluon.
+"""The split kernel of sparse MLA decode on wgmma, in Gluon: one CTA serves one query row, 64 heads and one split.
 
-The same work split, tile order and partial results as the portable kernel. One CTA serves one query row, 64 heads and
-one split, in two roles:
+Work split, tile order and partial results are the portable kernel's. Decoding and tensor work run side by side, and get
+in each other's way: on the H200 (128 queries of 128 heads) either role alone would take about 0.7 of what both take.
+Asking for the rows ahead of their gather (prefetch to L2) made it slower.
 
-* a *loader* warpgroup (two where a split is a single tile) gathers the FP8 rows of the next tile into registers while
-  the last one is being consumed, decodes them to bf16 and writes them into a ring of two 64 x 512 key buffers;
-* two *consumer* warpgroups share S = Q K^T (32 keys each), the softmax, and O += P V (256 columns each).
+    role       warps                      registers   does
+    consumer   8                          the rest    S = Q K^T (32 keys a warpgroup), the softmax, O += P V (256
+                                                      columns a warpgroup)
+    loader     4, or 8 where a split is   128, or 80  gathers the FP8 rows of the next tile into registers while the
+               a single tile                          last one is consumed, decodes them to bf16, and stores them
 
-Decoding and tensor work run side by side, and get in each other's way: on the H200 (128 queries of 128 heads) either
-role alone would take about 0.7 of what both take. Asking for the rows ahead of their gather (prefetch to L2) made
-it slower.
+               64 keys                       512 columns
+    64 heads [ wg 0 | wg 1 ]  K: 512       [    wg 0    |    wg 1    ]  K: 64 keys
+               32     32                        256          256
+
+    shared memory                bytes
+    q_smem [1, 64, 512] bf16     65536
+    k_smem [2, 64, 512] bf16     131072, to the loader [2, 64, 256] words
+    p_smem [64, 64] bf16         8192
+    b_smem [2, 64] fp32          512: 0, or -inf where there is no key
+
+    barrier       arrives    waits      count
+    k_full [2]    loader     consumer   1
+    k_empty [2]   consumer   loader     1
+
+    strides: as the signature says
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,6 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ...arch import Arch
 from ...configurations import configured
 from ...lib.gluon import PRIVATE_REINTERPRET, async_load, barrier, block_index, launch_dependents
 from ...lib.sizes import cdiv
@@ -60,9 +78,15 @@ def plan(shape: Shape) -> Plan | None:
     return Plan(tile, splits, single=splits == tiles)
 
 
+@cache
+def _loaders(arch: Arch, single: bool) -> tuple[int, int]:
+    """Loader warps and their registers: where a split is a single tile it is latency alone."""
+    config = configured("sparse_mla_decode", "wgmma", arch, role="single" if single else "ring")
+    return config["loaders"], config["registers"]
+
+
 def launch(call: Call, plan: Plan) -> None:
-    """Loader warps and their registers by whether a split is a single tile, which is latency alone."""
-    loader = configured("sparse_mla_decode", "wgmma", call.shape.arch, role="single" if plan.single else "ring")
+    loaders, registers = _loaders(call.shape.arch, plan.single)
     launch_splits(
         _decode_wgmma_kernel,
         call,
@@ -70,42 +94,16 @@ def launch(call: Call, plan: Plan) -> None:
         words=True,
         block_heads=min(plan.block_heads, plan.tile.heads),
         SINGLE=plan.single,
-        LOADERS=loader["loaders"],
-        LOADER_REGISTERS=loader["registers"],
+        LOADERS=loaders,
+        LOADER_REGISTERS=registers,
         num_warps=plan.tile.warps,
     )
 
 
 @gluon.jit
-def _loader(
-    k32,
-    b_smem,
-    k_full,
-    k_empty,
-    b,
-    split,
-    splits,
-    idx1,
-    idx2,
-    len1,
-    len2,
-    has_len1,
-    has_len2,
-    topk1,
-    topk2,
-    cache1,
-    cache2,
-    slots1,
-    slots2,
-    stride1,
-    stride2,
-    page1,
-    page2,
-    shift1,
-    shift2,
-    SINGLE: gl.constexpr,
-    WARPS: gl.constexpr,
-):
+def _loader(smem, bars, at, indices, lengths, scopes, SINGLE: gl.constexpr, WARPS: gl.constexpr):
+    k32, b_smem = smem
+    k_full, k_empty = bars
     # A thread has 16 bytes of each 64-byte group of one row: 4 lanes a row, so that the stores of the decoded
     # keys (32 bytes a thread) meet no bank twice.
     lay: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
@@ -114,109 +112,77 @@ def _loader(
     keys = gl.arange(0, _KEYS, gl.SliceLayout(1, lay))
     cols = gl.arange(0, 16, gl.SliceLayout(0, lay))
     cols_r = gl.arange(0, 32, gl.SliceLayout(0, lay_r))
-    length1, length2, first2, here1, here = schedule(
-        b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, _KEYS, SINGLE
-    )
-    share = here1, split, first2, splits, length1, length2
-    scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
-    index = index_of(0, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+    share, here = schedule(at, lengths, _KEYS, SINGLE)
+    index = index_of(0, keys, share, indices, lengths)
     start, ok, word = find(0, index, keys, share, scopes)
-    r0, r1, r2, r3 = load_front(start, ok, cols)
-    r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
+    front = load_front(start, ok, cols)
+    back = load_back(start, ok, cols, cols_r, rows_r)
     if SINGLE:
-        deposit(k32.index(0), b_smem.index(0), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
+        deposit(k32.index(0), b_smem.index(0), front, back, word, ok, lay_r)
         fence_async_shared()
         barrier()
         mbarrier.arrive(k_full.index(0), count=1)
     else:
         slot = 0
         phase = 0
-        index = index_of(1, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+        index = index_of(1, keys, share, indices, lengths)
         for i in range(here):
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            deposit(k32.index(slot), b_smem.index(slot), lay_r, r0, r1, r2, r3, r4, r5, r6, rope, word, ok)
+            deposit(k32.index(slot), b_smem.index(slot), front, back, word, ok, lay_r)
             # Before the next loads are issued: the fence would wait for them.
             fence_async_shared()
             barrier()
             mbarrier.arrive(k_full.index(slot), count=1)
             start, ok, word = find(i + 1, index, keys, share, scopes)
-            r0, r1, r2, r3 = load_front(start, ok, cols)
-            r4, r5, r6, rope = load_back(start, ok, cols, cols_r, rows_r)
-            index = index_of(i + 2, keys, here1, split, first2, splits, idx1, idx2, topk1, topk2)
+            front = load_front(start, ok, cols)
+            back = load_back(start, ok, cols, cols_r, rows_r)
+            index = index_of(i + 2, keys, share, indices, lengths)
             slot ^= 1
             phase = gl.where(slot == 0, phase ^ 1, phase)
 
 
 @gluon.jit
 def _partial_sums(weight, like):
-    """Of each head 16 sums, each of what one thread has."""
+    """Of each head 16 l_parts, each of what one thread has."""
     return gl.convert_layout(
         gl.reshape(gl.sum(gl.reshape(weight, [_HEADS, 2, 4, 8]), 2), [_HEADS, 16]), like.type.layout
     )
 
 
 @gluon.jit
-def _attend(queries, keys, bias, p_smem, acc, peak, sums, scale_log2, s_mma: gl.constexpr, FIRST: gl.constexpr):
-    """One tile of keys into the running (accumulator, maximum, partial sums) of an online softmax in base 2."""
+def _attend(queries, keys, bias, p_smem, acc, m_i, l_parts, scale_log2, s_mma: gl.constexpr, FIRST: gl.constexpr):
+    """One tile of keys into the running (accumulator, maximum, partial l_parts) of an online softmax in base 2."""
     zero = gl.zeros([_HEADS, _KEYS], gl.float32, s_mma)
     token = warpgroup_mma(queries, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
     bias = bias.load(gl.SliceLayout(0, s_mma))
     logits = warpgroup_mma_wait(0, deps=(token,))
     logits = logits * scale_log2 + bias[None, :]
-    new_peak = gl.maximum(peak, gl.max(logits, 1))
-    weight = gl.exp2(logits - new_peak[:, None])
+    m_new = gl.maximum(m_i, gl.max(logits, 1))
+    weight = gl.exp2(logits - m_new[:, None])
     p_smem.store(weight.to(gl.bfloat16))
     fence_async_shared()
     barrier()
     if FIRST:
         token = warpgroup_mma(p_smem, keys, acc, use_acc=False, is_async=True)
-        sums = _partial_sums(weight, sums)
+        l_parts = _partial_sums(weight, l_parts)
     else:
-        alpha = gl.exp2(peak - new_peak)
+        alpha = gl.exp2(m_i - m_new)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
         token = warpgroup_mma(p_smem, keys, acc, is_async=True)
-        alpha = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))
-        sums = sums * alpha[:, None] + _partial_sums(weight, sums)
-    return warpgroup_mma_wait(0, deps=(token,)), new_peak, sums
+        alpha = gl.convert_layout(alpha, gl.SliceLayout(1, l_parts.type.layout))
+        l_parts = l_parts * alpha[:, None] + _partial_sums(weight, l_parts)
+    return warpgroup_mma_wait(0, deps=(token,)), m_new, l_parts
 
 
 @gluon.jit
 def _consumer(
-    q,
-    q_sh,
-    out,
-    o_sb,
-    o_ss,
-    o_sh,
-    lse,
-    part,
-    part_lse,
-    sink,
-    q_smem,
-    k_smem,
-    b_smem,
-    p_smem,
-    k_full,
-    k_empty,
-    b,
-    heads,
-    block_heads,
-    head_blocks,
-    s_q,
-    head0,
-    split,
-    splits,
-    len1,
-    len2,
-    has_len1,
-    has_len2,
-    topk1,
-    topk2,
-    has_sink,
-    scale_log2,
-    SPLIT: gl.constexpr,
-    SINGLE: gl.constexpr,
-):
+    query, results, smem, bars, at, sizes, lengths, has_sink, scale_log2, SPLIT: gl.constexpr, SINGLE: gl.constexpr
+):  # fmt: skip
+    q, q_sh, head0 = query
+    out, o_sb, o_ss, o_sh, lse, part, part_lse, sink = results
+    q_smem, k_smem, b_smem, p_smem = smem
+    k_full, k_empty = bars
+    heads, block_heads, head_blocks, s_q, splits = sizes
     s_mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 32, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 128, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_mma)
@@ -229,13 +195,13 @@ def _consumer(
     heads_end = gl.minimum(heads, head0 + block_heads)
     async_load(q_smem.index(0), q_row[:, None] + cols[None, :], mask=(h < heads_end)[:, None])
     async_copy.commit_group()
-    _, _, _, _, here = schedule(b, split, splits, len1, len2, has_len1, has_len2, topk1, topk2, _KEYS, SINGLE)
+    _, here = schedule(at, lengths, _KEYS, SINGLE)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
 
-    peak = gl.full([_HEADS], NEGATIVE, gl.float32, s_rows)
-    # the running sum of the weights as 16 partial sums a head, so that in the loop a thread adds only its own
+    m_i = gl.full([_HEADS], NEGATIVE, gl.float32, s_rows)
+    # the running sum of the weights as 16 partial l_parts a head, so that in the loop a thread adds only its own
     # registers
     sum_lay: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [8, 0]],
@@ -244,12 +210,12 @@ def _consumer(
         block_bases=[],
         shape=[64, 16],
     )
-    sums = gl.zeros([_HEADS, 16], gl.float32, sum_lay)
+    l_parts = gl.zeros([_HEADS, 16], gl.float32, sum_lay)
     acc = gl.zeros([_HEADS, 512], gl.float32, o_mma)
     if SINGLE:
         mbarrier.wait(k_full.index(0), 0)
-        acc, peak, sums = _attend(
-            q_smem.index(0), k_smem.index(0), b_smem.index(0), p_smem, acc, peak, sums, scale_log2, s_mma, True
+        acc, m_i, l_parts = _attend(
+            q_smem.index(0), k_smem.index(0), b_smem.index(0), p_smem, acc, m_i, l_parts, scale_log2, s_mma, True
         )
     else:
         slot = 0
@@ -265,19 +231,19 @@ def _consumer(
                     "and.b32 $0, $1, 0;", "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1
                 )
                 queries = q_smem.index(none)
-            acc, peak, sums = _attend(
-                queries, k_smem.index(slot), b_smem.index(slot), p_smem, acc, peak, sums, scale_log2, s_mma, False
+            acc, m_i, l_parts = _attend(
+                queries, k_smem.index(slot), b_smem.index(slot), p_smem, acc, m_i, l_parts, scale_log2, s_mma, False
             )
             barrier()
             mbarrier.arrive(k_empty.index(slot), count=1)
             slot ^= 1
             phase = gl.where(slot == 0, phase ^ 1, phase)
 
-    total = gl.convert_layout(gl.sum(sums, 1), o_rows)
-    peak = gl.convert_layout(peak, o_rows)
-    some = total != 0.0  # true for NaN too: a NaN key must show
-    total = gl.where(some, total, 1.0)
-    inverse = gl.where(some, UNBIAS / total, 0.0)
+    l_i = gl.convert_layout(gl.sum(l_parts, 1), o_rows)
+    m_i = gl.convert_layout(m_i, o_rows)
+    some = l_i != 0.0  # true for NaN too: a NaN key must show
+    l_i = gl.where(some, l_i, 1.0)
+    inverse = gl.where(some, UNBIAS / l_i, 0.0)
     # Found again: kept from before the loop, all this would cost its registers.
     row, b, s, head0 = place(block_index("x"), block_heads, head_blocks, s_q)
     split = block_index("y")
@@ -290,7 +256,7 @@ def _consumer(
     if SPLIT:
         head = head0 + gl.arange(0, _HEADS, o_rows)
         head_ok = head < heads_end
-        gl.store(part_lse + head, gl.where(some, peak + gl.log2(total), float("-inf")), mask=head_ok)
+        gl.store(part_lse + head, gl.where(some, m_i + gl.log2(l_i), float("-inf")), mask=head_ok)
         if here > 0:
             d = gl.arange(0, 512, gl.SliceLayout(0, o_mma))
             gl.store((part + head * 512)[:, None] + d[None, :], acc * inverse[:, None], mask=head_ok[:, None])
@@ -306,7 +272,7 @@ def _consumer(
         )
         head = head0 + gl.arange(0, _HEADS, o_rows)
         head_ok = head < heads_end
-        row_lse = gl.where(some, (peak + gl.log2(total)) * LN2, float("inf"))
+        row_lse = gl.where(some, (m_i + gl.log2(l_i)) * LN2, float("inf"))
         gl.store(lse + head, row_lse, mask=head_ok)
         sink_value = gl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
         inverse = gl.where(some, inverse / (1.0 + gl.exp2((sink_value - row_lse) * LOG2E)), 0.0)
@@ -322,53 +288,18 @@ def _consumer(
     do_not_specialize_on_alignment=NO_ALIGN,
 )
 def _decode_wgmma_kernel(
-    q,
-    out,
-    lse,
-    part,
-    part_lse,
-    sink,
-    cache1,
-    idx1,
-    len1,
-    cache2,
-    idx2,
-    len2,
-    has_sink: gl.int32,
-    has_len1: gl.int32,
-    has_len2: gl.int32,
+    q, out, lse, part, part_lse, sink,
+    cache1, idx1, len1, cache2, idx2, len2,
+    has_sink: gl.int32, has_len1: gl.int32, has_len2: gl.int32,
     scale_log2: gl.float32,
-    heads: gl.int32,
-    block_heads: gl.int32,
-    head_blocks: gl.int32,
-    s_q: gl.int32,
-    splits: gl.int32,
-    q_sb: gl.int64,
-    q_ss: gl.int64,
-    q_sh: gl.int64,
-    o_sb: gl.int64,
-    o_ss: gl.int64,
-    o_sh: gl.int64,
-    i1_sb: gl.int64,
-    i1_ss: gl.int64,
-    i2_sb: gl.int64,
-    i2_ss: gl.int64,
-    topk1: gl.int32,
-    topk2: gl.int32,
-    slots1: gl.int32,
-    slots2: gl.int32,
-    stride1: gl.int64,
-    stride2: gl.int64,
-    page1: gl.int32,
-    page2: gl.int32,
-    shift1: gl.int32,
-    shift2: gl.int32,
-    SPLIT: gl.constexpr,
-    SINGLE: gl.constexpr,
-    LOADERS: gl.constexpr,
-    LOADER_REGISTERS: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    heads: gl.int32, block_heads: gl.int32, head_blocks: gl.int32, s_q: gl.int32, splits: gl.int32,
+    q_sb: gl.int64, q_ss: gl.int64, q_sh: gl.int64, o_sb: gl.int64, o_ss: gl.int64, o_sh: gl.int64,  # in 8 elements
+    i1_sb: gl.int64, i1_ss: gl.int64, i2_sb: gl.int64, i2_ss: gl.int64,  # in indices
+    topk1: gl.int32, topk2: gl.int32, slots1: gl.int32, slots2: gl.int32,
+    stride1: gl.int64, stride2: gl.int64,  # of a page, in 16 bytes
+    page1: gl.int32, page2: gl.int32, shift1: gl.int32, shift2: gl.int32,
+    SPLIT: gl.constexpr, SINGLE: gl.constexpr, LOADERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     if PDL:
         launch_dependents()
     split = gl.program_id(1)
@@ -395,79 +326,15 @@ def _decode_wgmma_kernel(
         mbarrier.init(k_empty.index(j), count=1)
     fence_async_shared()
     barrier()
+    bars, at = (k_full, k_empty), (b, split, splits)
+    lengths = (len1, len2, has_len1, has_len2, topk1, topk2)
+    scopes = (cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2)
+    query, results = (q, q_sh, head0), (out, o_sb, o_ss, o_sh, lse, part, part_lse, sink)
+    smem, sizes = (q_smem, k_smem, b_smem, p_smem), (heads, block_heads, head_blocks, s_q, splits)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    q,
-                    q_sh,
-                    out,
-                    o_sb,
-                    o_ss,
-                    o_sh,
-                    lse,
-                    part,
-                    part_lse,
-                    sink,
-                    q_smem,
-                    k_smem,
-                    b_smem,
-                    p_smem,
-                    k_full,
-                    k_empty,
-                    b,
-                    heads,
-                    block_heads,
-                    head_blocks,
-                    s_q,
-                    head0,
-                    split,
-                    splits,
-                    len1,
-                    len2,
-                    has_len1,
-                    has_len2,
-                    topk1,
-                    topk2,
-                    has_sink,
-                    scale_log2,
-                    SPLIT,
-                    SINGLE,
-                ),
-            ),
-            (
-                _loader,
-                (
-                    k32,
-                    b_smem,
-                    k_full,
-                    k_empty,
-                    b,
-                    split,
-                    splits,
-                    idx1,
-                    idx2,
-                    len1,
-                    len2,
-                    has_len1,
-                    has_len2,
-                    topk1,
-                    topk2,
-                    cache1,
-                    cache2,
-                    slots1,
-                    slots2,
-                    stride1,
-                    stride2,
-                    page1,
-                    page2,
-                    shift1,
-                    shift2,
-                    SINGLE,
-                    LOADERS,
-                ),
-            ),
+            (_consumer, (query, results, smem, bars, at, sizes, lengths, has_sink, scale_log2, SPLIT, SINGLE)),
+            (_loader, ((k32, b_smem), bars, at, (idx1, idx2), lengths, scopes, SINGLE, LOADERS)),
         ],
         [LOADERS],
         [LOADER_REGISTERS],

@@ -1,9 +1,23 @@
-"""Sparse MLA prefill for mma.sync (SM80, and SM86, SM89 and SM12x by a smaller tile), written in Gluon.
+"""Sparse MLA prefill on mma.sync, in Gluon: one CTA serves one query row and up to 64 heads.
 
-One CTA serves one query row and up to 64 heads. A tile of keys
-lies in shared memory as four buffers of 128 columns. Q K^T reads them one after the other, and so does P V: when a
-buffer has been multiplied, the same columns of the next tile are on their way into it, and are not waited for until
-Q K^T comes to them. So the keys need no memory beyond one tile, and their loads have three quarters of a tile's time.
+A tile of keys lies in shared memory as four buffers of 128 columns. Q K^T reads them one after the other, and so does
+P V: when a buffer has been multiplied, the same columns of the next tile are on their way into it, and are not waited
+for until Q K^T comes to them. So the keys need no memory beyond one tile, and their loads have three quarters of a
+tile's time.
+
+    role   warps    does
+    all    4 or 8   cp.async of the next keys, S = Q K^T, the softmax, O += P V
+
+                 KEYS keys                  512 columns
+    HEADS heads [ S ]  K: 4 x 128 by 64s   [ 128 | 128 | 128 | 128 ]  K: KEYS by 16s
+
+    shared memory                   bytes, 16 x 64       32 x 32   64 x 64
+    q_smem [HEADS, 512] bf16        16384                32768     65536
+    k0 to k3 [KEYS, 128] bf16       65536                32768     65536
+    p_smem [HEADS, KEYS] bf16       1024, in the loop    2048      8192
+
+    barriers: of the whole CTA, placed by Triton; cp.async groups, one a buffer
+    strides: as the signature says
 """
 
 from __future__ import annotations
@@ -99,30 +113,13 @@ def _emit(acc, inverse, buffer, o_row, cols, ok, part: gl.constexpr, lay: gl.con
 
 @gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
 def _prefill_mma_sync_kernel(
-    q,
-    kv,
-    idx,
-    lengths,
-    sink,
-    out,
-    max_logits,
-    lse,
-    has_sink: gl.int32,
-    has_length: gl.int32,
-    scale_log2: gl.float32,
-    heads: gl.int32,
-    head_blocks: gl.int32,
-    topk: gl.int32,
-    s_kv: gl.int32,
-    q_ss: gl.int64,
-    q_sh: gl.int64,
-    kv_ss: gl.int64,
-    o_ss: gl.int64,
-    o_sh: gl.int64,
-    i_ss: gl.int64,
-    HEADS: gl.constexpr,
-    KEYS: gl.constexpr,
-):
+    q, kv, idx, lengths, sink, out, max_logits, lse,
+    has_sink: gl.int32, has_length: gl.int32, scale_log2: gl.float32,
+    heads: gl.int32, head_blocks: gl.int32, topk: gl.int32, s_kv: gl.int32,
+    q_ss: gl.int64, q_sh: gl.int64, kv_ss: gl.int64, o_ss: gl.int64, o_sh: gl.int64,  # in 8 elements
+    i_ss: gl.int64,  # in indices
+    HEADS: gl.constexpr, KEYS: gl.constexpr,
+):  # fmt: skip
     warps: gl.constexpr = gl.num_warps()
     mma: gl.constexpr = mma_layout(warps)
     lhs: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -164,8 +161,8 @@ def _prefill_mma_sync_kernel(
     _copy(k2, kv, index, s_kv, kv_ss, cols, 2)
     _copy(k3, kv, index, s_kv, kv_ss, cols, 3)
 
-    peak = gl.full([HEADS], NEGATIVE, gl.float32, rows)
-    sums = gl.zeros([HEADS, 16], gl.float32, sums_lay)
+    m_i = gl.full([HEADS], NEGATIVE, gl.float32, rows)
+    l_parts = gl.zeros([HEADS, 16], gl.float32, sums_lay)
     acc0 = gl.zeros([HEADS, _PART], gl.float32, mma)
     acc1 = gl.zeros([HEADS, _PART], gl.float32, mma)
     acc2 = gl.zeros([HEADS, _PART], gl.float32, mma)
@@ -184,12 +181,12 @@ def _prefill_mma_sync_kernel(
         logits = _score(logits, q_smem, k3, 3, lhs, rhs)
         valid = (here >= 0) & (here < s_kv)
         logits = gl.where(valid[None, :], logits * scale_log2, float("-inf"))
-        new_peak = gl.maximum(peak, gl.max(logits, 1))
-        weight = gl.exp2(logits - new_peak[:, None])
+        m_new = gl.maximum(m_i, gl.max(logits, 1))
+        weight = gl.exp2(logits - m_new[:, None])
         if HEADS > 16:
             p_smem.store(weight.to(gl.bfloat16))
-        alpha = gl.exp2(peak - new_peak)
-        sums = add_weights(sums, alpha, weight)
+        alpha = gl.exp2(m_i - m_new)
+        l_parts = add_weights(l_parts, alpha, weight)
         if HEADS > 16:
             weights = _operands(p_smem, lhs)
         else:
@@ -202,24 +199,24 @@ def _prefill_mma_sync_kernel(
         _copy(k2, kv, index, s_kv, kv_ss, cols, 2)
         acc3 = _weigh(acc3 * alpha[:, None], weights, k3, rhs)
         _copy(k3, kv, index, s_kv, kv_ss, cols, 3)
-        peak = new_peak
+        m_i = m_new
     async_copy.wait_group(0)
 
-    total = gl.convert_layout(gl.sum(sums, 1), rows)
+    l_i = gl.convert_layout(gl.sum(l_parts, 1), rows)
     # Found again: kept from before the loop, all this would cost its registers.
     pid = block_index("x")
     row = pid // head_blocks
     row64 = row.to(gl.int64)
     head0 = (pid - row * head_blocks) * HEADS
-    some = total != 0.0  # true for NaN too: a NaN key must show
-    total = gl.where(some, total, 1.0)
-    row_lse = gl.where(some, (peak + gl.log2(total)) * LN2, float("inf"))
+    some = l_i != 0.0  # true for NaN too: a NaN key must show
+    l_i = gl.where(some, l_i, 1.0)
+    row_lse = gl.where(some, (m_i + gl.log2(l_i)) * LN2, float("inf"))
     head = head0 + gl.arange(0, HEADS, rows)
     at = row64 * heads + head
     gl.store(lse + at, row_lse, mask=head < heads)
-    gl.store(max_logits + at, gl.where(some, peak * LN2, float("-inf")), mask=head < heads)
+    gl.store(max_logits + at, gl.where(some, m_i * LN2, float("-inf")), mask=head < heads)
     sink_value = gl.load(sink + head, mask=head < gl.where(has_sink != 0, heads, 0), other=float("-inf"))
-    inverse = gl.where(some, 1.0 / (total * (1.0 + gl.exp2((sink_value - row_lse) * LOG2E))), 0.0)
+    inverse = gl.where(some, 1.0 / (l_i * (1.0 + gl.exp2((sink_value - row_lse) * LOG2E))), 0.0)
     h = head0 + gl.arange(0, HEADS, lay_rows)
     o_row = out + row64 * (o_ss * 8) + h.to(gl.int64) * (o_sh * 8)
     _emit(acc0, inverse, k0, o_row, cols, h < heads, 0, lay)

@@ -47,32 +47,13 @@ def _load_index(idx, tile, length, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
 def _prefill_kernel(
-    q,
-    kv,
-    idx,
-    lengths,
-    sink,
-    out,
-    max_logits,
-    lse,
-    has_sink: tl.int32,
-    has_length: tl.int32,
-    scale_log2: tl.float32,
-    heads: tl.int32,
-    head_blocks: tl.int32,
-    topk: tl.int32,
-    s_kv: tl.int32,
-    q_ss: tl.int64,
-    q_sh: tl.int64,
-    kv_ss: tl.int64,
-    o_ss: tl.int64,
-    o_sh: tl.int64,
-    i_ss: tl.int64,
-    BH: tl.constexpr,
-    BN: tl.constexpr,
-    UNIT: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
+    q, kv, idx, lengths, sink, out, max_logits, lse,
+    has_sink: tl.int32, has_length: tl.int32, scale_log2: tl.float32,
+    heads: tl.int32, head_blocks: tl.int32, topk: tl.int32, s_kv: tl.int32,
+    q_ss: tl.int64, q_sh: tl.int64, kv_ss: tl.int64, o_ss: tl.int64, o_sh: tl.int64,  # in UNIT elements
+    i_ss: tl.int64,  # in indices
+    BH: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     row = pid // head_blocks
     row64 = row.to(tl.int64)
@@ -84,8 +65,8 @@ def _prefill_kernel(
     q_row = (q + row64 * (q_ss * UNIT)) + head.to(tl.int64)[:, None] * (q_sh * UNIT)
     query = tl.load(q_row + d[None, :], mask=head_ok[:, None], other=0.0).to(OPERAND)
 
-    peak = tl.full([BH], NEGATIVE, tl.float32)
-    total = tl.zeros([BH], tl.float32)
+    m_i = tl.full([BH], NEGATIVE, tl.float32)
+    l_i = tl.zeros([BH], tl.float32)
     acc = tl.zeros([BH, 512], tl.float32)
     index = _load_index(idx, 0, length, BN)
     for tile in range(tl.cdiv(length, BN)):
@@ -99,20 +80,20 @@ def _prefill_kernel(
         index = _load_index(idx, tile + 1, length, BN)
         logits = tl.dot(query, tl.trans(k))
         logits = tl.where(valid[None, :], logits * scale_log2, NEGATIVE)
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        weight = tl.where(valid[None, :], tl.exp2(logits - new_peak[:, None]), 0.0)
-        alpha = tl.exp2(peak - new_peak)
-        total = total * alpha + tl.sum(weight, 1)
+        m_new = tl.maximum(m_i, tl.max(logits, 1))
+        weight = tl.where(valid[None, :], tl.exp2(logits - m_new[:, None]), 0.0)
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(weight, 1)
         acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
-        peak = new_peak
+        m_i = m_new
 
-    some = total != 0.0  # true for NaN too: a NaN key must show
-    total = tl.where(some, total, 1.0)
-    row_lse = tl.where(some, (peak + tl.log2(total)) * LN2, float("inf"))
+    some = l_i != 0.0  # true for NaN too: a NaN key must show
+    l_i = tl.where(some, l_i, 1.0)
+    row_lse = tl.where(some, (m_i + tl.log2(l_i)) * LN2, float("inf"))
     at = row64 * heads + head
     tl.store(lse + at, row_lse, mask=head_ok)
-    tl.store(max_logits + at, tl.where(some, peak * LN2, float("-inf")), mask=head_ok)
+    tl.store(max_logits + at, tl.where(some, m_i * LN2, float("-inf")), mask=head_ok)
     sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
-    inverse = tl.where(some, 1.0 / (total * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
+    inverse = tl.where(some, 1.0 / (l_i * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
     o_row = (out + row64 * (o_ss * UNIT)) + head.to(tl.int64)[:, None] * (o_sh * UNIT)
     tl.store(o_row + d[None, :], round_to(acc * inverse[:, None], tl.bfloat16, OPERAND), mask=head_ok[:, None])

@@ -1,27 +1,47 @@
-"""Sparse MLA prefill for Hopper (sm_90a), written in Gluon.
+"""Sparse MLA prefill on wgmma, in Gluon: one CTA works on one query row and 64 heads at a time, in a persistent grid.
 
-One CTA works on one query row and 64 heads at a time, and strides over all such items (a persistent grid).
-Its four warpgroups have three roles:
+role         warps  registers  does
+score        4      160        S = Q K^T of 64 keys and the softmax; hands P (bf16) and the rescale factors on.
+                               Three quarters of Q stay in its registers (96 of them), which is what frees the
+                               shared memory for a third key buffer
+accumulate   8      160        holds the 64 x 512 output, 256 columns a warpgroup (128 registers a thread), and only
+                               rescales, multiplies P V, and stores
+loader       4      32         gathers key rows by 16-byte cp.async. A row whose index is invalid is zero-filled by
+                               the copy itself, so nothing that unreferenced memory holds ever gets in; the mask
+                               travels beside the keys and becomes the initial value of the score accumulator
 
-* the *score* warpgroup computes S = Q K^T for a block of 64 keys and the softmax, and hands P (bf16) and
-  the rescale factors on through shared memory. Three quarters of Q stay in its registers (96 of them),
-  which is what frees the shared memory for a third key buffer;
-* two *accumulator* warpgroups hold the 64 x 512 fp32 output, 256 columns each (128 registers a thread), and
-  only rescale, multiply P V, and store. P V of block i is held back until Q K^T of block i + 1 is done: the
-  two products then never share the tensor cores, and P V runs under the softmax of block i + 1;
-* the *loader* warpgroup gathers key rows with 16-byte ``cp.async`` into a ring of three 64 x 512 buffers. A
-  row whose index is invalid is zero-filled by the copy itself, so nothing that unreferenced memory holds
-  ever gets in; the mask travels beside the keys as 0 or -inf and becomes the initial value of the score
-  accumulator.
+The 512 registers that a thread of each warpgroup can have between them are split 160 + 2 * 160 + 32; below 160 an
+accumulating warpgroup makes ptxas serialise every wgmma of the kernel.
 
-K and V are the same bytes: P V reads a buffer as it lies, Q K^T through a transposed view. The 512
-registers that a thread of each warpgroup can have between them are split 160 (score), 2 x 160
-(accumulators), 32 (loader); below 160 an accumulator warpgroup makes ptxas serialise every wgmma of the
-kernel.
+           64 keys                512 columns
+64 heads [   S    ]  K: 512     [ wg 0, wg 1 | wg 0, wg 1 ]  K: 64 keys
+                                  128   128    128   128
 
-The copies are generic-proxy writes that wgmma reads through the async proxy, ordered by the mbarrier alone
-and without ``fence.proxy.async``, as usual for cp.async operands of wgmma; P is stored by ordinary stores
-and does get the fence.
+shared memory                bytes (231088 of 232448 with the barriers)
+k_smem [3, 64, 512] bf16     196608    K and V are the same bytes: P V reads a buffer as it lies, Q K^T through a
+                                       transposed view; three quarters of Q pass through a slot of it
+q_smem [64, 128] bf16        16384     the last quarter of Q
+p_smem [2, 64, 64] bf16      16384
+a_smem [2, 64] fp32          512       rescale factors; after the last block of a row, 1 / (sum + sink)
+b_smem [3, 64] fp32          768       0, or -inf where there is no key
+
+barrier       arrives                               waits               count
+k_full [3]    each loader thread's copies, and one  score               129
+              more for the mask
+k_empty [3]   accumulate (score, for Q)             loader              1
+q_full        each loader thread's copies           score               128
+q_empty       score                                 loader              1
+p_full [2]    score                                 accumulate          1
+p_empty [2]   accumulate                            score               1
+s_done [2]    score, when Q K^T of the block after  accumulate          1
+              is done
+
+P V of block i is held back until Q K^T of block i + 1 is done: the two products never share the tensor cores, and
+P V runs under the softmax of block i + 1. The copies are generic-proxy writes that wgmma reads through the async
+proxy, ordered by the mbarrier alone and without fence.proxy.async, as usual for cp.async operands of wgmma; P is
+stored by ordinary stores and does get the fence.
+
+strides: as the signature says
 """
 
 from __future__ import annotations
@@ -37,6 +57,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...launch import launch as launch_kernel
+from ...lib import ring
 from ...lib.gluon import async_load, barrier
 from ...lib.sizes import cdiv
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
@@ -94,14 +115,6 @@ def _row_blocks(len_ptr, row, topk, HAS_LEN: gl.constexpr):
 
 
 @gluon.jit
-def _advance(slot, phase, N: gl.constexpr):
-    """Next slot of a ring of N, and its phase bit."""
-    nxt = slot + 1
-    wrap = nxt == N
-    return gl.where(wrap, 0, nxt), gl.where(wrap, phase ^ 1, phase)
-
-
-@gluon.jit
 def _opaque(x):
     """x, hidden from the optimiser, so that addresses built from it are computed where they are used.
 
@@ -111,29 +124,12 @@ def _opaque(x):
 
 
 @gluon.jit
-def _loader(
-    q_ptr,
-    kv_ptr,
-    idx_ptr,
-    len_ptr,
-    k_smem,
-    q_smem,
-    b_smem,
-    k_full,
-    k_empty,
-    q_full,
-    q_empty,
-    n_items,
-    s_kv,
-    h_q,
-    topk,
-    q_stride_s8,
-    q_stride_h8,
-    kv_stride8,
-    idx_stride,
-    HAS_LEN: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
+def _loader(tensors, smem, bars, sizes, strides, HAS_LEN: gl.constexpr, GROUPS: gl.constexpr):
+    q_ptr, kv_ptr, idx_ptr, len_ptr = tensors
+    k_smem, q_smem, b_smem = smem
+    k_full, k_empty, q_full, q_empty = bars
+    n_items, s_kv, h_q, topk = sizes
+    q_stride_s8, q_stride_h8, kv_stride8, idx_stride = strides
     # 8 lanes cover one 128-byte line of a row; a warp instruction moves 4 lines.
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     lay_r: gl.constexpr = gl.SliceLayout(1, lay)
@@ -160,7 +156,7 @@ def _loader(
             )
         async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
         mbarrier.arrive(k_full.index(slot), count=1)
-        slot, phase = _advance(slot, phase, NBUF)
+        slot, phase = ring.advance(slot, phase, NBUF)
         mbarrier.wait(q_empty, q_phase ^ 1)
         async_load(q_smem, q_rows[:, None] + (qcols + Q_REG * QC)[None, :], mask=h_ok[:, None])
         async_copy.mbarrier_arrive(q_full, increment_count=False)
@@ -179,7 +175,7 @@ def _loader(
             # One ordinary arrival more: it releases the stores of the mask, as the copies' arrivals do not.
             barrier()
             mbarrier.arrive(k_full.index(slot), count=1)
-            slot, phase = _advance(slot, phase, NBUF)
+            slot, phase = ring.advance(slot, phase, NBUF)
 
 
 @gluon.jit
@@ -190,31 +186,13 @@ def _row_max(s, rows: gl.constexpr):
 
 @gluon.jit
 def _score(
-    len_ptr,
-    sink_ptr,
-    max_ptr,
-    lse_ptr,
-    k_smem,
-    q_smem,
-    b_smem,
-    p_smem,
-    a_smem,
-    k_full,
-    k_empty,
-    q_full,
-    q_empty,
-    p_full,
-    p_empty,
-    s_done,
-    n_items,
-    h_q,
-    topk,
-    scale,
-    HAS_LEN: gl.constexpr,
-    HAS_SINK: gl.constexpr,
-    FLIP: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
+    tensors, smem, bars, sizes, scale,
+    HAS_LEN: gl.constexpr, HAS_SINK: gl.constexpr, FLIP: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    len_ptr, sink_ptr, max_ptr, lse_ptr = tensors
+    k_smem, q_smem, b_smem, p_smem, a_smem = smem
+    k_full, k_empty, q_full, q_empty, p_full, p_empty, s_done = bars
+    n_items, h_q, topk = sizes
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     qlay: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -242,19 +220,19 @@ def _score(
         q2 = qb.slice(2 * QC, QC, 1).load(qlay)
         barrier()
         mbarrier.arrive(k_empty.index(slot), count=1)
-        slot, phase = _advance(slot, phase, NBUF)
+        slot, phase = ring.advance(slot, phase, NBUF)
         mbarrier.wait(q_full, q_phase)
         q_phase ^= 1
 
-        # m is the running maximum (of the raw products, unless FLIP), part the running sum of exp, added up
+        # m_i is the running maximum (of the raw products, unless FLIP), l_parts the running sum of exp, added up
         # across threads only at the end of the row.
-        m = gl.full([HEADS], NEGATIVE, gl.float32, rows)
-        part = gl.zeros([HEADS, 4], gl.float32, plast)
+        m_i = gl.full([HEADS], NEGATIVE, gl.float32, rows)
+        l_parts = gl.zeros([HEADS, 4], gl.float32, plast)
         for i in range(n_blocks):
             mbarrier.wait(k_full.index(slot), phase)
             kb = k_smem.index(slot)
             # The mask (0 or -inf for each key) is the initial value of the accumulator.
-            acc, _ = gl.broadcast(b_smem.index(slot).load(gl.SliceLayout(0, mma))[None, :], m[:, None])
+            acc, _ = gl.broadcast(b_smem.index(slot).load(gl.SliceLayout(0, mma))[None, :], m_i[:, None])
             acc = warpgroup_mma(q0, kb.slice(0, QC, 1).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma(q1, kb.slice(QC, QC, 1).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma(q2, kb.slice(2 * QC, QC, 1).permute((1, 0)), acc, is_async=True)
@@ -264,14 +242,14 @@ def _score(
             mbarrier.arrive(s_done.index(pslot ^ 1), count=1, pred=i > 0)
             if FLIP:  # a scale that is not positive would turn the maximum into a minimum
                 s = gl.where(s == float("-inf"), s, s * scale)
-                m_new = gl.maximum(m, _row_max(s, rows))
-                alpha = gl.exp2(m - m_new)
+                m_new = gl.maximum(m_i, _row_max(s, rows))
+                alpha = gl.exp2(m_i - m_new)
                 p = gl.exp2(s - m_new[:, None])
             else:
-                m_new = gl.maximum(m, _row_max(s, rows))
-                alpha = gl.exp2((m - m_new) * scale)
+                m_new = gl.maximum(m_i, _row_max(s, rows))
+                alpha = gl.exp2((m_i - m_new) * scale)
                 p = gl.exp2(s * scale - (m_new * scale)[:, None])
-            m = m_new
+            m_i = m_new
             mbarrier.wait(p_empty.index(pslot), pphase ^ 1)
             p_smem.index(pslot).store(p.to(gl.bfloat16))
             a_smem.index(pslot).store(alpha)
@@ -279,34 +257,34 @@ def _score(
             barrier()
             mbarrier.arrive(p_full.index(pslot), count=1)
             psum = gl.convert_layout(gl.sum(gl.sum(gl.reshape(p, [HEADS, BN // 8, 4, 2]), 1), 2), plast)
-            part = part * gl.convert_layout(alpha, gl.SliceLayout(1, plast))[:, None] + psum
-            slot, phase = _advance(slot, phase, NBUF)
-            pslot, pphase = _advance(pslot, pphase, NP)
+            l_parts = l_parts * gl.convert_layout(alpha, gl.SliceLayout(1, plast))[:, None] + psum
+            slot, phase = ring.advance(slot, phase, NBUF)
+            pslot, pphase = ring.advance(pslot, pphase, NP)
         mbarrier.arrive(s_done.index(pslot ^ 1), count=1, pred=n_blocks > 0)
         # Without the barrier, a row of no blocks could let the loader run two phases past a late warp.
         barrier()
         mbarrier.arrive(q_empty, count=1)
-        l = gl.convert_layout(gl.sum(part, 1), rows)  # noqa: E741
+        l_i = gl.convert_layout(gl.sum(l_parts, 1), rows)
         if not FLIP:
-            m = m * scale
+            m_i = m_i * scale
 
         # Final factor of each head: 1 / (sum + sink), or 0 for a row with nothing valid.
         h = _opaque(head0) + gl.arange(0, HEADS, rows)
         h_ok = h < h_q
-        den = l
+        den = l_i
         if HAS_SINK:
             sink = gl.load(sink_ptr + h, mask=h_ok, other=float("-inf"))
-            den = l + gl.exp2(sink * LOG2E - m)
-        fin = gl.where(l > 0.0, 1.0 / gl.where(l > 0.0, den, 1.0), 0.0)
+            den = l_i + gl.exp2(sink * LOG2E - m_i)
+        fin = gl.where(l_i > 0.0, 1.0 / gl.where(l_i > 0.0, den, 1.0), 0.0)
         mbarrier.wait(p_empty.index(pslot), pphase ^ 1)
         a_smem.index(pslot).store(fin)
         barrier()
         mbarrier.arrive(p_full.index(pslot), count=1)
         mbarrier.arrive(s_done.index(pslot), count=1)
-        pslot, pphase = _advance(pslot, pphase, NP)
+        pslot, pphase = ring.advance(pslot, pphase, NP)
         dst = row.to(gl.int64) * h_q + h
-        lse = gl.where(l > 0.0, (m + gl.log2(gl.where(l > 0.0, l, 1.0))) * LN2, float("inf"))
-        gl.store(max_ptr + dst, gl.where(l > 0.0, m * LN2, float("-inf")), mask=h_ok)
+        lse = gl.where(l_i > 0.0, (m_i + gl.log2(gl.where(l_i > 0.0, l_i, 1.0))) * LN2, float("inf"))
+        gl.store(max_ptr + dst, gl.where(l_i > 0.0, m_i * LN2, float("-inf")), mask=h_ok)
         gl.store(lse_ptr + dst, lse, mask=h_ok)
 
 
@@ -320,24 +298,12 @@ def _emit(x, buf, dst, column: gl.constexpr, ok, lay: gl.constexpr):
 
 
 @gluon.jit
-def _accumulate(
-    out_ptr,
-    len_ptr,
-    k_smem,
-    p_smem,
-    a_smem,
-    k_empty,
-    p_full,
-    p_empty,
-    s_done,
-    n_items,
-    h_q,
-    topk,
-    o_stride_s8,
-    o_stride_h8,
-    HAS_LEN: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
+def _accumulate(tensors, smem, bars, sizes, strides, HAS_LEN: gl.constexpr, GROUPS: gl.constexpr):
+    out_ptr, len_ptr = tensors
+    k_smem, p_smem, a_smem = smem
+    k_empty, p_full, p_empty, s_done = bars
+    n_items, h_q, topk = sizes
+    o_stride_s8, o_stride_h8 = strides
     # Two warpgroups side by side along the columns: 128 columns of each 256 belong to one. (The instruction
     # with N = 256 needs more registers than ptxas grants a kernel of 512 threads.)
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 2], instr_shape=[16, 128, 16])
@@ -350,7 +316,7 @@ def _accumulate(
         row = item // GROUPS
         head0 = (item % GROUPS) * HEADS
         _n, n_blocks = _row_blocks(len_ptr, row, topk, HAS_LEN)
-        slot, _ = _advance(slot, 0, NBUF)  # the slot that Q passed through
+        slot, _ = ring.advance(slot, 0, NBUF)  # the slot that Q passed through
         acc = gl.zeros([HEADS, DIM], gl.float32, mma)
         for _ in range(n_blocks):
             mbarrier.wait(p_full.index(pslot), pphase)
@@ -362,8 +328,8 @@ def _accumulate(
             barrier()
             mbarrier.arrive(k_empty.index(slot), count=1)
             mbarrier.arrive(p_empty.index(pslot), count=1)
-            slot, _ = _advance(slot, 0, NBUF)
-            pslot, pphase = _advance(pslot, pphase, NP)
+            slot, _ = ring.advance(slot, 0, NBUF)
+            pslot, pphase = ring.advance(pslot, pphase, NP)
 
         # The last entry of a row carries the final factors; its P buffer is free for the way out.
         mbarrier.wait(p_full.index(pslot), pphase)
@@ -395,52 +361,24 @@ def _accumulate(
         _emit(x111, buf, dst, 352, h_ok, wlay)
         barrier()
         mbarrier.arrive(p_empty.index(pslot), count=1)
-        pslot, pphase = _advance(pslot, pphase, NP)
+        pslot, pphase = ring.advance(pslot, pphase, NP)
 
 
-_SIZES = [
-    "n_items",
-    "s_kv",
-    "h_q",
-    "topk",
-    "q_stride_s8",
-    "q_stride_h8",
-    "kv_stride8",
-    "idx_stride",
-    "o_stride_s8",
-    "o_stride_h8",
-]
+_SIZES = "n_items s_kv h_q topk q_stride_s8 q_stride_h8 kv_stride8 idx_stride o_stride_s8 o_stride_h8".split()
 # Read and written 4 bytes at a time: their alignment makes no difference.
 _SCALAR_POINTERS = ["idx_ptr", "len_ptr", "sink_ptr", "max_ptr", "lse_ptr"]
 
 
 @gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SIZES + _SCALAR_POINTERS)
 def _prefill_wgmma_kernel(
-    q_ptr,
-    kv_ptr,
-    idx_ptr,
-    len_ptr,
-    sink_ptr,
-    out_ptr,
-    max_ptr,
-    lse_ptr,
-    n_items,
-    s_kv,
-    h_q,
-    topk,
-    q_stride_s8,
-    q_stride_h8,
-    kv_stride8,
-    idx_stride,
-    o_stride_s8,
-    o_stride_h8,
+    q_ptr, kv_ptr, idx_ptr, len_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr,
+    n_items, s_kv, h_q, topk,
+    q_stride_s8, q_stride_h8, kv_stride8,  # in 8 elements (16 bytes), so that alignment is known
+    idx_stride,  # in indices
+    o_stride_s8, o_stride_h8,  # in 8 elements
     scale,
-    HAS_LEN: gl.constexpr,
-    HAS_SINK: gl.constexpr,
-    FLIP: gl.constexpr,
-    GROUPS: gl.constexpr,
-):
-    """Strides with an 8 in their name are in units of 8 elements (16 bytes), so that alignment is known."""
+    HAS_LEN: gl.constexpr, HAS_SINK: gl.constexpr, FLIP: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
     t_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     f_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     m_lay: gl.constexpr = mbarrier.MBarrierLayout()
@@ -468,83 +406,19 @@ def _prefill_wgmma_kernel(
     mbarrier.init(q_empty, count=1)
     fence_async_shared()
     barrier()
+    sizes = (n_items, h_q, topk)
+    q_bars, p_bars = (k_full, k_empty, q_full, q_empty), (k_empty, p_full, p_empty, s_done)
+    bars = (k_full, k_empty, q_full, q_empty, p_full, p_empty, s_done)
+    smem, tensors = (k_smem, q_smem, b_smem, p_smem, a_smem), (len_ptr, sink_ptr, max_ptr, lse_ptr)
+    sources, strides = (q_ptr, kv_ptr, idx_ptr, len_ptr), (q_stride_s8, q_stride_h8, kv_stride8, idx_stride)
+    target, o_strides = (out_ptr, len_ptr), (o_stride_s8, o_stride_h8)
     gl.warp_specialize(
         [
-            (
-                _accumulate,
-                (
-                    out_ptr,
-                    len_ptr,
-                    k_smem,
-                    p_smem,
-                    a_smem,
-                    k_empty,
-                    p_full,
-                    p_empty,
-                    s_done,
-                    n_items,
-                    h_q,
-                    topk,
-                    o_stride_s8,
-                    o_stride_h8,
-                    HAS_LEN,
-                    GROUPS,
-                ),
-            ),
-            (
-                _score,
-                (
-                    len_ptr,
-                    sink_ptr,
-                    max_ptr,
-                    lse_ptr,
-                    k_smem,
-                    q_smem,
-                    b_smem,
-                    p_smem,
-                    a_smem,
-                    k_full,
-                    k_empty,
-                    q_full,
-                    q_empty,
-                    p_full,
-                    p_empty,
-                    s_done,
-                    n_items,
-                    h_q,
-                    topk,
-                    scale,
-                    HAS_LEN,
-                    HAS_SINK,
-                    FLIP,
-                    GROUPS,
-                ),
-            ),
+            (_accumulate, (target, (k_smem, p_smem, a_smem), p_bars, sizes, o_strides, HAS_LEN, GROUPS)),
+            (_score, (tensors, smem, bars, sizes, scale, HAS_LEN, HAS_SINK, FLIP, GROUPS)),
             (
                 _loader,
-                (
-                    q_ptr,
-                    kv_ptr,
-                    idx_ptr,
-                    len_ptr,
-                    k_smem,
-                    q_smem,
-                    b_smem,
-                    k_full,
-                    k_empty,
-                    q_full,
-                    q_empty,
-                    n_items,
-                    s_kv,
-                    h_q,
-                    topk,
-                    q_stride_s8,
-                    q_stride_h8,
-                    kv_stride8,
-                    idx_stride,
-                    HAS_LEN,
-                    GROUPS,
-                ),
+                (sources, (k_smem, q_smem, b_smem), q_bars, (n_items, s_kv, h_q, topk), strides, HAS_LEN, GROUPS),
             ),
         ],
         [4, 4],
