@@ -33,7 +33,7 @@ def _implementation(
         notices="dsv4_backend_triton.ahead:notices",
         devices=("cuda", "cpu") if interpreted else ("cuda",),
         capability=(">=8.0",),
-        note=f"kernels: {kernels(op)}; {_CONFIGURATIONS}; {told(op)}",
+        note=f"kernels: {kernels(op)}; {_CONFIGURATIONS}: {told(op)}",
         batch_invariant=invariant,
         only_batch_invariant=mode,
     )

@@ -36,5 +36,7 @@ def configured(op: str, variant: str, arch: Arch, *, size: int = 0, role: str = 
 def told(op: str) -> str:
     """Where the measured configurations of an op come from, in one line."""
     sources = table(op)["sources"].values()
-    measured = [f"{s['gpu']}, Triton {s['triton']}, {s['date']}, {s['command']}" for s in sources if "gpu" in s]
-    return f"tables/{op}.json: {'; '.join(measured) or 'all derived'}"
+    measured = [f"{s['gpu']} with Triton {s['triton']} on {s['date']}" for s in sources if "gpu" in s]
+    commands = {s["command"]: None for s in sources if s.get("command", "not recorded") != "not recorded"}
+    redo = f"; to redo: {', '.join(commands)}" if commands else ""
+    return f"{', '.join(measured) or 'all derived'}{redo} (tables/{op}.json)"

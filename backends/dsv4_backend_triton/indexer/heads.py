@@ -82,17 +82,9 @@ def relu_head_sum(k, q_t, w, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N:
 
 @triton.jit
 def load_q(
-    q_ptr,
-    row,
-    row_ok,
-    head,
-    stride_m,
-    stride_h,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
+    q_ptr, row, row_ok, head, stride_m, stride_h,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     ptr = q_ptr + row.to(tl.int64)[:, None] * stride_m + (head * stride_h)[:, None] + dim[None, :]
     mask = (row_ok & (head < H))[:, None] & (dim < D)[None, :]

@@ -36,6 +36,38 @@ E4M3X4_TO_BF16X4 = """{
 _E4M3X4_TO_BF16X4 = tl.constexpr(E4M3X4_TO_BF16X4)
 
 
+def scaled_e4m3(words: int, *, shared: bool) -> tuple[str, str]:
+    """PTX, and its constraints, for words of four e4m3 bytes to bf16, each times a bf16 factor and 2^-120.
+
+    A byte and its sign are spread over 16 bits (prmt with sign replication), the magnitude shifted to bf16's place, the
+    surplus sign bits dropped, and the whole multiplied; by fma, since mul.bf16x2 needs SM90. (byte & 0x7f) + 1 reaches
+    0x80 for the NaN codes alone: then all elements decoded together become NaN, through the addend.
+
+    Args:
+        shared: A word has one factor, a pair of the same, and results are the low pairs of all words, then the high
+            ones. Else each pair of elements has its own: the layout may put other rows beside each other.
+    """
+    raw, factor = 2 * words, 3 * words
+    lines = ["{", ".reg .b32 n, t, z;", ".reg .pred p;"]
+    for i in range(words):
+        lines += [f"and.b32 t, ${raw + i}, 0x7f7f7f7f;", "add.u32 t, t, 0x01010101;"]
+        lines.append("mov.b32 n, t;" if i == 0 else "or.b32 n, n, t;")
+    lines += ["and.b32 n, n, 0x80808080;", "setp.ne.u32 p, n, 0;", "selp.b32 z, 0x7fc07fc0, 0x80008000, p;"]
+    for i in range(words):
+        for half, selector in ((0, "0x9180"), (1, "0xb3a2")):
+            out, by = (words * half + i, factor + i) if shared else (2 * i + half, factor + 2 * i + half)
+            lines += [f"prmt.b32 t, ${raw + i}, 0, {selector};", "shl.b32 t, t, 4;", "and.b32 t, t, 0x87f087f0;"]
+            lines.append(f"fma.rn.bf16x2 ${out}, t, ${by}, z;")
+    inputs = words + (words if shared else 2 * words)
+    return "\n".join([*lines, "}"]), ",".join(["=&r"] * 2 * words + ["r"] * inputs)
+
+
+BF16_TIMES_2_60TH = tl.constexpr(
+    "{ .reg .b32 f, z; mov.b32 f, 0x21802180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }"
+)
+"""PTX for a pair of bf16 times 2^-60."""
+
+
 @triton.jit
 def e4m3_to_fp32(byte):
     """e4m3 bytes (uint8) to fp32, exact for all 256 codes."""

@@ -1,4 +1,18 @@
-"""``hc_prenorm_gemm`` in plain Triton: x @ fn.T and the row sums of squares in one pass over x, split along k."""
+"""``hc_prenorm_gemm`` in plain Triton: x @ fn.T and the row sums of squares in one pass over x, split along k.
+
+role   does
+all    a BLOCK_K-wide step of x and fn: the squares of x, and the product
+
+             BLOCK_N mixes
+BLOCK_M rows [   acc    ]    K: ``per`` columns of k in all, BLOCK_K at a time; with SWAP transposed
+
+MODE "bf16": x is bf16 already, and fn = high + low with both bf16 keeps 16 bits of fn, so two bf16 products are more
+exact than one TF32 product and no slower. "tf32": x widened, fn rounded. "fp32": the interpreter.
+
+shared memory: STAGES * (2 * BLOCK_M + 4 * BLOCK_N) * BLOCK_K bytes of operands, and fn split or x widened
+barriers: of the whole block, placed by Triton
+strides: in elements
+"""
 
 from __future__ import annotations
 
@@ -48,72 +62,26 @@ def launch(call: Call, config: Config) -> None:
         x_desc = TensorDescriptor(x, [m, k], x_strides, [config.block_m, config.block_k])
         sources = (x_desc, TensorDescriptor(fn, [n, k], fn_strides, [config.block_n, config.block_k]))
     launch_splits(
-        _hc_kernel,
-        call,
-        config,
-        sources,
-        (x.stride(0), fn.stride(0)),
-        max(1, cdiv(n, config.block_n)),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SWAP=config.swap,
-        MODE=config.mode,
-        EVEN=even,
-        ALIGNED=aligned,
-        TMA=tma,
-        STAGES=config.stages,
-        num_warps=config.warps,
-    )
+        _hc_kernel, call, config, sources, (x.stride(0), fn.stride(0)), max(1, cdiv(n, config.block_n)),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SWAP=config.swap, MODE=config.mode,
+        EVEN=even, ALIGNED=aligned, TMA=tma, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
 
 
-_SIZES = [
-    "M",
-    "N",
-    "K",
-    "x_stride",
-    "fn_stride",
-    "o_stride_s",
-    "o_stride_m",
-    "s_stride_s",
-    "s_stride_m",
-    "per",
-]
+_SIZES = "M N K x_stride fn_stride o_stride_s o_stride_m s_stride_s s_stride_m per".split()
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
 def _hc_kernel(
-    x_src,
-    fn_src,
-    out_ptr,
-    sqr_ptr,
-    M,
-    N,
-    K,
-    x_stride,
-    fn_stride,
-    o_stride_s,
-    o_stride_m,
-    s_stride_s,
-    s_stride_m,
+    x_src, fn_src,  # pointers, or with TMA tensor maps
+    out_ptr, sqr_ptr,
+    M, N, K,
+    x_stride, fn_stride, o_stride_s, o_stride_m, s_stride_s, s_stride_m,  # all in elements
     per,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr,
-    MODE: tl.constexpr,
-    EVEN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TMA: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One block: BLOCK_M rows, one n tile, ``per`` columns of k.
-
-    MODE "bf16": x is bf16 already, and fn = high + low with both bf16 keeps 16 bits of fn, so two bf16
-    products are more exact than one TF32 product and no slower. "tf32": x widened, fn rounded. "fp32": the
-    interpreter.
-    """
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, MODE: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     m0 = tl.program_id(0) * BLOCK_M

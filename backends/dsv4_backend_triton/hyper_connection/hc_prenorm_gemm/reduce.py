@@ -42,16 +42,10 @@ def launch_splits(
     if reduce:
         group, block = splits // results, 128
         launch_kernel(
-            _hc_reduce_kernel,
-            (cdiv(m * n, block) + cdiv(m, block), results),
-            *(work, out, sqr_sum, m, n, group, *out_strides, *sqr_strides),
-            BLOCK=block,
-            GROUP=pow2(group),
-            ALIGNED=n % 4 == 0,
-            PDL=pdl,
-            num_warps=1,
-            **({"launch_pdl": True} if pdl else {}),
-        )
+            _hc_reduce_kernel, (cdiv(m * n, block) + cdiv(m, block), results),
+            *(work, out, sqr_sum, m, n, group, *out_strides, *sqr_strides), BLOCK=block, GROUP=pow2(group),
+            ALIGNED=n % 4 == 0, PDL=pdl, num_warps=1, **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -79,21 +73,11 @@ _REDUCE_SIZES = ["M", "N", "group", "o_stride_s", "o_stride_m", "s_stride_s", "s
 
 @triton.jit(do_not_specialize=_REDUCE_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
 def _hc_reduce_kernel(
-    part_ptr,
-    out_ptr,
-    sqr_ptr,
-    M,
-    N,
-    group,
-    o_stride_s,
-    o_stride_m,
-    s_stride_s,
-    s_stride_m,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    part_ptr, out_ptr, sqr_ptr,
+    M, N, group,
+    o_stride_s, o_stride_m, s_stride_s, s_stride_m,  # in elements
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Sum each ``group`` of partials, in a fixed order, into one of the results.
 
     Workspace: [results * group, M, N] mixes, then [results * group, M] sums of squares. ALIGNED: N % 4 == 0.

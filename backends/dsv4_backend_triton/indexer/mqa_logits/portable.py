@@ -1,4 +1,18 @@
-"""``mqa_logits`` in plain Triton: a block is ROWS queries against a chunk of the output's columns."""
+"""``mqa_logits`` in plain Triton: a block is ROWS queries against a chunk of the output's columns.
+
+role   does
+all    a tile of keys: product with all heads of all rows, relu, head sum in registers, store; -inf elsewhere
+
+             ROWS x BLOCK_H heads
+BLOCK_N keys [        S         ] -> [BLOCK_N, ROWS] logits     K: BLOCK_D
+
+Keys are the M side, so that the head sum runs along registers of one thread. Columns are keys, or with COMPRESSED
+keys - row start; compressed rows that start at different keys cannot share a tile: then each row has its own pass.
+
+shared memory: ROWS * BLOCK_H * BLOCK_D + STAGES * BLOCK_N * BLOCK_D operands of 1 byte, or decoded of 2
+barriers: of the whole block, placed by Triton
+strides: in elements
+"""
 
 from __future__ import annotations
 
@@ -33,54 +47,30 @@ def launch(call: Call, config: Config) -> None:
     row_blocks = cdiv(m, config.rows)
     chunk = chunk_of(n_cols, row_blocks, config, shape.arch.sms)
     launch_kernel(
-        _mqa_logits_kernel,
-        (row_blocks, cdiv(n_cols, chunk)),
+        _mqa_logits_kernel, (row_blocks, cdiv(n_cols, chunk)),
         *(q, k_src, call.k_scale, call.weights, call.starts, call.ends, out),
         *(m, n, n_cols, q.stride(0), q.stride(1), k.stride(0), call.weights.stride(0), out.stride(0), chunk),
-        **constants(config, shape.arch, h, d),
-        COMPRESSED=shape.compressed,
-        K_TMA=tma,
-        ALIGNED=aligned,
+        **constants(config, shape.arch, h, d), COMPRESSED=shape.compressed, K_TMA=tma, ALIGNED=aligned,
         num_warps=config.warps,
-    )
+    )  # fmt: skip
 
 
-_MQA_SIZES = ["m", "n", "n_cols", "q_stride_m", "q_stride_h", "k_stride", "w_stride", "out_stride", "chunk"]
-_MQA_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
+_SIZES = "m n n_cols q_stride_m q_stride_h k_stride w_stride out_stride chunk".split()
+_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
 
 
-@triton.jit(do_not_specialize=_MQA_SIZES, do_not_specialize_on_alignment=_MQA_ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _mqa_logits_kernel(
     q_ptr,
-    k_src,
-    k_scale_ptr,
-    w_ptr,
-    starts_ptr,
-    ends_ptr,
-    out_ptr,
-    m,
-    n,
-    n_cols,
-    q_stride_m,
-    q_stride_h,
-    k_stride,
-    w_stride,
-    out_stride,
+    k_src,  # a pointer, or with K_TMA a tensor map
+    k_scale_ptr, w_ptr, starts_ptr, ends_ptr, out_ptr,
+    m, n, n_cols,
+    q_stride_m, q_stride_h, k_stride, w_stride, out_stride,  # all in elements
     chunk,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    COMPRESSED: tl.constexpr,
-    K_TMA: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One block: ROWS queries against ``chunk`` output columns. Columns are keys (full) or keys - row
-    start."""
+    H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, COMPRESSED: tl.constexpr, K_TMA: tl.constexpr, ALIGNED: tl.constexpr,
+    OPERAND: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     row_block = tl.program_id(0)
     c0 = tl.program_id(1) * chunk
     c1 = tl.minimum(c0 + chunk, n_cols)
@@ -103,7 +93,6 @@ def _mqa_logits_kernel(
     q_t = tl.trans(q)
     w = tl.load(w_ptr + q_row.to(tl.int64) * w_stride + head, mask=head < H, other=0.0)
 
-    # Compressed rows that start at different keys cannot share a tile: then each row gets its own pass.
     first = tl.min(start, axis=0)
     n_groups = 1
     if COMPRESSED:

@@ -71,17 +71,13 @@ def launch(call: Call, config: Config) -> None:
     row_blocks = cdiv(m, 4)
     chunk = _balanced_chunk(n, row_blocks, config.keys, sms)
     launch_kernel(
-        _mqa_logits_wgmma_kernel,
-        (min(sms, row_blocks * cdiv(n, chunk)),),
+        _mqa_logits_wgmma_kernel, (min(sms, row_blocks * cdiv(n, chunk)),),
         boxes(call.q, [m * 64, 128], [128, 1], [128, 128], 8),
         boxes(call.k, [n, 128], [call.k.stride(0), 1], [config.keys, 128], 8),
         *(call.k_scale, call.weights, call.starts, call.ends, call.out),
-        *(m, n, call.weights.stride(0), call.out.stride(0), chunk),
-        KEYS=config.keys,
-        STAGES=config.stages,
-        CONSUMER_REGS=config.registers,
-        num_warps=4,
-    )
+        *(m, n, call.weights.stride(0), call.out.stride(0), chunk), KEYS=config.keys, STAGES=config.stages,
+        CONSUMER_REGS=config.registers, num_warps=4,
+    )  # fmt: skip
 
 
 def _balanced_chunk(columns: int, row_blocks: int, block_n: int, sms: int) -> int:

@@ -1,4 +1,20 @@
-"""``paged_mqa_logits`` in plain Triton: a block is a request's queries against a chunk of its positions."""
+"""``paged_mqa_logits`` in plain Triton: a block is all (or ROWS of the) next_n queries of a request against a chunk of
+its positions. Keys are read once for all of them.
+
+    role   does
+    all    a tile of keys: product with all heads of all rows, relu, head sum in registers, store; -inf elsewhere
+
+                 ROWS x BLOCK_H heads
+    BLOCK_N keys [        S         ] -> [BLOCK_N, ROWS] logits     K: BLOCK_D
+
+    K_MODE 0 looks every key's page up; 1 and 2 need PAGE % BLOCK_N == 0 and look one page up per tile, one
+    tile ahead; 2 fetches keys through the tensor-map descriptor. No length reaches beyond ``limit``, where the table
+    ends; a page that the cache does not have is not read (the descriptor reads zeros), and its keys are -inf.
+
+    shared memory: ROWS * BLOCK_H * BLOCK_D + STAGES * BLOCK_N * BLOCK_D operands of 1 byte, or decoded of 2
+    barriers: of the whole block, placed by Triton
+    strides: as the signature says
+"""
 
 from __future__ import annotations
 
@@ -30,81 +46,34 @@ def launch(call: Call, config: Config) -> None:
     groups = cdiv(next_n, config.rows)
     chunk = chunk_of(columns, b * groups, config, arch.sms)
     launch_kernel(
-        _paged_mqa_logits_kernel,
-        (b, cdiv(columns, chunk), groups),
+        _paged_mqa_logits_kernel, (b, cdiv(columns, chunk), groups),
         *(q, k_cache, k_desc, call.weights, lens, call.table, out),
-        *(next_n, columns, min(columns, page_size * call.table.shape[1]), pages),
-        *q.stride()[:3],
+        *(next_n, columns, min(columns, page_size * call.table.shape[1]), pages), *q.stride()[:3],
         *(page_stride, call.weights.stride(0), lens.stride(0), lens.stride(1) if lens.dim() == 2 else 0),
-        *(call.table.stride(0), out.stride(0), chunk),
-        **constants(config, arch, h, d),
-        PAGE=page_size,
-        K_MODE=k_mode,
-        ALIGNED=aligned,
-        num_warps=config.warps,
-    )
+        *(call.table.stride(0), out.stride(0), chunk), **constants(config, arch, h, d), PAGE=page_size, K_MODE=k_mode,
+        ALIGNED=aligned, num_warps=config.warps,
+    )  # fmt: skip
 
 
-_PAGED_SIZES = [
-    "next_n",
-    "max_len",
-    "limit",
-    "pages",
-    "q_stride_b",
-    "q_stride_n",
-    "q_stride_h",
-    "page_stride",
-    "w_stride",
-    "len_stride_b",
-    "len_stride_n",
-    "table_stride",
-    "out_stride",
-    "chunk",
-]
-_PAGED_ANY_ALIGNMENT = ["w_ptr", "lens_ptr", "table_ptr", "out_ptr"]
+_SIZES = (
+    "next_n max_len limit pages q_stride_b q_stride_n q_stride_h page_stride w_stride "
+    "len_stride_b len_stride_n table_stride out_stride chunk"
+).split()
+_ANY_ALIGNMENT = ["w_ptr", "lens_ptr", "table_ptr", "out_ptr"]
 
 
-@triton.jit(do_not_specialize=_PAGED_SIZES, do_not_specialize_on_alignment=_PAGED_ANY_ALIGNMENT)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _paged_mqa_logits_kernel(
-    q_ptr,
-    cache_ptr,
-    k_desc,
-    w_ptr,
-    lens_ptr,
-    table_ptr,
-    out_ptr,
-    next_n,
-    max_len,
-    limit,
-    pages,
-    q_stride_b,
-    q_stride_n,
-    q_stride_h,
-    page_stride,
-    w_stride,
-    len_stride_b,
-    len_stride_n,
-    table_stride,
-    out_stride,
+    q_ptr, cache_ptr, k_desc, w_ptr, lens_ptr, table_ptr, out_ptr,
+    next_n, max_len, limit, pages,
+    q_stride_b, q_stride_n, q_stride_h,  # in elements
+    page_stride,  # in bytes
+    w_stride, len_stride_b, len_stride_n, table_stride, out_stride,  # in elements
     chunk,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    K_MODE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One block: all (or ROWS of the) next_n queries of one request against ``chunk`` positions.
-
-    K_MODE 0 looks every key's page up; 1 and 2 need PAGE % BLOCK_N == 0 and look one page up per tile, one
-    tile ahead; 2 fetches keys through the tensor-map descriptor. No length reaches beyond ``limit``, where the table
-    ends; a page that the cache does not have is not read (the descriptor reads zeros), and its keys are -inf.
-    """
+    H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, K_MODE: tl.constexpr, ALIGNED: tl.constexpr,
+    OPERAND: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     c0 = tl.program_id(1) * chunk
     c1 = tl.minimum(c0 + chunk, max_len)
@@ -131,18 +100,8 @@ def _paged_mqa_logits_kernel(
         rh = tl.arange(0, ROWS * BLOCK_H)
         q_row = tl.minimum(row0 + rh // BLOCK_H, next_n - 1)
         head = rh % BLOCK_H
-        q = load_q(
-            q_ptr + b * q_stride_b,
-            q_row,
-            q_row < next_n,
-            head,
-            q_stride_n,
-            q_stride_h,
-            H,
-            D,
-            BLOCK_D,
-            OPERAND,
-        )
+        q_base = q_ptr + b * q_stride_b
+        q = load_q(q_base, q_row, q_row < next_n, head, q_stride_n, q_stride_h, H, D, BLOCK_D, OPERAND)
         q_t = tl.trans(q)
         w = tl.load(w_ptr + (b * next_n + q_row) * w_stride + head, mask=head < H, other=0.0)
         dim = tl.arange(0, BLOCK_D)

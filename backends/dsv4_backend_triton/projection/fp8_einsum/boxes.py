@@ -8,24 +8,10 @@ from ...launch import launch as launch_kernel
 from ...lib.boxes import boxes
 from .plan import FP32, Call
 
-SIZES = [
-    "B",
-    "N",
-    "n_k",
-    "H",
-    "x_row_h",
-    "x_col_h",
-    "w_row_h",
-    "xs_row_h",
-    "xs_stride_b",
-    "xs_stride_h",
-    "xs_stride_k",
-    "ws_stride_h",
-    "ws_stride_d",
-    "ws_stride_k",
-    "o_stride_b",
-    "o_stride_h",
-]
+SIZES = (
+    "B N n_k H x_row_h x_col_h w_row_h xs_row_h "
+    "xs_stride_b xs_stride_h xs_stride_k ws_stride_h ws_stride_d ws_stride_k o_stride_b o_stride_h"
+).split()
 
 
 def _rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, int, int, int] | None:
@@ -61,13 +47,8 @@ def launch_boxes(kernel: Any, grid: int, call: Call, tokens: int, outputs: int, 
         xs_row_h = xs_h // xs_k
         xs_desc = boxes(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, scales], 32, swizzle=0)
     launch_kernel(
-        kernel,
-        (grid,),
-        boxes(x, [rows, columns], [x.stride(0), 1], [tokens, 128], 8),
-        boxes(w, [(h - 1) * w_row_h + d, r], [w.stride(1), 1], [outputs, 128], 8),
-        *(xs_desc, xs, ws, out),
+        kernel, (grid,), boxes(x, [rows, columns], [x.stride(0), 1], [tokens, 128], 8),
+        boxes(w, [(h - 1) * w_row_h + d, r], [w.stride(1), 1], [outputs, 128], 8), *(xs_desc, xs, ws, out),
         *(b, d, r // 128, h, x_row_h, x_col_h, w_row_h, xs_row_h),
-        *(xs_b, xs_h, xs_k, *ws.stride(), out.stride(0), out.stride(1)),
-        SCALE_BOX=scale_box,
-        **others,
-    )
+        *(xs_b, xs_h, xs_k, *ws.stride(), out.stride(0), out.stride(1)), SCALE_BOX=scale_box, **others,
+    )  # fmt: skip

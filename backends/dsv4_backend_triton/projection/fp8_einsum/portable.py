@@ -1,4 +1,16 @@
-"""``fp8_einsum`` in plain Triton: a block is a tile of tokens and outputs of one head."""
+"""``fp8_einsum`` in plain Triton: a block is a tile of tokens and outputs of one head.
+
+role   does
+all    a 128-wide K block of x and of w, their product, its scaling in fp32, and the sum, all along R
+
+               BLOCK_D outputs, all of one 128 (or of W_ROWS, each with its scale)
+BLOCK_B tokens [     acc     ]    K: 128 at a time.  With SWAP the outputs are the M side of the product, so that few
+                                  tokens waste nothing
+
+shared memory: STAGES * (BLOCK_B + BLOCK_D) * 128 bytes of operands, twice that where they are decoded to bf16
+barriers: of the whole block, placed by Triton
+strides: in elements
+"""
 
 from __future__ import annotations
 
@@ -49,25 +61,13 @@ def launch(call: Call, config: Config) -> None:
         w_src = TensorDescriptor(w, [h, d, r], [w_h, w_d, 1], [1, config.block_d, 128])
     tiles = cdiv(d, config.block_d) * cdiv(b, config.block_b) * h
     launch_kernel(
-        _einsum_kernel,
-        (tiles, 1),
-        *(x_src, w_src, call.xs, call.ws, out),
-        *(b, d, r, *x.stride()[:2], *w.stride()[:2], *call.xs.stride(), *call.ws.stride(), 0, *out.stride()[:2], 1),
-        X_KIND=call.x_kind,
-        W_KIND=call.w_kind,
-        W_ROWS=call.shape.w_rows,
-        BLOCK_B=config.block_b,
-        BLOCK_D=config.block_d,
-        PARTS=1,
-        SWAP=config.swap,
-        TMA=tma,
-        ALIGNED=call.aligned,
-        EVEN_K=r % 128 == 0,
-        OPERAND=arch.fp8,
-        STAGES=config.stages,
-        UNROLL=config.unroll if cdiv(r, 128) % config.unroll == 0 else 1,
+        _einsum_kernel, (tiles,), *(x_src, w_src, call.xs, call.ws, out),
+        *(b, d, r, *x.stride()[:2], *w.stride()[:2], *call.xs.stride(), *call.ws.stride(), *out.stride()[:2]),
+        X_KIND=call.x_kind, W_KIND=call.w_kind, W_ROWS=call.shape.w_rows, BLOCK_B=config.block_b,
+        BLOCK_D=config.block_d, SWAP=config.swap, TMA=tma, ALIGNED=call.aligned, EVEN_K=r % 128 == 0,
+        OPERAND=arch.fp8, STAGES=config.stages, UNROLL=config.unroll if cdiv(r, 128) % config.unroll == 0 else 1,
         num_warps=config.warps,
-    )
+    )  # fmt: skip
 
 
 @triton.jit
@@ -85,37 +85,25 @@ def _scale(ptr, offset, kb, stride_k, KIND: tl.constexpr, mask):
 
 @triton.jit
 def _load_tile(
-    src,
-    h,
-    row0,
-    kb,
-    rows,
-    dim,
-    stride_h,
-    stride_row,
-    R,
-    TMA: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OPERAND: tl.constexpr,
-    N_ROWS,
-    CLAMP: tl.constexpr,
-):
-    """A [BLOCK, 128] tile of e4m3: rows row0.., K block kb of head h. Rows past N_ROWS are zero and not
-    fetched, or with CLAMP repeat the last one (no mask: cheaper where such rows are rare). Either is dropped
-    at the store."""
+    src, at, rows, dim, strides, ROWS, R,
+    TMA: tl.constexpr, EVEN_K: tl.constexpr, CLAMP: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """A [BLOCK, 128] tile of e4m3, ``at`` head h, row row0, K block kb. Rows past ROWS are zero and not fetched, or
+    with CLAMP repeat the last one (no mask: cheaper where such rows are rare). Either is dropped at the store."""
+    h, row0, kb = at
+    stride_h, stride_row = strides
     if TMA:
-        return tl.reshape(src.load([h, row0, kb * 128]), (BLOCK, 128))
+        return tl.reshape(src.load([h, row0, kb * 128]), (rows.shape[0], 128))
     else:
         k = kb * 128 + dim
         row = rows
         if CLAMP:
-            row = tl.minimum(rows, N_ROWS - 1)
+            row = tl.minimum(rows, ROWS - 1)
         ptr = src + h.to(tl.int64) * stride_h + row.to(tl.int64)[:, None] * stride_row + k[None, :]
         if CLAMP and EVEN_K:
             raw = tl.load(ptr)
         else:
-            mask = (k < R)[None, :] if CLAMP else (rows < N_ROWS)[:, None]
+            mask = (k < R)[None, :] if CLAMP else (rows < ROWS)[:, None]
             if not CLAMP and not EVEN_K:
                 mask = mask & (k < R)[None, :]
             if OPERAND == tl.float8e4nv:
@@ -125,85 +113,36 @@ def _load_tile(
         return fp8_operand(raw, OPERAND)
 
 
-_SIZES = [
-    "B",
-    "N",
-    "R",
-    "x_stride_b",
-    "x_stride_h",
-    "w_stride_h",
-    "w_stride_d",
-    "xs_stride_b",
-    "xs_stride_h",
-    "xs_stride_k",
-    "ws_stride_h",
-    "ws_stride_d",
-    "ws_stride_k",
-    "o_stride_s",
-    "o_stride_b",
-    "o_stride_h",
-    "splits",
-]
+_SIZES = (
+    "B N R x_stride_b x_stride_h w_stride_h w_stride_d "
+    "xs_stride_b xs_stride_h xs_stride_k ws_stride_h ws_stride_d ws_stride_k o_stride_b o_stride_h"
+).split()
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_kernel(
-    x_src,
-    w_src,
-    xs_ptr,
-    ws_ptr,
-    out_ptr,
-    B,
-    N,
-    R,
-    x_stride_b,
-    x_stride_h,
-    w_stride_h,
-    w_stride_d,
-    xs_stride_b,
-    xs_stride_h,
-    xs_stride_k,
-    ws_stride_h,
-    ws_stride_d,
-    ws_stride_k,
-    o_stride_s,
-    o_stride_b,
-    o_stride_h,
-    splits,
-    X_KIND: tl.constexpr,
-    W_KIND: tl.constexpr,
-    W_ROWS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,
-    SWAP: tl.constexpr,
-    TMA: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    OPERAND: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """One block: BLOCK_B tokens x PARTS * BLOCK_D outputs of one head, over one split of K.
-
-    The product of each 128-wide K block is scaled in fp32 and added to the accumulator. SWAP makes outputs
-    the M side of the product, so that few tokens waste nothing. PARTS accumulators share the token tile:
-    twice the outputs per loaded byte without a scaled copy of the whole accumulator in registers.
-    """
-    n_tiles = tl.cdiv(N, PARTS * BLOCK_D)
+    x_src, w_src,  # pointers, or with TMA tensor maps
+    xs_ptr, ws_ptr, out_ptr,
+    B, N, R,
+    x_stride_b, x_stride_h, w_stride_h, w_stride_d,  # all in elements
+    xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k,
+    o_stride_b, o_stride_h,
+    X_KIND: tl.constexpr, W_KIND: tl.constexpr, W_ROWS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, ALIGNED: tl.constexpr,
+    EVEN_K: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    n_tiles = tl.cdiv(N, BLOCK_D)
     b_tiles = tl.cdiv(B, BLOCK_B)
     pid = tl.program_id(0)
-    d0 = (pid % n_tiles) * (PARTS * BLOCK_D)
+    d0 = (pid % n_tiles) * BLOCK_D
     pid = pid // n_tiles
     b0 = (pid % b_tiles) * BLOCK_B
     h = pid // b_tiles
-    split = tl.program_id(1)
     if ALIGNED:
         x_stride_b = tl.multiple_of(x_stride_b.to(tl.int64), 16)
         x_stride_h = tl.multiple_of(x_stride_h.to(tl.int64), 16)
         w_stride_h = tl.multiple_of(w_stride_h.to(tl.int64), 16)
         w_stride_d = tl.multiple_of(w_stride_d.to(tl.int64), 16)
-        o_stride_s = tl.multiple_of(o_stride_s.to(tl.int64), 8)
         o_stride_b = tl.multiple_of(o_stride_b.to(tl.int64), 8)
         o_stride_h = tl.multiple_of(o_stride_h.to(tl.int64), 8)
         n_out = tl.multiple_of(N.to(tl.int64), 8)
@@ -213,108 +152,42 @@ def _einsum_kernel(
     h64 = h.to(tl.int64)
     tokens = b0 + tl.arange(0, BLOCK_B)
     dim = tl.arange(0, 128)
-    dd = tl.arange(0, BLOCK_D)
+    out_d = d0 + tl.arange(0, BLOCK_D)
     xs_off = h64 * xs_stride_h + tokens.to(tl.int64) * xs_stride_b
     xs_ok = tokens < B
-    n_k = tl.cdiv(R, 128)
-    per = tl.cdiv(n_k, splits)
-    k_lo = split * per
-    k_hi = tl.minimum(k_lo + per, n_k)
-
     if SWAP:
-        acc0 = tl.zeros((BLOCK_D, BLOCK_B), tl.float32)
+        acc = tl.zeros((BLOCK_D, BLOCK_B), tl.float32)
     else:
-        acc0 = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    acc1 = acc0
-    for k_step in tl.range(k_lo, k_hi, UNROLL, num_stages=STAGES):
+        acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    x_strides, w_strides = (x_stride_h, x_stride_b), (w_stride_h, w_stride_d)
+    for k_step in tl.range(0, tl.cdiv(R, 128), UNROLL, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             kb = k_step + u
-            xs = _scale(xs_ptr, xs_off, kb, xs_stride_k, X_KIND, xs_ok)
-            x = _load_tile(
-                x_src,
-                h,
-                b0,
-                kb,
-                tokens,
-                dim,
-                x_stride_h,
-                x_stride_b,
-                R,
-                TMA,
-                EVEN_K,
-                BLOCK_B,
-                OPERAND,
-                B,
-                False,
-            )
-            for part in tl.static_range(PARTS):
-                base = d0 + part * BLOCK_D
-                w = _load_tile(
-                    w_src,
-                    h,
-                    base,
-                    kb,
-                    base + dd,
-                    dim,
-                    w_stride_h,
-                    w_stride_d,
-                    R,
-                    TMA,
-                    EVEN_K,
-                    BLOCK_D,
-                    OPERAND,
-                    N,
-                    True,
-                )
+            s = _scale(xs_ptr, xs_off, kb, xs_stride_k, X_KIND, xs_ok)
+            x = _load_tile(x_src, (h, b0, kb), tokens, dim, x_strides, B, R, TMA, EVEN_K, False, OPERAND)
+            w = _load_tile(w_src, (h, d0, kb), out_d, dim, w_strides, N, R, TMA, EVEN_K, True, OPERAND)
+            if SWAP:
+                p = tl.dot(w, tl.trans(x), out_dtype=tl.float32)
+            else:
+                p = tl.dot(x, tl.trans(w), out_dtype=tl.float32)
+            if W_ROWS:
+                ws_off = h64 * ws_stride_h + out_d.to(tl.int64) * ws_stride_d
+                ws = _scale(ws_ptr, ws_off, kb, ws_stride_k, W_KIND, out_d < N)
                 if SWAP:
-                    p = tl.dot(w, tl.trans(x), out_dtype=tl.float32)
+                    p *= ws[:, None]
                 else:
-                    p = tl.dot(x, tl.trans(w), out_dtype=tl.float32)
-                if W_ROWS:
-                    out_d = base + dd
-                    ws = _scale(
-                        ws_ptr,
-                        h64 * ws_stride_h + out_d.to(tl.int64) * ws_stride_d,
-                        kb,
-                        ws_stride_k,
-                        W_KIND,
-                        out_d < N,
-                    )
-                    if SWAP:
-                        p *= ws[:, None]
-                    else:
-                        p *= ws[None, :]
-                    s = xs
-                else:
-                    # BLOCK_D divides 128: one scale for the tile
-                    ws = _scale(
-                        ws_ptr,
-                        h64 * ws_stride_h + (base // 128).to(tl.int64) * ws_stride_d,
-                        kb,
-                        ws_stride_k,
-                        W_KIND,
-                        base < N,
-                    )
-                    s = xs * ws
-                if SWAP:
-                    p *= s[None, :]
-                else:
-                    p *= s[:, None]
-                if part == 0:
-                    acc0 += p
-                else:
-                    acc1 += p
+                    p *= ws[None, :]
+            else:  # BLOCK_D divides 128: one scale for the tile
+                ws_off = h64 * ws_stride_h + (d0 // 128).to(tl.int64) * ws_stride_d
+                s = s * _scale(ws_ptr, ws_off, kb, ws_stride_k, W_KIND, d0 < N)
+            if SWAP:
+                p *= s[None, :]
+            else:
+                p *= s[:, None]
+            acc += p
 
-    for part in tl.static_range(PARTS):
-        out_d = d0 + part * BLOCK_D + dd
-        ptr = out_ptr + split.to(tl.int64) * o_stride_s + h64 * o_stride_h
-        if part == 0:
-            acc = acc0
-        else:
-            acc = acc1
-        if SWAP:
-            acc = tl.trans(acc)
-        ptr += tokens.to(tl.int64)[:, None] * o_stride_b + out_d[None, :]
-        tl.store(
-            ptr, round_to(acc, out_ptr.dtype.element_ty, OPERAND), mask=(tokens < B)[:, None] & (out_d < n_out)[None, :]
-        )
+    if SWAP:
+        acc = tl.trans(acc)
+    ptr = out_ptr + h64 * o_stride_h + tokens.to(tl.int64)[:, None] * o_stride_b + out_d[None, :]
+    mask = (tokens < B)[:, None] & (out_d < n_out)[None, :]
+    tl.store(ptr, round_to(acc, out_ptr.dtype.element_ty, OPERAND), mask=mask)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...lib.bits import BF16_TIMES_2_60TH, scaled_e4m3
+
 _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
 # Decoded keys are kept as value * 2^-60. A byte's e4m3 bits placed into bf16 read as value * 2^-120, so one
 # bf16 multiplication has to undo 2^-120 and apply the E8M0 scale; with 2^60 left over its factor stays a
@@ -14,43 +16,9 @@ _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
 BIAS = tl.constexpr(60)
 UNBIAS = tl.constexpr(2.0**60)
 
-# n e4m3 bytes to bf16, times a bf16 factor: spread a byte and its sign over 16 bits (prmt with sign
-# replication), shift the magnitude to bf16's place, drop the surplus sign bits, multiply. (byte & 0x7f) + 1
-# reaches 0x80 for the NaN codes alone; one NaN key element makes the logit NaN and with it every output of
-# the row, so it is enough that all elements decoded together become NaN, through the addend of the
-# multiplication. fma and not mul: mul.bf16x2 needs SM90.
-
-
-def _decode_asm(words: int) -> str:
-    outs, factors = 2 * words, words
-    lines = ["{", ".reg .b32 n, t, z;", ".reg .pred p;"]
-    first_raw, first_factor = outs, outs + factors
-    for i in range(words):
-        raw = f"${first_raw + i}"
-        lines.append(f"and.b32 t, {raw}, 0x7f7f7f7f;")
-        lines.append("add.u32 t, t, 0x01010101;")
-        lines.append("mov.b32 n, t;" if i == 0 else "or.b32 n, n, t;")
-    lines += ["and.b32 n, n, 0x80808080;", "setp.ne.u32 p, n, 0;", "selp.b32 z, 0x7fc07fc0, 0x80008000, p;"]
-    for i in range(words):
-        for half, selector in ((0, "0x9180"), (1, "0xb3a2")):
-            factor = f"${first_factor + 2 * i + half}"  # elementwise: the layout may put other rows beside each other
-            lines.append(f"prmt.b32 t, ${first_raw + i}, 0, {selector};")
-            lines.append("shl.b32 t, t, 4;")
-            lines.append("and.b32 t, t, 0x87f087f0;")
-            lines.append(f"fma.rn.bf16x2 ${2 * i + half}, t, {factor}, z;")
-    return "\n".join([*lines, "}"])
-
-
-def _decode_constraints(words: int) -> str:
-    return ",".join(["=&r"] * (2 * words) + ["r"] * (words + 2 * words))
-
-
-_ASM4, _CON4 = tl.constexpr(_decode_asm(1)), tl.constexpr(_decode_constraints(1))
-_ASM8, _CON8 = tl.constexpr(_decode_asm(2)), tl.constexpr(_decode_constraints(2))
-_ASM16, _CON16 = tl.constexpr(_decode_asm(4)), tl.constexpr(_decode_constraints(4))
-_ASM_ROPE = tl.constexpr(
-    "{ .reg .b32 f, z; mov.b32 f, 0x21802180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }"
-)
+_ASM4, _CON4 = map(tl.constexpr, scaled_e4m3(1, shared=False))
+_ASM8, _CON8 = map(tl.constexpr, scaled_e4m3(2, shared=False))
+_ASM16, _CON16 = map(tl.constexpr, scaled_e4m3(4, shared=False))
 
 
 @triton.jit
@@ -95,16 +63,21 @@ def _decode_nope(raw, word, FIRST: tl.constexpr, OPERAND: tl.constexpr, THREADS:
 def _bias_rope(rope, OPERAND: tl.constexpr):
     """bf16 values times 2^-60, to match the decoded nope part."""
     if OPERAND == tl.bfloat16:
-        return tl.inline_asm_elementwise(_ASM_ROPE, "=r,r", [rope], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(BF16_TIMES_2_60TH, "=r,r", [rope], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
         return rope.to(tl.float32) * (1.0 / UNBIAS)
 
 
 @triton.jit
-def gather(cache, page_stride, page_size, page_shift, index, valid, UNIT: tl.constexpr, POW2: tl.constexpr):
-    """The raw bytes of the rows ``index`` of one cache: nope groups 0-3, 4-5, 6, the rope part, and their
-    scales.
+def gather(one, scopes, index, valid, UNIT: tl.constexpr, POW2: tl.constexpr):
+    """The raw bytes of the rows ``index`` of a cache, the first scope's if ``one``: nope groups 0-3, 4-5, 6, the rope
+    part, and their scales.
     """
+    cache1, cache2, stride1, stride2, page1, page2, shift1, shift2 = scopes
+    cache = tl.where(one, cache1, cache2)
+    page_stride = tl.where(one, stride1, stride2)
+    page_size = tl.where(one, page1, page2)
+    page_shift = tl.where(one, shift1, shift2)
     if POW2:
         page = index >> page_shift
         slot = index & (page_size - 1)
@@ -138,8 +111,10 @@ def _concat(left, right):
 
 
 @triton.jit
-def keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND: tl.constexpr, THREADS: tl.constexpr):
-    """The gathered bytes as keys [N, 512], times 2^-60."""
+def keys_of(raw, OPERAND: tl.constexpr, THREADS: tl.constexpr):
+    """The gathered bytes as keys [N, 512], times 2^-60. One NaN key element makes the logit NaN and with it every
+    output of the row, so it is enough that all elements decoded together are NaN."""
+    raw_a, raw_b, raw_c, rope, word = raw
     tail = _concat(_decode_nope(raw_c, word, 6, OPERAND, THREADS), _bias_rope(rope, OPERAND))
     tail = _concat(_decode_nope(raw_b, word, 4, OPERAND, THREADS), tail)
     return _concat(_decode_nope(raw_a, word, 0, OPERAND, THREADS), tail)

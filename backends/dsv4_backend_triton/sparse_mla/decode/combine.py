@@ -37,39 +37,22 @@ def launch_splits(
         cache1, cache2 = cache1.view(torch.int32), cache2.view(torch.int32)
     blocks = cdiv(heads, block_heads)
     launch(
-        kernel,
-        (rows * blocks, splits),
-        *(q, out, lse, part, part_lse, sink),
+        kernel, (rows * blocks, splits), *(q, out, lse, part, part_lse, sink),
         *(cache1, scopes.idx1, scopes.len1, cache2, scopes.idx2, scopes.len2),
-        *(has_sink, scopes.has_len1, scopes.has_len2),
-        call.sm_scale * LOG2E.value * 2.0**60,
-        *(heads, block_heads, blocks, s_q, splits),
-        *(x // call.q_unit for x in (*q.stride()[:3], *out.stride()[:3])),
-        *scopes.strides,
-        *(scopes.topk1, scopes.topk2),
-        *scopes.pages,
-        **constants,
-        SPLIT=splits > 1,
-        PDL=arch.pdl,
+        *(has_sink, scopes.has_len1, scopes.has_len2), call.sm_scale * LOG2E.value * 2.0**60,
+        *(heads, block_heads, blocks, s_q, splits), *(x // call.q_unit for x in (*q.stride()[:3], *out.stride()[:3])),
+        *scopes.strides, *(scopes.topk1, scopes.topk2), *scopes.pages, **constants, SPLIT=splits > 1, PDL=arch.pdl,
         num_warps=num_warps,
-    )
+    )  # fmt: skip
     if splits == 1:
         return
     at_once = pow2(splits, 2) if splits <= 8 else 4 * cdiv(splits, 4)
     o_unit = min(call.q_unit, 4)
     launch(
-        _combine_kernel,
-        (rows * heads,),
-        *(part, part_lse, sink, out, lse),
-        *(has_sink, heads, s_q, splits),
-        *(x // o_unit for x in out.stride()[:3]),
-        BS=at_once,
-        O_UNIT=o_unit,
-        PDL=arch.pdl,
-        num_warps=2 if at_once <= 8 else 4,
-        num_stages=1,
-        **({"launch_pdl": True} if arch.pdl else {}),
-    )
+        _combine_kernel, (rows * heads,), *(part, part_lse, sink, out, lse), *(has_sink, heads, s_q, splits),
+        *(x // o_unit for x in out.stride()[:3]), BS=at_once, O_UNIT=o_unit, PDL=arch.pdl,
+        num_warps=2 if at_once <= 8 else 4, num_stages=1, **({"launch_pdl": True} if arch.pdl else {}),
+    )  # fmt: skip
 
 
 @triton.jit(

@@ -5,34 +5,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ...lib.bits import BF16_TIMES_2_60TH, scaled_e4m3
+
 UNBIAS = gl.constexpr(2.0**60)  # keys are kept times 2^-60, see cache_rows.py
-
-
-def _decode_asm() -> str:
-    """Four words of e4m3 bytes, and their factors, to eight words of bf16 pairs; cache_rows.py explains the
-    steps.
-    """
-    lines = ["{", ".reg .b32 n, t, z;", ".reg .pred p;"]
-    for i in range(4):
-        lines += [f"and.b32 t, ${8 + i}, 0x7f7f7f7f;", "add.u32 t, t, 0x01010101;"]
-        lines.append("mov.b32 n, t;" if i == 0 else "or.b32 n, n, t;")
-    lines += ["and.b32 n, n, 0x80808080;", "setp.ne.u32 p, n, 0;", "selp.b32 z, 0x7fc07fc0, 0x80008000, p;"]
-    for i in range(4):
-        for half, selector in ((0, "0x9180"), (1, "0xb3a2")):
-            lines += [
-                f"prmt.b32 t, ${8 + i}, 0, {selector};",
-                "shl.b32 t, t, 4;",
-                "and.b32 t, t, 0x87f087f0;",
-            ]
-            lines.append(f"fma.rn.bf16x2 ${4 * half + i}, t, ${12 + i}, z;")
-    return "\n".join([*lines, "}"])
-
-
-_ASM = gl.constexpr(_decode_asm())
-_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
-_ASM_ROPE = gl.constexpr(
-    "{ .reg .b32 f, z; mov.b32 f, 0x21802180; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, f, z; }"
-)
+_ASM, _CONSTRAINTS = map(gl.constexpr, scaled_e4m3(4, shared=True))
 
 
 @gluon.jit
@@ -154,5 +130,5 @@ def deposit(keys32, bias, front, back, word, ok, lay_r: gl.constexpr):
     keys32.slice(0, 64, 1).store(_beside(_decode_group(r0, word, 0), _decode_group(r1, word, 1)))
     keys32.slice(64, 64, 1).store(_beside(_decode_group(r2, word, 2), _decode_group(r3, word, 3)))
     keys32.slice(128, 64, 1).store(_beside(_decode_group(r4, word, 4), _decode_group(r5, word, 5)))
-    tail = gl.inline_asm_elementwise(_ASM_ROPE, "=r,r", [rope], dtype=gl.int32, is_pure=True, pack=1)
+    tail = gl.inline_asm_elementwise(BF16_TIMES_2_60TH, "=r,r", [rope], dtype=gl.int32, is_pure=True, pack=1)
     keys32.slice(192, 64, 1).store(_beside(gl.convert_layout(_decode_group(r6, word, 6), lay_r), tail))

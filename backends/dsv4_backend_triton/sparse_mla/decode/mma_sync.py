@@ -32,16 +32,7 @@ from ...lib.mma_sync import ROWS_LAYOUT, add_weights, halves, mma_layout, sums_l
 from ...lib.sizes import cdiv
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
 from .combine import launch_splits
-from .gather import (
-    UNBIAS,
-    deposit,
-    find,
-    index_of,
-    load_back,
-    load_front,
-    place,
-    schedule,
-)
+from .gather import UNBIAS, deposit, find, index_of, load_back, load_front, place, schedule
 from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
 
 _STEP = gl.constexpr(64)  # columns of Q and K at a time

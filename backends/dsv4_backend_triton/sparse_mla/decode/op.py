@@ -41,18 +41,9 @@ def sparse_mla_decode(
 
 
 def decode(
-    q,
-    k_cache,
-    indices,
-    sm_scale,
-    attn_sink=None,
-    topk_length=None,
-    extra_k_cache=None,
-    extra_indices=None,
-    extra_topk_length=None,
-    out=None,
-    batch_invariant=False,
-):
+    q, k_cache, indices, sm_scale, attn_sink=None, topk_length=None, extra_k_cache=None, extra_indices=None,
+    extra_topk_length=None, out=None, batch_invariant=False,
+):  # fmt: skip
     b, s_q, heads, _ = q.shape
     if out is None:
         out = torch.empty((b, s_q, heads, 512), dtype=torch.bfloat16, device=q.device)

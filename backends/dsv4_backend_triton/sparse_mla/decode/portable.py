@@ -1,9 +1,19 @@
-"""Sparse MLA decode over the paged FP8 cache: split over the keys, then combine.
+"""Sparse MLA decode over the paged FP8 cache, in plain Triton: one program serves one query row, a block of heads and
+one split of the row's keys.
 
-One program serves one query row, one block of heads and one split of the row's keys. It gathers every KV row
-once (K and V are the same vector), decodes it to bf16 in registers and feeds both products from it. A row's
-two scopes are walked as one list of tiles, so their softmax is joint by construction. Loops end at the row's
-own length.
+It gathers every KV row once (K and V are the same vector), decodes it to bf16 in registers and feeds both products from
+it. A row's two scopes are walked as one list of tiles, so their softmax is joint by construction. Loops end at the
+row's own length.
+
+    role   does
+    all    the bytes of the next tile on their way; decode a tile, S = Q K^T, the softmax, O += P V
+
+             BN keys           512 columns
+    BH heads [ S ]  K: 512    [     O     ]  K: BN
+
+    shared memory: what Triton takes for the operands of both products
+    barriers: of the whole block, placed by Triton
+    strides: as the signature says
 """
 
 from __future__ import annotations
@@ -15,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from ...configurations import configured
 from ...lib.bits import round_to
 from ...lib.sizes import cdiv
-from ...lib.softmax import LN2, NEGATIVE
+from ...lib.softmax import LN2, NEGATIVE, attend
 from .cache_rows import UNBIAS, gather, keys_of
 from .combine import launch_splits
 from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
@@ -40,42 +50,10 @@ def _tile(shape: Shape, role: str) -> Tile:
 def launch(call: Call, plan: Plan) -> None:
     tile = plan.tile
     launch_splits(
-        _decode_kernel,
-        call,
-        plan,
-        words=False,
-        block_heads=tile.heads,
-        BH=tile.heads,
-        BN=tile.keys,
-        THREADS=32 * tile.warps,
-        SINGLE=plan.single,
-        POW2=call.scopes.pow2,
-        UNIT=call.scopes.unit,
-        Q_UNIT=call.q_unit,
-        OPERAND=call.shape.arch.bf16,
-        num_warps=tile.warps,
-        num_stages=1,
-    )
-
-
-@triton.jit
-def _attend(q, acc, m_i, l_i, k, valid, scale_log2, OPERAND: tl.constexpr, FIRST: tl.constexpr):
-    """One tile of keys into the running (accumulator, maximum, sum) of an online softmax in base 2."""
-    logits = tl.dot(q, tl.trans(k))
-    logits = tl.where(valid[None, :], logits * scale_log2, NEGATIVE)
-    if FIRST:
-        m_new = tl.max(logits, 1)
-    else:
-        m_new = tl.maximum(m_i, tl.max(logits, 1))
-    weight = tl.where(valid[None, :], tl.exp2(logits - m_new[:, None]), 0.0)
-    if FIRST:
-        l_i = tl.sum(weight, 1)
-        acc = tl.dot(weight.to(OPERAND), k)
-    else:
-        alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
-    return acc, m_new, l_i
+        _decode_kernel, call, plan, words=False, block_heads=tile.heads, BH=tile.heads, BN=tile.keys,
+        THREADS=32 * tile.warps, SINGLE=plan.single, POW2=call.scopes.pow2, UNIT=call.scopes.unit, Q_UNIT=call.q_unit,
+        OPERAND=call.shape.arch.bf16, num_warps=tile.warps, num_stages=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -135,6 +113,7 @@ def _decode_kernel(
     q_row = (q + (b64 * q_sb + s64 * q_ss) * Q_UNIT) + head.to(tl.int64)[:, None] * (q_sh * Q_UNIT)
     query = tl.load(q_row + d[None, :], mask=q_ok, other=0.0).to(OPERAND)
 
+    scopes = (cache1, cache2, stride1, stride2, page1, page2, shift1, shift2)
     m_i = tl.full([BH], NEGATIVE, tl.float32)
     l_i = tl.zeros([BH], tl.float32)
     if SINGLE:
@@ -144,18 +123,9 @@ def _decode_kernel(
         k = tl.where(one, split, split - tiles1) * BN + tl.arange(0, BN)
         index = tl.load(tl.where(one, idx1, idx2) + k, mask=k < tl.where(one, topk1, topk2), other=-1)
         valid = (k < tl.where(one, length1, length2)) & (index >= 0) & (index < tl.where(one, slots1, slots2))
-        raw_a, raw_b, raw_c, rope, word = gather(
-            tl.where(one, cache1, cache2),
-            tl.where(one, stride1, stride2),
-            tl.where(one, page1, page2),
-            tl.where(one, shift1, shift2),
-            index,
-            valid,
-            UNIT,
-            POW2,
-        )
-        k = keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND, THREADS)
-        acc, m_i, l_i = _attend(query, 0.0, m_i, l_i, k, valid, scale_log2, OPERAND, True)
+        raw = gather(one, scopes, index, valid, UNIT, POW2)
+        k = keys_of(raw, OPERAND, THREADS)
+        acc, m_i, l_i = attend(query, 0.0, m_i, l_i, k, valid, scale_log2, OPERAND, True)
     else:
         acc = tl.zeros([BH, 512], tl.float32)
         # tiles go round robin over the splits, the second scope's after the first's
@@ -166,23 +136,14 @@ def _decode_kernel(
         index, one = _tile_index(0, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
         for i in range(here):
             valid = (index >= 0) & (index < tl.where(one, slots1, slots2))
-            raw_a, raw_b, raw_c, rope, word = gather(
-                tl.where(one, cache1, cache2),
-                tl.where(one, stride1, stride2),
-                tl.where(one, page1, page2),
-                tl.where(one, shift1, shift2),
-                index,
-                valid,
-                UNIT,
-                POW2,
-            )
+            raw = gather(one, scopes, index, valid, UNIT, POW2)
             # read again rather than kept: the mask is wanted in the layout of the logits, where it costs
             # registers
             again, one_again = _tile_index(i, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
             valid = (again >= 0) & (again < tl.where(one_again, slots1, slots2))
             index, one = _tile_index(i + 1, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
-            k = keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND, THREADS)
-            acc, m_i, l_i = _attend(query, acc, m_i, l_i, k, valid, scale_log2, OPERAND, False)
+            k = keys_of(raw, OPERAND, THREADS)
+            acc, m_i, l_i = attend(query, acc, m_i, l_i, k, valid, scale_log2, OPERAND, False)
 
     some = l_i != 0.0  # true for NaN too: a NaN key must show
     l_i = tl.where(some, l_i, 1.0)

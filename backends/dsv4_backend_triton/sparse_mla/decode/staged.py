@@ -33,22 +33,12 @@ def launch(call: Call, tile: Tile) -> None:
     places = torch.empty((rows, both), dtype=torch.int32, device=q.device)
     lengths = torch.empty((rows,), dtype=torch.int32, device=q.device)
     launch_kernel(
-        _stage_kernel,
-        (rows, call.shape.tiles(tile.keys)),
-        *(staged, places, lengths),
+        _stage_kernel, (rows, call.shape.tiles(tile.keys)), *(staged, places, lengths),
         *(scopes.cache1, scopes.idx1, scopes.len1, scopes.cache2, scopes.idx2, scopes.len2),
-        *(scopes.has_len1, scopes.has_len2, s_q),
-        *scopes.strides,
-        *(scopes.topk1, scopes.topk2),
-        *scopes.pages,
-        BN=tile.keys,
-        THREADS=32 * tile.warps,
-        POW2=scopes.pow2,
-        UNIT=scopes.unit,
-        OPERAND=arch.bf16,
-        num_warps=tile.warps,
-        num_stages=1,
-    )
+        *(scopes.has_len1, scopes.has_len2, s_q), *scopes.strides, *(scopes.topk1, scopes.topk2), *scopes.pages,
+        BN=tile.keys, THREADS=32 * tile.warps, POW2=scopes.pow2, UNIT=scopes.unit, OPERAND=arch.bf16,
+        num_warps=tile.warps, num_stages=1,
+    )  # fmt: skip
     direct = out.is_contiguous()
     flat = (out if direct else torch.empty_like(q, memory_format=torch.contiguous_format)).view(rows, heads, 512)
     max_logits, lse = torch.empty_like(call.lse).view(rows, heads), call.lse.view(rows, heads)
@@ -97,17 +87,9 @@ def _stage_kernel(
         other=-1,
     )
     valid = (index >= 0) & (index < tl.where(one, slots1, slots2))
-    raw_a, raw_b, raw_c, rope, word = gather(
-        tl.where(one, cache1, cache2),
-        tl.where(one, stride1, stride2),
-        tl.where(one, page1, page2),
-        tl.where(one, shift1, shift2),
-        index,
-        valid,
-        UNIT,
-        POW2,
-    )
-    keys = keys_of(raw_a, raw_b, raw_c, rope, word, OPERAND, THREADS)
+    scopes = (cache1, cache2, stride1, stride2, page1, page2, shift1, shift2)
+    raw = gather(one, scopes, index, valid, UNIT, POW2)
+    keys = keys_of(raw, OPERAND, THREADS)
     place = row64 * (topk1 + topk2) + k + tl.where(one, 0, length1)
     keys = (keys.to(tl.float32) * UNBIAS).to(tl.bfloat16)
     tl.store(staged + place[:, None] * 512 + tl.arange(0, 512)[None, :], keys, mask=valid[:, None])

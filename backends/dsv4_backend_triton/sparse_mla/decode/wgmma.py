@@ -47,16 +47,7 @@ from ...lib.gluon import PRIVATE_REINTERPRET, async_load, barrier, block_index, 
 from ...lib.sizes import cdiv
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
 from .combine import launch_splits
-from .gather import (
-    UNBIAS,
-    deposit,
-    find,
-    index_of,
-    load_back,
-    load_front,
-    place,
-    schedule,
-)
+from .gather import UNBIAS, deposit, find, index_of, load_back, load_front, place, schedule
 from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
 
 _HEADS = gl.constexpr(64)
@@ -88,16 +79,9 @@ def _loaders(arch: Arch, single: bool) -> tuple[int, int]:
 def launch(call: Call, plan: Plan) -> None:
     loaders, registers = _loaders(call.shape.arch, plan.single)
     launch_splits(
-        _decode_wgmma_kernel,
-        call,
-        plan,
-        words=True,
-        block_heads=min(plan.block_heads, plan.tile.heads),
-        SINGLE=plan.single,
-        LOADERS=loaders,
-        LOADER_REGISTERS=registers,
-        num_warps=plan.tile.warps,
-    )
+        _decode_wgmma_kernel, call, plan, words=True, block_heads=min(plan.block_heads, plan.tile.heads),
+        SINGLE=plan.single, LOADERS=loaders, LOADER_REGISTERS=registers, num_warps=plan.tile.warps,
+    )  # fmt: skip
 
 
 @gluon.jit

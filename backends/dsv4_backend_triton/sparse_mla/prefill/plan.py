@@ -52,17 +52,9 @@ class Call(NamedTuple):
 
     @staticmethod
     def of(
-        arch: Arch,
-        q: Tensor,
-        kv: Tensor,
-        indices: Tensor,
-        sm_scale: float,
-        sink: Tensor | None,
-        lengths: Tensor | None,
-        out: Tensor,
-        max_logits: Tensor,
-        lse: Tensor,
-    ) -> Call:
+        arch: Arch, q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, sink: Tensor | None,
+        lengths: Tensor | None, out: Tensor, max_logits: Tensor, lse: Tensor,
+    ) -> Call:  # fmt: skip
         """From the op's arguments and results, in the order above."""
         kv = kv if kv.ndim == 2 else kv[:, 0]
         indices = indices if indices.ndim == 2 else indices[:, 0]

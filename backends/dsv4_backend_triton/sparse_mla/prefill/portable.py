@@ -1,8 +1,17 @@
-"""Sparse MLA prefill: every query row attends to its own list of rows of one bf16 KV array.
+"""Sparse MLA prefill in plain Triton: one program serves one query row and a block of heads.
 
-One program serves one query row and one block of heads. It gathers each KV row once, 512 wide, and uses it as
-key and as value; the next tile's rows are on their way while this one is computed, and the indices one tile
-further ahead.
+It gathers each KV row once, 512 wide, and uses it as key and as value; the next tile's rows are on their way while this
+one is computed, and the indices one tile further ahead.
+
+    role   does
+    all    the rows of the next tile on their way; S = Q K^T, the softmax, O += P V
+
+             BN keys           512 columns
+    BH heads [ S ]  K: 512    [     O     ]  K: BN
+
+    shared memory: (BH + num_stages * BN) * 1024 bytes of queries and keys, and P
+    barriers: of the whole block, placed by Triton
+    strides: as the signature says
 """
 
 from __future__ import annotations
@@ -13,7 +22,7 @@ import triton.language as tl
 from ...configurations import configured
 from ...launch import launch as launch_kernel
 from ...lib.bits import round_to
-from ...lib.softmax import LN2, NEGATIVE
+from ...lib.softmax import LN2, NEGATIVE, attend
 from .plan import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
 
 
@@ -27,16 +36,9 @@ def launch(call: Call, tile: Tile) -> None:
     unit = 8 if call.shape.vectors else 1
     grid, arguments = call.arguments(tile.heads, unit)
     launch_kernel(
-        _prefill_kernel,
-        grid,
-        *arguments,
-        BH=tile.heads,
-        BN=tile.keys,
-        UNIT=unit,
-        OPERAND=call.shape.arch.bf16,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        _prefill_kernel, grid, *arguments, BH=tile.heads, BN=tile.keys, UNIT=unit, OPERAND=call.shape.arch.bf16,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -78,14 +80,7 @@ def _prefill_kernel(
         again = _load_index(idx, tile, length, BN)
         valid = (again >= 0) & (again < s_kv)
         index = _load_index(idx, tile + 1, length, BN)
-        logits = tl.dot(query, tl.trans(k))
-        logits = tl.where(valid[None, :], logits * scale_log2, NEGATIVE)
-        m_new = tl.maximum(m_i, tl.max(logits, 1))
-        weight = tl.where(valid[None, :], tl.exp2(logits - m_new[:, None]), 0.0)
-        alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
-        m_i = m_new
+        acc, m_i, l_i = attend(query, acc, m_i, l_i, k, valid, scale_log2, OPERAND, False)
 
     some = l_i != 0.0  # true for NaN too: a NaN key must show
     l_i = tl.where(some, l_i, 1.0)

@@ -86,23 +86,15 @@ def launch(call: Call, tile: Tile) -> None:
     groups = cdiv(h_q, tile.heads)
     n_items = s_q * groups
     launch_kernel(
-        _prefill_wgmma_kernel,
-        (min(call.shape.arch.sms, n_items),),
-        *(call.q, call.kv, call.indices),
+        _prefill_wgmma_kernel, (min(call.shape.arch.sms, n_items),), *(call.q, call.kv, call.indices),
         call.indices if call.lengths is None else call.lengths,  # not read
         call.max_logits if call.sink is None else call.sink,  # not read
-        *(call.out, call.max_logits, call.lse),
-        *(n_items, call.kv.shape[0], h_q, call.indices.shape[1]),
-        *(stride // 8 for stride in call.strides[:3]),
-        call.indices.stride(0),
-        *(stride // 8 for stride in call.strides[3:]),
-        float(call.sm_scale) * LOG2E.value,
-        HAS_LEN=call.lengths is not None,
-        HAS_SINK=call.sink is not None,
-        FLIP=not call.sm_scale > 0,
-        GROUPS=groups,
+        *(call.out, call.max_logits, call.lse), *(n_items, call.kv.shape[0], h_q, call.indices.shape[1]),
+        *(stride // 8 for stride in call.strides[:3]), call.indices.stride(0),
+        *(stride // 8 for stride in call.strides[3:]), float(call.sm_scale) * LOG2E.value,
+        HAS_LEN=call.lengths is not None, HAS_SINK=call.sink is not None, FLIP=not call.sm_scale > 0, GROUPS=groups,
         num_warps=tile.warps,
-    )
+    )  # fmt: skip
 
 
 @gluon.jit
