@@ -81,3 +81,31 @@ def test_the_fastest_that_is_right_is_the_best(monkeypatch: pytest.MonkeyPatch) 
     shown = sweep.told(result)
     assert "best   right" in shown
     assert "1 failed: ValueError: does not fit" in shown
+
+
+def test_what_is_fastest_over_a_class_goes_into_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the classes that were measured; stages apart for the rows where every block has a multiprocessor."""
+    tables = sweep.configurations.TABLES
+    monkeypatch.setattr(sweep.configurations, "TABLES", tmp_path)
+    (tmp_path / "fp8_einsum.json").write_text((tables / "fp8_einsum.json").read_text())
+    sweep.configurations.table.cache_clear()
+    hopper = arch_from_capability(Version("9.0"))
+    before = sweep.configurations.configured("fp8_einsum", "portable", hopper, size=100)
+    made = {
+        f"stages={n} warps={w}": ("portable", sweep.einsum_portable.Config(16, 32, True, w, n, n, 1, False))
+        for n in (3, 4)
+        for w in (2, 8)
+    }
+    times = {"stages=3 warps=2": 1.0, "stages=4 warps=2": 2.0, "stages=3 warps=8": 3.0, "stages=4 warps=8": 4.0}
+    alone = times | {"stages=3 warps=2": 2.5, "stages=3 warps=8": 0.5}
+    rows = [({"b": 8, "h": h, "d": 1024}, us, made) for h, us in ((16, times), (8, alone))]
+    source = {"gpu": "a GPU", "triton": "9", "date": "today", "command": "a command"}
+    sweep.write_table("fp8_einsum", sweep.retuned("fp8_einsum", hopper, rows), source)
+    sweep.configurations.table.cache_clear()
+    after = sweep.configurations.configured("fp8_einsum", "portable", hopper, size=8)
+    assert (after["warps"], after["block_d"], after["stages"], after["stages_alone"]) == (2, 32, 3, 4)
+    assert sweep.configurations.configured("fp8_einsum", "portable", hopper, size=100) == before
+    assert "a GPU with Triton 9 on today" in sweep.configurations.told("fp8_einsum")
+    assert "a command" in sweep.configurations.told("fp8_einsum")
+    monkeypatch.undo()
+    sweep.configurations.table.cache_clear()

@@ -3,10 +3,12 @@
 On each row all candidates, what the tables name now and the native library take turns. Then results are compared with
 the definition, fastest first, until one is right; wrong ones are told. Usage:
 
-    python tools/sweep.py OP [OP ...] [--jobs N] [--json FILE]
+    python tools/sweep.py OP [OP ...] [--jobs N] [--json FILE] [--write]
 
-OP: fp8_einsum, hc_prenorm_gemm, sparse_mla_decode or sparse_mla_prefill. With --jobs, as many processes first make
-every call once, so that Triton compiles side by side. Needs a Hopper GPU: the candidates are those of its table. With
+OP: fp8_einsum, hc_prenorm_gemm, sparse_mla_decode or sparse_mla_prefill. With --write, the provider's tables get what
+was fastest over each class of sizes (fp8_einsum and sparse_mla_prefill; the rows of the others stand for roles in a
+plan, and are written by hand from what is printed). With --jobs, as many processes first make every call once, so that
+Triton compiles side by side. Needs a Hopper GPU: the candidates are those of its table. With
 DSV4_BACKENDS_DEVICE=sm_80 (or another), the attention ops' are those of that architecture, run on this one.
 """
 
@@ -17,6 +19,8 @@ import contextlib
 import functools
 import importlib
 import itertools
+import json
+import math
 import os
 import subprocess
 import sys
@@ -25,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsv4_backend_triton import variants
+import triton
+from dsv4_backend_triton import configurations, variants
+from dsv4_backend_triton.arch import arch_of
 from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm import portable as hc_portable
 from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm import wgmma as hc_wgmma
 from dsv4_backend_triton.lib.sizes import cdiv
@@ -53,6 +59,8 @@ HOPPER = SIMULATED in ("", "sm_90")
 PRESENT = "as the tables say"
 MOST_SHARED = 227 * 1024
 SAMPLES, SHOWN = 25, 6
+SIZES = {"fp8_einsum": "b", "sparse_mla_prefill": "h_q"}
+"""The ops whose tables have classes of sizes, and the argument that is the size."""
 Candidate = Callable[[dict[str, Any]], Any]
 """Makes the op's call with one configuration, from the call's arguments."""
 
@@ -206,6 +214,56 @@ def measure(row: Row, candidates: dict[str, Candidate], timer: timing.Timer) -> 
     return {"op": row.op, "row": row.name, "best": best, "us": times, "errors": errors}
 
 
+def _fastest(times: list[dict[str, float]], names: Iterable[str]) -> str:
+    """Of what was timed in every row, what takes the least, by the geometric mean."""
+    common = [name for name in names if all(name in us for us in times)]
+    return min(common, key=lambda name: sum(math.log(us[name]) for us in times))
+
+
+def retuned(op: str, arch: Any, measured: list[tuple[dict[str, Any], dict[str, float], dict[str, Any]]]) -> list[Any]:
+    """The table's rows for this GPU with new configurations, each with the row that it replaces.
+
+    Args:
+        measured: Of each row its sizes, the microseconds of the right candidates, and their (variant, configuration).
+    """
+    classes: dict[str, tuple[Any, list[Any]]] = {}
+    for params, us, made in measured:
+        for variant in {variant for variant, _ in made.values()}:
+            size = params[SIZES[op]]
+            with contextlib.suppress(LookupError):
+                old = configurations.row(op, variant, arch, size=size)
+                classes.setdefault(f"{variant} {old}", (old, []))[1].append((params, us, made))
+    found = []
+    for old, rows in classes.values():
+        configs = {name: c for *_, made in rows for name, (v, c) in made.items() if v == old["variant"]}
+        if "stages_alone" not in old["config"]:
+            config = configs[_fastest([us for _, us, _ in rows], configs)]._asdict()
+        else:
+            alone = [cdiv(p["d"], 64) * p["h"] <= arch.sms for p, *_ in rows]
+            shared = [us for (_, us, _), one in zip(rows, alone, strict=True) if not one]
+            single = [us for (_, us, _), one in zip(rows, alone, strict=True) if one]
+            best = configs[_fastest(shared or single, configs)]
+            same = {"stages": best.stages, "stages_alone": best.stages_alone}
+            alike = {name: c for name, c in configs.items() if c._replace(**same) == best}
+            config = best._asdict() | {"stages_alone": configs[_fastest(single or shared, alike)].stages}
+        found.append((old, {name: config[name] for name in old["config"]}))
+    return found
+
+
+def write_table(op: str, found: list[Any], source: dict[str, str]) -> None:
+    table = configurations.table(op)
+    key = f"{source['gpu']} {source['date']}"
+    table["sources"][key] = source
+    for old, config in found:
+        place = table["rows"].index(old)
+        table["rows"][place] = old | {"source": key, "config": config}
+    used = {row["source"] for row in table["rows"]}
+    sources = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table["sources"].items() if k in used)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in table["rows"])
+    path = configurations.TABLES / f"{op}.json"
+    path.write_text(f'{{\n "sources": {{\n{sources}\n }},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+
+
 def told(result: dict[str, Any]) -> str:
     us, errors = result["us"], result["errors"]
     reference = us.get(NATIVE[result["op"]], us[PRESENT])
@@ -224,6 +282,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=0)
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="put what was fastest into the provider's tables")
     arguments = parser.parse_args()
     if arguments.part is not None:
         call_once(arguments.part, arguments.jobs, arguments.op)
@@ -235,14 +294,22 @@ def main() -> None:
     timer = timing.Timer(torch.device("cuda"), SAMPLES)
     rows = []
     for op in arguments.op:
+        measured: list[Any] = []
         for row, candidates in CANDIDATES[op]():
             rows.append(measure(row, candidates, timer))
+            right = {n: us for n, us in rows[-1]["us"].items() if n in candidates and n not in rows[-1]["errors"]}
+            measured.append((row.params, right, {name: candidates[name].args[1:3] for name in right}))  # type: ignore[attr-defined]
             print(told(rows[-1]), flush=True)
             torch.cuda.empty_cache()
             if arguments.json:
                 under = f"DSV4_BACKENDS_DEVICE={SIMULATED} " if SIMULATED else ""
                 result = {**provenance(f"{under}python tools/sweep.py {' '.join(arguments.op)}"), "rows": rows}
                 records.write(result, arguments.json)
+        if arguments.write and op in SIZES:
+            told_of, name = provenance(f"python tools/sweep.py {op} --write"), torch.cuda.get_device_name()
+            source = {"gpu": name, "capability": str(arch_of(timer.device).capability), "triton": triton.__version__}
+            source |= {"torch": torch.__version__, "date": told_of["date"], "command": told_of["command"]}
+            write_table(op, retuned(op, arch_of(timer.device), measured), source)
 
 
 if __name__ == "__main__":

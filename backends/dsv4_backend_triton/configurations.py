@@ -26,10 +26,15 @@ def table(op: str) -> dict[str, Any]:
 
 def configured(op: str, variant: str, arch: Arch, *, size: int = 0, role: str = "") -> dict[str, Any]:
     """The configuration of a variant on a machine, for calls of a size or for a role."""
+    return dict(row(op, variant, arch, size=size, role=role)["config"])
+
+
+def row(op: str, variant: str, arch: Arch, *, size: int = 0, role: str = "") -> dict[str, Any]:
+    """The row of the table that has it."""
     for found in table(op)["rows"]:
         fits = found["variant"] == variant and found.get("role", "") == role and size <= found.get("up_to", size)
         if fits and support(tuple(found["capability"]), arch.capability) is Support.SUPPORTED:
-            return dict(found["config"])
+            return dict(found)
     raise LookupError(f"tables/{op}.json has no row for {variant} {role} on {arch.capability}, size {size}")
 
 
