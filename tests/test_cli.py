@@ -230,7 +230,7 @@ def test_doctor_names_what_kubernetes_set(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setenv("DSV4_BACKENDS_PORT", "tcp://10.0.0.7:80")
     code, out, _ = run(capsys, "doctor", "--device", "cpu")
     assert code == 0
-    assert "ignored, set by Kubernetes for a service named dsv4-backends: DSV4_BACKENDS_PORT" in out
+    assert "ignored, set by Kubernetes for services named dsv4-backends*: DSV4_BACKENDS_PORT" in out
 
 
 def test_doctor_imports_what_was_chosen(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

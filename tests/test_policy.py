@@ -73,6 +73,12 @@ KUBERNETES = {
     "DSV4_BACKENDS_PORT_80_TCP_PORT": "80",
     "DSV4_BACKENDS_PORT_80_TCP_ADDR": "10.0.0.7",
     "DSV4_BACKENDS_PORT_53_UDP": "udp://10.0.0.7:53",
+    "DSV4_BACKENDS_METRICS_SERVICE_HOST": "10.0.0.7",
+    "DSV4_BACKENDS_METRICS_SERVICE_PORT_HTTP": "80",
+    "DSV4_BACKENDS_0_PORT": "tcp://1:2",
+    "DSV4_BACKENDS_0_PORT_80_SCTP_ADDR": "10.0.0.7",
+    "DSV4_BACKENDS_DEVICE_SERVICE_HOST": "1",
+    "DSV4_BACKENDS_DEVICE_PORT": "tcp://10.0.0.7:80",
 }
 
 
@@ -80,9 +86,10 @@ def test_a_service_of_kubernetes_is_no_setting() -> None:
     assert policy.from_environment(KUBERNETES) == policy.Policy()
     assert policy.of_a_service(KUBERNETES) == sorted(KUBERNETES)
     assert policy.from_environment(KUBERNETES | {"DSV4_BACKENDS_ORDER": "torch"}).order == ("torch",)
+    assert policy.of_a_service(dict.fromkeys(policy.VARIABLES, "tcp://10.0.0.7:80")) == []
 
 
-@pytest.mark.parametrize("name", ["PORT", "SERVICE", "PORTS", "PORT_80", "SERVICE_HOSTS", "PORT_X_TCP"])
+@pytest.mark.parametrize("name", ["PORT", "SERVICE", "PORTS", "PORT_80", "SERVICE_HOSTS", "PORT_X_TCP", "DEVICE_PORT"])
 def test_only_what_kubernetes_sets(name: str) -> None:
     with pytest.raises(PolicyError, match=f"unknown environment variable 'DSV4_BACKENDS_{name}'"):
         read(**{name: "80"})

@@ -164,7 +164,7 @@ def doctor(surveyed: Survey, problem: PolicyError | None, device: str | None = N
     else:
         found.append(Finding("settings", True, ", ".join(f"{n}={os.environ[n]}" for n in names) or "no variables set"))
     if ignored := policy.of_a_service(os.environ):
-        message = f"ignored, set by Kubernetes for a service named dsv4-backends: {', '.join(ignored)}"
+        message = f"ignored, set by Kubernetes for services named dsv4-backends*: {', '.join(ignored)}"
         found.append(Finding("settings", True, message))
     gpus = ", ".join(device.label for device in machine.devices if device.type == "cuda")
     # A machine without the driver's library is a CPU machine; a driver that refuses is a fault.

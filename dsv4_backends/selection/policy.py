@@ -41,7 +41,11 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
 )
 """The whole family. A variable with the prefix that is not in this table is an error."""
 
-_SERVICE = re.compile(PREFIX + r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_SERVICE = re.compile(
+    PREFIX + r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_PORT = re.compile(PREFIX + r"(\w+_)?PORT")
+_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
 
 
 @dataclass(frozen=True)
@@ -129,12 +133,12 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
 
 
 def of_a_service(environ: Mapping[str, str]) -> list[str]:
-    """The variables that Kubernetes sets in every pod for a service named ``dsv4-backends``: no settings of ours."""
-    address = re.compile(r"(tcp|udp|sctp)://\S+")
+    """The variables that Kubernetes sets in every pod for services named ``dsv4-backends*``: no settings of ours."""
     return sorted(
         name
         for name, value in environ.items()
-        if _SERVICE.fullmatch(name) or (name == PREFIX + "PORT" and address.fullmatch(value))
+        if name not in VARIABLES
+        and (_SERVICE.fullmatch(name) or (_SERVICE_PORT.fullmatch(name) and _ADDRESS.fullmatch(value)))
     )
 
 
