@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -12,14 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv4_backends import CONTRACTS, OPS, ContractError, ops
+from dsv4_backends import CONTRACTS, OPS, ContractError, PolicyError, ops, workspace_bytes
 from dsv4_backends.contract import LEVELS, OpContract
 from dsv4_backends.contract.arguments import ScalarArg, TensorArg
 from dsv4_backends.contract.checker import _tensor_guards, check_source, checked_function
 from dsv4_backends.contract.models import FLASH
 from dsv4_backends.contract.traffic import Deployment, Limits
 from dsv4_backends.runtime import bind
-from dsv4_backends.testing import numerics
+from dsv4_backends.testing import numerics, oracle
 
 E4M3 = torch.float8_e4m3fn
 
@@ -345,3 +348,24 @@ def test_every_scalar_has_a_kind() -> None:
     for contract in CONTRACTS.values():
         for arg in contract.args.values():
             assert isinstance(arg, (TensorArg, ScalarArg))
+
+
+@pytest.mark.parametrize("contract", CONTRACTS.values(), ids=lambda contract: contract.name)
+def test_pickled_by_name(contract: OpContract) -> None:
+    assert pickle.loads(pickle.dumps(contract)) is contract
+    other = dataclasses.replace(contract, partials="")
+    assert copy.copy(other) == other
+
+
+def test_a_call_that_lacks_arguments_names_them() -> None:
+    with pytest.raises(PolicyError, match="unknown op 'x'"):
+        oracle.expected("x", {})
+    for call in (
+        lambda: oracle.expected("hc_prenorm_gemm", {}),
+        lambda: workspace_bytes("hc_prenorm_gemm", "cpu"),
+        lambda: bind.who_serves("hc_prenorm_gemm", {}),
+    ):
+        with pytest.raises(ContractError, match="hc_prenorm_gemm: missing arguments x, fn"):
+            call()
+    with pytest.raises(ContractError, match="hc_prenorm_gemm: unknown argument y"):
+        workspace_bytes("hc_prenorm_gemm", "cpu", x=1, fn=2, y=3)

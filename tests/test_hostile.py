@@ -77,17 +77,22 @@ KINDS = (
     Kind("i_exit", "raise SystemExit(3)", "plugin-import", "SystemExit: 3"),
     Kind("i_panic", "raise Panic('rust')", "plugin-import", "Panic: rust"),
     Kind("i_genexit", "raise GeneratorExit()", "plugin-import", "GeneratorExit"),
-    Kind("i_mute", "raise Mute()", "plugin-import", "Mute: its text cannot be had"),
-    Kind("i_cause", "raise ImportError('outer') from Mute()", "plugin-import", "outer (its text cannot be had"),
+    Kind("i_mute", "raise Mute()", "plugin-import", "Mute (its message cannot be shown: __str__ raised"),
+    Kind(
+        "i_cause",
+        "raise ImportError('outer') from Mute()",
+        "plugin-import",
+        "outer (its cause's message cannot be shown",
+    ),
     Kind("i_syntax", "def broken(:", "plugin-import", "SyntaxError"),
     Kind("i_deep", "def f(): f()\nf()", "plugin-import", "RecursionError"),
     Kind("i_long", "raise ValueError('x' * 10**6)", "plugin-import", "xxx ..."),
-    Kind("i_hang", "time.sleep(3600)", "plugin-import", "did not come back within 1 s"),
+    Kind("i_hang", "time.sleep(3600)", "plugin-import", "did not finish within 1 s"),
     Kind("i_nohook", "x = 1", "plugin-hook", "has no function dsv4_providers"),
     Kind("i_getattr", "def __getattr__(name): raise Panic(name)", "plugin-hook", ""),
-    hook("h_hang", "time.sleep(3600)", "plugin-failed", "did not come back within 1 s"),
+    hook("h_hang", "time.sleep(3600)", "plugin-failed", "did not finish within 1 s"),
     hook("h_panic", "raise Panic('rust')", "plugin-failed", "Panic: rust"),
-    hook("h_mute", "raise Mute()", "plugin-failed", "its text cannot be had"),
+    hook("h_mute", "raise Mute()", "plugin-failed", "its message cannot be shown"),
     hook("h_none", "pass", "plugin-type", "returned None"),
     hook("h_text", "return 'acme'", "plugin-type", "str 'acme'"),
     hook("h_number", "return 7", "plugin-type", "int 7"),
@@ -144,8 +149,8 @@ KINDS = (
     probe("p_name", "return {'mqa_logits': d.Build(name=3)}", "name must be text"),
     probe("p_message", "return {'mqa_logits': d.Build(reasons=(d.Reason('a', 3),))}", "message must be text"),
     probe("p_panic", "raise Panic('rust')", "Panic: rust"),
-    probe("p_mute", "raise Mute()", "its text cannot be had"),
-    probe("p_hang", "time.sleep(3600)", "did not come back within 1 s"),
+    probe("p_mute", "raise Mute()", "its message cannot be shown"),
+    probe("p_hang", "time.sleep(3600)", "did not finish within 1 s"),
     probe("p_arguments", "return probe()", "TypeError"),
     Kind("t_panic", HOOK + "return spec(impl=dict(target='@M@_target:serve'))", "import-failed", "Panic: rust"),
     Kind("t_missing", HOOK + "return spec(impl=dict(target='@M@:nothing'))", "import-failed", "AttributeError"),
@@ -156,7 +161,7 @@ KINDS = (
     refuses("r_text", "return 'too wide'", "returned 'too wide'"),
     refuses("r_norepr", "return NoRepr()", "a NoRepr without a repr"),
     refuses("r_panic", "raise Panic('rust')", "Panic: rust"),
-    refuses("r_mute", "raise Mute()", "its text cannot be had"),
+    refuses("r_mute", "raise Mute()", "its message cannot be shown"),
     Kind(
         "o_prints",
         "print('IMPORT')\nos.write(1, b'RAW')\nos.system('echo CHILD')\nimport ctypes\n"
@@ -235,6 +240,8 @@ def environment(folder: Path) -> None:
     distribution("d-points", header("d-points"), good % b"d_points" + b"# \xff\xfe\n")
     distribution("d-stranger", header("d-stranger"), b"[console_scripts]\n# \xff\n")
     distribution("d-malformed", header("d-malformed"), b"[dsv4_backends]\nno equals sign\n")
+    distribution("d-unclosed", header("d-unclosed"), b"[dsv4_backends\nd = d_good\n[other]\na = b\n")
+    distribution("d-unclosed-second", header("d-unclosed-second"), b"[other]\na = b\n[dsv4_backends\nd = d_good\n")
     distribution("d-value", header("d-value"), b"[dsv4_backends]\nd_value = not a module!\n")
     distribution("odd-version", header("odd-version", "not-a-version"), b"")
     distribution("odd-metadata", b"Name: odd-metadata\nVersion: \xff\n", b"")
@@ -304,7 +311,9 @@ def test_the_reference_served(outcome: dict[str, Any]) -> None:
         ("d_latin", ""),
         ("d-points", "entry_points.txt cannot be read"),
         ("d-malformed", "entry_points.txt cannot be read"),
-        ("d_value", "importing not a module! raised"),
+        ("d-unclosed", "entry_points.txt cannot be read: ValueError: the header [dsv4_backends has no closing bracket"),
+        ("d-unclosed-second", "entry_points.txt cannot be read"),
+        ("d_value", "the entry point 'not a module!' is not module or module:attribute"),
     ],
 )
 def test_distributions(outcome: dict[str, Any], name: str, words: str) -> None:

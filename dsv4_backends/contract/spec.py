@@ -8,11 +8,12 @@ every call and the tables in the docs are made, the cases, the tolerances, the c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ContractError
 from . import checker
 from .arguments import Args, Rule, TensorArg, Values
 from .settings import without_autocast
@@ -110,6 +111,25 @@ class OpContract:
         assert set(self.tolerances) == set(self.returns)
         assert len({case.name for case in self.cases}) == len(self.cases), f"{self.name}: case names repeat"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by name: another process has the same contracts."""
+        from . import CONTRACTS
+
+        return (_by_name, (self.name,)) if CONTRACTS.get(self.name) is self else super().__reduce_ex__(protocol)
+
+    def require_names(self, given: Collection[str]) -> None:
+        """Refuse a call that lacks an argument or has one that there is not.
+
+        Raises:
+            ContractError: naming op and arguments.
+        """
+        parameters = self.signature.parameters.values()
+        missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
+        unknown = [str(name) for name in given if name not in self.args]
+        for what, found in (("missing", missing), ("unknown", unknown)):
+            if found:
+                raise ContractError(f"{self.name}: {what} argument{'s' * (len(found) > 1)} {', '.join(found)}")
+
     @property
     def family(self) -> str:
         """The folder of ``contract/`` that the op is in."""
@@ -192,3 +212,9 @@ class OpContract:
             ContractError: naming op, argument, what was expected and what came.
         """
         return checker.check(self)
+
+
+def _by_name(name: str) -> OpContract:
+    from . import CONTRACTS
+
+    return CONTRACTS[name]

@@ -36,6 +36,7 @@ def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> in
         NoProviderError: nobody would serve the call.
     """
     contract, where = CONTRACTS[policy.known_op(op)], machine.torch_device(device)
+    contract.require_names(arguments)
     without_storage = {k: _without_storage(v) for k, v in arguments.items()}
     contract.check(**without_storage)
     bound = bind.serving(op, where, without_storage)

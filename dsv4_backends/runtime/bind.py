@@ -17,7 +17,7 @@ from ..errors import NoProviderError
 from ..locks import bindings as lock
 from ..selection import builds, machine, plugins, policy
 from ..selection import preferences as measured
-from ..selection.foreign import run, shown, words
+from ..selection.foreign import raised, run, shown
 from ..selection.provider import Implementation, ProviderSpec, Reason
 from ..selection.resolve import Candidate, Resolution, Served
 from ..selection.survey import choose
@@ -50,7 +50,7 @@ class Bound:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            return Reason("refuses-failed", f"{target} raised {words(error)}")
+            return Reason("refuses-failed", f"{target} {raised(error)}")
         if reason is None or isinstance(reason, Reason):
             return reason
         return Reason("refuses-failed", f"{target} returned {shown(reason)}, expected a Reason or None")
@@ -236,7 +236,7 @@ def bind_candidate(
 
 
 def _import_failed(target: str, error: BaseException) -> str:
-    return f"importing {target} raised {words(error)}"
+    return f"importing {target} {raised(error)}"
 
 
 def load_target(target: str) -> Callable[..., Any]:
@@ -419,7 +419,9 @@ def who_serves(op: str, arguments: Mapping[str, Any]) -> str:
         ContractError: an argument breaks the contract.
         NoProviderError: nobody serves it.
     """
-    return serving(op, CONTRACTS[policy.known_op(op)].check(**arguments), dict(arguments)).provider
+    contract = CONTRACTS[policy.known_op(op)]
+    contract.require_names(arguments)
+    return serving(op, contract.check(**arguments), dict(arguments)).provider
 
 
 def load_implementation(op: str, target: str) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..contract import OPS
 from ..locks import bindings
-from .foreign import run, shown, words
+from .foreign import raised, run, shown, words
 from .provider import Build, Implementation, ProviderSpec, Reason
 
 Builds = Mapping[str, Build]
@@ -55,7 +55,7 @@ def _probe(target: str, load: bool) -> Builds:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return _failed(f"the probe {target} raised {words(error)}")
+        return _failed(f"the probe {target} {raised(error)}")
 
 
 def look(provider: ProviderSpec) -> Builds:
@@ -89,7 +89,7 @@ def notices(implementation: Implementation) -> tuple[Reason, ...]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        message = f"{target} raised {words(error)}"
+        message = f"{target} {raised(error)}"
     return (Reason("notices-failed", message),)
 
 

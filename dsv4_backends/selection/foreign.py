@@ -27,24 +27,33 @@ _stdout: tuple[Any, int | None] | None = None
 
 
 class Late(Exception):
-    """Other people's code did not come back within the limit."""
+    """Other people's code did not finish within the limit."""
 
 
 def words(error: BaseException) -> str:
     """An error's type and text on one line, with its cause: loaders keep the linker's words there."""
-    told = type(error).__name__ + ": " + _line(error)
-    cause = error.__cause__
-    return told if cause is None else f"{told} ({_line(cause)})"
+    text, hidden = _line(error)
+    told = f"{type(error).__name__} (its {hidden})" if hidden else f"{type(error).__name__}: {text}"
+    if error.__cause__ is None:
+        return told
+    text, hidden = _line(error.__cause__)
+    return f"{told} (its cause's {hidden})" if hidden else f"{told} ({text})"
 
 
-def _line(error: BaseException) -> str:
+def raised(error: BaseException) -> str:
+    """What became of other people's code, after its name in a sentence."""
+    return str(error) if isinstance(error, Late) else f"raised {words(error)}"
+
+
+def _line(error: BaseException) -> tuple[str, str]:
+    """An error's text on one line, or why it cannot be shown."""
     try:
         text = " ".join(str(error).split())
     except KeyboardInterrupt:
         raise
     except BaseException as second:
-        return f"its text cannot be had, which raised {type(second).__name__}"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+        return "", f"message cannot be shown: __str__ raised {type(second).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ...", ""
 
 
 def shown(value: Any) -> str:
@@ -59,8 +68,12 @@ def shown(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def as_command() -> Iterator[None]:
-    """Within it, what anybody prints goes to stderr, from C too, and other people's code has a time limit."""
+def as_command(*, to_the_end: bool = False) -> Iterator[None]:
+    """Within it, what anybody prints goes to stderr, from C too, and other people's code has a time limit.
+
+    Args:
+        to_the_end: It stays so until the process ends: an exit handler or a thread may print then.
+    """
     global _stdout
     if _stdout is not None:
         yield
@@ -74,10 +87,11 @@ def as_command() -> Iterator[None]:
     try:
         yield
     finally:
-        _point(*_stdout)
-        _stdout = None
-        if kept is not None:
-            os.close(kept)
+        if not to_the_end:
+            _point(*_stdout)
+            _stdout = None
+            if kept is not None:
+                os.close(kept)
 
 
 @contextlib.contextmanager
@@ -131,7 +145,7 @@ def run(function: Callable[[], T]) -> T:
     if raised:
         raise raised[0]
     if not result:
-        raise Late(f"it did not come back within {LIMIT:g} s")
+        raise Late(f"did not finish within {LIMIT:g} s")
     return result[0]
 
 
@@ -157,4 +171,4 @@ def identity(distribution: metadata.Distribution) -> tuple[str, str]:
     return name or os.path.basename(str(getattr(distribution, "_path", ""))) or "unknown distribution", version
 
 
-__all__ = ["LIMIT", "Late", "answering", "as_command", "contained", "identity", "run", "shown", "words"]
+__all__ = ["LIMIT", "Late", "answering", "as_command", "contained", "identity", "raised", "run", "shown", "words"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from ..errors import PluginError
 from ..locks import bindings
-from .foreign import identity, run, shown, words
+from .foreign import identity, raised, run, shown, words
 from .hookspecs import PROJECT, Hookspecs
 from .provider import API_VERSION, Implementation, ProviderSpec, Reason
 
@@ -24,6 +25,8 @@ IN_TREE = "dsv4-backends"
 """Our own distribution: its providers take their names first."""
 _MOST = 256
 """Items that a hook may give: a generator may have no end."""
+_HEADER = re.compile(rb"^[ \t]*\[[ \t]*" + GROUP.encode() + rb"[ \t]*(\]?)[ \t\r]*$", re.MULTILINE)
+"""The line of ``entry_points.txt`` that ours follow, closed or not."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,14 @@ def _entry_points() -> tuple[list[Plugin], list[EntryPoint]]:
                 continue
             seen.add(canonical)
             try:
-                points += distribution.entry_points.select(group=GROUP)
+                ours = distribution.entry_points.select(group=GROUP)
+                if not ours and (header := _HEADER.search(_raw(distribution))) and not header[1]:
+                    raise ValueError(f"the header [{GROUP} has no closing bracket")
+                points += ours
             except Exception as error:
                 # What raised over the text of one has the bytes; a stranger's of another group are no business of ours.
                 raw = error.object if isinstance(error, UnicodeDecodeError) else _raw(distribution)
-                if f"[{GROUP}]".encode() in raw:
+                if _HEADER.search(raw):
                     message = f"entry_points.txt cannot be read: {words(error)}"
                     hint = f"reinstall {name}, or report it to its author"
                     unreadable.append(Plugin(name, "", name, version, (), (Reason("plugin-metadata", message, hint),)))
@@ -162,12 +168,15 @@ def _dist(point: EntryPoint) -> tuple[str, str]:
 def _load_one(point: EntryPoint, origin: str) -> tuple[list[ProviderSpec], list[Reason]]:
     """Import one plugin and call its hook. Exactly one of the two results is non-empty, or both for partial faults."""
     author = f"report it to the author of {origin}, or set DSV4_BACKENDS_DENY={point.name}"
+    if point.pattern.match(point.value) is None:
+        message = f"the entry point {point.value!r} is not module or module:attribute"
+        return [], [Reason("plugin-import", message, author)]
     try:
         module = run(point.load)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return [], [Reason("plugin-import", f"importing {point.value} raised {words(error)}", author)]
+        return [], [Reason("plugin-import", f"importing {point.value} {raised(error)}", author)]
     try:
         # A manager of its own for each plugin: pluggy aborts a whole call when one implementation raises.
         manager = pluggy.PluginManager(PROJECT)
@@ -186,7 +195,7 @@ def _load_one(point: EntryPoint, origin: str) -> tuple[list[ProviderSpec], list[
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return [], [Reason("plugin-failed", f"dsv4_providers() raised {words(error)}", author)]
+        return [], [Reason("plugin-failed", f"dsv4_providers() {raised(error)}", author)]
     specs: list[ProviderSpec] = []
     problems: list[Reason] = []
     if isinstance(returned, str):
@@ -208,7 +217,7 @@ def _load_one(point: EntryPoint, origin: str) -> tuple[list[ProviderSpec], list[
 def _returned(results: list[Any]) -> list[Any] | str:
     """What the hook gave, item by item, or in words what is wrong with all of it. Pluggy leaves out a None."""
     if not results:
-        return "returned None, expected ProviderSpec objects (has it a `return` or a `yield`?)"
+        return "returned None, expected ProviderSpec objects (is a `return` or `yield` missing?)"
     (result,) = results
     if isinstance(result, ProviderSpec):
         return [result]

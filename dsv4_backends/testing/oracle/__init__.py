@@ -15,17 +15,29 @@ from torch import Tensor
 from ...contract import CONTRACTS
 from ...contract.settings import without_autocast
 from ...runtime.bind import load_target
+from ...selection.policy import known_op
 
 
 def of(op: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The oracle that the contract names."""
-    return load_target(CONTRACTS[op].oracle)
+    """The oracle that the contract names.
+
+    Raises:
+        PolicyError: an unknown op.
+    """
+    return load_target(CONTRACTS[known_op(op)].oracle)
 
 
 def expected(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The op's results in fp64, in the order of the contract's ``returns``."""
+    """The op's results in fp64, in the order of the contract's ``returns``.
+
+    Raises:
+        PolicyError: an unknown op.
+        ContractError: an argument is missing, or there is none of that name.
+    """
+    oracle = of(op)
+    CONTRACTS[op].require_names(arguments)
     with without_autocast():
-        return of(op)(**arguments)
+        return oracle(**arguments)
 
 
 def finished(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
