@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -494,7 +495,7 @@ def test_a_yes_is_kept(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = draw_config(rng)
     tp, next_n = rng.choice([1, 1, 2, 4, 8]), rng.choice([1, 1, 2, 3])
     groups, limits = drawn["o_groups"], {"tp": tp, "max_num_seqs": rng.choice([1, 3]), "next_n": next_n}
-    divided = groups % tp == 0 or (tp > groups and tp % groups == 0)
+    divided = groups % tp == 0 or (tp > groups and tp % groups == 0 and tp <= drawn["num_attention_heads"])
     if drawn["num_attention_heads"] % groups or drawn["hc_mult"] == "4" or not divided:
         with pytest.raises(ValueError, match=r"o_groups: expected|hc_mult: expected|cannot be divided over tensor"):
             check.check(drawn, **limits, device="cpu")
@@ -518,3 +519,33 @@ def test_a_yes_is_kept(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             made = getattr(ops, need.op)(**{name: real(value) for name, value in arguments.items()})
             first = made[0] if isinstance(made, tuple) else made
             assert first.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": None}, "model: expected flash, pro, a path, or a Model, got None"),
+        *(({"tp": tp}, f"tp: expected an int, got {tp!r}") for tp in ("4", True, 2.0, None)),
+        ({"tp": 0}, "tp: expected at least 1, got 0"),
+        ({"tp": 10**12}, "tp: 64 attention heads cannot be divided over tensor parallel size 1000000000000"),
+        ({"tp": 128}, "tp: 64 attention heads cannot"),
+        ({"tp": 10**5000}, "tp: 64 attention heads cannot"),
+        ({"memory": "80GB"}, "memory: expected an int of bytes, got '80GB'"),
+        ({"memory": -1}, "memory: expected at least 1, got -1"),
+        ({"memory": 2**63}, "memory: expected at most"),
+        ({"max_model_len": "1"}, "max-model-len: expected an int, got '1'"),
+        ({"max_model_len": 0}, "max-model-len: expected at least 1"),
+        ({"max_num_seqs": 2.0}, "max-num-seqs: expected an int, got 2.0"),
+        ({"max_num_batched_tokens": 10**30}, "max-num-batched-tokens: expected at most 2147483647"),
+        ({"next_n": True}, "next-n: expected an int, got True"),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check.check(**{"model": "flash", "device": "sm_90"} | arguments)
+
+
+def test_more_ranks_than_heads_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--model", "flash", "--tp", str(10**12), "--device", "sm_90")
+    assert (code, out) == (2, "")
+    assert "tp: 64 attention heads" in err

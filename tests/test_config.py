@@ -136,6 +136,17 @@ def test_a_released_one() -> None:
             {"compress_rates": {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}},
             "compress_rates.heavily_compressed_attention: expected 128, got 64",
         ),
+        ({"compress_rates": {"sliding_attention": 16}}, "compress_rates.sliding_attention: expected 0 or 1, got 16"),
+        ({"compress_rates": {"csa": 8, "hca": 64}}, "compress_rates.csa: unknown key"),
+        ({"quantization_config": FP8 | {"quant_algo": "NVFP4"}}, "quantization_config.quant_algo: expected 'FP8'"),
+        (
+            {"quantization_config": FP8 | {"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}},
+            "quantization_config.config_groups.group_0.weights.num_bits: expected 8, got 4",
+        ),
+        (
+            {"quantization_config": FP8 | {"config_groups": ["4"]}},
+            "quantization_config.config_groups: expected nothing",
+        ),
         ({"compress_rate_csa": 8}, "compress_rate_csa: expected 4, got 8"),
         ({"compress_rate_hca": "128"}, "compress_rate_hca: expected 128, got '128'"),
         ({"compress_ratios": [0, 2, 1] * 15}, "compress_ratios: expected 0, 4 or 128, got 1 in layer 2"),
@@ -199,7 +210,6 @@ def test_what_the_ops_are_not_defined_for(change: dict[str, Any], words: str) ->
         ({"n_routed_experts": None}, "the weights' size is unknown: the configuration has no n_routed_experts"),
         ({"num_hidden_layers": 4}, "compress_ratios: 44 entries for 4 layers; the first 4 were read"),
         ({"dspark_block_size": 5}, "check with --next-n 6"),
-        ({"compress_rates": {"sliding_attention": 16}}, "compress_rates.sliding_attention: unknown value 16"),
     ],
 )
 def test_what_is_said(change: dict[str, Any], note: str) -> None:
@@ -406,3 +416,24 @@ def test_no_value_of_a_field_is_an_internal_error(key: str) -> None:
             words = "".join((*found.unsupported, *found.notes))
         assert words.encode(errors="surrogatepass").decode(errors="replace").isprintable(), (value, words)
         assert len(words) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "ident"),
+    [
+        ("https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash", "deepseek-ai/DeepSeek-V4-Flash"),
+        ("https://huggingface.co/a/b/tree/main", "a/b"),
+        ("hf://a/b@main", "a/b"),
+        ("a/b@main", "a/b"),
+    ],
+)
+def test_an_address_is_told_what_an_id_is(text: str, ident: str) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=f"like org/name: run `hf download {ident} config.json` and give {ident},"
+    ):
+        config.read(text)
+
+
+def test_other_addresses() -> None:
+    with pytest.raises(FileNotFoundError, match=r"not a path: download the model's config\.json"):
+        config.read("s3://bucket/a/config.json")

@@ -44,6 +44,7 @@ _ELSEWHERE = frozenset((
 # fmt: on
 """Fields that no op depends on: they are computed outside the ops, or not at all."""
 _QUANT_ELSEWHERE = frozenset(("modules_to_not_convert", "ignored_layers", "ignore", "dequantize", "producer"))
+_QUANT_READ = frozenset(("quant_method", "config_groups", "_from"))
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,14 @@ def locate(source: str | Path) -> Path:
     if re.fullmatch(r"[\w-]+", text):
         raise FileNotFoundError(f"{text}: no such file or folder; {' and '.join(MODELS)} are built in")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+        if id_in := re.match(r"(?:https?://[^/]+/|hf://)?([\w-][\w.-]*/[\w.-]+)(?=[@/?#]|$)", text):
+            if "://" in text or text[id_in.end() :].startswith("@"):
+                raise FileNotFoundError(
+                    f"{text}: the id of a model is like org/name: run `hf download {id_in[1]} config.json` and give "
+                    f"{id_in[1]}, or give the path of a config.json"
+                )
+        elif "://" in text:
+            raise FileNotFoundError(f"{text}: not a path: download the model's config.json and give its path")
         return path
     cached = _hub() / f"models--{text.replace('/', '--')}"
     if cached.is_dir():
@@ -334,8 +343,11 @@ class _Reader:
         for key, (kind, rate) in named.items():
             if kind in ("compressed_sparse_attention", "heavily_compressed_attention"):
                 self.expect(key, rate, _RATIOS[kind])
-            elif rate not in (0, 1, None):
-                self.notes.append(f"{_word(key)}: unknown value {_short(rate)}")
+            elif kind in _RATIOS:
+                self.expect(key, rate, 0, 1, None)
+            else:
+                known = " or ".join(kind for kind, ratio in _RATIOS.items() if ratio)
+                self.unsupported.append(f"{_word(key)}: unknown key, expected {known}, got {_short(rate)}")
         return tuple(ratios[:layers])
 
     def speculative(self) -> int:
@@ -396,16 +408,34 @@ class _Reader:
             "activation_scheme": ("dynamic", None),
             "kv_cache_scheme": (None,),
             "kv_cache_quant_algo": ("FP8", None),
+            "quant_algo": ("FP8", "FP8_PB_WO", "FP8_BLOCK_SCALES", None),
+            "bits": (8, None),
+            "w_bit": (8, None),
+            "num_bits": (8, None),
         }
         for one, expected in wanted.items():
             self.expect(f"{key}.{one}", quant.get(one), *expected)
+        self.groups(f"{key}.config_groups", quant.get("config_groups"))
         skipped = [name for one in _QUANT_ELSEWHERE if isinstance(quant.get(one), list) for name in quant[one]]
         if any("wo_a" in str(name) or "o_a_proj" in str(name) for name in skipped):
             self.notes.append(f"{key}: the output projection is not quantised; an engine may not call fp8_einsum")
-        unknown = sorted(str(one) for one in set(quant) - set(wanted) - _QUANT_ELSEWHERE - {"quant_method", "_from"})
+        unknown = sorted(str(one) for one in set(quant) - set(wanted) - _QUANT_ELSEWHERE - _QUANT_READ)
         if unknown:
             self.notes.append(f"not looked at: {', '.join(f'{key}.{_word(one)}' for one in unknown)}")
         return True
+
+    def groups(self, key: str, groups: Any) -> None:
+        """The groups of layers of compressed-tensors and ModelOpt, each with a format of its own."""
+        if not isinstance(groups, Mapping):
+            self.expect(key, groups, None)
+            return
+        for name, group in groups.items():
+            weights = group.get("weights") if isinstance(group, Mapping) else None
+            if not isinstance(weights, Mapping):
+                self.expect(_word(f"{key}.{name}"), group, "weights of 8 bits")
+                continue
+            self.expect(_word(f"{key}.{name}.weights.num_bits"), weights.get("num_bits"), 8)
+            self.expect(_word(f"{key}.{name}.weights.type"), weights.get("type"), "float", None)
 
     def weights(self, quantized: bool) -> Weights | None:
         """What decides the size of the weights; None, with a note, where the configuration does not tell."""

@@ -95,10 +95,14 @@ class Model:
         Where there are more ranks than groups, each rank has one group with its heads, and several ranks have the same.
 
         Raises:
-            ValueError: heads or groups do not divide by ``tp``, nor ``tp`` by the groups.
+            ValueError: more ranks than heads, or heads or groups do not divide by ``tp``, nor ``tp`` by the groups.
         """
         if tp < 1:
             raise ValueError(f"tensor parallel size: expected at least 1, got {tp}")
+        if tp > self.heads:
+            raise ValueError(
+                f"{self.name}: {self.heads} attention heads cannot be divided over tensor parallel size {tp}"
+            )
         if tp > self.o_groups and tp % self.o_groups == 0:
             return Rank(self, tp)
         for what, count in (("attention heads", self.heads), ("output groups", self.o_groups)):

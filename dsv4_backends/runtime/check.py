@@ -15,6 +15,7 @@ from ..contract import CONTRACTS
 from ..contract.config import Configuration, read
 from ..contract.models import Model, Rank
 from ..contract.traffic import Deployment, Limits, Need, packed_scales
+from ..selection.foreign import shown
 from ..selection.machine import Device, Machine
 from ..selection.provider import Tier
 from ..selection.resolve import Resolution
@@ -125,16 +126,24 @@ def check(
         OSError: the configuration cannot be read.
         PolicyError: the settings or the device cannot be understood.
     """
+    if not isinstance(model, str | Path | Mapping | Model):
+        raise ValueError(f"model: expected flash, pro, a path, or a Model, got {shown(model)}")
+    _require_int("tp", tp, most=None)
+    if memory is not None:
+        _require_int("memory", memory, "an int of bytes", most=2**63 - 1)
+    limits_given = {"max-num-seqs": max_num_seqs, "max-num-batched-tokens": max_num_batched_tokens, "next-n": next_n}
+    if max_model_len is not None:
+        limits_given["max-model-len"] = max_model_len
+    for name, value in limits_given.items():
+        _require_int(name, value)
     configuration = Configuration(model, model.unsupported) if isinstance(model, Model) else read(model)
+    if tp > (heads := configuration.model.heads):
+        raise ValueError(f"tp: {heads} attention heads cannot be divided over tensor parallel size {shown(tp)}")
     rank = configuration.model.rank(tp)
     most = rank.model.max_positions
     length = most if max_model_len is None else max_model_len
     if length > most:
         raise ValueError(f"max-model-len: {rank.model.name} has {most} positions, got {length}")
-    limits_given = {"max-num-seqs": max_num_seqs, "max-num-batched-tokens": max_num_batched_tokens, "next-n": next_n}
-    for name, value in limits_given.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
     tokens = max(min(max_num_batched_tokens, length), max_num_seqs * next_n)
     limits = Limits(tokens, max_num_seqs, length, next_n)
     notes = (*_assumed(rank, limits), *configuration.notes)
@@ -160,6 +169,15 @@ def check(
             Check(rank, limits, found.machine, where, tuple(served), tuple(broken), unsupported, notes, takes)
         )
     return checks
+
+
+def _require_int(name: str, value: object, what: str = "an int", most: int | None = 2**31 - 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected {what}, got {shown(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {shown(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected at most {most}, got {shown(value)}")
 
 
 def _assumed(rank: Rank, limits: Limits) -> list[str]:
