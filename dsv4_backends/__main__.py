@@ -12,7 +12,7 @@ def main() -> int:
     except KeyboardInterrupt:  # the imports take a moment
         print("dsv4-backends: interrupted", file=sys.stderr)
         return 130
-    return cli.main()
+    return cli.main(to_the_end=True)
 
 
 if __name__ == "__main__":

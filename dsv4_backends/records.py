@@ -83,7 +83,11 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise PolicyError(f"{path}: no such file") from error
+    except OSError as error:
+        raise PolicyError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise PolicyError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise PolicyError(f"{path}: expected a JSON object, got {_kind(content)}")

@@ -297,20 +297,20 @@ def test_microseconds_on_an_ascii_pipe(folder: Path) -> None:
     assert handled.buffer.getvalue() == b"\xb5 \\ud800 \\u2260"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", ["plugins", "plugins --json", "--help", "list --help"])
+@pytest.mark.parametrize("command", ["plugins", "plugins --json", "--help", "list --help", "--version"])
 def test_streams_that_take_nothing(command: str) -> None:
     done = shell(f"DSV4 {command} >&-")
-    assert (done.returncode, done.stderr) == (0, "")  # nobody asked to see it
+    assert done.returncode == 2
+    assert done.stderr == "dsv4-backends: standard output cannot be written: Bad file descriptor\n"
     done = shell(f"DSV4 {command} 2>&-")
     assert (done.returncode, done.stdout != "") == (0, True)
     done = shell(f"DSV4 {command} >&- 2>&-")
-    assert done.returncode == 0
+    assert done.returncode == 2
     done = shell(f"DSV4 {command} 2>/dev/full")
     assert (done.returncode, done.stdout != "") == (0, True)
     done = shell(f"DSV4 {command} >/dev/full")
-    if "help" not in command:  # argparse says nothing
-        assert done.returncode == 2
-        assert done.stderr == "dsv4-backends: standard output cannot be written: No space left on device\n"
+    assert done.returncode == 2
+    assert done.stderr == "dsv4-backends: standard output cannot be written: No space left on device\n"
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
 
@@ -415,3 +415,38 @@ def test_interrupted_while_it_is_imported(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr(sys, "meta_path", [Stop(), *sys.meta_path])
     assert entry.main() == 130
     assert capsys.readouterr().err == "dsv4-backends: interrupted\n"
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_a_torch_device_is_called_by_its_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, [*CALLING[name], "--torch-device", "banana"], "--torch-device: expected a torch device such as")
+
+
+def test_a_result_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["bench", "plot", "nofile.json", "x.png"], "nofile.json: no such file\n")
+
+
+def test_what_an_exit_handler_prints_is_not_the_answer(tmp_path: Path) -> None:
+    (tmp_path / "late_plugin.py").write_text(
+        "import atexit, ctypes, os, sys, dsv4_backends as d\n"
+        "@atexit.register\n"
+        "def junk():\n"
+        "    print('junk')\n"
+        "    sys.__stdout__.write('junk')\n"
+        "    os.write(1, b'junk')\n"
+        "    ctypes.CDLL(None).puts(b'junk')\n"
+        "@d.hookimpl\n"
+        "def dsv4_providers():\n"
+        "    return ()\n"
+    )
+    info = tmp_path / "late-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dsv4_backends]\nlate = late_plugin\n")
+    for command in ("list --json", "plugins --json", "list --json --device banana"):
+        done = shell(f"DSV4 {command}", PYTHONPATH=str(tmp_path))
+        json.loads(done.stdout)
+        assert done.stderr.count("junk") in (0, 4)
+    done = shell("DSV4 list", PYTHONPATH=str(tmp_path))
+    assert done.stderr.count("junk") == 4
+    assert "junk" not in done.stdout

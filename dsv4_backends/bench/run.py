@@ -25,6 +25,8 @@ from .provenance import provenance
 from .results import SCHEMA_VERSION, Result, Row, Timing, label
 
 if TYPE_CHECKING:
+    import torch
+
     from .timing import Time
 
 CHECKED_ROWS = 256
@@ -40,7 +42,7 @@ def bench(
     providers: Sequence[str],
     models: Sequence[str],
     tp: int,
-    device: str | None,
+    device: torch.device | str | None,
     progress: Callable[[str], None],
     save: Callable[[Result], None] = lambda result: None,
     also_as: Sequence[str] = (),

@@ -25,6 +25,7 @@ from .shared import (
     require_writable,
     show,
     tell,
+    torch_device,
     write,
 )
 
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             args.provider,
             args.model,
             args.tp,
-            args.torch_device,
+            torch_device(args.torch_device),
             progress,
             save,
             args.also_as,

@@ -35,6 +35,7 @@ from .shared import (
     need_torch,
     put,
     tell,
+    written,
 )
 
 COMMANDS = (listing, explain, plugins, doctor, check, engine, verify, warmup, bench, tune)
@@ -75,15 +76,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, to_the_end: bool = False) -> int:
     """Run the command line; returns the exit code.
+
+    Args:
+        argv: Default: this process's.
+        to_the_end: The process ends afterwards, and prints nothing more to standard output.
 
     Raises:
         SystemExit: as argparse does, after ``--help`` and for arguments that cannot be parsed.
     """
     _prepare_streams()
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        return _run(sys.argv[1:] if argv is None else argv, to_the_end)
     except CannotWrite as error:
         tell(f"dsv4-backends: {error}\n")
         return USAGE
@@ -93,18 +98,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _settle_streams()
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str], to_the_end: bool) -> int:
     try:
         args = parser().parse_args(argv)
     except _Usage as error:
         tell(f"{error}\n")
         _put_error("--json" in argv, USAGE, "UsageError", str(error).rpartition("error: ")[2])
         raise SystemExit(USAGE) from None
+    except SystemExit:  # --help or --version
+        written()
+        raise
     as_json = getattr(args, "json", None) in (True, "-")
     # torch says on its first tensor that there is no NumPy. Nothing here needs one.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
-        with as_command():
+        with as_command(to_the_end=to_the_end):
             code: int = args.run(args)
         return code
     except (CannotWrite, BrokenPipeError):
@@ -149,14 +157,14 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def _prepare_streams() -> None:
-    """Streams that the caller closed swallow what they get; those of a poor encoding get what they can."""
+    """A closed stderr swallows what it gets, a closed stdout cannot be written; a poor encoding gets what it can."""
     codecs.register_error("dsv4_backends", _plain)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="dsv4_backends")
         elif stream is None:
-            sink = os.open(os.devnull, os.O_WRONLY)
+            sink = os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_WRONLY)
             try:
                 os.fstat(number)
             except OSError:  # else a file that is opened later would get what C code prints
@@ -174,4 +182,4 @@ def _settle_streams() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(to_the_end=True))

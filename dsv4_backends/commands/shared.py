@@ -57,12 +57,24 @@ def put(text: str) -> None:
     Raises:
         CannotWrite: standard output does not take it.
     """
+    with answering():
+        written(f"{text}\n")
+
+
+def written(text: str = "") -> None:
+    """Write to standard output, with what was printed there before. What it does not take is dropped.
+
+    Raises:
+        CannotWrite: standard output does not take it.
+    """
     try:
-        with answering():
-            print(text, flush=True)
-    except BrokenPipeError:
-        raise
+        sys.stdout.write(text)
+        sys.stdout.flush()
     except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
+        if isinstance(error, BrokenPipeError):
+            raise
         raise CannotWrite(f"standard output cannot be written: {error.strerror}") from error
 
 
@@ -130,6 +142,17 @@ def write(option: str, text: str, content: str) -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise PolicyError(f"{option}: {text!r} cannot be written: {error.strerror}") from error
+
+
+def torch_device(wanted: str | None) -> Any:
+    """What ``--torch-device`` names.
+
+    Raises:
+        PolicyError: there is no such device here, or no op runs on it.
+    """
+    from ..selection import machine
+
+    return machine.torch_device(wanted, "--torch-device")
 
 
 def need_torch() -> None:

@@ -15,7 +15,7 @@ from ..selection import machine
 from ..selection.machine import Machine
 from ..testing.verify import Row
 from .render import SCHEMA_VERSION, table
-from .shared import FINDING, OK, AddCommand, AnsweredInterrupt, need_torch, progress, show
+from .shared import FINDING, OK, AddCommand, AnsweredInterrupt, need_torch, progress, show, torch_device
 
 LOG_SECONDS = 5.0
 """In a log, a line for the first case of an op, and later ones this far apart."""
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     need_torch()
     from ..testing.verify import Interrupted, verify
 
+    device = torch_device(args.torch_device)
     logged = -LOG_SECONDS
 
     def running(line: str) -> None:
@@ -58,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     try:
-        rows = verify(
-            args.op or OPS, providers=args.provider, level=args.level, device=args.torch_device, progress=running
-        )
+        rows = verify(args.op or OPS, providers=args.provider, level=args.level, device=device, progress=running)
     except Interrupted as stopped:
         answer(stopped.rows, True)
         raise AnsweredInterrupt from stopped

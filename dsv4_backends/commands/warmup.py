@@ -7,7 +7,7 @@ import argparse
 from ..contract import OPS
 from ..errors import PolicyError
 from .render import SCHEMA_VERSION, table
-from .shared import OK, AddCommand, need_torch, show, tell
+from .shared import OK, AddCommand, need_torch, show, tell, torch_device
 
 
 def add(command: AddCommand) -> None:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         tp=args.tp,
         limits=limits,
-        device=args.torch_device,
+        device=torch_device(args.torch_device),
         ops=args.op or OPS,
         progress=lambda line: tell(f"{line}\n"),
     )

@@ -219,11 +219,12 @@ def device_of(torch_device: Any) -> Device:
     return Device("cuda", index, name, capability, properties.multi_processor_count, properties.total_memory)
 
 
-def torch_device(wanted: Any = None) -> Any:
+def torch_device(wanted: Any = None, name: str = "device") -> Any:
     """The ``torch.device``, with its index, that somebody asks for by whatever PyTorch takes.
 
     Args:
         wanted: None: the current GPU, else the CPU.
+        name: What an error calls it.
 
     Raises:
         PolicyError: there is no such device here, or no op runs on it.
@@ -235,15 +236,15 @@ def torch_device(wanted: Any = None) -> Any:
     try:
         device = torch.device(wanted)
     except (RuntimeError, TypeError, ValueError):
-        raise PolicyError(f"device: expected a torch device such as cuda, cuda:1 or cpu, got {wanted!r}") from None
+        raise PolicyError(f"{name}: expected a torch device such as cuda, cuda:1 or cpu, got {wanted!r}") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise PolicyError(f"device: the ops run on cuda and on cpu, got {str(device)!r}")
+        raise PolicyError(f"{name}: the ops run on cuda and on cpu, got {str(device)!r}")
     if not torch.cuda.is_available():
-        raise PolicyError(f"device: got {str(device)!r}, but PyTorch {torch.__version__} finds no GPU here")
+        raise PolicyError(f"{name}: got {str(device)!r}, but PyTorch {torch.__version__} finds no GPU here")
     count = torch.cuda.device_count()
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= count:
-        raise PolicyError(f"device: expected an index below {count}, the number of GPUs here, got {str(device)!r}")
+        raise PolicyError(f"{name}: expected an index below {count}, the number of GPUs here, got {str(device)!r}")
     return torch.device("cuda", index)

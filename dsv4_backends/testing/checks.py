@@ -89,7 +89,7 @@ def subject(provider: str, op: str, device: torch.device | str, *, batch_invaria
 def default_device() -> torch.device:
     """What ``DSV4_BACKENDS_TORCH_DEVICE`` names; without it the first GPU, or the CPU."""
     if named := os.environ.get("DSV4_BACKENDS_TORCH_DEVICE", "").strip():
-        exact: torch.device = machine.torch_device(named)
+        exact: torch.device = machine.torch_device(named, "DSV4_BACKENDS_TORCH_DEVICE")
         return exact
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
