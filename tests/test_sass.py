@@ -69,7 +69,8 @@ def test_names_do_not_count_and_code_does(sass: Any, monkeypatch: pytest.MonkeyP
     assert len(sass.differences(one, [more])) == 1
     assert sass.differences(one, [*one, *one])[0].startswith("new: ")
     sass.write(one, "a command", tmp_path / "one.json")
-    assert sass.read(tmp_path / "one.json") == (triton.__version__, one)
+    read = sass.read(tmp_path / "one.json")
+    assert (read.command, read.triton, list(read.entries)) == ("a command", triton.__version__, one)
 
 
 def test_names_and_files_are_dropped(sass: Any) -> None:

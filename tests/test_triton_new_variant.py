@@ -45,20 +45,20 @@ LINE = 'Variant("tcgen05", ("==10.*",), gluon=False), '
 HERE = 'Op("hyper_connection.hc_prenorm_gemm", ('
 LOOK = """
 import json, sys
-sys.path.insert(0, "tools")
+sys.path[:0] = ["tools", "tests"]
 import compile_matrix
+import traffic
 import torch
 from dsv4_backend_triton import ahead
 from dsv4_backend_triton.arch import arch_from_capability
 from dsv4_backends.commands import cli
-from dsv4_backends.runtime import serving
 from packaging.version import Version
 
 found = {}
 for capability in ("9.0", "10.0", "10.3", "12.0"):
     arch = arch_from_capability(Version(capability))
     for m in (8, 200):
-        recorded = ahead.record("hc_prenorm_gemm", [serving.hyper_connection(m, 4096, 24)], arch)
+        recorded = ahead.record("hc_prenorm_gemm", [traffic.prenorm(m, 4096, 24)], arch)
         found[f"{capability} {m}"] = next(iter(recorded)).kernel.__name__
 compile_matrix.RANKS = compile_matrix.RANKS[:1]
 compile_matrix.OPS = ["hc_prenorm_gemm"]

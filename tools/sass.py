@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -21,13 +20,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import compile_matrix
 import triton
 from packaging.version import Version
 
+from dsv4_backends import records
 from dsv4_backends.bench.provenance import provenance
 
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
@@ -53,6 +53,16 @@ class Entry:
     @property
     def key(self) -> tuple[str, str, str, int]:
         return self.op, self.capability, self.code, self.shared
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``record`` keeps."""
+
+    command: str
+    date: str
+    triton: str
+    entries: tuple[Entry, ...]
 
 
 def normalised(dump: str, name: str) -> str:
@@ -87,17 +97,15 @@ def record_share(capability: str, first: int, every: int) -> list[Entry]:
 
 
 def write(entries: Iterable[Entry], command: str, path: Path) -> None:
-    head = {**provenance(command), "triton": triton.__version__}
-    path.write_text(json.dumps({**head, "entries": [asdict(entry) for entry in entries]}, indent=1) + "\n")
+    told = provenance(command)
+    records.write(Record(told["command"], told["date"], triton.__version__, tuple(entries)), path)
 
 
-def read(path: Path) -> tuple[str, list[Entry]]:
-    """The version of Triton, and the entries."""
-    content = json.loads(path.read_text())
-    return content["triton"], [Entry(**entry) for entry in content["entries"]]
+def read(path: Path) -> Record:
+    return records.read(Record, path)
 
 
-def differences(before: list[Entry], after: list[Entry]) -> list[str]:
+def differences(before: Iterable[Entry], after: Iterable[Entry]) -> list[str]:
     """What only one of two records has, as lines; where an op's label on a capability has another hash, it changed."""
     gone = Counter(entry.key for entry in before)
     came = Counter(entry.key for entry in after)
@@ -131,13 +139,14 @@ def main() -> int:
         write(entries, f"python tools/sass.py record --every {args.every} --json FILE", args.json)
         print(f"Triton {triton.__version__}: {len(entries)} kernels")
         return 0
-    (old_triton, before), (new_triton, after) = read(args.before), read(args.after)
-    if old_triton != new_triton:
-        print(f"different versions of Triton: {old_triton} and {new_triton}", file=sys.stderr)
+    before, after = read(args.before), read(args.after)
+    if before.triton != after.triton:
+        print(f"different versions of Triton: {before.triton} and {after.triton}", file=sys.stderr)
         return 2
-    lines = differences(before, after)
+    lines = differences(before.entries, after.entries)
     print(*lines, sep="\n", end="\n" if lines else "")
-    print(f"Triton {new_triton}: {len(before)} kernels before, {len(after)} after, {len(lines)} differ")
+    counts = f"{len(before.entries)} kernels before, {len(after.entries)} after"
+    print(f"Triton {after.triton}: {counts}, {len(lines)} differ")
     return 1 if lines else 0
 
 

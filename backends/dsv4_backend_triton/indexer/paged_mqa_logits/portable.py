@@ -100,8 +100,9 @@ def _paged_mqa_logits_kernel(
         rh = tl.arange(0, ROWS * BLOCK_H)
         q_row = tl.minimum(row0 + rh // BLOCK_H, next_n - 1)
         head = rh % BLOCK_H
-        q_base = q_ptr + b * q_stride_b
-        q = load_q(q_base, q_row, q_row < next_n, head, q_stride_n, q_stride_h, H, D, BLOCK_D, OPERAND)
+        q = load_q(
+            q_ptr + b * q_stride_b, q_row, q_row < next_n, head, q_stride_n, q_stride_h, H, D, BLOCK_D, OPERAND,
+        )  # fmt: skip
         q_t = tl.trans(q)
         w = tl.load(w_ptr + (b * next_n + q_row) * w_stride + head, mask=head < H, other=0.0)
         dim = tl.arange(0, BLOCK_D)

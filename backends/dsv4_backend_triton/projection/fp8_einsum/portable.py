@@ -61,8 +61,8 @@ def launch(call: Call, config: Config) -> None:
         w_src = TensorDescriptor(w, [h, d, r], [w_h, w_d, 1], [1, config.block_d, 128])
     tiles = cdiv(d, config.block_d) * cdiv(b, config.block_b) * h
     launch_kernel(
-        _einsum_kernel, (tiles,), *(x_src, w_src, call.xs, call.ws, out),
-        *(b, d, r, *x.stride()[:2], *w.stride()[:2], *call.xs.stride(), *call.ws.stride(), *out.stride()[:2]),
+        _einsum_kernel, (tiles, 1), *(x_src, w_src, call.xs, call.ws, out),
+        *(b, d, r, *x.stride()[:2], *w.stride()[:2], *call.xs.stride(), *call.ws.stride(), 0, *out.stride()[:2], 1),
         X_KIND=call.x_kind, W_KIND=call.w_kind, W_ROWS=call.shape.w_rows, BLOCK_B=config.block_b,
         BLOCK_D=config.block_d, SWAP=config.swap, TMA=tma, ALIGNED=call.aligned, EVEN_K=r % 128 == 0,
         OPERAND=arch.fp8, STAGES=config.stages, UNROLL=config.unroll if cdiv(r, 128) % config.unroll == 0 else 1,
@@ -115,7 +115,7 @@ def _load_tile(
 
 _SIZES = (
     "B N R x_stride_b x_stride_h w_stride_h w_stride_d "
-    "xs_stride_b xs_stride_h xs_stride_k ws_stride_h ws_stride_d ws_stride_k o_stride_b o_stride_h"
+    "xs_stride_b xs_stride_h xs_stride_k ws_stride_h ws_stride_d ws_stride_k o_stride_s o_stride_b o_stride_h splits"
 ).split()
 
 
@@ -126,7 +126,8 @@ def _einsum_kernel(
     B, N, R,
     x_stride_b, x_stride_h, w_stride_h, w_stride_d,  # all in elements
     xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k,
-    o_stride_b, o_stride_h,
+    o_stride_s, o_stride_b, o_stride_h,
+    splits,  # 1, with o_stride_s 0: nothing cuts R; without the two, kernels for 17 to 32 tokens spill 8 to 16 bytes
     X_KIND: tl.constexpr, W_KIND: tl.constexpr, W_ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, ALIGNED: tl.constexpr,
     EVEN_K: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
@@ -138,11 +139,13 @@ def _einsum_kernel(
     pid = pid // n_tiles
     b0 = (pid % b_tiles) * BLOCK_B
     h = pid // b_tiles
+    split = tl.program_id(1)
     if ALIGNED:
         x_stride_b = tl.multiple_of(x_stride_b.to(tl.int64), 16)
         x_stride_h = tl.multiple_of(x_stride_h.to(tl.int64), 16)
         w_stride_h = tl.multiple_of(w_stride_h.to(tl.int64), 16)
         w_stride_d = tl.multiple_of(w_stride_d.to(tl.int64), 16)
+        o_stride_s = tl.multiple_of(o_stride_s.to(tl.int64), 8)
         o_stride_b = tl.multiple_of(o_stride_b.to(tl.int64), 8)
         o_stride_h = tl.multiple_of(o_stride_h.to(tl.int64), 8)
         n_out = tl.multiple_of(N.to(tl.int64), 8)
@@ -152,25 +155,30 @@ def _einsum_kernel(
     h64 = h.to(tl.int64)
     tokens = b0 + tl.arange(0, BLOCK_B)
     dim = tl.arange(0, 128)
-    out_d = d0 + tl.arange(0, BLOCK_D)
+    dd = tl.arange(0, BLOCK_D)
     xs_off = h64 * xs_stride_h + tokens.to(tl.int64) * xs_stride_b
     xs_ok = tokens < B
+    n_k = tl.cdiv(R, 128)
+    per = tl.cdiv(n_k, splits)
+    k_lo = split * per
+    k_hi = tl.minimum(k_lo + per, n_k)
     if SWAP:
         acc = tl.zeros((BLOCK_D, BLOCK_B), tl.float32)
     else:
         acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     x_strides, w_strides = (x_stride_h, x_stride_b), (w_stride_h, w_stride_d)
-    for k_step in tl.range(0, tl.cdiv(R, 128), UNROLL, num_stages=STAGES):
+    for k_step in tl.range(k_lo, k_hi, UNROLL, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             kb = k_step + u
             s = _scale(xs_ptr, xs_off, kb, xs_stride_k, X_KIND, xs_ok)
             x = _load_tile(x_src, (h, b0, kb), tokens, dim, x_strides, B, R, TMA, EVEN_K, False, OPERAND)
-            w = _load_tile(w_src, (h, d0, kb), out_d, dim, w_strides, N, R, TMA, EVEN_K, True, OPERAND)
+            w = _load_tile(w_src, (h, d0, kb), d0 + dd, dim, w_strides, N, R, TMA, EVEN_K, True, OPERAND)
             if SWAP:
                 p = tl.dot(w, tl.trans(x), out_dtype=tl.float32)
             else:
                 p = tl.dot(x, tl.trans(w), out_dtype=tl.float32)
             if W_ROWS:
+                out_d = d0 + dd
                 ws_off = h64 * ws_stride_h + out_d.to(tl.int64) * ws_stride_d
                 ws = _scale(ws_ptr, ws_off, kb, ws_stride_k, W_KIND, out_d < N)
                 if SWAP:
@@ -186,8 +194,11 @@ def _einsum_kernel(
                 p *= s[:, None]
             acc += p
 
+    out_d = d0 + dd
+    ptr = out_ptr + split.to(tl.int64) * o_stride_s + h64 * o_stride_h
     if SWAP:
         acc = tl.trans(acc)
-    ptr = out_ptr + h64 * o_stride_h + tokens.to(tl.int64)[:, None] * o_stride_b + out_d[None, :]
-    mask = (tokens < B)[:, None] & (out_d < n_out)[None, :]
-    tl.store(ptr, round_to(acc, out_ptr.dtype.element_ty, OPERAND), mask=mask)
+    ptr += tokens.to(tl.int64)[:, None] * o_stride_b + out_d[None, :]
+    tl.store(
+        ptr, round_to(acc, out_ptr.dtype.element_ty, OPERAND), mask=(tokens < B)[:, None] & (out_d < n_out)[None, :]
+    )
