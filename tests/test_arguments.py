@@ -124,9 +124,50 @@ def test_compiled_and_fake_calls_refuse_gradients() -> None:
             assert not ops.hc_prenorm_gemm(x, fake)[0].requires_grad
 
 
+# PyTorch's own, when forward-mode AD is first used.
+scripts = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+
+
+@scripts
+@pytest.mark.parametrize("op", OPS)
+def test_dual_tensors_are_refused(op: str) -> None:
+    contract, made = CONTRACTS[op], arguments(op)
+    plain = results(op, made)
+    for _ in range(2):
+        results(op, made)  # known from here on
+    names = contract.library_names(with_buffers=False)
+    for name in floating(contract):
+        if name not in made or made[name].dtype not in (torch.bfloat16, torch.float32):
+            continue
+        with torch.autograd.forward_ad.dual_level():
+            dual = made | {name: torch.autograd.forward_ad.make_dual(made[name], torch.ones_like(made[name]))}
+            for found, want in zip(results(op, made), plain, strict=True):
+                assert torch.equal(found.nan_to_num(), want.nan_to_num())
+            refused(op, name, "is a dual tensor", dual)
+            with torch.no_grad():  # forward mode goes on there
+                refused(op, name, "is a dual tensor", dual)
+            with pytest.raises(ContractError, match=f"{op}: argument {name}: is a dual tensor"):
+                getattr(torch.ops.dsv4_backends, op)(*[dual.get(n) for n in names])
+            with torch.inference_mode():
+                results(op, dual)
+
+
+@scripts
+def test_a_compiled_call_refuses_dual_tensors() -> None:
+    made = arguments("hc_prenorm_gemm")
+    torch.compiler.reset()
+    run = torch.compile(ops.hc_prenorm_gemm, backend="aot_eager", fullgraph=True)
+    run(**made)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(made["x"], torch.ones_like(made["x"]))
+        with pytest.raises(Exception, match="argument x: is a dual tensor"):
+            run(dual, made["fn"])
+
+
 # ------------------------------------------------------------------------------------------------------ transforms
 
 
+@scripts
 @pytest.mark.parametrize("op", OPS)
 def test_transforms_of_torch_func_are_refused_in_a_sentence(op: str) -> None:
     contract, made = CONTRACTS[op], arguments(op)
@@ -145,8 +186,14 @@ def test_transforms_of_torch_func_are_refused_in_a_sentence(op: str) -> None:
         torch.func.vmap(
             getattr(torch.ops.dsv4_backends, op), in_dims=tuple(0 if name == first else None for name in names)
         )(*[batched if name == first else made.get(name) for name in names])
-    with pytest.raises(ContractError, match=f"{op}: argument .*: comes from a transform of torch.func"):
+    told = f"{op}: argument .*: comes from a transform of torch.func, and .* call it outside the transform$"
+    with pytest.raises(ContractError, match=told):
         torch.func.grad(lambda value: call(value)[0].sum())(made[first])
+    for value in made.values():
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float32):
+            name = next(n for n in made if made[n] is value)
+            with pytest.raises(ContractError, match=told):
+                torch.func.jvp(lambda v, name=name: getattr(ops, op)(**(made | {name: v})), (value,), (value,))
 
 
 # --------------------------------------------------------------------------------------------------------- numbers

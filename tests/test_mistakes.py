@@ -321,11 +321,15 @@ def test_errors_for_a_stream_that_takes_nothing() -> None:
         assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
-def test_no_home_and_the_root_as_home(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "/home/a/x and /home/ab/y and /mnt/home/a/z, /home/a"
-    monkeypatch.setenv("HOME", "/home/a")
-    assert render.home_relative(text) == "~/x and /home/ab/y and /mnt/home/a/z, ~"
-    for home in ("/", "", "nowhere"):
+def test_no_home_and_the_root_as_home(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    a = tmp_path / "a"
+    a.mkdir()
+    text = f"{a}/x and {a}b/y and /mnt{a}/z, {a}"
+    monkeypatch.setenv("HOME", str(a))
+    assert render.home_relative(text) == f"~/x and {a}b/y and /mnt{a}/z, ~"
+    for home in ("/", "", "nowhere", f"{a}b", "/dev/null"):
         monkeypatch.setenv("HOME", home)
         assert render.home_relative(text) == text
     found = [doctor_command.Finding("one", True, "/opt/lib/x")]

@@ -131,6 +131,58 @@ def test_it_is_found_ahead(
     assert "[cache-unusable]" in capsys.readouterr().out
 
 
+def _doctor_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(ahead, "interpreting", lambda: False)
+    assert cli.main(["doctor", "--device", "sm_90"]) == FINDING
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("home", ["/proc/none", "/dev/null"])
+def test_a_home_that_is_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: str
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TRITON_HOME", raising=False)
+    monkeypatch.setenv("HOME", home)
+    # Triton has read it when it was imported.
+    monkeypatch.setattr(launching, "_cache_folder", lambda: f"{home}/.triton/cache")
+    said = _doctor_says(monkeypatch, capsys)
+    assert f"HOME is {home}, which " in said
+    assert "set HOME or TRITON_CACHE_DIR" in said
+    assert "~" not in said
+
+
+def test_an_empty_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    told = "TRITON_CACHE_DIR is empty; unset it or name a directory"
+    assert f"[cache-unusable] {told} (" in _doctor_says(monkeypatch, capsys)
+    error = launching.cache_error(RuntimeError("Could not create or locate cache dir"))
+    assert str(error) == told
+
+
+@pytest.mark.parametrize("variable", ["TRITON_CACHE_MANAGER", "TRITON_REMOTE_CACHE_BACKEND"])
+@pytest.mark.parametrize("value", ["no_such_module:X", "nope", "os:nope", "os:PathLike"])
+def test_a_cache_manager_that_is_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    told = f"Triton cannot use {variable}={value}: "
+    assert f"[cache-unusable] {told}" in _doctor_says(monkeypatch, capsys)
+    assert str(launching.cache_error(ModuleNotFoundError("No module named 'nope'"))).startswith(told)
+
+
+def test_a_call_names_the_cache_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real compilation, whose error is Triton's own."""
+    from test_triton_ahead import _matrix
+
+    monkeypatch.setenv("TRITON_CACHE_MANAGER", "no_such_module:X")
+    monkeypatch.setattr(triton.runtime.driver, "_active", _matrix().NoGpu(80))
+    call = serving.prenorm(8, 1024, 24)
+    launch = next(iter(ahead.record("hc_prenorm_gemm", [call], arch_from_capability(Version("8.0")))))
+    with pytest.raises(CacheError, match=r"TRITON_CACHE_MANAGER=no_such_module:X: .*No module named"):
+        launch.compile()
+
+
 def test_nothing_is_said_of_a_good_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "yet"))
     assert launching.cache_problem() is None

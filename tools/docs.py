@@ -395,7 +395,8 @@ def listing() -> str:
     gpu = machine.simulate(SAMPLE_GPU).gpus[0]
     here = machine.Machine((gpu,), installed=SAMPLE_PACKAGES, simulated=True)
     loaded = _in_tree()
-    shown = list_command.text(Survey(here, loaded, ((gpu, _choices(gpu, SAMPLE_PACKAGES, loaded)),)))
+    choices = _choices(gpu, SAMPLE_PACKAGES, loaded, _builds(loaded, {}))
+    shown = list_command.text(Survey(here, loaded, ((gpu, choices),)))
     return f"```console\n$ dsv4-backends list --device sm_{version.major}{version.minor}\n{shown}\n```"
 
 
@@ -592,15 +593,21 @@ def _with_libraries(made: kept.Conformance) -> Survey:
     gpu = made.machine.devices[0]
     installed = {name: made.machine.packages[name] for name in ("torch", "triton")}
     loaded = _in_tree()
+    builds = _builds(loaded, made.libraries)
+    return Survey(machine.Machine((gpu,), installed), loaded, ((gpu, _choices(gpu, installed, loaded, builds)),))
+
+
+def _builds(loaded: plugins.Plugins, libraries: Mapping[str, str]) -> Mapping[str, Mapping[str, provider.Build]]:
+    """What the probes find where these builds of libraries are installed, by provider, and no others."""
     builds = {}
     for spec in loaded.providers:
         if (probe := _probe_module(spec)) is None:
             continue
-        build = made.libraries.get(spec.name, "")
+        build = libraries.get(spec.name, "")
         reason = provider.Reason("distribution-missing", f"{spec.name} is not installed", probe.HINT)
         found = provider.Build(name=build, capability=probe.KNOWN, reasons=() if build else (reason,))
         builds[spec.name] = dict.fromkeys(CONTRACTS, found)
-    return Survey(machine.Machine((gpu,), installed), loaded, ((gpu, _choices(gpu, installed, loaded, builds)),))
+    return builds
 
 
 def _choices(

@@ -22,13 +22,15 @@ def hc_prenorm_gemm(
 ) -> tuple[Tensor, Tensor]:
     """See ``dsv4_backends.ops.hc_prenorm_gemm``. Split s takes the s-th share of k."""
     (m, k), n = x.shape, fn.shape[0]
-    splits = 1 if num_splits is None else num_splits
+    wanted = 1 if num_splits is None else num_splits
     if out is None or sqr_sum is None:
         lead = () if num_splits is None else (num_splits,)
         out = torch.empty((*lead, m, n), dtype=torch.float32, device=x.device)
         sqr_sum = torch.empty((*lead, m), dtype=torch.float32, device=x.device)
     mixes, squares = (out.unsqueeze(0), sqr_sum.unsqueeze(0)) if num_splits is None else (out, sqr_sum)
-    for split in range(splits):
+    splits = max(1, min(wanted, -(-k // 64)))  # no share is smaller than 64; further splits get nothing
+    mixes[splits:], squares[splits:] = 0, 0
+    for split in range(splits if m else 0):
         share = slice(split * k // splits, (split + 1) * k // splits)
         for rows in row_chunks(m, 4 * k):
             part = x[rows, share].float()

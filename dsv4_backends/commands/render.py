@@ -93,12 +93,15 @@ def resolution_json(resolution: Resolution) -> dict[str, Any]:
 
 
 def home_relative(text: str) -> str:
-    """The text with ``~`` for the user's home folder, to be pasted into a report."""
+    """The text with ``~`` for the user's home folder, to be pasted into a report.
+
+    A home that is missing, or that the user cannot write to, stays as it is: it is what is wrong, and nobody's name.
+    """
     try:
         home = Path.home()
     except RuntimeError:  # no HOME, and a user without an entry
         return text
-    if not home.is_absolute() or home == home.parent:
+    if not home.is_absolute() or home == home.parent or not (home.is_dir() and os.access(home, os.W_OK)):
         return text
     return re.sub(rf"(?<![\w./-]){re.escape(str(home))}(?![\w.-])", "~", text)
 

@@ -19,7 +19,7 @@ import torch
 from .. import locks
 from ..contract import OpContract
 from ..contract.arguments import TensorArg
-from ..contract.checker import checked_function, needs_no_grad, transformed
+from ..contract.checker import checked_function, forward_ad, needs_no_grad, needs_no_tangent, transformed
 from ..errors import ContractError
 from ..selection import policy
 from . import bind
@@ -87,15 +87,19 @@ def _e8m0_arguments(contract: OpContract) -> tuple[str, ...]:
 
 
 def _for_inference(contract: OpContract, name: str, names: tuple[str, ...]) -> None:
-    """Let a ``torch.library`` op refuse what requires grad, and ``vmap``, as an eager call does."""
+    """Let a ``torch.library`` op refuse what requires grad, dual tensors and ``vmap``, as an eager call does."""
     library = torch.library.Library("dsv4_backends", "IMPL")
     _libraries.append(library)  # forgotten, it takes its kernels with it
+    levels = forward_ad()
     for key in ("AutogradCPU", "AutogradCUDA"):
         kernel = torch.library.get_kernel(name, key)
 
         def refuse(keyset: Any, *values: Any, kernel: Any = kernel) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in values):
-                needs_no_grad(contract, dict.fromkeys(contract.args) | dict(zip(names, values, strict=False)))
+            given = dict.fromkeys(contract.args) | dict(zip(names, values, strict=False))
+            if torch.is_grad_enabled():
+                needs_no_grad(contract, given)
+            if levels._current_level >= 0:
+                needs_no_tangent(contract, given)
             return kernel.call_boxed(keyset, *values)
 
         library.impl(name.partition("::")[2], refuse, key, with_keyset=True)

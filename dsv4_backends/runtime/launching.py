@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError
+from ..selection.foreign import words
 from ..selection.provider import Reason
 
 if TYPE_CHECKING:
@@ -52,10 +53,41 @@ def _cache_folder() -> str:
 
 
 def _unusable(folder: str, cause: object) -> str:
+    if not folder:
+        return "TRITON_CACHE_DIR is empty; unset it or name a directory"
+    if not any(map(os.environ.get, ("TRITON_CACHE_DIR", "TRITON_HOME"))):
+        home = os.path.expanduser("~")
+        if not os.path.isdir(home):
+            kind = "is not a directory" if os.path.lexists(home) else "does not exist"
+            return f"HOME is {home}, which {kind}, and Triton keeps the kernels that it compiles there; {_SET_HOME}"
     return (
-        f"Triton keeps the kernels that it compiles in {folder or 'no directory'}, which failed: {cause}. "
+        f"Triton keeps the kernels that it compiles in {folder}, which failed: {cause}. "
         "Set TRITON_CACHE_DIR (or TRITON_HOME, where .triton/cache is made) to a directory that can be written"
     )
+
+
+_SET_HOME = "set HOME or TRITON_CACHE_DIR to a directory that can be written"
+
+
+def _manager_problem() -> str:
+    """What is wrong with the class that Triton is told to use for its cache; without anything, empty.
+
+    Triton imports it where it first compiles, and says neither the variable nor its value.
+    """
+    from triton import knobs
+
+    for variable, read in (
+        ("TRITON_CACHE_MANAGER", "manager_class"),
+        ("TRITON_REMOTE_CACHE_BACKEND", "remote_manager_class"),
+    ):
+        if variable not in os.environ:
+            continue
+        try:
+            getattr(knobs.cache, read)
+        except Exception as error:
+            told = f"Triton cannot use {variable}={os.environ[variable]}: {words(error)}"
+            return f"{told}; unset it or name MODULE:CLASS that can be imported"
+    return ""
 
 
 def _is_about(path: object, folder: str) -> bool:
@@ -68,6 +100,8 @@ def _is_about(path: object, folder: str) -> bool:
 
 def cache_error(error: BaseException) -> CacheError | None:
     """What to raise in place of ``error`` where a launch failed because Triton could not use its cache, else None."""
+    if wrong := _manager_problem():
+        return CacheError(wrong)
     folder = _cache_folder()
     if "No space left on device" in str(error):
         # A compiler's temporary files fail with the same words and no path.
@@ -80,10 +114,12 @@ def cache_error(error: BaseException) -> CacheError | None:
 
 def cache_problem() -> Reason | None:
     """Why Triton could not keep kernels on this machine, found by writing a file where the cache is or would be."""
+    if wrong := _manager_problem():
+        return Reason("cache-unusable", wrong)
     folder = place = _cache_folder()
+    if not folder:
+        return Reason("cache-unusable", _unusable(folder, ""))
     try:
-        if not folder:
-            raise FileNotFoundError("TRITON_CACHE_DIR is empty")
         while not os.path.lexists(place) and os.path.dirname(place) != place:
             place = os.path.dirname(place)
         with tempfile.TemporaryFile(dir=place) as file:

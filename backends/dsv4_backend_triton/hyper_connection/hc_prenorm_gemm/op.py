@@ -6,6 +6,7 @@ import torch
 
 from ... import variants
 from ...arch import arch_of
+from ...lib.sizes import cdiv
 from .plan import Call, Shape
 
 
@@ -40,6 +41,11 @@ def prenorm_gemm(x, fn, num_splits=None, out=None, sqr_sum=None, batch_invariant
         return out.zero_(), sqr_sum.zero_()
     if n == 0:  # the sums of squares are wanted all the same
         prenorm_gemm(x, fn.new_zeros((1, k)), num_splits, None, sqr_sum, batch_invariant)
+        return out, sqr_sum
+    if num_splits is not None and num_splits > (blocks := cdiv(k, 64)):  # a grid of more than 65535 is not launched
+        out[blocks:].zero_()
+        sqr_sum[blocks:].zero_()
+        prenorm_gemm(x, fn, blocks, out[:blocks], sqr_sum[:blocks], batch_invariant)
         return out, sqr_sum
     aligned = x.stride(0) % 8 == 0 and fn.stride(0) % 4 == 0
     aligned = aligned and x.data_ptr() % 16 == 0 and fn.data_ptr() % 16 == 0
