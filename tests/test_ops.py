@@ -397,6 +397,31 @@ def test_dynamic_shapes_compile_once() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("m", [0, 2])
+@pytest.mark.parametrize("k", [0, 8, 200])
+def test_the_reference_does_no_work_for_splits_without_k(monkeypatch: pytest.MonkeyPatch, m: int, k: int) -> None:
+    from dsv4_backend_torch import hyper_connection as home
+
+    shares: list[int] = []
+    matmul = home.matmul
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        shares.append(a.shape[1])
+        assert len(shares) < 10
+        return matmul(a, b)
+
+    x, fn = torch.randn(m, k).bfloat16(), torch.randn(3, k)
+    splits = 2**20 if m else 2**31 - 1
+    monkeypatch.setattr(home, "matmul", counted)
+    # Where there are no rows there is no product to be counted.
+    monkeypatch.setattr(home, "row_chunks", lambda rows, size: pytest.fail("a loop") if rows == 0 else [slice(rows)])
+    mixes, squares = home.hc_prenorm_gemm(x, fn, num_splits=splits)
+    assert (mixes.shape, squares.shape) == ((splits, m, 3), (splits, m))
+    if m:
+        torch.testing.assert_close(mixes.sum(0), x.float() @ fn.T)
+        torch.testing.assert_close(squares.sum(0), x.float().square().sum(1))
+
+
 def test_parameters_and_fake_tensors_work() -> None:
     x, fn = torch.randn(3, 64).bfloat16(), torch.randn(8, 64)
     plain, _ = ops.hc_prenorm_gemm(x, fn)

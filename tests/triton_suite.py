@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from dsv4_backend_triton import BATCH_INVARIANT
 from dsv4_backend_triton.arch import arch_of, interpreting
+from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm.op import hc_prenorm_gemm
 from dsv4_backend_triton.launch import launch
 from dsv4_backend_triton.lib import bits
 from extremes import check_extreme_scale_codes
@@ -122,6 +123,17 @@ def test_rounding_to_bf16() -> None:
     rounded = torch.empty(512, dtype=torch.bfloat16, device=x.device)
     launch(_round_bf16, (1,), x, rounded)
     torch.testing.assert_close(rounded, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_prenorm_splits_without_k_are_zero() -> None:
+    """More of them than a grid may have; at most a split for each block of k is launched."""
+    device = default_device()
+    x, fn = torch.randn(2, 256, device=device).bfloat16(), torch.randn(24, 256, device=device)
+    for splits in (3, 70_000):
+        out, squares = (torch.full(shape, torch.nan, device=device) for shape in ((splits, 2, 24), (splits, 2)))
+        hc_prenorm_gemm(x, fn, num_splits=splits, out=out, sqr_sum=squares)
+        torch.testing.assert_close(out.sum(0), x.float() @ fn.T, rtol=1e-2, atol=1e-1)
+        torch.testing.assert_close(squares.sum(0), x.float().square().sum(1))
 
 
 @pytest.mark.skipif(not interpreting(), reason="about the interpreter")
