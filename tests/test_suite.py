@@ -281,6 +281,24 @@ def test_compare(result: list[float], reference: list[float], ok: bool) -> None:
     assert error.ok is ok
 
 
+def test_pieces_are_compared_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    tolerance = CONTRACTS["hc_prenorm_gemm"].tolerances["out"]
+    want = torch.randn(5, 11, 3, dtype=torch.float64)
+    want[1, 2] = torch.inf
+    found = (want + 1e-3 * torch.randn(5, 11, 3)).float()
+    wrong = found.clone()
+    wrong[3, 4, 1] = wrong[4, 0, 0] = torch.nan
+    whole = numerics.compare(found, want, tolerance)
+    said = numerics.compare(wrong, want, tolerance).note
+    assert said.endswith("at [3, 4, 1], 2 such elements")
+    monkeypatch.setattr(numerics, "PIECE", 7)
+    parts = numerics.compare(found, want, tolerance)
+    assert parts.worst == whole.worst
+    assert (parts.ratio, parts.calc_diff) == pytest.approx((whole.ratio, whole.calc_diff), rel=1e-9)
+    assert numerics.compare(wrong, want, tolerance).note == said
+
+
 def test_calc_diff_is_the_published_formula() -> None:
     x, y = torch.randn(1000, dtype=torch.float64), torch.randn(1000, dtype=torch.float64)
     published = 1 - 2 * (x * y).sum() / (x * x + y * y).sum()

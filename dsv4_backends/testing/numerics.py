@@ -49,27 +49,49 @@ def calc_diff(x: Tensor, y: Tensor) -> float:
     return float(((x - y) ** 2).sum()) / norm if norm else 0.0
 
 
+PIECE = 1 << 24
+"""Elements that are compared at a time: some ten temporaries of the largest results would not fit in memory."""
+
+
 def compare(result: Tensor, reference: Tensor, tolerance: Tolerance) -> Error:
     """Judge ``result`` against an fp64 ``reference`` of the same shape."""
-    result = result.double()
     if result.numel() == 0:
         return Error(0.0, 0.0, 0.0)
-    finite = torch.isfinite(reference)
-    # Infinities and NaN must be the same in the same places.
-    strange = (result == reference) | (result.isnan() & reference.isnan())
-    bad = ~torch.where(finite, torch.isfinite(result), strange)
-    if bad.any():
-        at = bad.nonzero()[0].tolist()
-        got, want = float(result[tuple(at)]), float(reference[tuple(at)])
-        return Error(math.inf, math.inf, math.inf, f"{got} instead of {want} at {at}, {int(bad.sum())} such elements")
-    if not finite.any():
+    pairs = list(zip(result.reshape(-1).split(PIECE), reference.reshape(-1).split(PIECE), strict=True))
+    wrong, first, count, ours, theirs, apart = 0, -1, 0, 0.0, 0.0, 0.0
+    for index, (found, want) in enumerate(pairs):
+        found = found.double()
+        finite = torch.isfinite(want)
+        # Infinities and NaN must be the same in the same places.
+        strange = (found == want) | (found.isnan() & want.isnan())
+        bad = ~torch.where(finite, torch.isfinite(found), strange)
+        if bad.any():
+            first = first if wrong else index * PIECE + int(bad.nonzero()[0])
+            wrong += int(bad.sum())
+            continue
+        x, y = found[finite], want[finite]
+        count += len(y)
+        ours += float(x.square().sum())
+        theirs += float(y.square().sum())
+        apart += float((x - y).square().sum())
+    if wrong:
+        at = [int(i) for i in torch.unravel_index(torch.tensor(first), result.shape)]
+        got, want_there = float(result[tuple(at)]), float(reference[tuple(at)])
+        return Error(math.inf, math.inf, math.inf, f"{got} instead of {want_there} at {at}, {wrong} such elements")
+    if not count:
         return Error(0.0, 0.0, 0.0)
-    x, y = result[finite], reference[finite]
-    error = (x - y).abs()
-    rms = float(y.square().mean().sqrt())
-    allowed = tolerance.atol + tolerance.atol_rms * rms + tolerance.rtol * y.abs()
-    difference = calc_diff(x, y)
-    # 0 allowed and 0 found is a pass.
-    shares = torch.where(error == 0, 0.0, error / allowed)
-    ratio = max(float(shares.max()), difference / tolerance.calc_diff)
-    return Error(ratio, difference, float(error.max()))
+    norm = ours + theirs
+    # As calc_diff has it.
+    difference = apart / norm if norm else 0.0
+    floor = tolerance.atol + tolerance.atol_rms * math.sqrt(theirs / count)
+    ratio, worst = difference / tolerance.calc_diff, 0.0
+    for found, want in pairs:
+        finite = torch.isfinite(want)
+        y = want[finite]
+        if len(y) == 0:
+            continue
+        error = (found[finite].double() - y).abs()
+        # 0 allowed and 0 found is a pass.
+        shares = torch.where(error == 0, 0.0, error / (floor + tolerance.rtol * y.abs()))
+        ratio, worst = max(ratio, float(shares.max())), max(worst, float(error.max()))
+    return Error(ratio, difference, worst)
