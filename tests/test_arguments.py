@@ -31,6 +31,9 @@ ALL_VECTORS = [
     ("paged_mqa_logits", "context_lens"),
 ]
 
+FORMS = [(op, with_buffers) for op, contract in CONTRACTS.items() for with_buffers in contract.forms]
+"""The ``torch.library`` forms."""
+
 
 def arguments(op: str, name: str = "") -> dict[str, Any]:
     contract = CONTRACTS[op]
@@ -45,6 +48,8 @@ def results(op: str, made: dict[str, Any]) -> tuple[torch.Tensor, ...]:
 
 def buffers(op: str, made: dict[str, Any]) -> dict[str, torch.Tensor]:
     contract = CONTRACTS[op]
+    if contract.in_place:
+        return {name: made[name] for name in contract.buffers}
     fake = contract.function(**made)
     fakes = dict(zip(contract.returns, fake if isinstance(fake, tuple) else (fake,), strict=True))
     return {name: fakes[name] for name in contract.buffers}
@@ -87,15 +92,14 @@ def test_what_requires_grad_is_refused_under_grad_mode_alone(op: str) -> None:
         assert not any(found.requires_grad for found in results(op, made))
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("with_buffers", [False, True])
+@pytest.mark.parametrize(("op", "with_buffers"), FORMS)
 def test_the_library_op_refuses_gradients_too(op: str, with_buffers: bool) -> None:
     contract, made = CONTRACTS[op], arguments(op)
     if with_buffers:
         made |= buffers(op, made)
-    first = next(iter(contract.args))
+    first = next(name for name in floating(contract) if made[name].is_floating_point())
     made[first].requires_grad_()
-    target = getattr(torch.ops.dsv4_backends, op + ("_out" if with_buffers else ""))
+    target = getattr(torch.ops.dsv4_backends, contract.library_name(with_buffers=with_buffers))
     values = [made.get(name) for name in contract.library_names(with_buffers=with_buffers)]
     with pytest.raises(ContractError, match=f"{op}: argument {first}: requires grad"):
         target(*values)
@@ -135,7 +139,7 @@ def test_dual_tensors_are_refused(op: str) -> None:
     plain = results(op, made)
     for _ in range(2):
         results(op, made)  # known from here on
-    names = contract.library_names(with_buffers=False)
+    names = contract.library_names(with_buffers=CONTRACTS[op].forms[0])
     for name in floating(contract):
         if name not in made or made[name].dtype not in (torch.bfloat16, torch.float32):
             continue
@@ -181,7 +185,7 @@ def test_transforms_of_torch_func_are_refused_in_a_sentence(op: str) -> None:
 
     with pytest.raises(ContractError, match=f"{op}: argument {first}: comes from vmap of torch.func"):
         torch.func.vmap(call)(batched)
-    names = contract.library_names(with_buffers=False)
+    names = contract.library_names(with_buffers=CONTRACTS[op].forms[0])
     with pytest.raises(ContractError, match=f"{op}: argument {first}: comes from vmap of torch.func"):
         torch.func.vmap(
             getattr(torch.ops.dsv4_backends, op), in_dims=tuple(0 if name == first else None for name in names)
@@ -258,7 +262,7 @@ def test_vectors_may_have_any_stride(op: str, name: str, how: str) -> None:
     assert 0 in strange.stride() or strange.stride()[-1] == 3
     want = results(op, made | {name: strange.contiguous()})
     library = getattr(torch.ops.dsv4_backends, op)
-    names = CONTRACTS[op].library_names(with_buffers=False)
+    names = CONTRACTS[op].library_names(with_buffers=CONTRACTS[op].forms[0])
     for _ in range(4):
         for a, b in zip(results(op, made | {name: strange}), want, strict=True):
             assert same_bits(a, b)

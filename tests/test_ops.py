@@ -29,6 +29,9 @@ def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
 
 
 # Native in rank; the fields of each are filled in per test.
+FORMS = [(op, with_buffers) for op, contract in CONTRACTS.items() for with_buffers in contract.forms]
+"""The ``torch.library`` forms."""
+
 PLUGIN = """
 import dsv4_backends as d
 @d.hookimpl
@@ -310,12 +313,13 @@ def test_positional_and_keyword_calls_agree(op: str) -> None:
 
 
 def buffers(op: str, made: dict[str, Any]) -> dict[str, torch.Tensor]:
+    if CONTRACTS[op].in_place:
+        return {name: made[name] for name in CONTRACTS[op].buffers}
     fakes = dict(zip(CONTRACTS[op].returns, as_tuple(CONTRACTS[op].function(**made)), strict=True))
     return {name: fakes[name] for name in CONTRACTS[op].buffers}
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("with_buffers", [False, True])
+@pytest.mark.parametrize(("op", "with_buffers"), FORMS)
 def test_torch_compile_is_one_op(op: str, with_buffers: bool) -> None:
     """The graph holds one library op, and the compiled call gives the eager call's bits in the caller's buffers."""
     made = arguments(op)
@@ -334,7 +338,9 @@ def test_torch_compile_is_one_op(op: str, with_buffers: bool) -> None:
     results = as_tuple(run(made | given))
     (graph,) = graphs
     called = [node.target for node in graph.graph.nodes if node.op == "call_function" and "dsv4" in str(node.target)]
-    assert [str(target) for target in called] == [f"dsv4_backends.{op}{'_out' if with_buffers else ''}"]
+    assert [str(target) for target in called] == [
+        f"dsv4_backends.{CONTRACTS[op].library_name(with_buffers=with_buffers)}"
+    ]
     for name, a, b in zip(CONTRACTS[op].returns, eager, results, strict=True):
         assert torch.equal(a, b)
         if with_buffers and name in given:
@@ -356,8 +362,7 @@ assert torch.allclose(mixes, made["x"].float() @ made["fn"].T, atol=1e-5)
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("with_buffers", [False, True])
+@pytest.mark.parametrize(("op", "with_buffers"), FORMS)
 def test_opcheck(op: str, with_buffers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     contract = CONTRACTS[op]
     made = arguments(op)
@@ -371,7 +376,7 @@ def test_opcheck(op: str, with_buffers: bool, monkeypatch: pytest.MonkeyPatch) -
         return plain(a, b, *args, **(kwargs | {"equal_nan": True}))
 
     monkeypatch.setattr(torch, "allclose", allclose)
-    target = getattr(torch.ops.dsv4_backends, op + ("_out" if with_buffers else ""))
+    target = getattr(torch.ops.dsv4_backends, contract.library_name(with_buffers=with_buffers))
     values = [made.get(name) for name in contract.library_names(with_buffers=with_buffers)]
     torch.library.opcheck(target, tuple(values))
 

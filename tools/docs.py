@@ -248,6 +248,12 @@ def _tolerance(name: str, tolerance: Tolerance) -> tuple[str, ...]:
     return (code(name), *map(_number, numbers), tolerance.why)
 
 
+def _buffer(contract: OpContract, name: str) -> str:
+    if name not in contract.buffers:
+        return ""
+    return f"{code(name)}, written in place" if contract.in_place else code(name)
+
+
 def _contract(contract: OpContract) -> str:
     told = sections(contract.function.__doc__ or "")
     meaning = re.sub(r"\nSource: .+\n", "\n", told[""])
@@ -276,10 +282,7 @@ def _contract(contract: OpContract) -> str:
     parts.append(
         table(
             ("result", "what comes back", "buffer"),
-            (
-                (code(name), results[name].rstrip("."), code(name) if name in contract.buffers else "")
-                for name in results
-            ),
+            ((code(name), results[name].rstrip("."), _buffer(contract, name)) for name in results),
         )
     )
     rows = [_tolerance(name, contract.tolerances[name]) for name in results]

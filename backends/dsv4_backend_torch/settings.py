@@ -17,12 +17,13 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def under_any_setting(function: _F) -> _F:
     """For an op: without autocast and gradients, and into the caller's buffers even if inference mode made them."""
 
-    buffers = CONTRACTS[function.__name__].buffers
+    contract = CONTRACTS[function.__name__]
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        given = (kwargs.get(name) for name in buffers)
-        inference = any(buffer is not None and buffer.is_inference() for buffer in given)
+        given = dict(zip(contract.args, args, strict=False)) | kwargs
+        buffers = (given.get(name) for name in contract.buffers)
+        inference = any(buffer is not None and buffer.is_inference() for buffer in buffers)
         with without_autocast(), torch.inference_mode() if inference else torch.no_grad():
             return function(*args, **kwargs)
 

@@ -308,11 +308,13 @@ class Judge:
         from ..testing import checks
 
         self.op, self.contract, self.arguments = op, CONTRACTS[op], arguments
-        self.batch = len(next(value for value in arguments.values() if hasattr(value, "shape")))
+        self.batch = len(arguments[self.contract.batch])
         # An odd step meets every place within a tile; the last row is always among them.
         step = -(-self.batch // CHECKED_ROWS) | 1
         self.rows = slice((self.batch - 1) % step, self.batch, step)
-        self.some = checks.some_rows(self.contract, arguments, self.rows)
+        # What an op in place is to change, as it was before any call.
+        self.before = {name: arguments[name].clone() for name in self.contract.buffers if self.contract.in_place}
+        self.some = checks.some_rows(self.contract, arguments | self.before, self.rows)
         self.expected: tuple[Any, ...] | None = None
 
     def __call__(self, call: Any) -> str:
@@ -322,12 +324,19 @@ class Judge:
         if self.expected is None:  # once for all providers
             self.expected = oracle.expected(self.op, self.some)
         if call.results is not None:  # a graph's own buffers: what it does not write shows
-            for result in call.results:
-                result.fill_(float("nan"))
+            for name, result in zip(self.contract.returns, call.results, strict=True):
+                if name in self.before:
+                    result.copy_(self.before[name])
+                else:
+                    result.fill_(float("nan"))
         call.replay()
         finished = oracle.finished(self.op, self.arguments, call.results)
         for name, result, reference in zip(self.contract.returns, finished, self.expected, strict=True):
-            if result.shape[0] != self.batch:  # several rows of the result for each of the batch
+            if name in self.before:  # only what some of the rows write
+                (initial,) = oracle.finished(self.op, self.arguments, (self.before[name],))
+                written = (reference != initial) & ~(reference.isnan() & initial.isnan())
+                result, reference = result[written], reference[written]
+            elif result.shape[0] != self.batch:  # several rows of the result for each of the batch
                 result = result.unflatten(0, (self.batch, -1))[self.rows].flatten(0, 1)
             else:
                 result = result[self.rows]

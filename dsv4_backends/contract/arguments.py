@@ -47,10 +47,11 @@ class TensorArg:
 @dataclass(frozen=True)
 class ScalarArg:
     """A number: Python's, or what ``numbers`` counts as one (NumPy's scalars and arrays without dimensions too), of
-    which a Python number is made. No bool, and no tensor. A float is finite in fp32, an int is at most 2^31 - 1.
+    which a Python number is made. No bool, and no tensor. A float is finite in fp32, an int is at most 2^31 - 1. Or a
+    bool: Python's or NumPy's.
 
     Attributes:
-        kind: ``"float"`` or ``"int"``.
+        kind: ``"float"``, ``"int"`` or ``"bool"``.
         minimum: Smallest value; None for no bound.
     """
 

@@ -174,6 +174,8 @@ def _number(value: Any, kind: str) -> int | float | None:
     """A Python number of a ``ScalarArg``'s kind; None where the value is not one."""
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()  # a bool stays one
+    if kind == "bool":
+        return value if isinstance(value, bool) else None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     if kind == "int":
@@ -347,6 +349,7 @@ _DTYPES = (
     "bfloat16",
     "float32",
     "int32",
+    "int64",
     "uint8",
     "int8",
     "float8_e4m3fn",
@@ -438,6 +441,8 @@ class _Checker:
         self.lines.append("    " * depth + line)
 
     def bounds(self, name: str, arg: ScalarArg, optional: bool) -> None:
+        if arg.kind == "bool":
+            return
         low, high = (-_FLOAT_MAX, _FLOAT_MAX) if arg.kind == "float" else (arg.minimum or 0, _INT_MAX)
         guard = f"{name} is not None and " if optional else ""
         self.emit(3, f"if {guard}not {low!r} <= {name} <= {high!r}: raise wrong({name!r}, {name}, locals())")
@@ -451,8 +456,9 @@ class _Checker:
         failure = f"raise wrong({name!r}, {name}, locals())"
         if len(arg.forms) == 1 and len(arg.forms[0].dims) == 1 and self._known(arg.forms[0]) and arg.layout == "vector":
             # In one condition.
-            (dtype,), (size,) = arg.forms[0].dtypes.split(), arg.forms[0].dims
-            test = f"{name}.dtype is not torch_{dtype} or {name}.shape != ({size},) or {elsewhere}"
+            (size,) = arg.forms[0].dims
+            others = " and ".join(f"{name}.dtype is not torch_{dtype}" for dtype in arg.forms[0].dtypes.split())
+            test = f"{others} or {name}.shape != ({size},) or {elsewhere}"
             self.emit(depth, f"if {test} or {name}.layout is not strided: {failure}")
             self.emit(depth, f"if not {name}.is_contiguous(): copy = True")
             return
@@ -522,7 +528,7 @@ def _describe(contract: OpContract, argument: str, value: object, names: Mapping
     arg = contract.args[argument]
     if isinstance(arg, ScalarArg):
         bound = "" if arg.minimum is None else f" of at least {arg.minimum}"
-        expected = f"{'an int' if arg.kind == 'int' else 'a number'}{bound}"
+        expected = {"int": "an int", "float": "a number", "bool": "True or False"}[arg.kind] + bound
         if isinstance(value, torch.Tensor):
             got = f"a tensor {list(value.shape)}, whose value a call would have to wait for: pass {argument}.item()"
         elif (number := _number(value, arg.kind)) is None or (arg.kind == "int" and number < (arg.minimum or 0)):

@@ -80,7 +80,8 @@ class OpContract:
         args: Every argument in the order of the signature.
         rules: Relations between arguments.
         values: What callers should put into arguments that index, and what anything else means.
-        returns: Names of the results; a name that is also an argument is the caller's buffer where one is given.
+        returns: Names of the results; a name that is also an argument is the caller's buffer where one is given. Where
+            that argument is required, the op writes in place: it changes the buffer and returns it.
         cases: Test inputs at three levels.
         make: ``make(device, generator, **params)`` builds a case's arguments.
         tolerances: By result name.
@@ -88,6 +89,10 @@ class OpContract:
         oracle: ``"package.module:function"`` that computes the results in fp64.
         traffic: What serving asks of the op.
         partials: The argument that, where it is given, makes the results partial sums over a leading dimension.
+        read: ``"package.module:function"``: ``read(result_name, tensor)`` gives a result as the oracle does, in fp64,
+            for results whose bytes are no numbers. Empty: as they are.
+        strided: Results whose strides are part of the meaning, as the function's body makes them.
+        batch: The argument whose first dimension counts the batch; empty: the first tensor.
     """
 
     function: Callable[..., Any]
@@ -102,6 +107,9 @@ class OpContract:
     rules: tuple[Rule, ...] = ()
     values: tuple[Values, ...] = ()
     partials: str = ""
+    read: str = ""
+    strided: tuple[str, ...] = ()
+    batch: str = ""
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,6 +117,11 @@ class OpContract:
         parameters = tuple(inspect.signature(self.function).parameters)
         assert parameters == tuple(self.args), f"{self.name}: table {tuple(self.args)} is not {parameters}"
         assert set(self.tolerances) == set(self.returns)
+        assert set(self.strided) <= set(self.returns)
+        assert len({self.is_optional(name) for name in self.buffers}) <= 1, f"{self.name}: in place, or not"
+        if not self.batch:
+            first = next(name for name, arg in self.args.items() if isinstance(arg, TensorArg))
+            object.__setattr__(self, "batch", first)
         assert len({case.name for case in self.cases}) == len(self.cases), f"{self.name}: case names repeat"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -152,6 +165,20 @@ class OpContract:
     def buffers(self) -> tuple[str, ...]:
         """Arguments into which the caller may have results written; all of them or none."""
         return tuple(name for name in self.returns if name in self.args)
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether the buffers are required: the op changes them and leaves what it does not write."""
+        return any(not self.is_optional(name) for name in self.buffers)
+
+    @cached_property
+    def forms(self) -> tuple[bool, ...]:
+        """The ``torch.library`` forms that there are: without result buffers (False), with them (True)."""
+        return (True,) if self.in_place else (False, True) if self.buffers else (False,)
+
+    def library_name(self, *, with_buffers: bool) -> str:
+        """The name of a form in ``torch.ops.dsv4_backends``."""
+        return self.name + "_out" if with_buffers and not self.in_place else self.name
 
     def library_names(self, *, with_buffers: bool) -> tuple[str, ...]:
         """The arguments of the ``torch.library`` form, in its order: result buffers before what has a default."""

@@ -2,7 +2,7 @@
 
 Eager calls check the contract and go straight to the bound implementation. Under ``torch.compile`` (and for fake or
 other subclassed tensors) the same call is one ``torch.library`` op, ``torch.ops.dsv4_backends.<op>``, or
-``<op>_out`` where the caller brings result buffers.
+``<op>_out`` where the caller brings result buffers. An op that writes in place has one form, which mutates.
 
 The ops are for inference. Where grad mode is on and an argument requires grad, a call raises ``ContractError``, whoever
 would serve it: there is no backward, and nothing is detached silently. Results never require grad.
@@ -52,7 +52,7 @@ def define(contract: OpContract) -> Callable[..., Any]:
     )
     scope: dict[str, Any] = {"heads": heads, "scope": policy.active, "choose": choose}
     library = checked_function(contract, (), dispatch, scope, what="check and dispatch, torch.library")
-    functional, with_buffers = _library_ops(contract, library)
+    library_ops = _library_ops(contract, library)
     buffers = contract.buffers
     functional_names = contract.library_names(with_buffers=False)
     buffer_names = contract.library_names(with_buffers=True)
@@ -61,11 +61,11 @@ def define(contract: OpContract) -> Callable[..., Any]:
     def as_library_op(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         if all(given.get(buffer) is None for buffer in buffers):
-            return functional(*[given.get(name) for name in functional_names])
+            return library_ops[False](*[given.get(name) for name in functional_names])
         for name in codes:  # Inductor cannot take an op apart that mutates one tensor and is given another as E8M0
             if given[name].dtype is torch.float8_e8m0fnu:
                 given[name] = given[name].view(torch.uint8)
-        others = with_buffers(*[given.get(name) for name in buffer_names])
+        others = library_ops[True](*[given.get(name) for name in buffer_names])
         rest = iter(others if isinstance(others, tuple) else (others,))
         results = tuple(given[name] if name in buffers else next(rest) for name in contract.returns)
         return results if len(results) > 1 else results[0]
@@ -114,7 +114,8 @@ def _for_inference(contract: OpContract, name: str, names: tuple[str, ...]) -> N
 _libraries: list[torch.library.Library] = []
 
 
-def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> tuple[Any, Any]:
+def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> dict[bool, Any]:
+    """The forms that allocate their results (False) and that write the caller's buffers (True), as far as there are."""
     codes = _e8m0_arguments(contract)
 
     def with_names(run: Callable[..., Any], *, with_buffers: bool) -> Callable[..., Any]:
@@ -130,7 +131,8 @@ def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> tuple[An
 
         def call(*values: Any) -> Any:
             # A provider may pad rows; compiled code counts on the fake's strides.
-            results = tuple(result.contiguous() for result in results_of(values))
+            found = zip(contract.returns, results_of(values), strict=True)
+            results = tuple(result if name in contract.strided else result.contiguous() for name, result in found)
             return results if len(results) > 1 else results[0]
 
         def write(*values: Any) -> Any:
@@ -140,14 +142,13 @@ def _library_ops(contract: OpContract, dispatch: Callable[..., Any]) -> tuple[An
 
         return write if with_buffers else call
 
-    name = f"dsv4_backends::{contract.name}"
-    for suffix, schema, buffers in (
-        ("", contract.schema, ()),
-        ("_out", contract.out_schema, contract.buffers),
-    ):
-        run = with_names(dispatch, with_buffers=bool(buffers))
-        defined = torch.library.custom_op(name + suffix, run, mutates_args=buffers, schema=schema)
-        defined.register_fake(with_names(contract.function, with_buffers=bool(buffers)))
-        _for_inference(contract, name + suffix, contract.library_names(with_buffers=bool(buffers)))
-    namespace = torch.ops.dsv4_backends
-    return getattr(namespace, contract.name), getattr(namespace, f"{contract.name}_out")
+    defined: dict[bool, Any] = {}
+    for buffers in contract.forms:
+        name = contract.library_name(with_buffers=buffers)
+        schema, mutated = (contract.out_schema, contract.buffers) if buffers else (contract.schema, ())
+        run = with_names(dispatch, with_buffers=buffers)
+        op = torch.library.custom_op(f"dsv4_backends::{name}", run, mutates_args=mutated, schema=schema)
+        op.register_fake(with_names(contract.function, with_buffers=buffers))
+        _for_inference(contract, f"dsv4_backends::{name}", contract.library_names(with_buffers=buffers))
+        defined[buffers] = getattr(torch.ops.dsv4_backends, name)
+    return defined

@@ -160,7 +160,9 @@ def _storage(x: Tensor) -> Tensor:
 
 
 def _buffers(target: Subject, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """NaN-filled result buffers, named as the contract's arguments."""
+    """Result buffers, named as the contract's arguments: filled with NaN, or what an op in place is to change."""
+    if target.contract.in_place:
+        return {name: arguments[name] for name in target.contract.buffers}
     fake = target.contract.function(**arguments)
     results = dict(zip(target.contract.returns, fake if isinstance(fake, tuple) else (fake,), strict=True))
     return {name: results[name].fill_(float("nan")) for name in target.contract.buffers}
@@ -254,10 +256,18 @@ def check_fake(target: Subject, case: Case) -> None:
 
 
 def check_stride(target: Subject, case: Case) -> None:
-    """Every result has a contiguous last dimension and no two elements in one place."""
-    results = target.run(_inputs(target, case))
-    for name, result in zip(target.contract.returns, results, strict=True):
+    """Every result has a contiguous last dimension, or the contract's strides, and no two elements in one place."""
+    arguments = _inputs(target, case)
+    fake = target.contract.function(**arguments)
+    fakes = fake if isinstance(fake, tuple) else (fake,)
+    results = target.run(arguments)
+    for name, result, want in zip(target.contract.returns, results, fakes, strict=True):
         if result.numel() == 0:
+            continue
+        if name in target.contract.strided:
+            if result.stride() != want.stride():
+                told = f"{name} has strides {result.stride()}, expected {want.stride()}"
+                raise CheckFailed("stride", f"{target.name}: {case.name}: {told}")
             continue
         if overlaps_itself(result):
             raise CheckFailed("stride", f"{target.name}: {case.name}: {name} overlaps itself: {result.stride()}")
@@ -266,13 +276,24 @@ def check_stride(target: Subject, case: Case) -> None:
 
 
 def check_inputs(target: Subject, case: Case) -> None:
-    """No byte of any argument changes."""
+    """No byte of any argument changes; in place a byte keeps its value, or gets one that does not depend on it."""
     arguments = _inputs(target, case)
     before = {name: _storage(value).clone() for name, value in _tensors(arguments)}
     target.run(arguments)
+    buffers = target.contract.buffers if target.contract.in_place else ()
     for name, value in _tensors(arguments):
-        if not torch.equal(_storage(value), before[name]):
+        if name not in buffers and not torch.equal(_storage(value), before[name]):
             raise CheckFailed("inputs", f"{target.name}: {case.name}: the call changed its argument {name}")
+    first = {name: _storage(arguments[name]).clone() for name in buffers}
+    for name in buffers:  # a second run, over the complement of every byte
+        _storage(arguments[name]).copy_(before[name].bitwise_not())
+    if buffers:
+        target.run(arguments)
+    for name, once in first.items():
+        again = _storage(arguments[name])
+        kept = (once == before[name]) & (again == before[name].bitwise_not())
+        if not bool((kept | (once == again)).all()):
+            raise CheckFailed("inputs", f"{target.name}: {case.name}: a byte of {name} was written from what it was")
 
 
 def check_numerics(target: Subject, case: Case) -> None:
@@ -303,7 +324,7 @@ def check_fresh(target: Subject, case: Case) -> None:
     second = target.run(arguments)
     _judge("fresh", target, case, arguments, second, variant=1, what=" (second call, same tensors)")
     for name, result, copy in zip(target.contract.returns, first, kept, strict=True):
-        if not numerics.same_bits(result, copy):
+        if not target.contract.in_place and not numerics.same_bits(result, copy):
             raise CheckFailed("fresh", f"{target.name}: {case.name}: a second call changed the first call's {name}")
 
 
@@ -311,19 +332,20 @@ def check_deterministic(target: Subject, case: Case) -> None:
     """Where claimed: the same bits three times."""
     if not target.implementation.deterministic:
         return
-    arguments = _inputs(target, case)
-    first = target.run(arguments)
+    first = target.run(_inputs(target, case))
     for _ in range(2):
-        for name, a, b in zip(target.contract.returns, first, target.run(arguments), strict=True):
+        for name, a, b in zip(target.contract.returns, first, target.run(_inputs(target, case)), strict=True):
             if not numerics.same_bits(a, b):
                 raise CheckFailed("deterministic", f"{target.name}: {case.name}: {name} differs between two calls")
 
 
 def some_rows(contract: OpContract, arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
-    """A call's arguments for some rows of its batch (the first dimension of its first tensor)."""
-    batch = next(arg for arg in contract.args.values() if isinstance(arg, TensorArg)).forms[0].dims[0]
+    """A call's arguments for some rows of its batch."""
+    whole = contract.args[contract.batch]
+    assert isinstance(whole, TensorArg)
+    batch = whole.forms[0].dims[0]
     cut = dict(arguments)
-    count = len(next(value for _, value in _tensors(arguments)))
+    count = len(arguments[contract.batch])
     for name, value in _tensors(arguments):
         arg = contract.args[name]
         assert isinstance(arg, TensorArg)
@@ -341,16 +363,22 @@ def check_batch_invariant(target: Subject, case: Case) -> None:
     if not target.implementation.batch_invariant:
         return
     arguments = _inputs(target, case)
-    count = len(next(value for _, value in _tensors(arguments)))
+    count = len(arguments[contract.batch])
     if count == 0:
         return
     whole = target.run(arguments)
     partials = int(arguments.get(contract.partials) is not None)
     for row in {0, count // 2, count - 1}:
-        alone = target.run(some_rows(contract, arguments, slice(row, row + 1)))
-        for name, a, b in zip(contract.returns, whole, alone, strict=True):
-            per_row = a.shape[partials] // count
-            if not numerics.same_bits(a.narrow(partials, row * per_row, per_row), b):
+        before = _inputs(target, case)
+        cut = some_rows(contract, _inputs(target, case), slice(row, row + 1))
+        for name, a, b in zip(contract.returns, whole, target.run(cut), strict=True):
+            if contract.in_place and len(a) == len(b):  # what the row alone changed
+                old, once, alone = _storage(before[name]), _storage(a), _storage(b)
+                same = bool(((alone == old) | (alone == once)).all())
+            else:
+                per_row = a.shape[partials] // count
+                same = numerics.same_bits(a.narrow(partials, row * per_row, per_row), b)
+            if not same:
                 raise CheckFailed("batch_invariant", f"{target.name}: {case.name}: {name} of row {row} differs alone")
 
 
@@ -390,7 +418,7 @@ def check_graph(target: Subject, case: Case) -> None:
                 results = target.run(arguments)
     except RuntimeError as error:
         raise CheckFailed("graph", f"{target.name}: {case.name}: cannot be captured: {error}") from error
-    for result in results:
+    for result in results if not target.contract.in_place else ():
         result.fill_(float("nan"))
     _overwrite(arguments, _inputs(target, case, 1))
     graph.replay()  # on the current stream of the device that was captured
