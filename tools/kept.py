@@ -126,6 +126,24 @@ class NativeOverhead(Measured):
     rows: tuple[NativeRow, ...]
 
 
+@dataclass(frozen=True)
+class FloorRow:
+    """Microseconds of a call, and of ``launches`` empty kernels of the same grids."""
+
+    op: str
+    name: str
+    us: float
+    empty_us: float
+    launches: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor(Measured):
+    """Of tools/launch_floor.py."""
+
+    rows: tuple[FloorRow, ...]
+
+
 # -------------------------------------------------------------------------------------------------- suites
 
 
