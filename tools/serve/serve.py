@@ -1,0 +1,233 @@
+"""Serve a DeepSeek V4 with Flash's dimensions and random weights by the real vLLM; tools/serve_on_gpu.sh runs it.
+
+    serve.py logprobs OUT.json --layers 8 --experts 16 --weights bf16     teacher-forced logprobs of four prompts
+    serve.py speed OUT.json --layers 43 --weights fp4 --tp 2              output tokens a second, time to first token
+
+The weights are made by ``vllm_stand_ins``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 129280
+
+
+def config(layers: int, experts: int, weights: str) -> dict[str, Any]:
+    """Flash's ``config.json``, of fewer layers and experts where asked."""
+    made: dict[str, Any] = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 4096,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 1,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 1024,
+        "o_lora_rank": 1024,
+        "o_groups": 8,
+        "num_experts_per_tok": 6,
+        "n_routed_experts": experts,
+        "n_shared_experts": 1,
+        "scoring_func": "sqrtsoftplus",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "topk_method": "noaux_tc",
+        "max_position_embeddings": 1048576,
+        "rope_theta": 10000.0,
+        "compress_rope_theta": 160000.0,
+        "compress_ratios": ([0, 0] + [4, 128] * 40)[:layers],
+        "rope_scaling": {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6,
+        "num_hash_layers": 3,
+        "swiglu_limit": 10.0,
+        "sliding_window": 128,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": 512,
+        "num_nextn_predict_layers": 0,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "initializer_range": 0.02,
+    }
+    if weights != "bf16":
+        made["expert_dtype"] = weights
+        made["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        }
+    return made
+
+
+def prompts(count: int, lengths: list[int], seed: int = 1) -> list[dict[str, list[int]]]:
+    draw = random.Random(seed)
+    return [
+        {"prompt_token_ids": [draw.randrange(2, VOCABULARY) for _ in range(lengths[i % len(lengths)])]}
+        for i in range(count)
+    ]
+
+
+def engine(given: argparse.Namespace, **more: Any) -> Any:
+    from vllm import LLM
+
+    folder = tempfile.mkdtemp()
+    Path(folder, "config.json").write_text(json.dumps(config(given.layers, given.experts, given.weights)))
+    os.environ["SERVE_EXPERTS"] = str(given.experts)
+    return LLM(
+        model=folder,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        tensor_parallel_size=given.tp,
+        enable_prefix_caching=False,
+        **more,
+    )
+
+
+def logprobs(given: argparse.Namespace) -> dict[str, Any]:
+    """Of every token of four prompts, given the ones before it: all prompts in one batch, then each alone."""
+    from vllm import SamplingParams
+
+    llm = engine(
+        given,
+        max_model_len=8192,
+        max_num_seqs=8,
+        max_num_batched_tokens=given.chunk,
+        gpu_memory_utilization=given.memory,
+        kv_cache_memory_bytes=given.cache << 30,  # several engines share the GPU, which would spoil a profile
+        enforce_eager=True,
+    )
+    asked = prompts(4, given.lengths)
+    greedy = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+    sampling = SamplingParams(max_tokens=8, prompt_logprobs=1, logprobs=1, **greedy)
+
+    def told(outputs: Any) -> list[dict[str, Any]]:
+        found = []
+        for output in outputs:
+            ids = output.prompt_token_ids
+            steps = list(zip(ids[1:], output.prompt_logprobs[1:], strict=True))
+            found.append(
+                {
+                    "logprobs": [round(step[token].logprob, 5) for token, step in steps],
+                    "best": [min(step, key=lambda t, s=step: s[t].rank) for _, step in steps],
+                    "tokens": list(output.outputs[0].token_ids),
+                }
+            )
+        return found
+
+    together = told(llm.generate(asked, sampling, use_tqdm=False))
+    alone = [told(llm.generate([prompt], sampling, use_tqdm=False))[0] for prompt in asked]
+    return {"together": together, "alone": alone}
+
+
+def cubins() -> int:
+    """Compiled kernels in Triton's cache."""
+    home = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    return sum(1 for _ in home.rglob("*.cubin"))
+
+
+def speed(given: argparse.Namespace) -> dict[str, Any]:
+    """Requests of one size at each concurrency, all sent at once; greedy, ends ignored."""
+    from vllm import SamplingParams
+
+    start = time.perf_counter()
+    llm = engine(
+        given,
+        max_model_len=8192,
+        max_num_seqs=32,
+        max_num_batched_tokens=8192,
+        gpu_memory_utilization=given.memory,
+        enforce_eager=given.eager,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
+    )
+    up = time.perf_counter() - start
+
+    def serve(count: int, length: int, tokens: int) -> tuple[float, list[float]]:
+        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        begun = time.perf_counter()
+        for i, prompt in enumerate(prompts(count, [length], seed=count)):
+            llm.llm_engine.add_request(f"{begun}-{i}", prompt, sampling)
+        first: dict[str, float] = {}
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                if output.outputs and output.outputs[0].token_ids:
+                    first.setdefault(output.request_id, time.perf_counter() - begun)
+        return time.perf_counter() - begun, sorted(first.values())
+
+    for count, length in ((1, 1024), (2, 1000), (4, 1024), (7, 300), (8, 1024), (16, 1024), (32, 1024)):
+        serve(count, length, 3)
+    print("warm", round(time.perf_counter() - start, 1), flush=True)
+    before, rows = cubins(), []
+    for count in given.requests:
+        seconds, first = serve(count, given.input, given.output)
+        rows.append(
+            {
+                "requests": count,
+                "tokens_a_second": round(count * given.output / seconds, 2),
+                "first_token_ms": round(statistics.median(first) * 1e3, 1),
+                "seconds": round(seconds, 2),
+            }
+        )
+        print(rows[-1], flush=True)
+    return {"start_s": round(up, 1), "input": given.input, "output": given.output, "rows": rows,
+            "compiled_while_serving": cubins() - before}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("logprobs", "speed"))
+    parser.add_argument("out")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--weights", choices=("bf16", "fp8", "fp4"), default="fp4")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory")
+    parser.add_argument("--cache", type=int, default=2, help="GiB of caches, for logprobs")
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 3000, 4500, 6000])
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--input", type=int, default=1024)
+    parser.add_argument("--output", type=int, default=128)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    given = parser.parse_args()
+    result = logprobs(given) if given.what == "logprobs" else speed(given)
+    try:
+        from dsv4_backends.engines import vllm as hook
+
+        result["plan"] = [[row.target.attribute, str(row.state), row.calls] for row in hook.plan().rows]
+    except ImportError:
+        pass
+    Path(given.out).write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

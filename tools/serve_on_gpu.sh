@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Serve DeepSeek V4 Flash's dimensions with random weights by the real vLLM, with and without our ops.
+# Usage: tools/serve_on_gpu.sh BUNDLE OUT STEP...
+#   BUNDLE  what tools/serve_bundle.sh made, or the folder that it was unpacked to
+#   OUT     folder for the results
+#   STEP    logprobs:RUN or speed:RUN; a RUN is native, triton, auto, sm_80, sm_86 or sm_89. Several steps that are
+#           joined by commas run at a time, on one GPU.
+# Environment: LOGPROBS and SPEED, more arguments of tools/serve/serve.py; STEP_S, seconds for a step (280).
+# An architecture's run pins Triton, and vLLM sees its compute capability; Triton compiles its instructions.
+set -uo pipefail
+out=$(realpath -m "$2")
+bundle=$(realpath "$1")
+shift 2
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+export GIT_COMMIT=${GIT_COMMIT:-$(python3 -c 'from dsv4_backends.bench.provenance import commit; print(commit())')}
+site=${SERVE_SITE:-/tmp/dsv4-serve}
+mkdir -p "$site"
+if [ -f "$bundle" ]; then
+  [ -d "$site/vllm" ] || tar xf "$bundle" -C "$site"
+  bundle=$site
+fi
+rm -rf "$site/self"
+for project in . tools/serve; do
+  python3 -m pip install -q --no-deps --no-index --no-build-isolation --target "$site/self" "$project" || exit 2
+done
+export PYTHONPATH="$site/self:$bundle/vllm:$bundle/deps${PYTHONPATH:+:$PYTHONPATH}"
+export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 DO_NOT_TRACK=1 VLLM_HOST_IP=127.0.0.1
+export VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_DEEP_GEMM_WARMUP=skip
+export DG_JIT_CACHE_DIR=${DG_JIT_CACHE_DIR:-/tmp/deep_gemm}
+export CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}
+
+step() { # WHAT RUN
+  local settings=()
+  case $2 in
+    native) ;;
+    auto) settings=(DSV4_BACKENDS_ENGINE=vllm) ;;
+    triton) settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN='*=triton') ;;
+    sm_*)
+      sm=${2#sm_}
+      settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN='*=triton' "DSV4_BACKENDS_DEVICE=$2")
+      settings+=("SERVE_CAPABILITY=${sm%?}.${sm#"${sm%?}"}" "TRITON_OVERRIDE_ARCH=sm$sm" "TRITON_CACHE_DIR=/tmp/triton-$2")
+      ;;
+    *) echo "unknown run $2" >&2 && return 2 ;;
+  esac
+  local more=${SPEED:-}
+  if [ "$1" = logprobs ]; then
+    more=${LOGPROBS:-}
+    settings+=(VLLM_ENABLE_V1_MULTIPROCESSING=0)
+  fi
+  # shellcheck disable=SC2086
+  timeout -k 10 "${STEP_S:-280}" env "${settings[@]}" python3 tools/serve/serve.py "$1" "$out/$1-$2.json" $more > "$out/$1-$2.log" 2>&1
+  echo "$1 $2: exit $? at $(date +%T)"
+}
+
+for steps in "$@"; do
+  for each in ${steps//,/ }; do
+    step "${each%%:*}" "${each#*:}" &
+  done
+  wait
+done
