@@ -113,7 +113,8 @@ def engine(given: argparse.Namespace, **more: Any) -> Any:
 
 
 def logprobs(given: argparse.Namespace) -> dict[str, Any]:
-    """Of every token of four prompts, given the ones before it: all prompts in one batch, then each alone."""
+    """Of every token of four prompts, given the ones before it, under two compositions of the batches: the prompts in
+    order, and in reverse behind a short one, which moves the bounds of every chunk."""
     from vllm import SamplingParams
 
     llm = engine(
@@ -143,9 +144,9 @@ def logprobs(given: argparse.Namespace) -> dict[str, Any]:
             )
         return found
 
-    together = told(llm.generate(asked, sampling, use_tqdm=False))
-    alone = [told(llm.generate([prompt], sampling, use_tqdm=False))[0] for prompt in asked]
-    return {"together": together, "alone": alone}
+    usual = told(llm.generate(asked, sampling, use_tqdm=False))
+    moved = told(llm.generate([*prompts(1, [333], seed=2), *reversed(asked)], sampling, use_tqdm=False))
+    return {"usual": usual, "moved": moved[:0:-1]}
 
 
 def cubins() -> int:

@@ -28,6 +28,7 @@ LOGITS_STD = 4.0
 # ----------------------------------------------------------------------------------------------- random weights
 
 
+@torch.no_grad()
 def fill(param: Tensor, name: str) -> None:
     """Random values such that every matrix keeps the variance of its input."""
     if param.device.type == "meta":
