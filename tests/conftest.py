@@ -13,8 +13,6 @@ import pytest
 from dsv4_backends.runtime import bind
 from dsv4_backends.selection import policy
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))  # tools import each other, as scripts do
-
 
 def pytest_configure(config: pytest.Config) -> None:
     if interpreter.ON and (why := interpreter.trouble_here()):

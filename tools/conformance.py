@@ -28,7 +28,7 @@ from dsv4_backends.selection import builds, plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = {"deep_gemm": "DeepGemm or deep_gemm", "flash_mla": "FlashMla or flash_mla"}
-"""The tests of each in tests/native_suite.py, for whichever library is installed."""
+"""The tests of each in tests/gpu/native_suite.py, for whichever library is installed."""
 EVERY = 100
 
 
@@ -110,12 +110,12 @@ def main() -> int:
     if arguments.jobs:
         options += ["-n", str(arguments.jobs), "--dist", "worksteal"]
     kept, start = Kept(result, arguments.json), time.monotonic()
-    files = ["triton_suite.py"] if "triton" in names else []
+    files = ["providers/triton_suite.py"] if "triton" in names else []
     if chosen := " or ".join(NATIVE[name] for name in names if name in NATIVE):
-        files.append("native_suite.py")
+        files.append("gpu/native_suite.py")
         options += ["-k", f"{chosen} or triton_suite or two_gpus"]
     if arguments.torch_device:
-        files.append("test_two_gpus.py")
+        files.append("gpu/test_two_gpus.py")
     status = pytest.main([*(str(ROOT / "tests" / file) for file in files), *options], plugins=[kept])
     kept.write(complete=status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
     for seconds, test in kept.slowest:

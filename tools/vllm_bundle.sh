@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Bring what tests/vllm_suite.py needs into a folder, as wheels for Python 3.12 and a machine without a network: vLLM's
+# Bring what tests/engines/vllm_suite.py needs into a folder, as wheels for Python 3.12 and a machine without a network: vLLM's
 # Python files without its compiled parts, and the imports that an image with torch and transformers usually lacks.
 # Usage: tools/vllm_bundle.sh FOLDER [VLLM_VERSION]
 set -euo pipefail
@@ -23,7 +23,7 @@ fetch() {
   python3 -m pip download -q --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" -d "$work" "$@" \
     2> >(grep -v '^WARNING' >&2)
 }
-grep -E '^[a-z]' tests/vllm_requirements.txt | grep -Ev "^($theirs)==" > "$work/wanted"
+grep -E '^[a-z]' tests/engines/vllm_requirements.txt | grep -Ev "^($theirs)==" > "$work/wanted"
 fetch -r "$work/wanted"
 fetch --no-deps "vllm==$version" xgrammar==0.2.8
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tests/vllm_suite.py on a GPU, with what tools/vllm_bundle.sh has brought: over Triton, and over the native libraries.
+# tests/engines/vllm_suite.py on a GPU, with what tools/vllm_bundle.sh has brought: over Triton, and over the native libraries.
 # Usage: tools/vllm_on_gpu.sh WHEELS OUT [RUN...]
 #   WHEELS  folder with the bundle; for the native run also the wheels of DeepGEMM and FlashMLA
 #   OUT     folder for the results: RUN.txt, RUN.xml, and vllm.json with the numbers of all
@@ -33,7 +33,7 @@ python3 -m pip install -q --no-index --no-deps --no-build-isolation --target "$h
 FAKE_SM=${FAKE_SM:-$(python3 -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')} || exit 2
 export FAKE_SM VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 DG_JIT_CACHE_DIR=${DG_JIT_CACHE_DIR:-$here/jit}
 suite() { # NAME PATH VARIABLE=VALUE
-  env "$3" PYTHONPATH="$2:$here/self:$here/vllm${PYTHONPATH:+:$PYTHONPATH}" python3 -m pytest tests/vllm_suite.py -q -p no:cacheprovider \
+  env "$3" PYTHONPATH="$2:$here/self:$here/vllm${PYTHONPATH:+:$PYTHONPATH}" python3 -m pytest tests/engines/vllm_suite.py -q -p no:cacheprovider \
     -o junit_family=xunit1 --junitxml="$out/$1.xml" > "$out/$1.txt" 2>&1
 }
 for run in $runs; do

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from dsv4_backends import CONTRACTS, NoProviderError
 from dsv4_backends.testing import checks
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HOSTILE = """
@@ -67,6 +66,6 @@ def test_hostile_cases(provider: str, op: str) -> None:
 def test_fuzz(provider: str, op: str) -> None:
     serves(provider, op)
     command = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore")
-    done = run(*command, f"tests/fuzz_values.py::test_{op}", FUZZED_PROVIDER=provider, FUZZED_EXAMPLES="100")
+    done = run(*command, f"tests/contract/fuzz_values.py::test_{op}", FUZZED_PROVIDER=provider, FUZZED_EXAMPLES="100")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "1 passed" in done.stdout

@@ -1,0 +1,315 @@
+"""The pages say what the code does: generated parts, names and links are checked, and the code in them runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_results import result_of, row_of
+from pages import BLOCK, PAGES, TEXTS, WRITTEN
+from paths import ROOT
+
+import docs
+from dsv4_backends import records
+from dsv4_backends.commands import cli
+from dsv4_backends.commands.shared import FINDINGS
+from dsv4_backends.contract import CONTRACTS, LEVELS
+from dsv4_backends.contract.arguments import TensorArg
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import policy, provider
+from dsv4_backends.testing import checks
+
+README = ROOT / "README.md"
+WRITING = ROOT / "docs" / "writing-a-provider.md"
+Result = subprocess.CompletedProcess[str]
+Run = Callable[..., Callable[..., Result]]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(TEXTS[page]) if found == language]
+
+
+def after(mark: str, page: Path) -> str:
+    """The code block that follows a comment."""
+    match = re.search(rf"^<!-- {re.escape(mark)} -->\n```\w*\n(.*?)^```$", TEXTS[page], re.MULTILINE | re.DOTALL)
+    assert match, f"{name(page)} has no block after <!-- {mark} -->"
+    return match[1]
+
+
+# -------------------------------------------------------------------------------------------- generated parts
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name)
+def test_generated_parts_are_current(page: Path) -> None:
+    assert TEXTS[page] == docs.render(TEXTS[page]), "run: python tools/docs.py"
+    assert len(re.findall("^(?:<!--|#) generated: ", TEXTS[page], re.MULTILINE)) == len(docs.MARK.findall(TEXTS[page]))
+
+
+def test_every_part_is_used() -> None:
+    used = {match["name"] for text in TEXTS.values() for match in docs.MARK.finditer(text)}
+    assert used == set(docs.PARTS)
+
+
+def test_check_finds_a_stale_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "README.md"
+    page.write_text("<!-- generated: tiers -->\nold\n<!-- end of generated -->\n")
+    (tmp_path / "CHANGELOG.md").write_text("")
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
+    assert docs.main() == 1
+    assert "old" in page.read_text()
+    monkeypatch.setattr(sys, "argv", ["docs.py"])
+    assert docs.main() == 0
+    assert "| `native` |" in page.read_text()
+    monkeypatch.setattr(sys, "argv", ["docs.py", "--check"])
+    assert docs.main() == 0
+    assert capsys.readouterr().out == "README.md is not current\nREADME.md written\n"
+
+
+def test_performance_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row_of("mqa_logits", "one", a=10.0, b=20.0), row_of("fp8_einsum", "two", auto="b", a=None, b=7.5)]
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert docs.performance() == "No run is kept yet."
+    records.write(result_of(*rows), tmp_path / "docs" / "results" / docs.BENCH)
+    made = docs.performance()
+    assert "| one | 10.0 (50%) | 20.0 (25%) | 100, 100 | `a` (1.00) |" in made
+    assert "| two | - | 7.5 (67%) | 133.3, 133 | `b` |" in made
+    assert "GPU X" in made
+    assert "`a` with a-kernels 1" in made
+    assert "within 3% of the best provider on 100% of 1 rows" in made
+
+
+# ----------------------------------------------------------------------------------------------- completeness
+
+
+def test_every_op_argument_and_result_is_told() -> None:
+    text = TEXTS[ROOT / "docs" / "contract.md"]
+    for contract in CONTRACTS.values():
+        section = text.partition(f"### {contract.name}\n")[2].partition("\n### ")[0]
+        assert section, contract.name
+        for argument in (*contract.args, *contract.tolerances):
+            assert f"`{argument}`" in section, (contract.name, argument)
+        for tolerance in contract.tolerances.values():
+            assert tolerance.why in section
+        for arg in contract.args.values():
+            if isinstance(arg, TensorArg):
+                assert f"`{arg.layout}`: " in text, "the layouts' names are explained"
+
+
+def test_every_variable_reason_tier_and_check_is_told() -> None:
+    selection, writing = TEXTS[ROOT / "docs" / "selection.md"], TEXTS[WRITING]
+    assert set(docs.ADVICE) == set(provider.REASONS)
+    for word in (*policy.VARIABLES, *provider.REASONS, *(tier.label for tier in provider.Tier)):
+        assert f"| `{word}` |" in selection, word
+    for word in ("signature", "coverage", *checks.CHECKS):
+        assert f"| `{word}` |" in writing, word
+    for level in LEVELS:
+        assert f"`{level}`" in TEXTS[ROOT / "docs" / "quickstart.md"]
+
+
+def test_every_command_is_told() -> None:
+    (subs,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert len(subs.choices) > 1
+    for command in subs.choices:
+        assert f"`dsv4-backends {command} " in TEXTS[README], command
+    assert {command for command, _ in docs._parsers(cli.parser())} == set(FINDINGS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    lines += re.findall(r"^\$ (.+)$", "".join(blocks(page, "console")), re.MULTILINE)
+    lines += re.findall(r"`(dsv4-backends [a-z][^`]*)`", TEXTS[page])
+    for line in lines:
+        for step in line.split("&&"):
+            words = [word for word in shlex.split(step) if not word.startswith("DSV4_BACKENDS_")]
+            if words and Path(words[0]).name == "dsv4-backends" and "[" not in step:
+                known = [
+                    {"OP": "mqa_logits", "rms_norm": "mqa_logits", "toy": "vllm"}.get(word, word) for word in words[1:]
+                ]
+                try:
+                    cli.parser().parse_args(known)
+                except SystemExit:
+                    pytest.fail(f"{name(page)}: {step.strip()}: {capsys.readouterr().err}")
+        for variable in re.findall(r"DSV4_BACKENDS_\w+", line):
+            assert variable in policy.VARIABLES
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    first, second = blocks(README, "sh")
+    assert first.count("\n") == second.count("\n") == 1
+    for command in (first, second):  # each works alone, in a fresh clone
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
+    assert first.endswith(" && .venv/bin/dsv4-backends list && .venv/bin/dsv4-backends verify --level smoke\n")
+    assert after("test command", README) == second
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in TEXTS[README]
+    (torch_needed,) = [need for need in project["dependencies"] if need.startswith("torch")]
+    quickstart = TEXTS[ROOT / "docs" / "quickstart.md"]
+    assert f"the package accepts {torch_needed.removeprefix('torch>=')} and newer" in quickstart
+    assert second.endswith(" && .venv/bin/pytest -n auto --dist worksteal\n")
+
+
+# ------------------------------------------------------------------------------------------------------ links
+
+
+def _anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", TEXTS[page]))
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.is_file(), f"{name(page)}: {target}"
+        assert there.is_relative_to(ROOT), f"{name(page)}: {target}"
+        if anchor:
+            assert anchor in _anchors(there.read_text(encoding="utf-8")), f"{name(page)}: {target}"
+
+
+def test_every_page_is_linked() -> None:
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page, text in TEXTS.items()
+        for target in re.findall(r"\]\((?!\w+:)([^)\s#]+[^)\s]*)\)", text)
+    }
+    # A folder of measurements, if there is one, has an order of its own.
+    assert {page for page in PAGES if "results" not in page.parts} - {README} <= linked
+
+
+# --------------------------------------------------------------------------------------------- code that runs
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/quickstart.md", "docs/contract.md", "docs/selection.md", "docs/engines.md"]
+)
+def test_python_examples_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = blocks(ROOT / page, "python")
+    assert source
+    bind.reset()
+    namespace: dict[str, Any] = {}
+    for block in source:
+        exec(compile(block, page, "exec"), namespace)
+    printed = capsys.readouterr().out
+    for where, promised in re.findall(r"^ *print\(.*  # (on a CPU: )?(.+)$", "\n".join(source), re.MULTILINE):
+        if not (where and torch.cuda.is_available()):
+            whole_line = ".*".join(re.escape(part.strip()) for part in promised.split("..."))
+            assert re.search(f"^{whole_line}$", printed, re.MULTILINE), promised
+
+
+# ----------------------------------------------------------------------------------------- writing a provider
+
+
+@pytest.fixture
+def run_acme(tmp_path: Path) -> Run:
+    """Build the package of the page, installed as pip would leave it, and return a way to run commands with it."""
+
+    def prepare(change: Callable[[dict[str, str]], None] = lambda files: None) -> Callable[..., Result]:
+        names = re.findall("<!-- file: (.+?) -->", TEXTS[WRITING])
+        files = {file: after(f"file: {file}", WRITING) for file in names}
+        change(files)
+        for file, text in files.items():
+            path = tmp_path / file
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        project = tomllib.loads(files["pyproject.toml"])["project"]
+        info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        )
+        lines = [
+            line
+            for group, points in project["entry-points"].items()
+            for line in (f"[{group}]", *(f"{point} = {target}" for point, target in points.items()))
+        ]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+        def run(*words: str, **variables: str) -> Result:
+            return subprocess.run(
+                [sys.executable, "-m", *words],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(tmp_path), **variables},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+
+        return run
+
+    return prepare
+
+
+SUITE = ("pytest", "-q", "-p", "no:cacheprovider", "test_acme.py")
+
+
+def test_the_provider_of_the_page_serves_and_passes(run_acme: Run) -> None:
+    run = run_acme()
+    shown = run("dsv4_backends", "plugins")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^acme +acme-kernels +1\.0 +ok +acme ", shown.stdout, re.MULTILINE), shown.stdout
+
+    shown = run("dsv4_backends", "list", "--device", "cpu", DSV4_BACKENDS_PIN="hc_prenorm_gemm=acme")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^hc_prenorm_gemm +acme +portable +pinned to acme$", shown.stdout, re.MULTILINE), shown.stdout
+    assert re.search(r"^mqa_logits +torch +reference ", shown.stdout, re.MULTILINE), shown.stdout
+
+    tested = run(*SUITE)
+    assert tested.returncode == 0, tested.stdout
+    assert re.search(r"^\d+ passed", tested.stdout.splitlines()[-1]), tested.stdout
+
+
+def test_a_broken_variant_fails_as_the_page_says(run_acme: Run) -> None:
+    def break_it(files: dict[str, str]) -> None:
+        assert "wide.square()" in files["acme_kernels/gemm.py"]
+        files["acme_kernels/gemm.py"] = files["acme_kernels/gemm.py"].replace("wide.square()", "wide.abs()")
+
+    tested = run_acme(break_it)(*SUITE)
+    assert tested.returncode == 1, tested.stdout
+    assert after("failure", WRITING).strip() in tested.stdout
+
+
+def test_the_refusal_of_the_page_is_understood(run_acme: Run) -> None:
+    def refuse(files: dict[str, str]) -> None:
+        files["acme_kernels/gemm.py"] += after("append: acme_kernels/gemm.py", WRITING)
+        hook = files["acme_kernels/__init__.py"]
+        (claim,) = re.findall(r'refuses="acme_kernels\.gemm:refuses"', TEXTS[WRITING])
+        files["acme_kernels/__init__.py"] = hook.replace("        devices=", f"        {claim},\n        devices=")
+
+        files["calls.py"] = (
+            "import torch\nfrom dsv4_backends import ops, stats\n"
+            "for k in (128, 100, 100):\n"
+            "    ops.hc_prenorm_gemm(torch.zeros(2, k).bfloat16(), torch.zeros(24, k))\n"
+            "print(stats())\n"
+        )
+
+    run = run_acme(refuse)
+    called = run("calls")
+    assert called.stdout.strip() == "{'hc_prenorm_gemm': {'acme': 1, 'torch': 2}}", called.stderr
+    told = "hc_prenorm_gemm: acme: needs k to be a multiple of 64, this call has 100 [shape]"
+    assert called.stderr.splitlines().count(told) == 1
+    tested = run(*SUITE, "-k", "coverage or refusal")
+    assert tested.returncode == 0, tested.stdout

@@ -1,0 +1,475 @@
+"""The real vLLM over the ops, without its compiled parts: ``FAKE_SM=9.0 pytest tests/engines/vllm_suite.py``.
+
+Not part of the usual suite: vLLM needs an environment of its own. The plugin is loaded the way vLLM loads it, vLLM's
+own functions are called, and their results are compared with the oracle. ``TEST_PIN`` and ``TEST_ORDER`` are what
+``DSV4_BACKENDS_PIN`` and ``_ORDER`` shall be; tensors are on the first GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_cuda
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_backends import UnsupportedError
+from dsv4_backends.contract import CONTRACTS, Case, layouts
+from dsv4_backends.engines import hook, patching
+from dsv4_backends.engines import vllm as engine
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import policy
+from dsv4_backends.testing import checks, numerics, oracle
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+SM = os.environ.setdefault("FAKE_SM", "9.0")
+WISHES = {key: os.environ[f"TEST_{key}"] for key in ("PIN", "ORDER") if os.environ.get(f"TEST_{key}")}
+MAJOR = int(SM.partition(".")[0])
+DEVICE = checks.default_device()
+
+# What a user's environment would say, before vLLM starts.
+SETTINGS = {f"{policy.PREFIX}{key}": value for key, value in {"ENGINE": "1", **WISHES}.items()}
+os.environ.update(SETTINGS)
+fake_cuda.install(Path(tempfile.mkdtemp()))
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # vLLM's own warnings are its own affair
+    plugins = importlib.import_module("vllm.plugins")
+    plugins.load_general_plugins()
+    WAITED = hook.waiting()
+    STARTED = engine.plan()
+    dg = importlib.import_module("vllm.utils.deep_gemm")
+    o_proj = importlib.import_module("vllm.models.deepseek_v4.nvidia.ops.o_proj")
+    flashmla = importlib.import_module("vllm.models.deepseek_v4.nvidia.flashmla")
+    tilelang = importlib.import_module("vllm.model_executor.kernels.mhc.tilelang")
+    indexer = importlib.import_module("vllm.v1.attention.backends.mla.indexer")
+    layer = importlib.import_module("vllm.model_executor.layers.sparse_attn_indexer")
+    sparse_swa = importlib.import_module("vllm.v1.attention.backends.mla.sparse_swa")
+    source = importlib.import_module("vllm.v1.attention.ops.flashmla")
+CUDA_STARTED = torch.cuda.is_initialized()
+LIBRARY_IMPORTED = [m for m in sys.modules if m == "deep_gemm" or m.startswith("vllm.third_party.deep_gemm")]
+
+COMPRESSED = "max_seqlen_k" in (dg.fp8_fp4_mqa_logits.__code__.co_varnames)
+"""0.33 asks for compressed logits, 0.32 for all columns."""
+
+
+@pytest.fixture(autouse=True)
+def settings(clean_settings: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if not engine.ENGINE.rows:
+        engine.apply()
+
+
+def calls(attribute: str) -> int:
+    return sum(row.calls for row in engine.plan().rows if row.target.attribute == attribute)
+
+
+def cases(op: str) -> list[Any]:
+    return [pytest.param(case, id=case.name) for case in CONTRACTS[op].at_level("smoke")]
+
+
+def agree(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> None:
+    """Compare with the oracle; ``names``: only these results."""
+    contract = CONTRACTS[op]
+    expected = dict(zip(contract.returns, oracle.expected(op, arguments), strict=True))
+    for name, result in zip(names or contract.returns, results, strict=True):
+        error = numerics.compare(result, expected[name].to(result.device), contract.tolerances[name])
+        assert error.ok, f"{name}: {error}"
+
+
+# ---------------------------------------------------------------------------------------------- how it came in
+
+
+def test_loaded_by_its_entry_point() -> None:
+    assert plugins.plugins_loaded
+    assert "vllm.models.deepseek_v4.nvidia.flashmla" in WAITED or "vllm.utils.deep_gemm" in WAITED
+    assert STARTED.version is not None
+    assert STARTED.version.startswith(("0.32.0", "0.33.0"))
+    assert STARTED.enabled
+    assert STARTED.ok, [(row.target.key, row.reasons) for row in STARTED.rows]
+    assert hook.waiting() == ()
+    assert hook._FINDER not in sys.meta_path
+
+
+def test_nothing_was_started() -> None:
+    """Neither CUDA, which a process that forks must not have, nor DeepGEMM before vLLM asks for it."""
+    assert not CUDA_STARTED
+    assert LIBRARY_IMPORTED == []
+
+
+def test_the_platform_is_what_it_says() -> None:
+    platform = importlib.import_module("vllm.platforms").current_platform
+    assert platform.is_cuda()
+    assert str(platform.get_device_capability().to_int()) == SM.replace(".", "")
+
+
+def test_every_target_is_replaced() -> None:
+    dg._lazy_init()
+    states = {row.target.attribute: row.state for row in engine.plan().rows}
+    assert states.pop("get_mla_metadata") == patching.NOT_NEEDED
+    assert set(states.values()) == {patching.REPLACED}
+    assert dg._lazy_init.__module__ == dg.__name__
+    assert not hasattr(dg._lazy_init, "__wrapped__")
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = (dg._fp8_einsum_impl, flashmla.flash_mla_sparse_fwd, engine.ENGINE.rows)
+    engine.register()
+    plugins.load_general_plugins()
+    assert before == (dg._fp8_einsum_impl, flashmla.flash_mla_sparse_fwd, engine.ENGINE.rows)
+
+
+def _child(queue: Any) -> None:
+    engine.register()
+    out, squares = torch.empty(1, 2, 24), torch.empty(1, 2)
+    dg.tf32_hc_prenorm_gemm(torch.ones(2, 64).bfloat16(), torch.ones(24, 64), out, squares, 1)
+    queue.put((out.unique().tolist(), calls("_tf32_hc_prenorm_gemm_impl")))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the parent uses the GPU, so a fork of it cannot")
+def test_in_a_forked_process() -> None:
+    """What the parent replaced is replaced in the child, where the entry point is called once more."""
+    before = calls("_tf32_hc_prenorm_gemm_impl")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == ([64.0], before + 1)
+    child.join()
+    assert child.exitcode == 0
+
+
+# -------------------------------------------------------------------------------- vLLM's names reach the ops
+
+
+@pytest.mark.parametrize("case", cases("fp8_einsum"))
+def test_fp8_einsum(case: Case) -> None:
+    o = CONTRACTS["fp8_einsum"].inputs(case, DEVICE)
+    d = torch.empty((*o["x"].shape[:2], o["w"].shape[1]), dtype=torch.bfloat16, device=DEVICE)
+    before = calls("_fp8_einsum_impl")
+    dg.fp8_einsum("bhr,hdr->bhd", (o["x"], o["x_scale"]), (o["w"], o["w_scale"]), d, recipe=(1, 128, 128))
+    agree("fp8_einsum", o, (d,))
+    assert calls("_fp8_einsum_impl") == before + 1
+
+
+@pytest.mark.parametrize("case", cases("mqa_logits"))
+def test_mqa_logits(case: Case) -> None:
+    o = CONTRACTS["mqa_logits"].inputs(case, DEVICE)
+    arguments = ((o["q"], None), (o["k"], o["k_scale"]), o["weights"], o["row_starts"], o["row_ends"])
+    if COMPRESSED:
+        o["max_seqlen_k"] = o.get("max_seqlen_k") or max(len(o["k"]), 1)
+        logits = dg.fp8_fp4_mqa_logits(*arguments, o["max_seqlen_k"])
+        assert logits.shape == (len(o["q"]), o["max_seqlen_k"])
+    else:
+        o.pop("max_seqlen_k", None)
+        logits = dg.fp8_fp4_mqa_logits(*arguments, clean_logits=False)
+        assert logits.shape == (len(o["q"]), len(o["k"]))
+    agree("mqa_logits", o, (logits,))
+
+
+@pytest.mark.parametrize("case", cases("paged_mqa_logits"))
+def test_paged_mqa_logits(case: Case) -> None:
+    o = CONTRACTS["paged_mqa_logits"].inputs(case, DEVICE)
+    b, next_n = o["q"].shape[:2]
+    lens = o["context_lens"] if o["context_lens"].dim() == 2 else o["context_lens"].unsqueeze(1).expand(b, next_n)
+    lens = lens.contiguous()
+    cache = o["k_cache"] if o["k_cache"].dim() == 4 else o["k_cache"].unsqueeze(2)
+    schedule = dg.get_paged_mqa_logits_metadata(lens, cache.shape[1], 8)
+    slots = 4 if next_n == 4 and MAJOR == 9 else 8
+    assert schedule.shape == (slots + 1, 2)
+    buffer = torch.empty((9, 2), dtype=torch.int32, device=DEVICE)[: schedule.shape[0]]
+    buffer[:] = schedule
+    more = {} if COMPRESSED else {"clean_logits": False}
+    before = calls("_fp8_fp4_paged_mqa_logits_impl")
+    logits = dg.fp8_fp4_paged_mqa_logits(
+        (o["q"], None),
+        cache,
+        o["weights"],
+        lens,
+        o["block_table"],
+        buffer,
+        max_model_len=o["max_context_len"],
+        indices=None,
+        **more,
+    )
+    agree("paged_mqa_logits", o, (logits,))
+    assert calls("_fp8_fp4_paged_mqa_logits_impl") == before + 1
+
+
+@pytest.mark.parametrize("case", cases("hc_prenorm_gemm"))
+def test_hc_prenorm_gemm(case: Case) -> None:
+    o = CONTRACTS["hc_prenorm_gemm"].inputs(case, DEVICE)
+    splits = o.pop("num_splits", None) or 1
+    out = torch.full((splits, len(o["x"]), len(o["fn"])), float("nan"), device=DEVICE)
+    squares = torch.full((splits, len(o["x"])), float("nan"), device=DEVICE)
+    dg.tf32_hc_prenorm_gemm(o["x"], o["fn"], out, squares, splits)
+    agree("hc_prenorm_gemm", o, (out.sum(0), squares.sum(0)))
+
+
+@pytest.mark.parametrize("case", cases("sparse_mla_prefill"))
+def test_flash_mla_sparse_fwd(case: Case) -> None:
+    o = CONTRACTS["sparse_mla_prefill"].inputs(case, DEVICE)
+    kv = o["kv"] if o["kv"].dim() == 3 else o["kv"].unsqueeze(1)
+    indices = o["indices"] if o["indices"].dim() == 3 else o["indices"].unsqueeze(1)
+    out = torch.empty_like(o["q"], memory_format=torch.contiguous_format)
+    result, *rest = flashmla.flash_mla_sparse_fwd(
+        q=o["q"],
+        kv=kv,
+        indices=indices,
+        sm_scale=o["sm_scale"],
+        attn_sink=o.get("attn_sink"),
+        topk_length=o.get("topk_length"),
+        out=out,
+    )
+    assert result is out
+    agree("sparse_mla_prefill", o, (out, *rest))
+
+
+@pytest.mark.parametrize("case", cases("sparse_mla_decode"))
+def test_flash_mla_with_kvcache(case: Case) -> None:
+    o = CONTRACTS["sparse_mla_decode"].inputs(case, DEVICE)
+
+    def heads(cache: Tensor | None) -> Tensor | None:
+        return cache if cache is None or cache.dim() == 4 else cache.unsqueeze(2)
+
+    out, lse = flashmla.flash_mla_with_kvcache(
+        q=o["q"],
+        k_cache=heads(o["k_cache"]),
+        block_table=None,
+        head_dim_v=512,
+        tile_scheduler_metadata=sparse_swa.get_mla_metadata()[0],
+        cache_seqlens=None,
+        is_fp8_kvcache=True,
+        indices=o["indices"],
+        topk_length=o.get("topk_length"),
+        softmax_scale=o["sm_scale"],
+        attn_sink=o.get("attn_sink"),
+        extra_k_cache=heads(o.get("extra_k_cache")),
+        extra_indices_in_kvcache=o.get("extra_indices"),
+        extra_topk_length=o.get("extra_topk_length"),
+        out=torch.empty_like(o["q"], memory_format=torch.contiguous_format),
+    )
+    agree("sparse_mla_decode", o, (out, lse.transpose(1, 2)))
+
+
+def test_what_no_op_stands_for_is_an_error_where_vllm_has_nothing() -> None:
+    # DeepGEMM cannot be loaded here, or does not have this expression.
+    with pytest.raises((UnsupportedError, RuntimeError)):
+        dg.fp8_einsum("abc,abc->abc", (torch.ones(1), torch.ones(1)), (torch.ones(1), torch.ones(1)), torch.ones(1))
+
+
+# ---------------------------------------------------------------------------------------- vLLM's own callers
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_output_projection(tokens: int) -> None:
+    """The layer's output projection, from rotated and quantised attention output on."""
+    activation = importlib.import_module("vllm.model_executor.layers.fusion.quant_activation").QuantizedActivation
+    key = importlib.import_module("vllm.model_executor.layers.quantization.utils.quant_utils").kFp8Dynamic128Sym
+    groups, inner, width = 2, 1024, 256
+    recipe, packed = o_proj.compute_fp8_einsum_recipe()
+    assert recipe == ((1, 1, 128) if MAJOR >= 10 else (1, 128, 128))
+    torch.manual_seed(tokens)
+    x, x_scale = layouts.quantize_e4m3(torch.randn(tokens, groups, inner), 128)
+    w, by_row = layouts.quantize_e4m3(torch.randn(groups, width, inner), 128)
+    if recipe == (1, 128, 128):  # one scale for 128 rows
+        w_scale = by_row.unflatten(1, (-1, 128)).amax(2)
+        values = torch.randn(groups, width, inner) / w_scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+        w = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+    else:
+        w_scale = by_row
+    x, x_scale, w, w_scale = (t.to(DEVICE) for t in (x, x_scale, w, w_scale))
+    arguments = {"x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
+    if packed:
+        x_scale, w_scale = (layouts.e8m0_pack(layouts.e8m0_encode(s)) for s in (x_scale, w_scale))
+    # vLLM keeps the tokens of a scale beside each other, padded.
+    aligned = torch.zeros((groups, x_scale.shape[2], tokens + -tokens % 4), dtype=x_scale.dtype, device=DEVICE)
+    strided = aligned.permute(2, 0, 1)[:tokens].copy_(x_scale)
+    before = calls("_fp8_einsum_impl")
+    z = o_proj.deep_gemm_fp8_o_proj(
+        activation(x, strided, torch.bfloat16, x.shape, key),
+        torch.arange(tokens),
+        torch.zeros(tokens, 64),
+        types.SimpleNamespace(weight=w, weight_scale=w_scale),
+        lambda flat: flat,
+        n_groups=groups,
+        heads_per_group=2,
+        nope_dim=448,
+        rope_dim=64,
+        o_lora_rank=width,
+        einsum_recipe=recipe,
+        tma_aligned_scales=packed,
+    )
+    agree("fp8_einsum", arguments, (z.view(tokens, groups, width),))
+    assert calls("_fp8_einsum_impl") == before + 1
+
+
+@pytest.mark.parametrize(("hidden", "k"), [(256, 1024), (256, 256)], ids=["streams", "broadcast"])
+def test_hyper_connection(monkeypatch: pytest.MonkeyPatch, hidden: int, k: int) -> None:
+    """The prenorm helper; the second shape is the first layer's, for which it has no other way."""
+    kernels: Any = types.ModuleType("vllm.model_executor.kernels.mhc.tilelang_kernels")
+    kernels.compute_num_split = lambda block_k, k, grid: 3
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    torch.manual_seed(k)
+    x, fn = torch.randn(5, k, device=DEVICE).bfloat16(), torch.randn(24, k, device=DEVICE)
+    out, squares = tilelang._hc_prenorm_gemm_outputs(x, fn, hidden_size=hidden, hc_mult=4, use_tilelang_fallback=False)
+    assert out.shape == (3, 5, 24)
+    agree("hc_prenorm_gemm", {"x": x, "fn": fn}, (out.sum(0), squares.sum(0)))
+
+
+def _cache(pages: int, page_size: int) -> tuple[Tensor, Tensor]:
+    """A cache as vLLM makes it, pages padded to 576 bytes and every second slot written; and those slots."""
+    stride = page_size * 584
+    stride += -stride % 576
+    raw = torch.full((pages, stride), 0xFF, dtype=torch.uint8, device=DEVICE)
+    cache = raw.as_strided((pages, page_size, 584), (stride, 584, 1))
+    slots = torch.arange(1, pages * page_size, 2, device=DEVICE)
+    layouts.write_kv(cache, slots, torch.randn(len(slots), 512, device=DEVICE).bfloat16())
+    return cache, slots.int()
+
+
+def _pick(slots: Tensor, rows: int, width: int, lens: Tensor) -> Tensor:
+    picked = slots[torch.randint(0, len(slots), (rows, width), device=DEVICE)]
+    return torch.where(torch.arange(width, device=DEVICE) < lens.unsqueeze(1), picked, -1).int()
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_decode_of_the_attention_layer(monkeypatch: pytest.MonkeyPatch, ratio: int) -> None:
+    """``_forward_decode`` of the layer that vLLM builds for DeepSeek V4, for each kind of layer."""
+    torch.manual_seed(ratio)
+    tokens, heads, window = 3, 64, 128
+    swa_cache, swa_slots = _cache(8, 64)
+    swa_lens = torch.tensor([128, 1, 77], dtype=torch.int32, device=DEVICE)
+    swa_indices = _pick(swa_slots, tokens, window, swa_lens).unsqueeze(1)
+    sink = torch.randn(heads, device=DEVICE)
+    sink[8:] = -float("inf")  # the padded heads
+    q = torch.randn(tokens, heads, 512, device=DEVICE).bfloat16()
+    o: dict[str, Any] = {"q": q.unsqueeze(1), "k_cache": swa_cache, "indices": swa_indices, "sm_scale": 512**-0.5}
+    o |= {"attn_sink": sink, "topk_length": swa_lens}
+    swa_metadata = types.SimpleNamespace(
+        num_decodes=tokens,
+        num_decode_tokens=tokens,
+        is_valid_token=torch.ones(tokens, dtype=torch.bool, device=DEVICE),
+        token_to_req_indices=torch.arange(tokens, dtype=torch.int32, device=DEVICE),
+        decode_swa_indices=swa_indices,
+        decode_swa_lens=swa_lens,
+    )
+    builder = types.SimpleNamespace(_layer_types=["swaonly", "c4a", "c128a"])
+    schedule = sparse_swa.DeepseekSparseSWAMetadataBuilder.build_tile_scheduler(builder, tokens)
+    for name in ("swaonly", "c4a", "c128a"):
+        # vLLM has none on 12.x, where it takes another layer; this one asks for it all the same.
+        setattr(swa_metadata, f"tile_sched_{name}", schedule.get(name) or sparse_swa.get_mla_metadata()[0])
+    attention = types.SimpleNamespace(
+        compress_ratio=ratio,
+        scale=512**-0.5,
+        attn_sink=sink,
+        swa_cache_layer=types.SimpleNamespace(kv_cache=swa_cache),
+        topk_indices_buffer=None,
+    )
+    cache = metadata = None
+    if ratio:
+        page_size = 256 // ratio
+        cache, slots = _cache(40, page_size)
+        lens = torch.tensor([16, 0, 9], dtype=torch.int32, device=DEVICE)
+        chosen = _pick(slots, tokens, 16, lens)
+        o |= {"extra_k_cache": cache, "extra_indices": chosen.unsqueeze(1), "extra_topk_length": lens}
+        metadata = types.SimpleNamespace(
+            block_size=256,
+            block_table=torch.arange(40, dtype=torch.int32, device=DEVICE).expand(tokens, 40).contiguous(),
+            c128a_global_decode_topk_indices=chosen.unsqueeze(1),
+            c128a_decode_topk_lens=lens,
+        )
+        if ratio == 4:
+            # The tables above map a request's own index to the same slot.
+            attention.topk_indices_buffer = chosen
+            if DEVICE.type == "cpu":  # a Triton kernel
+                monkeypatch.setattr(flashmla, "compute_global_topk_indices_and_lens", lambda *_: (chosen, lens))
+    output = torch.full_like(q, float("nan"))
+    before = calls("flash_mla_with_kvcache")
+    flashmla.DeepseekV4FlashMLAAttention._forward_decode(
+        attention, q, cache, swa_metadata, metadata, swa_only=not ratio, output=output
+    )
+    agree("sparse_mla_decode", o, (output.unsqueeze(1),), ("out",))
+    assert calls("flash_mla_with_kvcache") == before + 1
+    served = bind.stats()["sparse_mla_decode"]
+    assert sum(served.values()) >= 1
+
+
+def test_the_indexer_can_be_built() -> None:
+    """Its constructor refuses to work without DeepGEMM, and asks through this name."""
+    assert layer.has_deep_gemm()
+    assert indexer.has_deep_gemm()
+    assert indexer._supports_native_decode(2)
+
+
+# ------------------------------------------------------------------------------------------------ the way back
+
+
+def test_undo_and_again(caplog: pytest.LogCaptureFixture) -> None:
+    ours = (dg._fp8_einsum_impl, flashmla.flash_mla_sparse_fwd)
+    assert engine.undo() == []
+    if LIBRARY_IMPORTED == [] and DEVICE.type == "cpu":
+        assert dg._fp8_einsum_impl is None
+        with pytest.raises(RuntimeError, match="DeepGEMM backend is unavailable"):
+            dg.fp8_einsum("bhr,hdr->bhd", None, None, None)
+    assert flashmla.flash_mla_sparse_fwd is source.flash_mla_sparse_fwd
+    assert flashmla.flash_mla_with_kvcache is source.flash_mla_with_kvcache
+    assert layer.has_deep_gemm is importlib.import_module("vllm.utils.import_utils").has_deep_gemm
+    assert dg._lazy_init.__qualname__ == "_lazy_init"
+    assert not hasattr(dg._lazy_init, "__wrapped__")
+    # At once, as every module has been imported.
+    engine.apply()
+    assert flashmla.flash_mla_sparse_fwd is not source.flash_mla_sparse_fwd
+    out, squares = torch.empty(1, 2, 24, device=DEVICE), torch.empty(1, 2, device=DEVICE)
+    x, fn = torch.ones(2, 64, device=DEVICE).bfloat16(), torch.ones(24, 64, device=DEVICE)
+    with caplog.at_level(logging.WARNING, "dsv4_backends"):
+        for _ in range(2):
+            dg.tf32_hc_prenorm_gemm(x, fn, out, squares, 1)
+    assert torch.all(out == 64)
+    assert dg._fp8_einsum_impl not in (None, ours[0])
+    (line,) = (record.message for record in caplog.records)
+    assert line.startswith(f"vllm {engine.version()} runs over dsv4_backends: sparse_mla_prefill ")
+    assert "hc_prenorm_gemm" in line
+
+
+def test_undo_leaves_what_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    somebody = lambda *_: None  # noqa: E731
+    ours = flashmla.flash_mla_sparse_fwd
+    flashmla.flash_mla_sparse_fwd = somebody
+    assert engine.undo() == ["vllm.models.deepseek_v4.nvidia.flashmla:flash_mla_sparse_fwd"]
+    assert flashmla.flash_mla_sparse_fwd is somebody
+    flashmla.flash_mla_sparse_fwd = source.flash_mla_sparse_fwd
+    engine.apply()
+    assert flashmla.flash_mla_sparse_fwd is not ours
+
+
+# --------------------------------------------------------------------------------------------------- who served
+
+
+def test_who_served(record_property: Callable[[str, object], None]) -> None:
+    """For every op the first of the order that has it, or the pinned one; others only what that one refuses."""
+    served = bind.stats()
+    record_property("served", json.dumps(served))
+    order = policy.from_environment().order
+    for op in CONTRACTS:
+        resolution = bind.resolution(op, DEVICE)
+        names = [candidate.name for candidate in resolution.candidates]
+        wanted = resolution.pinned or next((name for name in order if name in names), "")
+        if wanted:
+            assert served[op].get(wanted), f"{op}: {wanted} has not served: {resolution.explain()}"
+        assert sum(served[op].values()) > 0

@@ -1,0 +1,170 @@
+"""The batch-invariant mode: one reading of the variable, and the same code for a row in every batch.
+
+The bits themselves are compared in tests/providers/triton_suite.py, in the interpreter and on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import traffic as serving
+from dsv4_backend_triton import BATCH_INVARIANT, ahead, batch_invariant
+from dsv4_backend_triton.arch import arch_from_capability
+from packaging.version import Version
+
+from dsv4_backends import OPS, ops
+from dsv4_backends.commands import cli
+from dsv4_backends.contract import CONTRACTS
+from dsv4_backends.contract.models import FLASH, PRO
+from dsv4_backends.runtime import bind
+from dsv4_backends.selection import plugins, policy
+from dsv4_backends.testing import checks
+
+SIZES = (1, 7, 64, 83, 84, 256, 1000, 8192)
+CAPABILITIES = ("8.0", "8.6", "9.0", "10.0", "12.0")
+MAKERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
+    "sparse_mla_prefill": lambda rank, n: serving.prefill(rank.heads, n, 4096, 640),
+    "sparse_mla_decode": lambda rank, n: serving.decode(rank.heads, n, 1, 128, (512, 64)),
+    "mqa_logits": lambda rank, n: serving.mqa(rank, n, 3000, compressed=False),
+    "paged_mqa_logits": lambda rank, n: serving.paged(rank, n, 1, 1000),
+    "fp8_einsum": serving.einsum,
+    "hc_prenorm_gemm": lambda rank, n: serving.prenorm(n, 16384, 24),
+}
+SIZED = {"m", "M", "B", "n_items", "rows", "chunk"}
+"""What may differ from batch to batch: how many rows there are, and where a block's columns end."""
+
+
+def code(op: str, capability: str, call: dict[str, Any], mode: bool) -> list[Any]:
+    """What decides a row's bits, of each launch: kernel, constants, options, boxes, and the numbers it is given."""
+    found = []
+    home = "batch_invariant" if mode and op not in BATCH_INVARIANT else ""
+    for one in ahead.record(op, [call], arch_from_capability(Version(capability)), home):
+        numbers = {
+            name: value
+            for name, value in one.arguments.items()
+            if isinstance(value, int | float) and name not in SIZED and "stride" not in name and name[1:3] != "_s"
+        }
+        boxes = [getattr(value, "block_shape", None) for value in one.arguments.values()]
+        found.append((one.kernel.__name__, str(one.constants), one.options, boxes, numbers))
+        if "chunk" in one.arguments:  # a key's place in its tile is the same wherever the blocks are cut
+            tile = one.constants.get("BLOCK_N") or one.constants["KEYS"]
+            assert one.arguments["chunk"] % tile == 0
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("op", OPS)
+def test_a_row_is_computed_by_the_same_code_in_every_batch(op: str, capability: str) -> None:
+    for rank in (FLASH.rank(8), PRO.rank(1)):
+        first, *others = [code(op, capability, MAKERS[op](rank, n), True) for n in SIZES]
+        for size, other in zip(SIZES[1:], others, strict=True):
+            assert other == first, size
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in BATCH_INVARIANT])
+def test_outside_the_mode_it_is_not(op: str) -> None:
+    """So that the test above could fail, and the claim is made in the mode alone."""
+    made = [code(op, "9.0", MAKERS[op](FLASH.rank(1), n), False) for n in SIZES]
+    assert any(other != made[0] for other in made)
+
+
+@pytest.mark.parametrize("splits", [1, 4, 16, 64])
+def test_partials_of_the_prenorm_gemm(splits: int) -> None:
+    """As many as the caller asks for, whatever the batch is."""
+    made = [
+        code("hc_prenorm_gemm", "9.0", MAKERS["hc_prenorm_gemm"](None, n) | {"num_splits": splits}, True) for n in SIZES
+    ]
+    assert all(other == made[0] for other in made)
+
+
+def test_every_op_says_whether_it_holds() -> None:
+    (triton,) = (p for p in plugins.load().providers if p.name == "triton")
+    usual = {i.op: i.batch_invariant for i in triton.implementations if not i.only_batch_invariant}
+    mode = {i.op for i in triton.implementations if i.only_batch_invariant}
+    assert usual == {op: op in BATCH_INVARIANT for op in OPS}
+    assert mode == set(OPS) - set(BATCH_INVARIANT)
+    for op in mode:
+        function = getattr(batch_invariant, op)
+        assert bind.signature_mismatch(CONTRACTS[op], function) is None
+
+
+def test_one_reading_when_a_call_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the environment, or of the active policy; after ``reset`` anew; never when something is imported."""
+
+    def target() -> tuple[str, bool]:
+        resolution = _on_hopper("hc_prenorm_gemm")
+        assert resolution.selected is not None
+        chosen = resolution.selected.implementation
+        return chosen.target, chosen.batch_invariant
+
+    usual = ("dsv4_backend_triton.hyper_connection.hc_prenorm_gemm.op:hc_prenorm_gemm", False)
+    in_mode = ("dsv4_backend_triton.batch_invariant:hc_prenorm_gemm", True)
+    assert target() == usual
+    monkeypatch.setenv("DSV4_BACKENDS_BATCH_INVARIANT", "1")
+    bind.reset()
+    assert target() == in_mode
+    with policy.use_providers(batch_invariant=False):
+        assert target() == usual
+    monkeypatch.delenv("DSV4_BACKENDS_BATCH_INVARIANT")
+    assert target() == in_mode  # what was bound stays bound
+    bind.reset()
+    assert target() == usual
+    with policy.use_providers(batch_invariant=True):
+        assert target() == in_mode
+    assert target() == usual
+
+
+def _on_hopper(op: str) -> Any:
+    from dsv4_backends.selection.machine import simulate
+
+    return bind.current().resolve(op, simulate("sm_90").devices[0])
+
+
+def test_who_claims_it_comes_first(fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+    """A faster provider that does not claim it serves in the mode only where nobody does, with a line in the log."""
+    source = """
+from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
+@hookimpl
+def dsv4_providers():
+    own = dict(target="dsv4_backend_torch.hyper_connection:hc_prenorm_gemm", op="hc_prenorm_gemm", devices=("cpu",))
+    yield ProviderSpec(name="fast", summary="s", tier=Tier.NATIVE, implementations=(Implementation(**own),))
+    yield ProviderSpec(
+        name="steady", summary="s", tier=Tier.PORTABLE, implementations=(Implementation(batch_invariant=True, **own),)
+    )
+"""
+    fake_plugin("pair", source)
+    call = {"x": torch.zeros(2, 64, dtype=torch.bfloat16), "fn": torch.zeros(8, 64)}
+    ops.hc_prenorm_gemm(**call)
+    with policy.use_providers(batch_invariant=True):
+        ops.hc_prenorm_gemm(**call)
+        assert "batch-variant" not in caplog.text
+        with policy.use_providers(deny=["steady"]):
+            ops.hc_prenorm_gemm(**call)
+    assert bind.stats()["hc_prenorm_gemm"] == {"fast": 2, "steady": 1}
+    assert caplog.text.count("[batch-variant]") == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_explain_says_it(op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    claim = "   batch-invariant: a row's bits do not depend on the other rows"
+    assert cli.main(["explain", op, "--device", "sm_90"]) == 0
+    said = capsys.readouterr().out
+    if op in BATCH_INVARIANT:
+        assert claim in said
+    else:
+        assert f"with DSV4_BACKENDS_BATCH_INVARIANT=1 dsv4_backend_triton.batch_invariant:{op} is" in said
+    monkeypatch.setenv("DSV4_BACKENDS_BATCH_INVARIANT", "1")
+    bind.reset()
+    assert cli.main(["explain", op, "--device", "sm_90"]) == 0
+    said = capsys.readouterr().out
+    assert claim in said
+    assert "1. triton: selected" in said
+    bind.reset()
+
+
+def test_the_suite_can_run_the_mode() -> None:
+    for mode in (False, True):
+        assert checks.subject("torch", "mqa_logits", "cpu", batch_invariant=mode).provider == "torch"
