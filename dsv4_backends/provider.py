@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .compat import native
 from .errors import NoProviderError
-from .runtime.launching import cache_error, cache_problem, elsewhere, on_its_device
+from .runtime.launching import cache_error, cache_problem, elsewhere, launch, on_its_device
 from .runtime.steps import once_a_step
 from .selection.capability import Support, support
 from .selection.hookspecs import hookimpl
@@ -31,6 +31,7 @@ __all__ = [
     "elsewhere",
     "find_library",
     "hookimpl",
+    "launch",
     "native",
     "on_its_device",
     "once_a_step",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from dsv4_backends.provider import cache_error
+from dsv4_backends.provider import launch
 
 _BLOCK = 4096
 _MOVED_BLOCK = 2048
@@ -22,7 +21,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _EARLY = not _INTERPRETED
 """Launched before DeepGEMM's kernel has ended (programmatic dependent launch, which all of its GPUs have)."""
 
-# One compiled variant for each set of flags, whatever the sizes: `_launch` keeps it by flags alone.
+# One compiled variant for each set of flags, whatever the sizes: `launch` keeps it by flags alone.
 _SIZES = ["width", "row_stride", "source_stride", "rows_per_length"]
 _TABLE_SIZES = ["rows_per_entry", "table_stride", "limit", "pages"]
 _LENGTHS = ["starts", "ends", "safe_starts", "safe_ends"]
@@ -141,59 +140,6 @@ def _bounds_kernel(starts, ends, safe_starts, safe_ends, rows, keys, width, BLOC
     tl.store(safe_ends + row, end, mask=here)
 
 
-_compiled: dict[Hashable, Callable[..., Any]] = {}
-_KNOWN = triton.__version__.startswith("3.6.")
-"""Whether a compiled kernel can be run as ``_runner`` does. Others get the slower form of Triton's tutorials."""
-
-
-def _runner(compiled: Any, device: int, flags: tuple[Any, ...]) -> Callable[..., Any]:
-    """What runs a compiled kernel: ``run(grid, tensors, numbers)``."""
-    if not _KNOWN or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
-        return lambda grid, tensors, numbers: compiled[grid](*tensors, *numbers, *flags)
-    run, stream, address = compiled.run, torch._C._cuda_getCurrentRawStream, Tensor.data_ptr
-    launch, function, metadata = run.launch, compiled.function, compiled.packed_metadata
-    # No scratch memory, and no hooks and their metadata, whose preparation takes longer than the launch. Addresses
-    # instead of tensors, about which the launcher would ask the driver.
-    fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
-    return lambda grid, tensors, numbers: launch(
-        *grid, stream(device), *fixed, *map(address, tensors), *numbers, *flags
-    )
-
-
-def _launch(
-    kernel: Any,
-    device: int,
-    grid: tuple[int, int, int],
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[int, ...],
-    flags: tuple[Any, ...],
-    aligned: bool = True,
-    early: bool = False,
-) -> None:
-    """Launch a kernel without Triton's own look at every argument, which takes longer than the kernel. The device of
-    the tensors must be current: the ops of this package see to that.
-
-    Args:
-        tensors, numbers: Its first arguments, all of these on ``device``, and those that follow.
-        flags: The values of its ``constexpr`` parameters.
-        aligned: Whether the pointer that it is specialised on is a multiple of 16.
-        early: Launched while the kernel before it still runs, for which it waits by itself.
-    """
-    key = (kernel.fn, device, flags, aligned)
-    found = _compiled.get(key)
-    if found is not None:
-        found(grid, tensors, numbers)
-        return
-    try:
-        compiled = kernel[grid](*tensors, *numbers, *flags, **({"launch_pdl": True} if early else {}))
-    except Exception as error:
-        if (named := cache_error(error)) is not None:
-            raise named from error
-        raise
-    if not _INTERPRETED:
-        _compiled[key] = _runner(compiled, device, flags)
-
-
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda or _INTERPRETED
 
@@ -210,7 +156,7 @@ def bounds(row_starts: Tensor, row_ends: Tensor, keys: int, width: int) -> tuple
         starts, ends = torch.empty_like(row_starts), torch.empty_like(row_ends)
         tensors = (row_starts, row_ends, starts, ends)
         grid = (-(-rows // 1024), 1, 1)
-        _launch(_bounds_kernel, row_starts.get_device(), grid, tensors, (rows, keys, width), (1024,))
+        launch(_bounds_kernel, row_starts.get_device(), grid, tensors, (rows, keys, width), (1024,))
         return starts, ends
     starts = row_starts.clamp(0, keys)
     return starts, starts + (row_ends.clamp(0, keys) - starts).clamp(0, width)
@@ -259,7 +205,7 @@ def finish(
         assert starts is not None
         numbers: tuple[int, ...] = (width // unit, stride // unit)
         flags: tuple[Any, ...] = (unit, _MOVED_BLOCK, _EARLY)
-        _launch(_move_kernel, device, (rows, 1, 1), (logits, starts, ends), numbers, flags, aligned, _EARLY)
+        launch(_move_kernel, device, (rows, 1, 1), (logits, starts, ends), numbers, flags, aligned, _EARLY)
         return logits
     begin = ends if starts is None else starts
     source_stride = stride if out is None else logits.stride(0)
@@ -271,7 +217,7 @@ def finish(
     flags = (starts is not None, shifted, out is not None, page_size, unit, _BLOCK, _EARLY)
     grid = (rows, -(-width // _BLOCK), 1)
     tensors = (target, logits, begin, ends, table)
-    _launch(_finish_kernel, device, grid, tensors, (*numbers, *entries), flags, aligned, _EARLY)
+    launch(_finish_kernel, device, grid, tensors, (*numbers, *entries), flags, aligned, _EARLY)
     return target
 
 

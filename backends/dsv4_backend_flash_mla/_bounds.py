@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dsv4_backends.provider import launch
+
 try:
     import triton
     import triton.language as tl
@@ -115,7 +117,7 @@ def bounded(first: Scope, second: Scope | None) -> list[tuple[Tensor, Tensor | N
         tensors += tensors[:4]
         numbers += [0, 0, 0, 0, 0, 0]
     blocks = sum(-(-scope.width // _BLOCK) for scope in scopes)
-    _bounds_kernel[(b * s_q, blocks)](*tensors, s_q, *numbers, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True)
+    launch(_bounds_kernel, first.indices.get_device(), (b * s_q, blocks, 1), tensors, (s_q, *numbers), (_BLOCK,))
     return list(zip(safe, lengths, strict=True))
 
 

@@ -1,4 +1,5 @@
-"""For authors of providers: kernels go to the device of their tensors, and a compiler's cache that fails is named.
+"""For authors of providers: kernels go to the device of their tensors, start in few microseconds of host time, and a
+compiler's cache that fails is named.
 
 A launch, of a kernel or inside a library, goes to the current device and to its current stream. The tensors of a call
 may be on another one: engines and ``device_map`` keep several GPUs in one process.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,79 @@ def on_its_device(tensor: Tensor) -> AbstractContextManager[Any]:
     import torch
 
     return torch.cuda.device(tensor.get_device())
+
+
+# ------------------------------------------------------------------------------------------ small kernels of adapters
+
+_compiled: dict[Hashable, Callable[..., Any]] = {}
+
+
+@functools.cache
+def _known_launcher() -> bool:
+    """Whether a compiled kernel's C launcher is the one that ``_runner`` calls, which Triton 3.6 has."""
+    import triton
+
+    return str(triton.__version__).startswith("3.6.")
+
+
+def _runner(compiled: Any, device: int, flags: tuple[Any, ...]) -> Callable[..., Any]:
+    """What runs a compiled kernel: ``run(grid, tensors, numbers)``."""
+    if not _known_launcher() or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
+        # Slower: the form of Triton's tutorials.
+        return lambda grid, tensors, numbers: compiled[grid](*tensors, *numbers, *flags)
+    import torch
+
+    run, stream, address = compiled.run, torch._C._cuda_getCurrentRawStream, torch.Tensor.data_ptr
+    c_launcher, function, metadata = run.launch, compiled.function, compiled.packed_metadata
+    # No scratch memory, and no hooks and their metadata, whose preparation takes longer than the launch. Addresses
+    # instead of tensors, about which the launcher would ask the driver.
+    fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
+    return lambda grid, tensors, numbers: c_launcher(
+        *grid, stream(device), *fixed, *map(address, tensors), *numbers, *flags
+    )
+
+
+def launch(
+    kernel: Any,
+    device: int,
+    grid: tuple[int, int, int],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    flags: tuple[Any, ...],
+    aligned: bool = True,
+    early: bool = False,
+) -> None:
+    """Launch a Triton kernel without Triton's own look at every argument, which can take longer than the kernel.
+
+    The compiled kernel is kept by ``kernel``, ``device``, ``flags`` and ``aligned`` alone. The kernel must therefore be
+    compiled alike for all other arguments: with ``do_not_specialize`` and ``do_not_specialize_on_alignment``, and with
+    ``tl.int64`` where a number may need it.
+
+    Args:
+        kernel: Takes the tensors, the numbers and the flags, in this order.
+        device: The GPU of the tensors, which must be current: see ``elsewhere`` and ``on_its_device``.
+        flags: The values of its ``constexpr`` parameters.
+        aligned: Whether the pointers that it is specialised on are multiples of 16.
+        early: Launched while the kernel before it still runs (programmatic dependent launch), for which it waits by
+            itself.
+
+    Raises:
+        CacheError: Triton has to compile the kernel and cannot keep it.
+    """
+    key = (kernel.fn, device, flags, aligned)
+    found = _compiled.get(key)
+    if found is not None:
+        found(grid, tensors, numbers)
+        return
+    options = {"launch_pdl": True} if early else {}
+    try:
+        compiled = kernel[grid](*tensors, *numbers, *flags, enable_fp_fusion=True, **options)
+    except Exception as error:
+        if (named := cache_error(error)) is not None:
+            raise named from error
+        raise
+    if compiled is not None:  # Triton's interpreter compiles nothing
+        _compiled[key] = _runner(compiled, device, flags)
 
 
 # ------------------------------------------------------------------------------------------- Triton's cache on disk

@@ -270,65 +270,6 @@ def test_extreme_scale_codes(use: Callable[..., None], line: str) -> None:
         assert numerics.compare(target.run(scaled)[0], want, target.contract.tolerances["out"]).ok
 
 
-@pytest.mark.parametrize(("known", "scratch"), [(True, 0), (True, 8), (False, 0)])
-def test_a_kernel_is_looked_up_by_what_compiles_it(monkeypatch: pytest.MonkeyPatch, known: bool, scratch: int) -> None:
-    """Triton's launcher runs once for each device, set of flags and alignment; the compiled kernel runs after that."""
-    finish = importlib.import_module("dsv4_backend_deep_gemm._finish")
-    monkeypatch.setattr(finish, "_KNOWN", known)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
-    told: list[Any] = []
-
-    class Kernel:
-        def __init__(self, name: str) -> None:
-            self.name, self.fn = name, object()
-
-        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
-            def launch(*arguments: Any) -> Any:
-                told.append((self.name, grid, arguments))
-                return Kernel("compiled")
-
-            return launch
-
-        function, packed_metadata = "function", "metadata"
-
-        @property
-        def run(self) -> Any:
-            return Launcher
-
-    class Launcher:
-        """Of Triton 3.6: the C function behind it takes addresses for tensors."""
-
-        global_scratch_size, profile_scratch_size = scratch, 0
-        launch_cooperative_grid, launch_pdl = "cooperative", "pdl"
-
-        @staticmethod
-        def launch(x: int, y: int, z: int, stream: int, *arguments: Any) -> None:
-            assert arguments[:9] == ("function", "cooperative", "pdl", None, None, "metadata", None, None, None)
-            told.append(("compiled", (x, y, z), (tensor, *arguments[10:])))
-            assert arguments[9] == tensor.data_ptr()
-            assert stream == 70 + device
-            launched.append(device)
-
-    tensor = torch.zeros(3)
-    launched: list[int] = []
-    kernel = Kernel("jit")
-    for device, rows, flags, aligned, expected in (
-        (0, 3, (True, 4), True, "jit"),
-        (0, 5, (True, 4), True, "compiled"),
-        (0, 5, (False, 4), True, "jit"),
-        (0, 5, (True, 4), False, "jit"),
-        (1, 5, (True, 4), True, "jit"),
-        (1, 6, (True, 4), True, "compiled"),
-    ):
-        finish._launch(kernel, device, (rows, 1, 1), (tensor,), (rows,), flags, aligned)
-        name, grid, (first, *rest) = told.pop()
-        assert (name, grid, rest) == (expected, (rows, 1, 1), [rows, *flags])
-        assert first is tensor
-    assert launched == ([0, 1] if known and not scratch else [])
-    for made in [key for key in finish._compiled if key[0] is kernel.fn]:
-        del finish._compiled[made]
-
-
 @pytest.mark.usefixtures("triton_interpreter")
 def test_kernels_in_the_interpreter() -> None:
     """The kernels agree with the PyTorch code that stands in for them on a CPU."""
@@ -424,7 +365,13 @@ from dsv4_backend_flash_mla import _bounds
 triton.runtime.driver.set_active(NoGpu(90))
 i32, f32 = torch.int32, torch.float32
 numbers = [3, 1, 128, 128, 4096, 128, 128, 1, 1024, 1024, 99999, 1024, 1024]
-made = [_bounds._bounds_kernel.warmup(*[i32] * 8, *numbers, BLOCK=1024, grid=(1,), num_warps=4)]
+anywhere = torch.zeros(9, dtype=i32)[1:]  # on no boundary of 16 bytes
+made = [
+    _bounds._bounds_kernel.warmup(*given, 1024, grid=(1,), enable_fp_fusion=True)
+    for given in ([*[i32] * 8, *numbers], [*[i32] * 8, *[1] * 13], [*[anywhere] * 8, *[0] * 13])
+]
+assert len(set(map(id, made))) == 1  # launch() keeps one for all calls
+made = made[:1]
 for starts, copies, page, unit in itertools.product((False, True), (False, True), (0, 32, 64), (1, 4)):
     if not (starts and page):
         flags = (starts, starts, copies, page, unit, 4096, True)

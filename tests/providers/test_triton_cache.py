@@ -14,7 +14,6 @@ import torch
 import traffic as serving
 import triton
 from compile_matrix import NoGpu
-from dsv4_backend_deep_gemm import _finish
 from dsv4_backend_triton import ahead
 from dsv4_backend_triton import launch as triton_launch
 from dsv4_backend_triton.arch import arch_from_capability
@@ -46,7 +45,7 @@ class Kernel:
 DOORS: dict[str, Callable[[Any], None]] = {
     "triton": lambda kernel: triton_launch.launch(kernel, (1,), X),
     "triton ahead": lambda kernel: triton_launch.Launch(kernel, (1,), {}, {}).compile(),
-    "deep_gemm": lambda kernel: _finish._launch(kernel, -1, (1, 1, 1), (X,), (), ()),
+    "adapters": lambda kernel: launching.launch(kernel, -1, (1, 1, 1), (X,), (), ()),
     "transformers": lambda kernel: transformers_kernels._launch(kernel, (1,), X, X),
 }
 

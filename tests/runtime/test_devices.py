@@ -157,8 +157,8 @@ def test_nothing_launches_beside_the_doors() -> None:
                         if subscripted and "grid" in ast.unparse(node.func.slice):  # type: ignore[attr-defined]
                             found.add((path.name, function.name))
     doors = {("launch.py", "launch"), ("kernels.py", "_launch")}
-    # Called by the ops of that package only, which have made the device current.
-    assert found == doors | {("_finish.py", "_launch"), ("_finish.py", "_runner")}
+    # Called by the ops of the adapters only, which have made the device current.
+    assert found == doors | {("launching.py", "launch"), ("launching.py", "_runner")}
 
 
 class OnGpu:
