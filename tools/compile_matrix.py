@@ -2,7 +2,9 @@
 
 What is compiled is what dispatch asks for when Flash and Pro are served on 1 to 8 ranks: the launches are recorded from
 the ops' own functions. Each becomes a cubin; its shared memory must fit the architecture and its stack must not exceed
-32 bytes a thread. Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--every N] [--kept] [--json FILE]
+32 bytes a thread.
+
+Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--op OP ...] [--every N] [--kept] [--json FILE]
 """
 
 from __future__ import annotations
@@ -87,13 +89,13 @@ def _identity(launch: Launch) -> tuple[Any, ...]:
 
 
 @cache
-def launches(capability: str) -> tuple[Asked, ...]:
-    """Everything that dispatch asks for on a capability, each once, in a fixed order."""
+def launches(capability: str, ops: tuple[str, ...] = OPS) -> tuple[Asked, ...]:
+    """Everything that dispatch of these ops asks for on a capability, each once, in a fixed order."""
     arch = arch_from_capability(Version(capability))
     found: dict[tuple[Any, ...], Asked] = {}
     for invariant in (False, True):
         home = "batch_invariant" if invariant else ""
-        for op in (op for op in OPS if op not in BATCH_INVARIANT or not invariant):
+        for op in (op for op in ops if op not in BATCH_INVARIANT or not invariant):
             for rank in RANKS:
                 for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch, home):
                     found.setdefault(_identity(launch), Asked(op, launch))
@@ -113,10 +115,10 @@ def registers_and_stack(compiled: Any) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
-def compile_one(capability: str, index: int) -> tuple[str, str, Cell]:
+def compile_one(capability: str, index: int, ops: tuple[str, ...] = OPS) -> tuple[str, str, Cell]:
     """Compile the index-th launch for a capability: the kernel's name, the capability, and what it takes."""
     arch = arch_from_capability(Version(capability))
-    asked = launches(capability)[index]
+    asked = launches(capability, ops)[index]
     name, launch = asked.label, asked.launch
     triton.runtime.driver.set_active(NoGpu(arch.cc))
     try:
@@ -133,9 +135,9 @@ def compile_one(capability: str, index: int) -> tuple[str, str, Cell]:
     return name, capability, Cell(registers, stack, shared, error)
 
 
-def compile_share(capability: str, first: int, every: int) -> list[tuple[str, str, Cell]]:
+def compile_share(capability: str, first: int, every: int, ops: tuple[str, ...]) -> list[tuple[str, str, Cell]]:
     """Every ``every``-th launch of a capability, in a process of its own: finding the launches takes a while."""
-    return [compile_one(capability, index) for index in range(first, len(launches(capability)), every)]
+    return [compile_one(capability, index, ops) for index in range(first, len(launches(capability, ops)), every)]
 
 
 def spilled_more(made: Matrix, against: Matrix | None) -> list[str]:
@@ -152,6 +154,7 @@ def spilled_more(made: Matrix, against: Matrix | None) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", nargs="+", default=CAPABILITIES)
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--every", type=int, default=1, help="compile each N-th only, from a start that differs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
     parser.add_argument("--kept", action="store_true", help="a kernel may not spill more than in docs/results")
@@ -159,6 +162,7 @@ def main() -> int:
     args = parser.parse_args()
     start = time.perf_counter()
     chosen = [] if tuple(args.capability) == CAPABILITIES else ["--capability", *args.capability]
+    chosen += [] if tuple(args.op) == OPS else ["--op", *args.op]
     chosen += [] if args.every == 1 else ["--every", str(args.every)]
     told = provenance(" ".join(["python tools/compile_matrix.py", *chosen, "--json FILE"]))
     made = Matrix(
@@ -169,7 +173,8 @@ def main() -> int:
         shared_limit={c: arch_from_capability(Version(c)).smem for c in args.capability},
     )
     with ProcessPoolExecutor(args.jobs) as pool:
-        shares = [(capability, place % args.every, args.every) for place, capability in enumerate(args.capability)]
+        ops = tuple(args.op)
+        shares = [(capability, i % args.every, args.every, ops) for i, capability in enumerate(args.capability)]
         for cells in pool.map(compile_share, *zip(*shares, strict=True)):
             for name, capability, cell in cells:
                 assert capability not in made.kernels.setdefault(name, {}), f"two kernels are called {name}"

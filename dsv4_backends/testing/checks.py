@@ -339,8 +339,8 @@ def check_deterministic(target: Subject, case: Case) -> None:
                 raise CheckFailed("deterministic", f"{target.name}: {case.name}: {name} differs between two calls")
 
 
-def some_rows(contract: OpContract, arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
-    """A call's arguments for some rows of its batch."""
+def some_rows(contract: OpContract, arguments: dict[str, Any], rows: slice | Tensor) -> dict[str, Any]:
+    """A call's arguments for some rows of its batch, by slice or by index."""
     whole = contract.args[contract.batch]
     assert isinstance(whole, TensorArg)
     batch = whole.forms[0].dims[0]

@@ -13,26 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import ROOT
+from walkthrough import Page
 
 from dsv4_backends import engines
 from dsv4_backends.commands import cli
 from dsv4_backends.engines import hook, patching
 
-PAGE = (ROOT / "docs" / "adding-an-engine.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^<!-- (\w+)(?:: (.+?))? -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = [match.groups() for match in BLOCK.finditer(PAGE)]
+PAGE = Page("adding-an-engine.md")
 
 
 def block(kind: str) -> str:
-    (text,) = [text for found, _, _, text in BLOCKS if found == kind]
-    return text
+    (found,) = PAGE.of(kind)
+    return found.text
 
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The steps of the page, with toy 1.2.0 installed."""
-    for name, text in [(name, text) for kind, name, _, text in BLOCKS if kind == "file"]:
+    for _, name, _, text in PAGE.of("file"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -55,8 +53,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_every_block_of_the_page_is_run() -> None:
-    assert len(BLOCKS) == PAGE.count("\n```") / 2
-    assert {kind for kind, *_ in BLOCKS} == {"file", "line", "toml", "console", "code"}
+    assert len(PAGE.blocks) == PAGE.text.count("\n```") / 2
+    assert {kind for kind, *_ in PAGE.blocks} == {"file", "line", "toml", "console", "code"}
 
 
 def test_the_command_prints_what_the_page_shows(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
