@@ -55,6 +55,7 @@ class Native:
         cases: The contract's cases that this file runs by itself.
         planned: It depends on lengths, and so on ``step()``.
         compiled: The library compiles a kernel for almost every size.
+        buffers: It writes to buffers that the caller has.
     """
 
     provider: str
@@ -62,17 +63,20 @@ class Native:
     cases: tuple[str, ...]
     planned: bool
     compiled: bool
+    buffers: bool
 
 
 NATIVE: dict[str, Native] = {}
 """Every op that has a library function, in the order of this file."""
 
 
-def direct(provider: str, *cases: str, planned: bool = False, compiled: bool = False) -> Callable[..., Any]:
+def direct(
+    provider: str, *cases: str, planned: bool = False, compiled: bool = False, buffers: bool = False
+) -> Callable[..., Any]:
     """Decorates the function, named as the op with an underscore, that prepares its direct call."""
 
     def register(prepare: Callable[..., NativeCall]) -> Callable[..., NativeCall]:
-        NATIVE[prepare.__name__[1:]] = Native(provider, prepare, cases, planned, compiled)
+        NATIVE[prepare.__name__[1:]] = Native(provider, prepare, cases, planned, compiled, buffers)
         return prepare
 
     return register
@@ -335,7 +339,7 @@ def _paged_mqa_logits(
     return NativeCall(_label(module), run, view)
 
 
-@direct("deep_gemm", "flash tp1", "flash e8m0", compiled=True)
+@direct("deep_gemm", "flash tp1", "flash e8m0", compiled=True, buffers=True)
 def _fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, **others: Any) -> NativeCall:
     module = deep_gemm()
     b, h, r = x.shape
@@ -364,7 +368,7 @@ def _fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, **others
     return NativeCall(_label(module), run, lambda result: (result,))
 
 
-@direct("deep_gemm", "flash m=13", "flash m=137 splits=4", compiled=True)
+@direct("deep_gemm", "flash m=13", "flash m=137 splits=4", compiled=True, buffers=True)
 def _hc_prenorm_gemm(x: Tensor, fn: Tensor, *, num_splits: int | None = None, **others: Any) -> NativeCall:
     module = deep_gemm()
     m, k = x.shape
@@ -393,16 +397,15 @@ def prepare(op: str, arguments: dict[str, Any], *, fresh_metadata: bool = False)
     Args:
         op: A contract's name.
         arguments: Its arguments, on a GPU; a given ``out`` is ignored.
-        fresh_metadata: Compute the schedule metadata of the two decode ops inside ``run``, as a caller does whose
-            lengths changed; otherwise it is computed once here.
+        fresh_metadata: Compute schedule metadata, where the op has any, inside ``run``, as a caller does whose lengths
+            changed; otherwise it is computed once here.
 
     Raises:
         Unsupported: nothing suitable is installed, or the library does not take this call's shapes.
     """
     capability = torch.cuda.get_device_capability(next(v for v in arguments.values() if isinstance(v, Tensor)).device)
     _need(capability == (9, 0), f"compute capability {capability}, this file prepares calls for (9, 0)")
-    more = {"fresh_metadata": True} if fresh_metadata else {}
-    return NATIVE[op].prepare(**arguments, **more)
+    return NATIVE[op].prepare(**arguments, fresh_metadata=fresh_metadata)
 
 
 def main() -> int:

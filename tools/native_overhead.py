@@ -1,15 +1,15 @@
 """What the adapters over DeepGEMM and FlashMLA add to calling the library directly, on a Hopper GPU.
 
-For V4's sizes, of whichever library is installed. Ways of using it are compared like with like: ``call``, where
-everything is made anew in every call (directly: metadata in the call), and for the ops that plan from lengths also
-``step``, where these are promised to stay (``dsv4_backends.step()``; directly: metadata made beforehand).
+On the rows of ``bench``, of whichever library is installed. Ways of using it are compared like with like: ``call``,
+where everything is made anew in every call (directly: metadata in the call), and for the ops that plan from lengths
+also ``step``, where these are promised to stay (``dsv4_backends.step()``; directly: metadata made beforehand).
 
 GPU time: CUDA graphs of one and of nine calls, with the L2 flushed before each call; the difference between the two,
 over eight, without the flush. The flush reads: what it wrote would be written back while a call is timed. Host time:
 CPU time of the thread for eager calls, in many short batches, direct calls and the adapter's in turn; the median of
 the batches. ``public`` is the same call through ``dsv4_backends.ops``. Both sides are given what an engine has ready:
-result buffers for the two GEMMs, scales with the tokens contiguous, caches, keys and indices with the dimension for
-the head that the libraries want.
+result buffers where the library takes them, scales with the tokens contiguous, caches, keys and indices with the
+dimension for the head that the libraries want.
 
 What the adapter does and the direct call does not: it cleans paged and compressed logits, and full ones of DeepGEMM
 2.8, which no direct call can get cleaned (the full ones of 2.5 are cleaned by the library on both sides); and in a
@@ -40,7 +40,10 @@ import native_calls
 from kept import NativeOverhead, NativeRow
 
 from dsv4_backends import CONTRACTS, ops, records, step, use_providers
+from dsv4_backends.bench import inputs, shapes
 from dsv4_backends.bench.provenance import provenance
+from dsv4_backends.contract.arguments import ScalarArg, TensorArg
+from dsv4_backends.contract.traffic import Row
 from dsv4_backends.testing import checks
 
 MORE, ROUNDS = 8, 21
@@ -50,41 +53,8 @@ HOST_GPU_US = 20_000
 PROVIDERS = {op: native.provider for op, native in native_calls.NATIVE.items()}
 FLUSH_FLOATS = 64 << 20
 
-PREFILL = {"s_kv": 32768, "invalid": "none"}
-FLASH_ATTENTION, PRO_ATTENTION = {"h_q": 64, "topk": 640}, {"h_q": 128, "topk": 1152}
-DECODE = {"s_q": 1, "topk": 128, "invalid": "none"}
-ROWS: dict[str, dict[str, dict[str, Any]]] = {
-    "sparse_mla_prefill": {
-        f"{name} s_q={s_q}": {"s_q": s_q, **sizes, **PREFILL}
-        for name, sizes in (
-            ("flash", FLASH_ATTENTION),
-            ("pro", PRO_ATTENTION),
-            ("flash-swa", {"h_q": 64, "topk": 128}),
-        )
-        for s_q in (512, 4096)
-    },
-    "sparse_mla_decode": {
-        f"{name} b={b}": {"b": b, "h_q": heads, "extra_topk": extra, **DECODE}
-        for name, heads, extra in (("flash", 64, 512), ("pro", 128, 1024))
-        for b in (1, 8, 32, 128)
-    },
-    "mqa_logits": {f"s_q={m} s_kv={n}": {"m": m, "n": n} for m, n in ((1024, 8192), (4096, 16384), (4096, 65536))},
-    "paged_mqa_logits": {
-        f"b={b} ctx={context}": {"b": b, "context": context, "lens": "full"}
-        for b, context in ((1, 16384), (32, 16384), (128, 4096), (64, 65536))
-    },
-    "fp8_einsum": {
-        f"{name} b={b}": {"b": b, "h": h, "r": 4096, "d": 1024}
-        for name, h in (("flash", 8), ("pro", 16))
-        for b in (1, 8, 32, 128, 4096)
-    },
-    "hc_prenorm_gemm": {
-        f"{name} m={m} num_splits={splits}": {"m": m, "k": k, "num_splits": splits}
-        for name, k in (("flash", 16384), ("pro", 28672))
-        for m, splits in ((1, 32), (32, 32), (128, 32), (1024, 8), (8192, 1))
-    },
-}
-"""The sizes that were measured when the libraries were first compared."""
+ROWS = {op: {row.name: row for row in shapes.rows((), 1, (op,))} for op in native_calls.NATIVE}
+"""The rows of ``bench`` of every op that has a library function."""
 
 
 def captured(run: Callable[[], Any], flush: torch.Tensor, count: int, mode: str) -> torch.cuda.CUDAGraph:
@@ -138,23 +108,23 @@ def host_times(runs: dict[str, Callable[[], Any]], mode: str, calls: int) -> dic
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def as_engines_have_it(op: str, made: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments in the layouts, and with the buffers, that an engine has before the step."""
-    if op in ("paged_mqa_logits", "sparse_mla_decode"):
-        caches = {name: made[name] for name in ("k_cache", "extra_k_cache") if made.get(name) is not None}
-        return made | {name: cache.unsqueeze(2) for name, cache in caches.items() if cache.dim() == 3}
-    if op == "sparse_mla_prefill":
-        both = {name: made[name] for name in ("kv", "indices")}
-        return made | {name: tensor.unsqueeze(1) for name, tensor in both.items() if tensor.dim() == 2}
-    if op == "fp8_einsum":
-        scale = made["x_scale"]
-        b, h, blocks = scale.shape
-        wide = scale.new_zeros((h, blocks, b + -b % 4))[..., :b].permute(2, 0, 1)
-        out = CONTRACTS[op].function(**made)
-        return made | {"x_scale": wide.copy_(scale), "out": out}
-    if op == "hc_prenorm_gemm":
-        return made | dict(zip(("out", "sqr_sum"), CONTRACTS[op].function(**made), strict=True))
+def as_engines_have_it(row: Row, device: torch.device) -> dict[str, Any]:
+    """A row's arguments in the layouts, and with the buffers, that an engine has before the step."""
+    contract = CONTRACTS[row.op]
+    made = {name: _with_head_dimension(contract.args[name], value) for name, value in inputs.draw(row, device).items()}
+    if native_calls.NATIVE[row.op].buffers:
+        results = contract.function(**made)
+        results = results if isinstance(results, tuple) else (results,)
+        made |= {name: result for name, result in zip(contract.returns, results, strict=True) if name in contract.args}
     return made
+
+
+def _with_head_dimension(arg: TensorArg | ScalarArg, value: Any) -> Any:
+    """A tensor in the form that has a dimension of 1 more, where the contract has one."""
+    for form in arg.forms if isinstance(arg, TensorArg) else ():
+        if value is not None and "1" in form.dims and value.dim() == len(form.dims) - 1:
+            return value.unsqueeze(form.dims.index("1"))
+    return value
 
 
 def closures(op: str, made: dict[str, Any], mode: str) -> tuple[str, dict[str, Callable[[], Any]]]:
@@ -162,8 +132,7 @@ def closures(op: str, made: dict[str, Any], mode: str) -> tuple[str, dict[str, C
     target = checks.subject(PROVIDERS[op], op, "cuda")
     if (reason := target.refusal(made)) is not None:
         raise native_calls.Unsupported(f"the adapter refuses: {reason}")
-    fresh = mode == "call" and op in ("sparse_mla_decode", "paged_mqa_logits")
-    direct = native_calls.prepare(op, made, fresh_metadata=fresh)
+    direct = native_calls.prepare(op, made, fresh_metadata=mode == "call")
     return direct.library, {"direct": direct.run, "adapter": lambda: target.function(**made)}
 
 
@@ -187,21 +156,11 @@ def measure(op: str, case: str, made: dict[str, Any], mode: str, flush: torch.Te
     return row
 
 
-def draw(op: str, params: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments, drawn on the GPU: the largest take a minute on a CPU, and no test compares the values."""
-    device = torch.device("cuda")
-    try:
-        with device:
-            return CONTRACTS[op].make(device, torch.Generator(device).manual_seed(0), **params)
-    except RuntimeError:  # something in it insists on the CPU
-        return CONTRACTS[op].make(device, torch.Generator().manual_seed(0), **params)
-
-
 def call_once(part: int, parts: int, rows: list[tuple[str, str]]) -> None:
     """Make every ``parts``-th call once; what cannot be called is told when it is measured."""
     for op, case in rows[part::parts]:
         with contextlib.suppress(Exception):
-            made = as_engines_have_it(op, draw(op, ROWS[op][case]))
+            made = as_engines_have_it(ROWS[op][case], torch.device("cuda"))
             for run in closures(op, made, "call")[1].values():
                 run()
             torch.cuda.synchronize()
@@ -238,11 +197,11 @@ def main() -> None:
             records.write(result, arguments.json)
 
     for op in chosen:
-        for case, params in ROWS[op].items():
+        for case, drawn in ROWS[op].items():
             made: dict[str, Any] = {}
             for mode in ("step", "call") if native_calls.NATIVE[op].planned else ("call",):
                 try:
-                    made = made or as_engines_have_it(op, draw(op, params))
+                    made = made or as_engines_have_it(drawn, torch.device("cuda"))
                     row = measure(op, case, made, mode, flush)
                 except Exception as error:  # one failing row must not lose the others
                     row = NativeRow(op, case, mode, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
