@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsv4_backends import CONTRACTS, OPS, ops, use_providers
 from dsv4_backends.bench.inputs import draw
-from dsv4_backends.bench.shapes import Row
+from dsv4_backends.bench.shapes import tiny
 from dsv4_backends.contract import Case, layouts
 from dsv4_backends.contract.settings import matmul
 from dsv4_backends.testing import numerics, oracle
@@ -220,21 +220,13 @@ def test_layouts(setting: str) -> None:
     assert all(same(a, b) for a, b in zip(usual, again, strict=True))
 
 
-SMALL: dict[str, dict[str, Any]] = {
-    "sparse_mla_prefill": {"s_q": 3, "h_q": 2, "window": 8, "selected": 4, "compressed": 16},
-    "sparse_mla_decode": {"b": 2, "s_q": 1, "h_q": 2, "window": 8, "selected": 4, "compressed": 16},
-    "mqa_logits": {"m": 3, "n": 9, "h": 2, "d": 32},
-    "paged_mqa_logits": {"b": 2, "keys": 9, "h": 2, "d": 32},
-    "fp8_einsum": {"b": 3, "h": 2, "r": 256, "d": 128},
-    "hc_prenorm_gemm": {"m": 3, "k": 256, "n": 24, "num_splits": 2},
-}
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("op", OPS)
 def test_inputs_of_the_benchmark(op: str, setting: str) -> None:
+    row, *_ = tiny((op,))
+
     def run() -> dict[str, Any]:
-        return draw(Row(op, "a small one", SMALL[op]), DEVICE)
+        return draw(row, DEVICE)
 
     usual = run()
     with SETTINGS[setting]():

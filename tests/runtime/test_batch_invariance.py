@@ -5,6 +5,7 @@ The bits themselves are compared in tests/providers/triton_suite.py, in the inte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,23 +19,24 @@ from packaging.version import Version
 from dsv4_backends import OPS, ops
 from dsv4_backends.commands import cli
 from dsv4_backends.contract import CONTRACTS
-from dsv4_backends.contract.models import FLASH, PRO
+from dsv4_backends.contract.models import FLASH, PRO, Rank
 from dsv4_backends.runtime import bind
 from dsv4_backends.selection import plugins, policy
 from dsv4_backends.testing import checks
 
 SIZES = (1, 7, 64, 83, 84, 256, 1000, 8192)
 CAPABILITIES = ("8.0", "8.6", "9.0", "10.0", "12.0")
-MAKERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
-    "sparse_mla_prefill": lambda rank, n: serving.prefill(rank.heads, n, 4096, 640),
-    "sparse_mla_decode": lambda rank, n: serving.decode(rank.heads, n, 1, 128, (512, 64)),
-    "mqa_logits": lambda rank, n: serving.mqa(rank, n, 3000, compressed=False),
-    "paged_mqa_logits": lambda rank, n: serving.paged(rank, n, 1, 1000),
-    "fp8_einsum": serving.einsum,
-    "hc_prenorm_gemm": lambda rank, n: serving.prenorm(n, 16384, 24),
-}
 SIZED = {"m", "M", "B", "n_items", "rows", "chunk"}
 """What may differ from batch to batch: how many rows there are, and where a block's columns end."""
+
+
+@functools.cache
+def calls(op: str, rank: Rank, rows: int, packed_scales: bool = False) -> list[dict[str, Any]]:
+    """Each kind of call that serving makes, with so many rows."""
+    limits = serving.Limits(max_tokens=rows, max_requests=rows, max_context=8192)
+    batch = CONTRACTS[op].batch
+    made = serving.calls(op, rank, limits, packed_scales=packed_scales)
+    return [call for call in made if len(call[batch]) == rows]
 
 
 def code(op: str, capability: str, call: dict[str, Any], mode: bool) -> list[Any]:
@@ -58,25 +60,26 @@ def code(op: str, capability: str, call: dict[str, Any], mode: bool) -> list[Any
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("op", OPS)
 def test_a_row_is_computed_by_the_same_code_in_every_batch(op: str, capability: str) -> None:
+    packed = Version(capability).major >= 10
     for rank in (FLASH.rank(8), PRO.rank(1)):
-        first, *others = [code(op, capability, MAKERS[op](rank, n), True) for n in SIZES]
-        for size, other in zip(SIZES[1:], others, strict=True):
-            assert other == first, size
+        for kind in zip(*(calls(op, rank, n, packed) for n in SIZES), strict=True):
+            first, *others = [code(op, capability, call, True) for call in kind]
+            for size, other in zip(SIZES[1:], others, strict=True):
+                assert other == first, size
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in BATCH_INVARIANT])
 def test_outside_the_mode_it_is_not(op: str) -> None:
     """So that the test above could fail, and the claim is made in the mode alone."""
-    made = [code(op, "9.0", MAKERS[op](FLASH.rank(1), n), False) for n in SIZES]
+    made = [code(op, "9.0", calls(op, FLASH.rank(1), n)[0], False) for n in SIZES]
     assert any(other != made[0] for other in made)
 
 
 @pytest.mark.parametrize("splits", [1, 4, 16, 64])
 def test_partials_of_the_prenorm_gemm(splits: int) -> None:
     """As many as the caller asks for, whatever the batch is."""
-    made = [
-        code("hc_prenorm_gemm", "9.0", MAKERS["hc_prenorm_gemm"](None, n) | {"num_splits": splits}, True) for n in SIZES
-    ]
+    op = "hc_prenorm_gemm"
+    made = [code(op, "9.0", serving.prenorm(n, 16384, 24, splits), True) for n in SIZES]
     assert all(other == made[0] for other in made)
 
 
