@@ -164,11 +164,11 @@ def main() -> int:
     chosen = [] if tuple(args.capability) == CAPABILITIES else ["--capability", *args.capability]
     chosen += [] if tuple(args.op) == OPS else ["--op", *args.op]
     chosen += [] if args.every == 1 else ["--every", str(args.every)]
-    told = provenance(" ".join(["python tools/compile_matrix.py", *chosen, "--json FILE"]))
+    origin = provenance(" ".join(["python tools/compile_matrix.py", *chosen, "--json FILE"]))
     made = Matrix(
-        command=told["command"],
-        date=told["date"],
-        commit=told["commit"],
+        command=origin["command"],
+        date=origin["date"],
+        commit=origin["commit"],
         triton=triton.__version__,
         shared_limit={c: arch_from_capability(Version(c)).smem for c in args.capability},
     )

@@ -55,7 +55,7 @@ def replaced(chain: Any, stub: Any) -> None:
 
 def refusing(chain: Any, stub: Any) -> None:
     """Every candidate of a chain has a function that may refuse shapes, which takes them all."""
-    chain.head = None
+    chain.always = None
     for bound in chain.bound:
         bound.refuses = stub
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
 
-from .configurations import told
+from .configurations import sources
 from .variants import OPS, kernels
 
 BATCH_INVARIANT = tuple(name for name, op in OPS.items() if op.batch_invariant)
@@ -33,7 +33,7 @@ def _implementation(
         notices="dsv4_backend_triton.ahead:notices",
         devices=("cuda", "cpu") if interpreted else ("cuda",),
         capability=(">=8.0",),
-        note=f"kernels: {kernels(op)}; {_CONFIGURATIONS}: {told(op)}",
+        note=f"kernels: {kernels(op)}; {_CONFIGURATIONS}: {sources(op)}",
         batch_invariant=invariant,
         only_batch_invariant=mode,
     )

@@ -38,10 +38,10 @@ def row(op: str, variant: str, arch: Arch, *, size: int = 0, role: str = "") -> 
     raise LookupError(f"tables/{op}.json has no row for {variant} {role} on {arch.capability}, size {size}")
 
 
-def told(op: str) -> str:
+def sources(op: str) -> str:
     """Where the measured configurations of an op come from, in one line."""
-    sources = table(op)["sources"].values()
-    measured = [f"{s['gpu']} with Triton {s['triton']} on {s['date']}" for s in sources if "gpu" in s]
-    commands = {s["command"]: None for s in sources if s.get("command", "not recorded") != "not recorded"}
+    kept = table(op)["sources"].values()
+    measured = [f"{s['gpu']} with Triton {s['triton']} on {s['date']}" for s in kept if "gpu" in s]
+    commands = {s["command"]: None for s in kept if s.get("command", "not recorded") != "not recorded"}
     redo = f"; to redo: {', '.join(commands)}" if commands else ""
     return f"{', '.join(measured) or 'all derived'}{redo} (tables/{op}.json)"

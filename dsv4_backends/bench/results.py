@@ -227,16 +227,16 @@ class Verdict:
 
     def __str__(self) -> str:
         if self.rows:
-            said = (
+            text = (
                 f"auto: within 3% of the best provider on {self.near:.0%} of {self.rows} rows where there is a "
                 f"choice (wanted: {WANTED_NEAR:.0%}); at worst {self.worst:.2f} of it ({self.worst_row}; wanted: "
                 f"{WANTED_WORST:.2f})"
             )
         else:
-            said = "auto: not judged, since no row has the times of two providers"
+            text = "auto: not judged, since no row has the times of two providers"
         if self.not_timed:
-            said += f"\nauto: on {len(self.not_timed)} rows it chose a provider that has no time here"
-        return said
+            text += f"\nauto: on {len(self.not_timed)} rows it chose a provider that has no time here"
+        return text
 
 
 def verdict(rows: Iterable[Row]) -> Verdict:

@@ -223,8 +223,9 @@ def _subjects(
                         subjects[op].append(_Entry(checks.subject(spec.name, op, where), simulated))
                 except NoProviderError as error:
                     reasons = error.resolution.candidates if error.resolution is not None else ()
-                    told = [str(r) for c in reasons if c.name == spec.name for r in c.reasons if r.code != "not-pinned"]
-                    absent.setdefault(op, {})[label(spec.name, simulated)] = "; ".join(told) or str(error)
+                    own = [c for c in reasons if c.name == spec.name]
+                    refused = [str(r) for c in own for r in c.reasons if r.code != "not-pinned"]
+                    absent.setdefault(op, {})[label(spec.name, simulated)] = "; ".join(refused) or str(error)
     if not any(subjects.values()):
         why = "\n".join(f"  {op}: {name}: {text}" for op, all_ in absent.items() for name, text in all_.items())
         raise NoProviderError(f"nothing to measure on {where}:\n{why}" if why else f"nothing to measure on {where}")
@@ -314,7 +315,7 @@ class Judge:
         self.rows = slice((self.batch - 1) % step, self.batch, step)
         # What an op in place is to change, as it was before any call.
         self.before = {name: arguments[name].clone() for name in self.contract.buffers if self.contract.in_place}
-        self.some = checks.some_rows(self.contract, arguments | self.before, self.rows)
+        self.sample = checks.select_rows(self.contract, arguments | self.before, self.rows)
         self.expected: tuple[Any, ...] | None = None
 
     def __call__(self, call: Any) -> str:
@@ -322,7 +323,7 @@ class Judge:
         from ..testing import numerics, oracle
 
         if self.expected is None:  # once for all providers
-            self.expected = oracle.expected(self.op, self.some)
+            self.expected = oracle.expected(self.op, self.sample)
         if call.results is not None:  # a graph's own buffers: what it does not write shows
             for name, result in zip(self.contract.returns, call.results, strict=True):
                 if name in self.before:

@@ -50,8 +50,8 @@ def tune(results: Sequence[Result]) -> Table:
             classes = measured.CLASSES[row.op]
             name, load = classes.read(*classes.of_row(row.params))
         except (KeyError, TypeError) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise PolicyError(f"tune: {row.op} {row.name}: expected a row of this version's bench ({said})") from error
+            cause = f"{type(error).__name__}: {error}"
+            raise PolicyError(f"tune: {row.op} {row.name}: expected a row of this version's bench ({cause})") from error
         points[row.op, name][load].append(found_row)
     return Table(
         schema_version=measured.SCHEMA_VERSION,

@@ -257,12 +257,12 @@ def compare_text(before: Result, after: Result, changes: list[Change]) -> str:
 def compare_json(before: Result, after: Result, changes: list[Change]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "before": _told(before),
-        "after": _told(after),
+        "before": _provenance(before),
+        "after": _provenance(after),
         "ok": passed(changes),
         "changes": [vars(change) for change in changes],
     }
 
 
-def _told(result: Result) -> dict[str, Any]:
+def _provenance(result: Result) -> dict[str, Any]:
     return {"date": result.date, "device": result.device.json(), "rates": records.plain(result.rates)}

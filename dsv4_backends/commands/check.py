@@ -197,7 +197,7 @@ def _bytes(size: float) -> str:
 
 def _memory(check: Check, memory: Memory) -> str:
     limits = check.limits
-    weights = "not told by the configuration" if memory.weights is None else _bytes(memory.weights)
+    weights = "not in the configuration" if memory.weights is None else _bytes(memory.weights)
     workspace = "" if memory.workspace else ", and what its provider allocates for itself"
     at_least = "at least " * (memory.weights is None or not memory.workspace)
     rows = [

@@ -74,7 +74,7 @@ def _provider_findings(surveyed: Survey, torch_imports: bool) -> list[Finding]:
             served = resolution.serves()
             if served.candidate is None:
                 found.append(Finding("served", False, resolution.explain()))
-            elif device.type == "cuda" and served.candidate.provider.tier is Tier.REFERENCE and not served.wished:
+            elif device.type == "cuda" and served.candidate.provider.tier is Tier.REFERENCE and not served.by_user:
                 found.append(Finding("served", False, f"{where}: only the reference serves it, which is slow"))
             else:
                 found.append(Finding("served", True, f"{where}: {served.summary}"))

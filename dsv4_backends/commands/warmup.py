@@ -19,14 +19,14 @@ def add(command: AddCommand) -> None:
     )
     warmup.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
     warmup.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
-    told = {
+    limits = {
         "max_tokens": "query tokens of one step",
         "max_requests": "requests of one decode step",
         "max_context": "tokens of the longest context",
         "next_n": "tokens of one request in a decode step: more than 1 with speculative decoding",
         "heads": "heads of an attention call, where the engine pads them; 0: the rank's own",
     }
-    for name, about in told.items():
+    for name, about in limits.items():
         default = getattr(Limits, name)
         flag = f"--{name.replace('_', '-')}"
         warmup.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default: {default})")

@@ -51,7 +51,7 @@ _before: dict[str, ModuleType | None] = {}
 """What ``sys.modules`` held for the names that are installed."""
 _native: dict[str, ModuleType] = {}
 """The libraries that were imported past an installed front."""
-_told: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 def __getattr__(name: str) -> Any:
@@ -114,8 +114,8 @@ def or_native(
         except UnsupportedError as error:
             if (own := find()) is None:
                 raise
-            if (library, str(error)) not in _told:
-                _told.add((library, str(error)))
+            if (library, str(error)) not in _logged:
+                _logged.add((library, str(error)))
                 _log.warning("%s; passed on to %s itself", error, library)
         return own(*args, **kwargs)
 

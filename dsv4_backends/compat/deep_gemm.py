@@ -331,7 +331,7 @@ def set_num_sms(num_sms: int) -> None:
 
 
 def get_pdl() -> bool:
-    """What ``set_pdl`` was told."""
+    """What ``set_pdl`` set."""
     return _pdl
 
 

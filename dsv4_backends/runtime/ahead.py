@@ -108,15 +108,15 @@ def warmup(
         if progress is not None:
             progress(f"warming up {op}")
         wanted = calls(op, rank, limits or Limits(), packed_scales=packed)
-        if (head := bind.current().bind(CONTRACTS[op], where).head) is not None:
-            by_provider: dict[bind.Bound, Iterable[dict[str, Any]]] = {head: wanted}
+        if (always := bind.current().bind(CONTRACTS[op], where).always) is not None:
+            by_provider: dict[bind.Bound, Iterable[dict[str, Any]]] = {always: wanted}
         else:
             shared: dict[bind.Bound, list[dict[str, Any]]] = {}
             for arguments in wanted:
                 shared.setdefault(bind.serving(op, where, arguments), []).append(arguments)
             by_provider = {**shared}
         made = ready[op] = {}
-        for bound, theirs in by_provider.items():
+        for bound, their_calls in by_provider.items():
             target = bound.implementation.warmup
-            made[bound.provider] = 0 if target is None else _number(target, "kernels", op, theirs, where)
+            made[bound.provider] = 0 if target is None else _number(target, "kernels", op, their_calls, where)
     return ready

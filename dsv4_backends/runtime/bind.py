@@ -67,7 +67,7 @@ class Chain:
         self.by_implementation: dict[int, Bound] = {}
         self.failed: dict[int, Candidate] = {}
         self.warned: set[tuple[str, str]] = set()
-        self.known: dict[Hashable, Bound] = {}
+        self.by_guard: dict[Hashable, Bound] = {}
         self.by_shape: dict[tuple[torch.Size, torch.Size], tuple[Served, Bound]] = {}
         if resolution.measured:
             for candidate in resolution.accepted:  # nothing is imported while serving
@@ -79,7 +79,7 @@ class Chain:
         self.general = served, bound
         """Who serves unless the shapes of a call or a refusal change it."""
         by_shape = served.by == "measured" or bool(served.unless)
-        self.head = None if by_shape or bound.refuses is not None else bound
+        self.always = None if by_shape or bound.refuses is not None else bound
         """Who serves whatever the shapes are, or None."""
 
     def bind(self, candidate: Candidate) -> Candidate:
@@ -126,17 +126,17 @@ class Chain:
             self.warned.add((provider, reason.code))
             _log.warning("%s: %s: %s [%s]", self.contract.name, provider, reason, reason.code)
 
-    def choose(self, known: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-        """The candidate for a call: asked for once where the contract has a name for calls like it, ``known``."""
-        bound = self.known.get(known)
+    def choose(self, guard: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
+        """The candidate for a call: found once for all calls that share a guard; None: the call has none."""
+        bound = self.by_guard.get(guard)
         if bound is None:
             bound = self.first(args, kwargs)
-            if known is not None:
-                keep(self.known, known, bound)
+            if guard is not None:
+                keep(self.by_guard, guard, bound)
         return bound
 
     def first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
-        """The first candidate that takes these shapes. A pure function of what makes a call known."""
+        """The first candidate that takes these shapes. A pure function of what a guard compares."""
         if self.resolution.measured:
             shapes = deciding_shapes(self.contract, args, kwargs)
             served, bound = self.by_shape.get(shapes) or self.by_shapes(shapes)
@@ -264,10 +264,10 @@ def signature_mismatch(contract: OpContract, function: Callable[..., Any]) -> Re
 class Bindings:
     """Chains by op and device under one policy."""
 
-    def __init__(self, wishes: policy.Policy) -> None:
+    def __init__(self, user_policy: policy.Policy) -> None:
         # Only the environment's deny list keeps a plugin from being imported; a context's works in `resolve`.
-        loaded = plugins.load(policy.from_environment().deny, wishes.strict)
-        self.policy = wishes.validate(loaded.names)
+        loaded = plugins.load(policy.from_environment().deny, user_policy.strict)
+        self.policy = user_policy.validate(loaded.names)
         self.plugins = loaded
         self.installed = machine.Installed()
         self.chains: dict[tuple[str, torch.device], Chain] = {}
@@ -298,19 +298,19 @@ _last_scoped: tuple[policy.Policy, Bindings] | None = None
 
 def current() -> Bindings:
     global _default, _last_scoped
-    wishes = policy.active()
-    if wishes is None:
+    user_policy = policy.active()
+    if user_policy is None:
         if _default is None:
             with lock:
                 if _default is None:
                     _default = Bindings(policy.from_environment())
         return _default
-    if (last := _last_scoped) is not None and last[0] is wishes:
+    if (last := _last_scoped) is not None and last[0] is user_policy:
         return last[1]
     with lock:
-        if wishes not in _scoped:
-            _scoped[wishes] = Bindings(wishes)
-        _last_scoped = wishes, _scoped[wishes]
+        if user_policy not in _scoped:
+            _scoped[user_policy] = Bindings(user_policy)
+        _last_scoped = user_policy, _scoped[user_policy]
         return _last_scoped[1]
 
 
@@ -379,9 +379,9 @@ def _names_torch_device(text: str) -> bool:
     return True
 
 
-def resolution_under(wishes: policy.Policy, op: str, device: torch.device) -> Resolution:
-    """What ``resolution`` would be under these wishes and no others; for tools."""
-    return Bindings(wishes).resolve(policy.known_op(op), machine.device_of(device))
+def resolution_under(user_policy: policy.Policy, op: str, device: torch.device) -> Resolution:
+    """What ``resolution`` would be under this policy alone; for tools."""
+    return Bindings(user_policy).resolve(policy.known_op(op), machine.device_of(device))
 
 
 def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[..., Any]]:
@@ -404,7 +404,7 @@ def serving(op: str, device: torch.device, arguments: dict[str, Any]) -> Bound:
     """Whom a call with these arguments (tensors perhaps on the meta device) would reach on ``device``."""
     contract = CONTRACTS[policy.known_op(op)]
     chain = current().bind(contract, device)
-    return chain.head or chain.first((), arguments)
+    return chain.always or chain.first((), arguments)
 
 
 def who_serves(op: str, arguments: Mapping[str, Any]) -> str:

@@ -29,28 +29,29 @@ def define(contract: OpContract) -> Callable[..., Any]:
     """Make the dispatch of one op, which has the contract's signature, and its two ``torch.library`` ops."""
     names = tuple(contract.args)
     passed = ", ".join(f"{n}={n}" if contract.is_keyword(n) else n for n in names)
-    heads = bind.fast_path[contract.name] = {}
+    fast_path = bind.fast_path[contract.name] = {}
 
-    def choose(where: Hashable, known: Hashable, device: torch.device, *args: Any, **kwargs: Any) -> bind.Bound:
+    def choose(where: Hashable, guard: Hashable, device: torch.device, *args: Any, **kwargs: Any) -> bind.Bound:
         bindings = bind.current()
         chain = bindings.chains.get((contract.name, device)) or bindings.bind(contract, device)
-        bound, key = (chain.choose(known, args, kwargs), known) if chain.head is None else (chain.head, where)
+        always = chain.always
+        bound, key = (chain.choose(guard, args, kwargs), guard) if always is None else (always, where)
         if key is not None:
             with locks.bindings:
                 if bind.is_default(bindings):  # neither of a block's policy, nor forgotten by `reset` meanwhile
-                    bind.keep(heads, key, bound)
+                    bind.keep(fast_path, key, bound)
         return bound
 
     # The usual call passes through the check and these lines only: a provider bound under the default policy, which
     # takes every shape or was asked about a call like this one.
     dispatch = (
-        "bound = heads.get(where) or heads.get(known)",
+        "bound = fast_path.get(where) or fast_path.get(guard)",
         "if bound is None or scope() is not None:",
-        f"    bound = choose(where, known, {names[0]}.device, {passed})",
+        f"    bound = choose(where, guard, {names[0]}.device, {passed})",
         "bound.calls += 1",
         f"return bound.function({passed})",
     )
-    scope: dict[str, Any] = {"heads": heads, "scope": policy.active, "choose": choose}
+    scope: dict[str, Any] = {"fast_path": fast_path, "scope": policy.active, "choose": choose}
     library = checked_function(contract, (), dispatch, scope, what="check and dispatch, torch.library")
     library_ops = _library_ops(contract, library)
     buffers = contract.buffers

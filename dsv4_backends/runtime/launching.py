@@ -159,8 +159,8 @@ def _manager_problem() -> str:
         try:
             getattr(knobs.cache, read)
         except Exception as error:
-            told = f"Triton cannot use {variable}={os.environ[variable]}: {words(error)}"
-            return f"{told}; unset it or name MODULE:CLASS that can be imported"
+            message = f"Triton cannot use {variable}={os.environ[variable]}: {words(error)}"
+            return f"{message}; unset it or name MODULE:CLASS that can be imported"
     return ""
 
 

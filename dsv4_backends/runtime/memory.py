@@ -60,27 +60,27 @@ def weights(rank: Rank, *, speculative: bool) -> int | None:
         rank: The model and its tensor parallelism.
         speculative: Count the speculative layers.
     """
-    model, told = rank.model, rank.model.weights
-    if told is None:
+    model, weights = rank.model, rank.model.weights
+    if weights is None:
         return None
-    linear, expert, d = EXPERT_BYTES[told.linear_dtype], EXPERT_BYTES[told.expert_dtype], model.hidden
+    linear, expert, d = EXPERT_BYTES[weights.linear_dtype], EXPERT_BYTES[weights.expert_dtype], model.hidden
 
     def layer(ratio: int, *, hashed: bool) -> float:
         inner = rank.o_groups * model.o_lora_rank
-        dense: float = told.q_lora_rank * (d + rank.heads * model.head_dim) + model.head_dim * d
+        dense: float = weights.q_lora_rank * (d + rank.heads * model.head_dim) + model.head_dim * d
         dense += inner * (rank.o_in + d)
-        dense += told.shared_experts * 3 * d * told.expert_width / rank.tp
-        full = 2 * told.experts * d + 8 * (told.vocab * told.experts_per_token if hashed else told.experts)
+        dense += weights.shared_experts * 3 * d * weights.expert_width / rank.tp
+        full = 2 * weights.experts * d + 8 * (weights.vocab * weights.experts_per_token if hashed else weights.experts)
         if ratio:
             full += _compressor(ratio, model.head_dim, d)
         if ratio == 4:
-            dense += model.index_heads * model.index_dim * told.q_lora_rank
+            dense += model.index_heads * model.index_dim * weights.q_lora_rank
             full += 2 * model.index_heads * d + _compressor(ratio, model.index_dim, d)
         mixing = 2 * 4 * rank.hc_n * rank.hc_k
-        return linear * dense + full + mixing + expert * told.experts * 3 * d * told.expert_width / rank.tp
+        return linear * dense + full + mixing + expert * weights.experts * 3 * d * weights.expert_width / rank.tp
 
-    total = 2.0 * (1 if told.tied else 2) * told.vocab * d / rank.tp + 4 * model.hc_mult * rank.hc_k
-    total += sum(layer(ratio, hashed=i < told.hash_layers) for i, ratio in enumerate(model.compress_ratios))
+    total = 2.0 * (1 if weights.tied else 2) * weights.vocab * d / rank.tp + 4 * model.hc_mult * rank.hc_k
+    total += sum(layer(ratio, hashed=i < weights.hash_layers) for i, ratio in enumerate(model.compress_ratios))
     if speculative:
         total += model.speculative_layers * (layer(0, hashed=False) + linear * 2 * d * d)
     return int(total)

@@ -33,11 +33,11 @@ class Late(Exception):
 def words(error: BaseException) -> str:
     """An error's type and text on one line, with its cause: loaders keep the linker's words there."""
     text, hidden = _line(error)
-    told = f"{type(error).__name__} (its {hidden})" if hidden else f"{type(error).__name__}: {text}"
+    line = f"{type(error).__name__} (its {hidden})" if hidden else f"{type(error).__name__}: {text}"
     if error.__cause__ is None:
-        return told
+        return line
     text, hidden = _line(error.__cause__)
-    return f"{told} (its cause's {hidden})" if hidden else f"{told} ({text})"
+    return f"{line} (its cause's {hidden})" if hidden else f"{line} ({text})"
 
 
 def raised(error: BaseException) -> str:

@@ -86,18 +86,18 @@ def find_library(module: str, distributions: Mapping[str, str], vendored: Mappin
         place = _folder(package) if name in versions else None
         if place is not None and place.joinpath(*inner).is_dir():
             copies[name] = place.joinpath(*inner)
-    told = (*(f"{name} {versions[name]}" for name in owners), *(f"the copy in {n} {versions[n]}" for n in copies))
+    sources = (*(f"{name} {versions[name]}" for name in owners), *(f"the copy in {n} {versions[n]}" for n in copies))
     folder = _folder(module)
     if folder is not None:
         build = f"{owners[0]} {versions[owners[0]]}" if owners else f"{module}{_version(folder)} without a distribution"
-        told = told if owners else (build, *told)
-        return Library(module, folder, build, told, _objections(module, owners, versions, distributions))
+        sources = sources if owners else (build, *sources)
+        return Library(module, folder, build, sources, _objections(module, owners, versions, distributions))
     if owners:
-        message = f"{told[0]} is installed and the package {module} cannot be found"
+        message = f"{sources[0]} is installed and the package {module} cannot be found"
         reason = Reason("module-missing", message, f"pip install --force-reinstall {owners[0]}")
-        return Library(build=told[0], owners=told, reasons=(reason,))
+        return Library(build=sources[0], owners=sources, reasons=(reason,))
     for name, place in copies.items():
-        return Library(vendored[name], place, f"{module} in {name} {versions[name]}", told)
+        return Library(vendored[name], place, f"{module} in {name} {versions[name]}", sources)
     return Library(reasons=(Reason("distribution-missing", f"{module} is not installed", hint),))
 
 

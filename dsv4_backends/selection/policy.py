@@ -50,7 +50,7 @@ _ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
 
 @dataclass(frozen=True)
 class Policy:
-    """The user's wishes, all optional.
+    """What the user asked for, all optional.
 
     Attributes:
         order: Providers preferred in this order before all others.

@@ -83,7 +83,7 @@ class Served:
         return "" if (candidate := self.candidate) is None else candidate.name
 
     @property
-    def wished(self) -> bool:
+    def by_user(self) -> bool:
         """Whether the user put the provider there."""
         return self.by in ("pin", "order")
 
@@ -126,7 +126,7 @@ class Served:
         resolution = replace(self.resolution, candidates=tuple(candidates))
         first = next((c for c in candidates if c.accepted), None)
         same = first is not None and first.name == self.provider
-        return Served(resolution, self.by if same else resolution.by_wish(first), self.unless if same else ())
+        return Served(resolution, self.by if same else resolution.origin_of(first), self.unless if same else ())
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,10 @@ class Resolution:
             unless = tuple(Unless(*found) for found in measured.elsewhere(holding, prefer))
         # The order is decided: to ask the result again may not decide it anew.
         resolution = replace(self, candidates=tuple(candidates), measured=())
-        served = Served(resolution, "measured" if prefer else self.by_wish(first), unless)
+        served = Served(resolution, "measured" if prefer else self.origin_of(first), unless)
         return served if ask is None else served.asked(ask)
 
-    def by_wish(self, candidate: Candidate | None) -> str:
+    def origin_of(self, candidate: Candidate | None) -> str:
         """What put a candidate there, measurements aside; see ``Served.by``."""
         if candidate is None:
             return ""
@@ -261,7 +261,7 @@ def resolve(
 
     Rank: the user's order, tested before untested, tier, priority, name. In the batch-invariant mode, what does not
     claim it ranks as untested. A pin removes all other candidates. Of ``preferences``, those are kept that change this
-    ranking and no wish of the user.
+    ranking and nothing that the user set.
     """
     pinned = policy.pins.get(op)
     judged = []
@@ -300,7 +300,7 @@ def _in_mode(op: str, provider: ProviderSpec, policy: Policy) -> list[Implementa
 
 
 def _changes(preference: Preference, ranked: Iterable[Candidate], policy: Policy) -> bool:
-    """Whether the provider that would be called was measured to be slower than another, and no wish put either there.
+    """Whether the provider that would be called was measured to be slower than another, and the user set neither.
 
     Where a third comes first, the user's or a stranger's, nothing was measured against it.
     """

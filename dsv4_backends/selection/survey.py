@@ -49,19 +49,19 @@ def survey(device: str | None = None, problem: list[PolicyError] | None = None, 
     """
     here = machine.simulate(device) if device is not None else machine.probe()
     try:
-        wishes = policy.from_environment()
-        loaded = plugins.load(wishes.deny, wishes.strict)
-        wishes.validate(loaded.names)
+        user_policy = policy.from_environment()
+        loaded = plugins.load(user_policy.deny, user_policy.strict)
+        user_policy.validate(loaded.names)
     except PolicyError as error:
         if problem is None:
             raise
         problem.append(error)
-        wishes = policy.Policy()
+        user_policy = policy.Policy()
         loaded = plugins.load()
     ask = builds.load_apart if load else None
 
     def chosen(op: str, where: Device) -> Resolution:
-        return choose(op, where, here.installed, loaded.providers, wishes, ask, loaded.absent)
+        return choose(op, where, here.installed, loaded.providers, user_policy, ask, loaded.absent)
 
     return Survey(
         here,
@@ -75,7 +75,7 @@ def choose(
     device: Device,
     installed: Mapping[str, str],
     providers: Iterable[ProviderSpec],
-    wishes: Policy,
+    user_policy: Policy,
     ask: Callable[[ProviderSpec], Builds] | None = None,
     absent: Mapping[str, tuple[Reason, ...]] | None = None,
 ) -> Resolution:
@@ -89,10 +89,12 @@ def choose(
     providers = tuple(providers)
     found = {provider.name: builds.look(provider) for provider in providers if provider.probe}
     known = preferences.preferences(device)
-    resolution = resolve(op, device, installed, providers, wishes, builds=found, preferences=known, absent=absent)
+    resolution = resolve(op, device, installed, providers, user_policy, builds=found, preferences=known, absent=absent)
     if ask is None:
         return resolution
     asked = {c.name: ask(c.provider) for c in resolution.accepted if c.provider.probe}
     if not asked:
         return resolution
-    return resolve(op, device, installed, providers, wishes, builds=found | asked, preferences=known, absent=absent)
+    return resolve(
+        op, device, installed, providers, user_policy, builds=found | asked, preferences=known, absent=absent
+    )

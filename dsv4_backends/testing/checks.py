@@ -74,9 +74,9 @@ def subject(provider: str, op: str, device: torch.device | str, *, batch_invaria
     settings = policy.from_environment()
     loaded = plugins.load(settings.deny)
     mode = settings.batch_invariant if batch_invariant is None else batch_invariant
-    wishes = policy.Policy(pins={op: provider}, batch_invariant=mode).validate(loaded.names)
+    user_policy = policy.Policy(pins={op: provider}, batch_invariant=mode).validate(loaded.names)
     where = machine.device_of(exact)
-    resolution = choose(op, where, Installed(), loaded.providers, wishes, builds.load, loaded.absent)
+    resolution = choose(op, where, Installed(), loaded.providers, user_policy, builds.load, loaded.absent)
     served = resolution.serves().candidate
     if served is None:
         raise NoProviderError(resolution.explain(), resolution)
@@ -266,8 +266,8 @@ def check_stride(target: Subject, case: Case) -> None:
             continue
         if name in target.contract.strided:
             if result.stride() != want.stride():
-                told = f"{name} has strides {result.stride()}, expected {want.stride()}"
-                raise CheckFailed("stride", f"{target.name}: {case.name}: {told}")
+                message = f"{name} has strides {result.stride()}, expected {want.stride()}"
+                raise CheckFailed("stride", f"{target.name}: {case.name}: {message}")
             continue
         if overlaps_itself(result):
             raise CheckFailed("stride", f"{target.name}: {case.name}: {name} overlaps itself: {result.stride()}")
@@ -339,7 +339,7 @@ def check_deterministic(target: Subject, case: Case) -> None:
                 raise CheckFailed("deterministic", f"{target.name}: {case.name}: {name} differs between two calls")
 
 
-def some_rows(contract: OpContract, arguments: dict[str, Any], rows: slice | Tensor) -> dict[str, Any]:
+def select_rows(contract: OpContract, arguments: dict[str, Any], rows: slice | Tensor) -> dict[str, Any]:
     """A call's arguments for some rows of its batch, by slice or by index."""
     whole = contract.args[contract.batch]
     assert isinstance(whole, TensorArg)
@@ -370,7 +370,7 @@ def check_batch_invariant(target: Subject, case: Case) -> None:
     partials = int(arguments.get(contract.partials) is not None)
     for row in {0, count // 2, count - 1}:
         before = _inputs(target, case)
-        cut = some_rows(contract, _inputs(target, case), slice(row, row + 1))
+        cut = select_rows(contract, _inputs(target, case), slice(row, row + 1))
         for name, a, b in zip(contract.returns, whole, target.run(cut), strict=True):
             if contract.in_place and len(a) == len(b):  # what the row alone changed
                 old, once, alone = _storage(before[name]), _storage(a), _storage(b)

@@ -58,32 +58,32 @@ def compare(result: Tensor, reference: Tensor, tolerance: Tolerance) -> Error:
     if result.numel() == 0:
         return Error(0.0, 0.0, 0.0)
     pairs = list(zip(result.reshape(-1).split(PIECE), reference.reshape(-1).split(PIECE), strict=True))
-    wrong, first, count, ours, theirs, apart = 0, -1, 0, 0.0, 0.0, 0.0
+    wrong, first, count, result_squares, reference_squares, difference_squares = 0, -1, 0, 0.0, 0.0, 0.0
     for index, (found, want) in enumerate(pairs):
         found = found.double()
         finite = torch.isfinite(want)
         # Infinities and NaN must be the same in the same places.
-        strange = (found == want) | (found.isnan() & want.isnan())
-        bad = ~torch.where(finite, torch.isfinite(found), strange)
+        same_special = (found == want) | (found.isnan() & want.isnan())
+        bad = ~torch.where(finite, torch.isfinite(found), same_special)
         if bad.any():
             first = first if wrong else index * PIECE + int(bad.nonzero()[0])
             wrong += int(bad.sum())
             continue
         x, y = found[finite], want[finite]
         count += len(y)
-        ours += float(x.square().sum())
-        theirs += float(y.square().sum())
-        apart += float((x - y).square().sum())
+        result_squares += float(x.square().sum())
+        reference_squares += float(y.square().sum())
+        difference_squares += float((x - y).square().sum())
     if wrong:
         at = [int(i) for i in torch.unravel_index(torch.tensor(first), result.shape)]
-        got, want_there = float(result[tuple(at)]), float(reference[tuple(at)])
-        return Error(math.inf, math.inf, math.inf, f"{got} instead of {want_there} at {at}, {wrong} such elements")
+        got, expected = float(result[tuple(at)]), float(reference[tuple(at)])
+        return Error(math.inf, math.inf, math.inf, f"{got} instead of {expected} at {at}, {wrong} such elements")
     if not count:
         return Error(0.0, 0.0, 0.0)
-    norm = ours + theirs
+    norm = result_squares + reference_squares
     # As calc_diff has it.
-    difference = apart / norm if norm else 0.0
-    floor = tolerance.atol + tolerance.atol_rms * math.sqrt(theirs / count)
+    difference = difference_squares / norm if norm else 0.0
+    floor = tolerance.atol + tolerance.atol_rms * math.sqrt(reference_squares / count)
     ratio, worst = difference / tolerance.calc_diff, 0.0
     for found, want in pairs:
         finite = torch.isfinite(want)

@@ -448,7 +448,7 @@ def test_weights_that_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (ample.fits, short.fits) == (None, False)
     (tmp_path / "config.json").write_text(json.dumps(source))
     _, out, _ = run(capsys, "--model", str(tmp_path), "--device", "sm_90")
-    assert "not told by the configuration" in out
+    assert "not in the configuration" in out
     assert "at least" in out
 
 

@@ -517,7 +517,7 @@ def test_install_is_idempotent_and_takes_back_its_own(libraries: Path) -> None:
 
 def test_what_no_op_stands_for_goes_to_the_library(libraries: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With metadata of the library's own, and said once."""
-    compat._told.clear()
+    compat._logged.clear()
     with compat.install():
         dg = importlib.import_module("deep_gemm")
         fm = importlib.import_module("flash_mla")

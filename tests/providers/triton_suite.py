@@ -64,7 +64,7 @@ def _batch(target: checks.Subject, rows: int) -> dict[str, Any]:
             made = target.contract.inputs(case, target.device)
             count = len(made[target.contract.batch])
             if count > 1 and target.refusal(made) is None:
-                return checks.some_rows(target.contract, made, torch.arange(rows, device=target.device) % count)
+                return checks.select_rows(target.contract, made, torch.arange(rows, device=target.device) % count)
     raise AssertionError(f"{target.contract.name} has no case of level {level} with rows")
 
 
@@ -78,7 +78,7 @@ def test_bits_of_a_row_in_every_batch(op: str) -> None:
     whole = target.run(made)
     for size in _SIZES:
         for start in {0, (most - size) // 2}:
-            some = target.run(checks.some_rows(target.contract, made, slice(start, start + size)))
+            some = target.run(checks.select_rows(target.contract, made, slice(start, start + size)))
             for name, all_rows, rows in zip(target.contract.returns, whole, some, strict=True):
                 per = len(all_rows) // most
                 same = numerics.same_bits(all_rows[start * per : (start + size) * per], rows)

@@ -215,7 +215,7 @@ def test_memory_of_known_calls_is_bounded(asking: Callable[[dict[str, Any]], tup
         asking(made)
         assert asking(made) == (True, 1)
     (chain,) = bind.current().chains.values()
-    for kept in (chain.known, bind.fast_path["sparse_mla_prefill"]):
+    for kept in (chain.by_guard, bind.fast_path["sparse_mla_prefill"]):
         assert 0 < len(kept) <= 256
     assert asking(prefill(400)) == (True, 0)
 

@@ -109,12 +109,12 @@ def test_every_lock_of_the_package_is_in_one_home() -> None:
 
 
 def things() -> dict[str, Any]:
-    with use_providers({"mqa_logits": "torch"}, order=["torch"], deny=["triton"]) as wishes:
+    with use_providers({"mqa_logits": "torch"}, order=["torch"], deny=["triton"]) as given:
         resolution = bind.resolution("mqa_logits", "cpu")
     here = machine.probe()
     return {
         **{name: getattr(ops, name) for name in CONTRACTS},
-        "policy": wishes,
+        "policy": given,
         "empty policy": policy.Policy(),
         "resolution": resolution,
         "spec": plugins.load().providers[0],

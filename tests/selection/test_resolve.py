@@ -272,7 +272,7 @@ def test_every_reason_is_true(policy: Policy, device: Device, installed: dict[st
             words = found["not-allowed"].removeprefix("the user's settings allow only ").split(", ")
             assert set(words) == {*(policy.allow or ()), "torch"}
     served = resolution.serves()
-    assert served.by == ("" if served.candidate is None else resolution.by_wish(served.candidate))
+    assert served.by == ("" if served.candidate is None else resolution.origin_of(served.candidate))
     assert (served.by == "pin") == (pinned is not None and served.candidate is not None)
     assert all(not c.accepted for c in served.passed_over)
     text = resolution.explain()

@@ -28,7 +28,7 @@ def judge(target: Target, where: Device, served: Served | None) -> Verdict | Non
     if target.op in ("mqa_logits", "paged_mqa_logits") and major == 10 and mx_scaled():
         message = "on compute capability 10.x this vLLM scales the indexer's queries and keys in blocks (MXFP8)"
         return Verdict(REFUSED, Reason("engine-arch", message, "vLLM's own DeepGEMM stays in place there"))
-    if served is None or served.candidate is None or served.wished or major not in (9, 10, 12):
+    if served is None or served.candidate is None or served.by_user or major not in (9, 10, 12):
         return None
     if served.candidate.provider.tier is Tier.REFERENCE:
         message = f"only the reference serves {target.op}, and vLLM's own library serves this GPU"

@@ -52,8 +52,8 @@ class Config(NamedTuple):
 
 
 def plan(shape: Shape) -> Config | None:
-    """More tokens than make the N of a product: the wide tile where it gives most multiprocessors work, else the narrow
-    one for so many tokens."""
+    """The 128-wide tile where it fills 75 % of the multiprocessors, else the narrow one up to ``NARROW_TOKENS``. Fewer
+    than ``FEWEST_TOKENS`` are the N of wgmma in ``wgmma_few.py``."""
     b, h, d = shape.b, shape.h, shape.d
     if shape.w_rows or shape.batch_invariant or b < FEWEST_TOKENS:
         return None

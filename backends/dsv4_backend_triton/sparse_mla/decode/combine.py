@@ -84,7 +84,7 @@ def _combine_kernel(
     for i in tl.static_range(BS):
         there = d < tl.where(i < splits, 512, 0)  # not a scalar: the interpreter would not take it
         values += (tl.load(part + i * heads * 512 + d, mask=there, other=0.0),)  # type: ignore[assignment]
-    # Last, and wanted first: were they loaded first, the compiler would use some values before it loads the others.
+    # After the partial outputs, else the compiler starts reducing before all loads are in flight.
     lses = ()
     for i in tl.static_range(BS):
         lses += (tl.load(part_lse + i * heads, mask=i < splits, other=float("-inf")),)  # type: ignore[assignment]
