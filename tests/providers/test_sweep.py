@@ -92,7 +92,7 @@ def test_what_is_fastest_over_a_class_goes_into_the_table(monkeypatch: pytest.Mo
     after = sweep.configurations.configured("fp8_einsum", "portable", hopper, size=8)
     assert (after["warps"], after["block_d"], after["stages"], after["stages_alone"]) == (2, 32, 3, 4)
     assert sweep.configurations.configured("fp8_einsum", "portable", hopper, size=100) == before
-    assert "a GPU with Triton 9 on today" in sweep.configurations.told("fp8_einsum")
-    assert "a command" in sweep.configurations.told("fp8_einsum")
+    assert "a GPU with Triton 9 on today" in sweep.configurations.sources("fp8_einsum")
+    assert "a command" in sweep.configurations.sources("fp8_einsum")
     monkeypatch.undo()
     sweep.configurations.table.cache_clear()
