@@ -19,6 +19,7 @@ from ..errors import NoProviderError
 from ..runtime import bind
 from ..selection import builds, machine, plugins, policy
 from ..selection import capability as cc
+from ..selection.foreign import words
 from ..selection.provider import ProviderSpec, Tier
 from . import inputs, shapes
 from .provenance import provenance
@@ -105,7 +106,7 @@ def bench(
             done = _unmeasured(row, f"not measured, the device was lost: {error}")
             lost = str(error)
         except Exception as error:  # one row must not lose the others
-            done = _unmeasured(row, _words(error))
+            done = _unmeasured(row, words(error))
         seconds = round(time.perf_counter() - started, 1)
         result = dataclasses.replace(result, rows=(*result.rows, done), seconds=seconds)
         save(result)
@@ -257,12 +258,12 @@ def _row(row: shapes.Row, entries: Sequence[_Entry], timer: Any) -> Row:
             else:
                 calls[entry.label] = call
         except Exception as error:
-            errors[entry.label] = _words(error)
+            errors[entry.label] = words(error)
             _require_alive(timer, errors[entry.label])
     try:
         taken = timer.interleaved(calls) if calls else {}
     except Exception as error:
-        _require_alive(timer, _words(error))
+        _require_alive(timer, words(error))
         raise
     return Row(
         op=row.op,
@@ -285,11 +286,6 @@ def _auto(op: str, arguments: dict[str, Any]) -> str | None:
         return bind.who_serves(op, arguments)
     except NoProviderError:
         return None
-
-
-def _words(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:500]}"
 
 
 def _require_alive(timer: Any, after: str) -> None:
