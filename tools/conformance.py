@@ -27,8 +27,12 @@ from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.selection import builds, plugins
 
 ROOT = Path(__file__).resolve().parents[1]
-NATIVE = {"deep_gemm": "DeepGemm or deep_gemm", "flash_mla": "FlashMla or flash_mla"}
-"""The tests of each in tests/gpu/native_suite.py, for whichever library is installed."""
+FILES = {
+    "triton": "providers/triton_suite.py",
+    "deep_gemm": "gpu/test_deep_gemm.py",
+    "flash_mla": "gpu/test_flash_mla.py",
+}
+"""In tests/, by provider."""
 EVERY = 100
 
 
@@ -83,13 +87,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--level", default="full")
     parser.add_argument("--jobs", type=int, default=0, help="processes; 0: this one")
-    only = ("triton", *NATIVE)
-    parser.add_argument("--only", choices=only, action="append", help="may be given twice; default: the native ones")
+    parser.add_argument("--only", choices=FILES, action="append", help="may be given twice; default: the native ones")
     parser.add_argument("--torch-device", default="", help="such as cuda:1; cuda:0 stays current (default: the first)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    names = arguments.only or list(NATIVE)
+    names = arguments.only or ["deep_gemm", "flash_mla"]
     found = {s.name: builds.look(s) for s in plugins.load().providers if s.name in names and s.probe}
+    if missing := [name for name, by_op in found.items() if not next(iter(by_op.values())).name]:
+        parser.error(f"not installed: {', '.join(missing)}")  # its tests would be a skip
     simulated = os.environ.get("DSV4_BACKENDS_DEVICE", "")
     words = [f"DSV4_BACKENDS_DEVICE={simulated}"] if simulated else []
     if code := os.environ.get("TRITON_OVERRIDE_ARCH"):  # Triton's: whose instructions it chooses
@@ -110,10 +115,7 @@ def main() -> int:
     if arguments.jobs:
         options += ["-n", str(arguments.jobs), "--dist", "worksteal"]
     kept, start = Kept(result, arguments.json), time.monotonic()
-    files = ["providers/triton_suite.py"] if "triton" in names else []
-    if chosen := " or ".join(NATIVE[name] for name in names if name in NATIVE):
-        files.append("gpu/native_suite.py")
-        options += ["-k", f"{chosen} or triton_suite or two_gpus"]
+    files = [FILES[name] for name in names]
     if arguments.torch_device:
         files.append("gpu/test_two_gpus.py")
     status = pytest.main([*(str(ROOT / "tests" / file) for file in files), *options], plugins=[kept])

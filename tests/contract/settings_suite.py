@@ -1,7 +1,7 @@
 """Settings of PyTorch that change numbers elsewhere change none here: the smoke cases of every op under each of them.
 
-test_settings.py runs this on the CPU, in a process for the reference and one for Triton's interpreter. On a GPU it runs
-by name: ``pytest tests/contract/settings_suite.py``.
+test_settings.py runs this on the CPU, in a process for the reference and one for Triton's interpreter. On a GPU
+tests/gpu/test_suites.py does.
 """
 
 from __future__ import annotations

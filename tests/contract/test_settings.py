@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from paths import ROOT
 
 
@@ -29,8 +28,3 @@ def test_the_reference_on_the_cpu() -> None:
 def test_triton_in_the_interpreter() -> None:
     only = ("-k", "providers or buffers")
     run(*only, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TRITON_INTERPRET="1", DSV4_BACKENDS_DEVICE="sm_80")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; there: pytest tests/contract/settings_suite.py")
-def test_every_provider_on_the_gpu() -> None:
-    run()

@@ -2,7 +2,7 @@
 
 Each is compared with the plain torch that serves elsewhere. test_transformers.py runs this file in a process of its
 own, since Triton reads the interpreter's switch when it is imported. There the layers of a bf16 model pass the same
-tests with the kernels as without. On a GPU it runs by name: ``pytest tests/engines/transformers_kernels_suite.py``.
+tests with the kernels as without. On a GPU tests/gpu/test_suites.py runs it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from gpus import needs
+
+needs()
+
 import os
 import subprocess
 import sys
@@ -12,8 +16,6 @@ from paths import ROOT
 
 from dsv4_backends import CONTRACTS, NoProviderError
 from dsv4_backends.testing import checks
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HOSTILE = """
 import sys

@@ -5,6 +5,10 @@ The whole conformance suite in that state: ``python tools/conformance.py --torch
 
 from __future__ import annotations
 
+from gpus import needs
+
+needs(2)
+
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -20,11 +24,7 @@ from dsv4_backends.runtime.serving import Limits
 from dsv4_backends.selection import plugins, policy
 from dsv4_backends.testing import checks
 
-COUNT = torch.cuda.device_count() if torch.cuda.is_available() else 0
-pytestmark = [
-    pytest.mark.skipif(COUNT < 2, reason=f"needs two GPUs, there are {COUNT}"),
-    pytest.mark.simulates,
-]
+pytestmark = pytest.mark.simulates
 OTHER = torch.device("cuda", 1)
 PAIRS = [
     (spec.name, op)

@@ -1,7 +1,7 @@
 """What is tested of the Triton provider where kernels run: on the GPU, or in Triton's interpreter on the CPU.
 
 test_triton.py runs this file in a process of its own, since Triton reads the interpreter's switch when it is imported.
-On a GPU it runs by name: ``pytest tests/providers/triton_suite.py``.
+On a GPU tests/gpu/test_suites.py and tools/conformance.py run it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,27 @@
+"""What a file of tests/gpu needs. Where that is not there, the file is one skip that says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv4_backends.selection import builds, plugins
+
+
+def needs(count: int = 1, *, library: str = "") -> None:
+    """Skip the file that calls this at its head.
+
+    Args:
+        count: CUDA GPUs.
+        library: The provider whose native library has to be installed.
+    """
+    __tracebackhide__ = True  # the skip is that file's
+    wanted = "a CUDA GPU" if count == 1 else f"{count} CUDA GPUs"
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there < count:
+        pytest.skip(f"needs {wanted}{' and ' * bool(library)}{library}", allow_module_level=True)
+    if library:
+        (spec,) = (spec for spec in plugins.load().providers if spec.name == library)
+        for reason in (reason for build in builds.look(spec).values() for reason in build.reasons):
+            if reason.code == "distribution-missing":
+                pytest.skip(f"needs {library}: {reason.message}", allow_module_level=True)
