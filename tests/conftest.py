@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import interpreter
 import pytest
+from installed import distribution
 
 from dsv4_backends.runtime import bind
 from dsv4_backends.selection import policy
@@ -49,26 +50,17 @@ def clean_settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def fake_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Install a distribution made of files: ``fake_plugin(name, source, dist=..., version=..., target=...)``."""
+    """Install a plugin: ``fake_plugin(name, source, dist=..., version=..., files=...)``; its module is NAME_plugin."""
 
     def install(
-        name: str,
-        source: str,
-        *,
-        dist: str = "",
-        version: str = "1.0",
-        target: str = "",
-        on_path: bool = True,
+        name: str, source: str, *, dist: str = "", version: str = "1.0", files: Mapping[str, str] | None = None
     ) -> None:
-        dist = dist or f"{name}-kernels"
-        module = f"{name}_plugin"
-        (tmp_path / f"{module}.py").write_text(source)
-        info = tmp_path / f"{dist.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[dsv4_backends]\n{name} = {target or module}\n")
+        modules = {f"{name}_plugin.py": source} | dict(files or {})
+        points = {"dsv4_backends": {name: f"{name}_plugin"}}
+        distribution(tmp_path, dist or f"{name}-kernels", version, files=modules, points=points)
         monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.delitem(sys.modules, module, raising=False)
+        for file in modules:
+            sys.modules.pop(file.removesuffix(".py"), None)
         bind.reset()
 
     return install

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bench_results import result_of, row_of
+from installed import provider
 
 from dsv4_backends import OPS, records
 from dsv4_backends.bench import compare, inputs, plot, results, run, shapes, timing
@@ -24,15 +25,13 @@ from dsv4_backends.contract.traffic import WINDOW_PAGE
 from dsv4_backends.testing import oracle
 
 CPU = torch.device("cpu")
-ACME = """
-import dsv4_backends as d
-@d.hookimpl
-def dsv4_providers():
-    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.PORTABLE, implementations=tuple(
-        d.Implementation(op=op, target=f"acme_kernels:{op}", devices=("cpu",),
-            refuses="acme_kernels:refuses" if op == "mqa_logits" else None)
-        for op in ("hc_prenorm_gemm", "fp8_einsum", "mqa_logits")))
-"""
+ACME = provider(
+    {
+        op: {"target": f"acme_kernels:{op}", "devices": ("cpu",), "refuses": refuses}
+        for op, refuses in (("hc_prenorm_gemm", None), ("fp8_einsum", None), ("mqa_logits", "acme_kernels:refuses"))
+    },
+    tier="PORTABLE",
+)
 KERNELS = """
 import time
 from dsv4_backend_torch.hyper_connection import hc_prenorm_gemm as right
@@ -54,11 +53,9 @@ def refuses(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, 
 
 
 @pytest.fixture
-def acme(fake_plugin: Callable[..., None], tmp_path: Path) -> Iterator[Any]:
+def acme(fake_plugin: Callable[..., None]) -> Iterator[Any]:
     """A provider that can be made slow or wrong."""
-    (tmp_path / "acme_kernels.py").write_text(KERNELS)
-    fake_plugin("acme", ACME)
-    sys.modules.pop("acme_kernels", None)
+    fake_plugin("acme", ACME, files={"acme_kernels.py": KERNELS})
     import acme_kernels
 
     threads = torch.get_num_threads()

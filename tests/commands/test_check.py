@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import provider
 from packaging.version import Version
 
 from dsv4_backends import OPS, Limits, ops, records
@@ -22,14 +23,12 @@ from dsv4_backends.selection import machine
 from dsv4_backends.selection import preferences as measured
 
 SMS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
-REFUSING = """
-import dsv4_backends as d
-@d.hookimpl
-def dsv4_providers():
-    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=tuple(
-        d.Implementation(op=op, target=f"acme_kernels:{op}", refuses="acme_kernels:refuses_" + op)
-        for op in ("sparse_mla_decode", "hc_prenorm_gemm")))
-"""
+REFUSING = provider(
+    {
+        op: {"target": f"acme_kernels:{op}", "refuses": f"acme_kernels:refuses_{op}"}
+        for op in ("sparse_mla_decode", "hc_prenorm_gemm")
+    }
+)
 KERNELS = """
 from dsv4_backends import Reason
 def sparse_mla_decode(q, k_cache, indices, sm_scale, *, attn_sink=None, topk_length=None, extra_k_cache=None,
@@ -56,7 +55,7 @@ def test_answers(model: Model, tp: int, monkeypatch: pytest.MonkeyPatch, capsys:
     """On every architecture Triton serves all of it, and the reference where it may not."""
     name = "flash" if model is FLASH else "pro"
     for sm in SMS:
-        for deny, provider in (("", "triton"), ("triton", "torch")):
+        for deny, server in (("", "triton"), ("triton", "torch")):
             monkeypatch.setenv("DSV4_BACKENDS_DENY", deny)
             code, out, _ = run(capsys, "--model", name, "--tp", str(tp), "--device", sm, "--json")
             data = json.loads(out)
@@ -67,9 +66,9 @@ def test_answers(model: Model, tp: int, monkeypatch: pytest.MonkeyPatch, capsys:
             assert data["rank"] == rank | {"replicas": tp // ranks}
             (device,) = data["devices"]
             assert {need["op"] for need in device["needs"]} == set(OPS)
-            assert {need["selected"] for need in device["needs"]} == {provider}
+            assert {need["selected"] for need in device["needs"]} == {server}
             assert device["uncovered"] == 0
-            assert device["reference"] == (len(device["needs"]) if provider == "torch" else 0)
+            assert device["reference"] == (len(device["needs"]) if server == "torch" else 0)
 
 
 @pytest.mark.parametrize("sm", ["sm_90", "sm_100"])
@@ -105,12 +104,9 @@ def test_what_the_limits_change() -> None:
     assert sizes["mqa_logits", "indexer, prefill"] == {"m": 1000, "h": 64, "d": 128, "n": 250}
 
 
-def test_shapes_are_asked_about(
-    fake_plugin: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shapes_are_asked_about(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     """A provider that refuses a rank's shapes is passed over with its reason; one that cannot be asked is not."""
-    (tmp_path / "acme_kernels.py").write_text(KERNELS)
-    fake_plugin("acme", REFUSING)
+    fake_plugin("acme", REFUSING, files={"acme_kernels.py": KERNELS})
     for tp, decode in ((1, "acme"), (2, "triton")):
         code, out, _ = run(capsys, "--model", "flash", "--tp", str(tp), "--device", "sm_90", "--json")
         assert code == 0
@@ -396,13 +392,7 @@ def test_memory_of_a_device_that_is_known(monkeypatch: pytest.MonkeyPatch, capsy
     assert (code, [one["memory"]["fits"] for one in devices]) == (1, [True, False])
 
 
-WORKSPACE = """
-import dsv4_backends as d
-@d.hookimpl
-def dsv4_providers():
-    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=(
-        d.Implementation(op="mqa_logits", target="acme_kernels:mqa_logits", workspace="acme_kernels:workspace"),))
-"""
+WORKSPACE = provider({"mqa_logits": {"target": "acme_kernels:mqa_logits", "workspace": "acme_kernels:workspace"}})
 WORKSPACE_KERNELS = """
 def mqa_logits(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None): ...
 def workspace(op, arguments, device):
@@ -411,12 +401,9 @@ def workspace(op, arguments, device):
 """
 
 
-def test_workspace_of_a_provider_that_tells(
-    fake_plugin: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workspace_of_a_provider_that_tells(fake_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked on a GPU that is there, not on one that is only named."""
-    (tmp_path / "acme_kernels.py").write_text(WORKSPACE_KERNELS)
-    fake_plugin("acme", WORKSPACE)
+    fake_plugin("acme", WORKSPACE, files={"acme_kernels.py": WORKSPACE_KERNELS})
     (named,) = check.check("flash", device="sm_90")
     gpu = machine.Device("cuda", 0, "a GPU", Version("9.0"), 100, 141 << 30)
     monkeypatch.setattr(machine, "probe", lambda: machine.Machine((gpu,)))
@@ -429,15 +416,6 @@ def test_workspace_of_a_provider_that_tells(
     assert there.memory.call_of == "mqa_logits, indexer, prefill"
     assert there.memory.call == named.memory.call + (5 << 30)
     assert (named.memory.workspace, there.memory.workspace, broken.memory.workspace) == (False, True, False)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks the GPU for its memory")
-def test_memory_of_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSV4_BACKENDS_DENY", "deep_gemm,flash_mla")
-    found, *_ = check.check("flash", tp=8, max_model_len=65536)
-    assert found.memory is not None
-    assert found.memory.device == torch.cuda.get_device_properties(0).total_memory
-    assert found.memory.workspace
 
 
 def test_weights_that_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from installed import provider
 from packaging.version import Version
 
 from dsv4_backends import OPS, Build, __version__
@@ -18,14 +19,15 @@ from dsv4_backends.selection.survey import Survey
 
 SMS = ["cpu", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121"]
 
-NATIVE = """
-import dsv4_backends as d
-@d.hookimpl
-def dsv4_providers():
-    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE,
-        requires=("acme-kernels>=3",), implementations=(
-        d.Implementation(op="mqa_logits", target="json:dumps", capability=("==9.0", "==10.0")),))
-"""
+
+def native(target: str = "json:dumps", *, tier: str = "NATIVE", code: str = "", **fields: Any) -> str:
+    """A plugin for Hopper and Blackwell."""
+    of_op = {"capability": fields.pop("capability", ("==9.0", "==10.0")), "devices": fields.pop("devices", ("cuda",))}
+    fields = {"requires": ("acme-kernels>=3",)} | fields
+    return provider({"mqa_logits": {"target": target, **of_op}}, tier=tier, code=code, **fields)
+
+
+NATIVE = native()
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -90,7 +92,7 @@ def test_triton_serves_every_gpu(capsys: pytest.CaptureFixture[str], device: str
 def test_experimental_providers_are_said_and_can_be_had(
     fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_plugin("acme", NATIVE.replace("NATIVE", "EXPERIMENTAL"), version="3.1")
+    fake_plugin("acme", native(tier="EXPERIMENTAL"), version="3.1")
     monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
     _, out, _ = run(capsys, "list", "--device", "sm_90")
     assert out.count("acme: experimental providers serve only when asked for") == 1
@@ -234,7 +236,7 @@ def test_doctor_names_what_kubernetes_set(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_doctor_imports_what_was_chosen(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    fake_plugin("acme", NATIVE.replace("json:dumps", "json:nothing"), version="3.1")
+    fake_plugin("acme", native("json:nothing"), version="3.1")
     code, out, _ = run(capsys, "doctor", "--device", "sm_90")
     assert code == 1
     assert "json:nothing raised AttributeError" in out
@@ -255,9 +257,8 @@ def test_doctor_asks_what_a_call_asks(fake_plugin: Callable[..., None], capsys: 
 def test_doctor_finds_a_probe_that_raised(
     fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str], capability: str
 ) -> None:
-    source = NATIVE.replace('requires=("acme-kernels>=3",)', 'probe="acme_plugin:probe"')
-    source = source.replace('("==9.0", "==10.0")', f'("=={capability}",)')
-    fake_plugin("acme", source + "def probe(load):\n    raise RuntimeError('no such file')\n")
+    code = "def probe(load):\n    raise RuntimeError('no such file')\n"
+    fake_plugin("acme", native(capability=(f"=={capability}",), requires=(), probe="acme_plugin:probe", code=code))
     code, data = as_json(capsys, "doctor", "--device", "sm_90")
     assert code == 1
     (library,) = [f for f in data["findings"] if f["message"].startswith("acme: ")]
@@ -279,16 +280,13 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_finds_a_wrong_provider(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    source = NATIVE.replace('requires=("acme-kernels>=3",), ', "").replace(
-        '("==9.0", "==10.0")', '(">=0",), devices=("cpu",)'
-    )
-    source = source.replace("json:dumps", "acme_plugin:mqa_logits") + (
-        "def mqa_logits(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):\n"
-        "    import torch\n"
-        "    if max_seqlen_k: raise RuntimeError('no compressed form')\n"
-        "    return torch.zeros(q.shape[0], k.shape[0])\n"
-    )
-    fake_plugin("acme", source)
+    source = """
+        def mqa_logits(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):
+            import torch
+            if max_seqlen_k: raise RuntimeError("no compressed form")
+            return torch.zeros(q.shape[0], k.shape[0])
+    """
+    fake_plugin("acme", native("acme_plugin:mqa_logits", devices=("cpu",), requires=(), code=source))
     code, out, _ = run(capsys, "verify", "--op", "mqa_logits", "--provider", "acme", "--torch-device", "cpu")
     assert code == 1
     assert "FAILED mqa_logits acme: compressed: RuntimeError: no compressed form" in out
@@ -298,8 +296,7 @@ def test_verify_finds_a_wrong_provider(fake_plugin: Callable[..., None], capsys:
 def test_verify_says_when_there_is_nothing_to_run(
     fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = NATIVE.replace('"acme-kernels>=3",', "").replace('("==9.0", "==10.0")', '(">=0",), devices=("cpu",)')
-    fake_plugin("acme", source.replace("json:dumps", "json:nothing"))
+    fake_plugin("acme", native("json:nothing", devices=("cpu",), requires=()))
     code, out, err = run(capsys, "verify", "--op", "fp8_einsum", "--provider", "acme", "--torch-device", "cpu")
     assert (code, out) == (1, "")
     assert "nothing to verify: acme implements none of fp8_einsum" in err

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bench_results import result_of, row_of
+from installed import distribution, provider
 
 from dsv4_backends import __main__ as entry
 from dsv4_backends import records
@@ -139,7 +140,7 @@ REFUSED = [
     (["check", "--model", "flash", "--tp", "3"], 2, "PolicyError"),
     (["check", "--model", "flash", "--tp", "0"], 2, "UsageError"),
     (["warmup", "--model", "flash", "--tp", "3"], 2, "PolicyError"),
-    (["engine", "sglang"], 2, "UsageError"),
+    (["engine", "nonesuch"], 2, "UsageError"),
     (["verify", "--provider", "nobody"], 2, "PolicyError"),
     (["verify", "--provider", "deep_gemm", "--op", "sparse_mla_decode"], 1, "NoProviderError"),
     (["bench", "--model", "nobody.json"], 2, "PolicyError"),
@@ -431,22 +432,17 @@ def test_a_result_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_an_exit_handler_prints_is_not_the_answer(tmp_path: Path) -> None:
-    (tmp_path / "late_plugin.py").write_text(
-        "import atexit, ctypes, os, sys, dsv4_backends as d\n"
-        "@atexit.register\n"
-        "def junk():\n"
-        "    print('junk')\n"
-        "    sys.__stdout__.write('junk')\n"
-        "    os.write(1, b'junk')\n"
-        "    ctypes.CDLL(None).puts(b'junk')\n"
-        "@d.hookimpl\n"
-        "def dsv4_providers():\n"
-        "    return ()\n"
-    )
-    info = tmp_path / "late-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[dsv4_backends]\nlate = late_plugin\n")
+    code = """
+        import atexit, ctypes, os, sys
+        @atexit.register
+        def junk():
+            print("junk")
+            sys.__stdout__.write("junk")
+            os.write(1, b"junk")
+            ctypes.CDLL(None).puts(b"junk")
+    """
+    files = {"late_plugin.py": provider({}, name="late", code=code)}
+    distribution(tmp_path, "late", files=files, points={"dsv4_backends": {"late": "late_plugin"}})
     for command in ("list --json", "plugins --json", "list --json --device banana"):
         done = shell(f"DSV4 {command}", PYTHONPATH=str(tmp_path))
         json.loads(done.stdout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import shutil
 import sys
 import textwrap
 import tomllib
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import distribution
 from walkthrough import Page
 
 from dsv4_backends import engines
@@ -30,13 +32,7 @@ def block(kind: str) -> str:
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The steps of the page, with toy 1.2.0 installed."""
-    for _, name, _, text in PAGE.of("file"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    info = tmp_path / "toy-1.2.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.2.0\n")
+    distribution(tmp_path, "toy", "1.2.0", files={name: text for _, name, _, text in PAGE.of("file")})
     monkeypatch.syspath_prepend(str(tmp_path))
     # The new folder and the new line, as if they stood in the package itself.
     monkeypatch.setattr(engines, "__path__", [*engines.__path__, str(tmp_path / "dsv4_backends" / "engines")])
@@ -135,6 +131,7 @@ def test_a_toy_that_is_different_is_refused(toy: Any, tmp_path: Path) -> None:
     assert refused() == ["engine-target"]
     source.write_text(before)
     assert toy.plan().ok
-    (tmp_path / "toy-1.2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.3.0\n")
+    shutil.rmtree(tmp_path / "toy-1.2.0.dist-info")
+    distribution(tmp_path, "toy", "1.3.0")
     assert refused() == ["engine-version"]
     assert toy.plan(force=True).ok

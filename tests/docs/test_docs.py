@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from bench_results import result_of, row_of
+from installed import distribution
 from pages import BLOCK, PAGES, TEXTS, WRITTEN
 from paths import ROOT
 
@@ -231,22 +232,8 @@ def run_acme(tmp_path: Path) -> Run:
         names = re.findall("<!-- file: (.+?) -->", TEXTS[WRITING])
         files = {file: after(f"file: {file}", WRITING) for file in names}
         change(files)
-        for file, text in files.items():
-            path = tmp_path / file
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
         project = tomllib.loads(files["pyproject.toml"])["project"]
-        info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-        )
-        lines = [
-            line
-            for group, points in project["entry-points"].items()
-            for line in (f"[{group}]", *(f"{point} = {target}" for point, target in points.items()))
-        ]
-        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        distribution(tmp_path, project["name"], project["version"], files=files, points=project["entry-points"])
 
         def run(*words: str, **variables: str) -> Result:
             return subprocess.run(

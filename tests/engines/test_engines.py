@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from installed import distribution
 from packaging.version import Version
 
 from dsv4_backends import PolicyError, engines
@@ -104,13 +104,7 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
     """Install an engine with vLLM's names: ``fake_vllm(version, **{path: text})``."""
 
     def install(version: str = "0.33.0", **changes: str) -> Path:
-        for name, text in (FILES | changes).items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(textwrap.dedent(text))
-        info = tmp_path / f"vllm-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+        distribution(tmp_path, "vllm", version, files=FILES | changes)
         monkeypatch.syspath_prepend(str(tmp_path))
         rules.mx_scaled.cache_clear()
         return tmp_path
@@ -283,10 +277,8 @@ def test_what_is_not_a_release_is_judged_by_its_code(
 
 def test_a_fork_under_another_name_has_its_version(fake_vllm: Callable[..., Path]) -> None:
     place = fake_vllm("0.0")
-    info = place / "vllm-0.0.dist-info"
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-vllm\nVersion: 0.31.0\n")
-    (info / "RECORD").write_text("vllm/__init__.py,,\n")
-    info.rename(place / "somebodys_vllm-0.31.0.dist-info")
+    shutil.rmtree(place / "vllm-0.0.dist-info")
+    distribution(place, "somebodys-vllm", "0.31.0", metadata={"RECORD": "vllm/__init__.py,,\n"})
     assert engine.plan().version == "0.31.0"
     assert {r.code for row in engine.plan().rows for r in row.reasons} == {"engine-version"}
 
@@ -509,9 +501,9 @@ def test_what_goes_wrong_stays_out_of_the_engine(
 ) -> None:
     """A setting that cannot be understood, a bug of ours: one loud line, and vLLM goes on with its own."""
     fake_vllm()
-    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "sglang")
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "nonesuch")
     engine.register()
-    assert "DSV4_BACKENDS_ENGINE: unknown engine 'sglang'. Known: transformers, vllm" in caplog.text
+    assert "DSV4_BACKENDS_ENGINE: unknown engine 'nonesuch'. Known: transformers, vllm" in caplog.text
     with pytest.raises(PolicyError):
         engine.plan()
     monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "vllm")
@@ -653,7 +645,7 @@ def test_command(
     assert {t["state"] for t in data["targets"] if not t["op"]} == {"not needed"}
     assert len(data["targets"]) == len(engine.TARGETS)
     with pytest.raises(SystemExit):
-        cli.main(["engine", "sglang"])
+        cli.main(["engine", "nonesuch"])
 
 
 def test_command_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import provider
 from torch import Tensor
 
 from dsv4_backends import CONTRACTS, Implementation, Reason
@@ -305,17 +306,11 @@ def test_calc_diff_is_the_published_formula() -> None:
     assert numerics.calc_diff(x, y) == pytest.approx(float(published))
 
 
-PLUGIN = """
-import dsv4_backends as d
-@d.hookimpl
-def dsv4_providers():
-    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=(
-        d.Implementation(op="hc_prenorm_gemm", target="acme_plugin:hc_prenorm_gemm", devices=("cpu",)),
-        d.Implementation(op="mqa_logits", target="json:dumps", devices=("cuda",)),))
+KERNEL = """
 def hc_prenorm_gemm(x, fn, *, num_splits=None, out=None, sqr_sum=None):
     from dsv4_backend_torch.hyper_connection import hc_prenorm_gemm
     mixes, squares = hc_prenorm_gemm(x, fn, num_splits=num_splits, out=out, sqr_sum=sqr_sum)
-    return mixes.{change}, squares
+    return mixes.CHANGE, squares
 """
 SUITE = """
 from dsv4_backends.testing import ProviderConformance
@@ -333,10 +328,14 @@ def run_suite(
     change: str,
     name: str = "acme",
     known: str = "{}",
-    plugin: str = PLUGIN,
+    device: str = "cpu",
     must_serve: bool = True,
 ) -> tuple[int, str]:
-    fake_plugin("acme", plugin.format(change=change))
+    ops = {
+        "hc_prenorm_gemm": {"target": "acme_plugin:hc_prenorm_gemm", "devices": (device,)},
+        "mqa_logits": {"target": "json:dumps", "devices": ("cuda",)},
+    }
+    fake_plugin("acme", provider(ops, code=KERNEL.replace("CHANGE", change)))
     (tmp_path / "test_acme.py").write_text(SUITE.format(name=name, known=known, must_serve=must_serve))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "test_acme.py"],
@@ -360,8 +359,7 @@ def test_five_lines_pass(tmp_path: Path, fake_plugin: Callable[..., None]) -> No
 @pytest.mark.parametrize("must_serve", [True, False])
 def test_a_suite_in_which_nothing_ran_fails(tmp_path: Path, fake_plugin: Callable[..., None], must_serve: bool) -> None:
     """Unless its author says that this may be."""
-    plugin = PLUGIN.replace('devices=("cpu",)', 'devices=("cuda",)')
-    code, out = run_suite(tmp_path, fake_plugin, "mul_(1)", plugin=plugin, must_serve=must_serve)
+    code, out = run_suite(tmp_path, fake_plugin, "mul_(1)", device="cuda", must_serve=must_serve)
     assert code == int(must_serve), out
     assert ("[serves] acme serves none of its ops here" in out) is must_serve
     assert " passed" not in out or "1 passed" in out  # that no known failure is left over

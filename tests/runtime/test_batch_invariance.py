@@ -14,6 +14,7 @@ import torch
 import traffic as serving
 from dsv4_backend_triton import BATCH_INVARIANT, ahead, batch_invariant
 from dsv4_backend_triton.arch import arch_from_capability
+from installed import provider
 from packaging.version import Version
 
 from dsv4_backends import OPS, ops
@@ -128,17 +129,10 @@ def _on_hopper(op: str) -> Any:
 
 def test_who_claims_it_comes_first(fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
     """A faster provider that does not claim it serves in the mode only where nobody does, with a line in the log."""
-    source = """
-from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
-@hookimpl
-def dsv4_providers():
-    own = dict(target="dsv4_backend_torch.hyper_connection:hc_prenorm_gemm", op="hc_prenorm_gemm", devices=("cpu",))
-    yield ProviderSpec(name="fast", summary="s", tier=Tier.NATIVE, implementations=(Implementation(**own),))
-    yield ProviderSpec(
-        name="steady", summary="s", tier=Tier.PORTABLE, implementations=(Implementation(batch_invariant=True, **own),)
-    )
-"""
-    fake_plugin("pair", source)
+    of_op = {"target": "dsv4_backend_torch.hyper_connection:hc_prenorm_gemm", "devices": ("cpu",)}
+    fake_plugin("fast", provider({"hc_prenorm_gemm": of_op}, name="fast"))
+    steady = {"hc_prenorm_gemm": of_op | {"batch_invariant": True}}
+    fake_plugin("steady", provider(steady, name="steady", tier="PORTABLE"))
     call = {"x": torch.zeros(2, 64, dtype=torch.bfloat16), "fn": torch.zeros(8, 64)}
     ops.hc_prenorm_gemm(**call)
     with policy.use_providers(batch_invariant=True):

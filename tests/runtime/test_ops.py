@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import provider
 
 import dsv4_backends
 from dsv4_backends import CONTRACTS, OPS, NoProviderError, PolicyError, ops, use_providers
@@ -28,27 +29,28 @@ def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
-# Native in rank; the fields of each are filled in per test.
 FORMS = [(op, with_buffers) for op, contract in CONTRACTS.items() for with_buffers in contract.forms]
 """The ``torch.library`` forms."""
-
-PLUGIN = """
-import dsv4_backends as d
-@d.hookimpl
-def dsv4_providers():
-    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=(
-        d.Implementation(op="mqa_logits", target="acme_plugin:{target}", devices=("cpu", "cuda"), refuses={refuses}),))
+KERNELS = """
 def mqa_logits(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):
     import torch
     return torch.full((q.shape[0], k.shape[0]), 7.0)
 def refuses(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):
     if q.shape[1] != 32:
-        return d.Reason("heads", f"needs 32 heads, the query has {{q.shape[1]}}")
+        return d.Reason("heads", f"needs 32 heads, the query has {q.shape[1]}")
+def never(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):
+    return d.Reason("shape", "never")
 def raises(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):
     raise RuntimeError("the kernel broke")
 def wrong(q, k):
     pass
 """
+
+
+def plugin(target: str, refuses: str | None = None, name: str = "acme") -> str:
+    """Native in rank, with one of these kernels."""
+    of_op = {"target": f"{name}_plugin:{target}", "refuses": refuses and f"{name}_plugin:{refuses}"}
+    return provider({"mqa_logits": {"devices": ("cpu", "cuda"), **of_op}}, name=name, code=KERNELS)
 
 
 def test_stats_count_calls() -> None:
@@ -64,7 +66,7 @@ def test_stats_count_calls() -> None:
 
 
 def test_a_better_provider_serves(fake_plugin: Callable[..., None]) -> None:
-    fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses=None))
+    fake_plugin("acme", plugin("mqa_logits"))
     assert (ops.mqa_logits(**arguments("mqa_logits")) == 7).all()
     assert dsv4_backends.stats() == {"mqa_logits": {"acme": 1}}
     with use_providers({"mqa_logits": "torch"}):
@@ -75,7 +77,7 @@ def test_a_better_provider_serves(fake_plugin: Callable[..., None]) -> None:
 
 
 def test_order_allow_and_deny_reach_the_call(fake_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses=None))
+    fake_plugin("acme", plugin("mqa_logits"))
     for variable in ("ORDER", "ALLOW"):
         monkeypatch.setenv(f"DSV4_BACKENDS_{variable}", "torch")
         bind.reset()
@@ -91,7 +93,7 @@ def test_order_allow_and_deny_reach_the_call(fake_plugin: Callable[..., None], m
 def test_refusal_by_shape_goes_to_the_next_and_is_told_once(
     fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses="'acme_plugin:refuses'"))
+    fake_plugin("acme", plugin("mqa_logits", "refuses"))
     with caplog.at_level(logging.WARNING, "dsv4_backends"):
         for _ in range(2):
             ops.mqa_logits(**arguments("mqa_logits"))
@@ -101,7 +103,7 @@ def test_refusal_by_shape_goes_to_the_next_and_is_told_once(
 
 
 def test_refusal_of_a_pinned_provider_raises(fake_plugin: Callable[..., None]) -> None:
-    fake_plugin("acme", PLUGIN.format(target="mqa_logits", refuses="'acme_plugin:refuses'"))
+    fake_plugin("acme", plugin("mqa_logits", "refuses"))
     with (
         use_providers({"mqa_logits": "acme"}),
         pytest.raises(NoProviderError, match="needs 32 heads, the query has 8"),
@@ -110,22 +112,18 @@ def test_refusal_of_a_pinned_provider_raises(fake_plugin: Callable[..., None]) -
 
 
 # Counts the questions, and takes neither strided keys nor a scale of 3.
-ASKED = """
-import dsv4_backends as d
-import torch
+ASKED = provider(
+    {"sparse_mla_prefill": {"target": "acme_plugin:run", "devices": ("cpu",), "refuses": "acme_plugin:refuses"}},
+    code="""
 asked = []
-@d.hookimpl
-def dsv4_providers():
-    yield d.ProviderSpec(name="acme", summary="fake", tier=d.Tier.NATIVE, implementations=(
-        d.Implementation(op="sparse_mla_prefill", target="acme_plugin:run", devices=("cpu",),
-            refuses="acme_plugin:refuses"),))
 def run(q, kv, indices, sm_scale, *, attn_sink=None, topk_length=None, out=None):
     return q.new_full((1, 1, 1), 7.0).expand(q.shape), None, None
 def refuses(q, kv, indices, sm_scale, *, attn_sink=None, topk_length=None, out=None):
     asked.append((q.shape[0], kv.stride(0), sm_scale, attn_sink is None))
     if kv.stride(0) != 512 or sm_scale == 3:
         return d.Reason("keys", "wants other keys")
-"""
+""",
+)
 
 
 def prefill(rows: int) -> dict[str, Any]:
@@ -224,14 +222,8 @@ def test_an_import_that_fails_is_not_tried_again(
     fake_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first refuses every call, the second does not import, and the reference serves."""
-    plugin = PLUGIN.format(target="mqa_logits", refuses='"acme_plugin:no"')
-    plugin += (
-        "def mqa_logits(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None): ...\n"
-        "def no(q, k, k_scale, weights, row_starts, row_ends, *, max_seqlen_k=None, out=None):\n"
-        "    return d.Reason('shape', 'never')\n"
-    )
-    fake_plugin("acme", plugin)
-    fake_plugin("other", PLUGIN.replace("acme", "other").format(target="absent", refuses=None))
+    fake_plugin("acme", plugin("mqa_logits", "never"))
+    fake_plugin("other", plugin("absent", name="other"))
     asked: list[str] = []
     real = bind.bind_candidate
 
@@ -249,7 +241,7 @@ def test_an_import_that_fails_is_not_tried_again(
 
 
 def test_import_that_fails_goes_to_the_next(fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    fake_plugin("acme", PLUGIN.format(target="absent", refuses=None))
+    fake_plugin("acme", plugin("absent"))
     with caplog.at_level(logging.WARNING, "dsv4_backends"):
         ops.mqa_logits(**arguments("mqa_logits"))
     assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}
@@ -259,7 +251,7 @@ def test_import_that_fails_goes_to_the_next(fake_plugin: Callable[..., None], ca
 
 
 def test_import_that_fails_under_a_pin_raises(fake_plugin: Callable[..., None]) -> None:
-    fake_plugin("acme", PLUGIN.format(target="absent", refuses=None))
+    fake_plugin("acme", plugin("absent"))
     with use_providers("acme"), pytest.raises(NoProviderError, match="has no attribute 'absent'"):
         ops.mqa_logits(**arguments("mqa_logits"))
     with use_providers("acme"), pytest.raises(NoProviderError, match="pinned to acme"):
@@ -267,7 +259,7 @@ def test_import_that_fails_under_a_pin_raises(fake_plugin: Callable[..., None]) 
 
 
 def test_wrong_signature_is_a_reason(fake_plugin: Callable[..., None]) -> None:
-    fake_plugin("acme", PLUGIN.format(target="wrong", refuses=None))
+    fake_plugin("acme", plugin("wrong"))
     ops.mqa_logits(**arguments("mqa_logits"))
     acme = bind.resolution("mqa_logits", "cpu").passed_over[0]
     assert [r.code for r in acme.reasons] == ["signature"]
@@ -276,7 +268,7 @@ def test_wrong_signature_is_a_reason(fake_plugin: Callable[..., None]) -> None:
 
 def test_a_provider_that_fails_during_a_call_raises(fake_plugin: Callable[..., None]) -> None:
     """No quiet retry on another one."""
-    fake_plugin("acme", PLUGIN.format(target="raises", refuses=None))
+    fake_plugin("acme", plugin("raises"))
     with pytest.raises(RuntimeError, match="the kernel broke"):
         ops.mqa_logits(**arguments("mqa_logits"))
 

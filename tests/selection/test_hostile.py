@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import distribution
 
 from dsv4_backends.selection import foreign
 
@@ -213,38 +214,39 @@ print(json.dumps(codes))
 """
 
 
-def environment(folder: Path) -> None:
-    def distribution(name: str, metadata: bytes | None, points: bytes, version: str = "1.0") -> None:
-        info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        if metadata is not None:
-            (info / "METADATA").write_bytes(metadata)
-        if points:
-            (info / "entry_points.txt").write_bytes(points)
+def install(folder: Path, kind: Kind) -> None:
+    """A distribution with that plugin alone."""
+    module = f"{kind.name}_plugin"
+    source = (HEAD + kind.source).replace("@M@", module).replace("@N@", kind.name)
+    points = {"dsv4_backends": {kind.name: module}}
+    distribution(folder, f"{kind.name.replace('_', '-')}-kernels", files={f"{module}.py": source}, points=points)
 
-    def header(name: str, version: str = "1.0") -> bytes:
-        return f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
+
+def environment(folder: Path) -> None:
+    def odd(name: str, points: bytes = b"", version: str = "1.0", metadata: bytes | None = None) -> None:
+        """With bytes as they are."""
+        files = {"METADATA": metadata} if metadata is not None else {}
+        files |= {"entry_points.txt": points} if points else {}
+        distribution(folder, name, version, metadata=files)
 
     for kind in KINDS:
-        module = f"{kind.name}_plugin"
-        source = (HEAD + kind.source).replace("@M@", module).replace("@N@", kind.name)
-        (folder / f"{module}.py").write_text(source, encoding="utf-8")
-        name = f"{kind.name.replace('_', '-')}-kernels"
-        distribution(name, header(name), f"[dsv4_backends]\n{kind.name} = {module}\n".encode())
+        install(folder, kind)
     (folder / "t_panic_plugin_target.py").write_text("class Panic(BaseException): pass\nraise Panic('rust')")
     (folder / "d_good.py").write_text(HEAD.replace("@M@", "d_good") + HOOK + "return ()")
     good = b"[dsv4_backends]\n%s = d_good\n"
-    distribution("d-nometa", None, good % b"d_nometa")
-    distribution("d-noname", b"Metadata-Version: 2.1\n", good % b"d_noname")
-    distribution("d-latin", header("d-latin") + "Author: \xdc\n".encode("latin-1"), good % b"d_latin")
-    distribution("d-points", header("d-points"), good % b"d_points" + b"# \xff\xfe\n")
-    distribution("d-stranger", header("d-stranger"), b"[console_scripts]\n# \xff\n")
-    distribution("d-malformed", header("d-malformed"), b"[dsv4_backends]\nno equals sign\n")
-    distribution("d-unclosed", header("d-unclosed"), b"[dsv4_backends\nd = d_good\n[other]\na = b\n")
-    distribution("d-unclosed-second", header("d-unclosed-second"), b"[other]\na = b\n[dsv4_backends\nd = d_good\n")
-    distribution("d-value", header("d-value"), b"[dsv4_backends]\nd_value = not a module!\n")
-    distribution("odd-version", header("odd-version", "not-a-version"), b"")
-    distribution("odd-metadata", b"Name: odd-metadata\nVersion: \xff\n", b"")
+    odd("d-nometa", good % b"d_nometa")
+    (folder / "d_nometa-1.0.dist-info" / "METADATA").unlink()
+    odd("d-noname", good % b"d_noname", metadata=b"Metadata-Version: 2.1\n")
+    latin = "Metadata-Version: 2.1\nName: d-latin\nVersion: 1.0\nAuthor: \xdc\n".encode("latin-1")
+    odd("d-latin", good % b"d_latin", metadata=latin)
+    odd("d-points", good % b"d_points" + b"# \xff\xfe\n")
+    odd("d-stranger", b"[console_scripts]\n# \xff\n")
+    odd("d-malformed", b"[dsv4_backends]\nno equals sign\n")
+    odd("d-unclosed", b"[dsv4_backends\nd = d_good\n[other]\na = b\n")
+    odd("d-unclosed-second", b"[other]\na = b\n[dsv4_backends\nd = d_good\n")
+    odd("d-value", b"[dsv4_backends]\nd_value = not a module!\n")
+    odd("odd-metadata", metadata=b"Name: odd-metadata\nVersion: \xff\n")
+    odd("odd-version", version="not-a-version")
 
 
 @pytest.fixture(scope="module")
@@ -343,12 +345,7 @@ def test_a_broken_refuses_refuses(kind: Kind, tmp_path: Path, monkeypatch: pytes
 
     from dsv4_backends import CONTRACTS, NoProviderError, ops, reset, use_providers
 
-    module = f"{kind.name}_plugin"
-    (tmp_path / f"{module}.py").write_text((HEAD + kind.source).replace("@M@", module).replace("@N@", kind.name))
-    info = tmp_path / f"{kind.name}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {kind.name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[dsv4_backends]\n{kind.name} = {module}\n")
+    install(tmp_path, kind)
     monkeypatch.syspath_prepend(str(tmp_path))
     reset()
     contract = CONTRACTS["mqa_logits"]
@@ -361,9 +358,7 @@ def test_a_broken_refuses_refuses(kind: Kind, tmp_path: Path, monkeypatch: pytes
 def test_an_engine_whose_metadata_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dsv4_backends.engines import vllm
 
-    info = tmp_path / "vllm-0.33.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_bytes(b"Name: vllm\nVersion: \xff\n")
+    distribution(tmp_path, "vllm", "0.33.0", metadata={"METADATA": b"Name: vllm\nVersion: \xff\n"})
     monkeypatch.syspath_prepend(str(tmp_path))
     assert vllm.version() is None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bench_results import result_of, row_of
+from installed import provider
 from packaging.version import Version
 from paths import ROOT
 
@@ -260,15 +260,6 @@ def test_a_preference_needs_both_tested_and_to_change_something() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ calls
 
-PROVIDERS = """
-import dsv4_backends as d
-@d.hookimpl
-def dsv4_providers():
-    for name, tier in (("a", d.Tier.NATIVE), ("b", d.Tier.PORTABLE)):
-        yield d.ProviderSpec(name=name, summary="fake", tier=tier, implementations=(
-            d.Implementation(op="hc_prenorm_gemm", target=f"measured_kernels:{name}", devices=("cpu", "cuda"),
-                refuses="measured_kernels:refuses" if name in REFUSING else None),))
-"""
 KERNELS = """
 from dsv4_backend_torch.hyper_connection import hc_prenorm_gemm as right
 from dsv4_backends import Reason
@@ -288,9 +279,10 @@ def two(
     """Two providers on the CPU and a preference for the second up to m = 8; gives who serves a call."""
 
     def prepare(refusing: tuple[str, ...] = (), kernels: str = KERNELS, **changes: Any) -> Callable[[int], str]:
-        (tmp_path / "measured_kernels.py").write_text(kernels)
-        fake_plugin("two", f"REFUSING = {refusing!r}\n{PROVIDERS}")
-        sys.modules.pop("measured_kernels", None)
+        for name, tier in (("a", "NATIVE"), ("b", "PORTABLE")):
+            refuses = f"{name}_plugin:refuses" if name in refusing else None
+            of_op = {"target": f"{name}_plugin:{name}", "devices": ("cpu", "cuda"), "refuses": refuses}
+            fake_plugin(name, provider({"hc_prenorm_gemm": of_op}, name=name, tier=tier, code=kernels))
         monkeypatch.setattr(measured, "preferences", lambda device: (preference(**changes),))
         bind.reset()
 

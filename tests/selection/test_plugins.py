@@ -6,18 +6,16 @@ import json
 from collections.abc import Callable
 
 import pytest
+from installed import provider
 
 from dsv4_backends import PluginError
 from dsv4_backends.commands import cli
 from dsv4_backends.selection import plugins
 
-GOOD = """
-import dsv4_backends as d
-@d.hookimpl
-def dsv4_providers():
-    yield d.ProviderSpec(name="{name}", summary="fake", tier=d.Tier.PORTABLE, api={api}, implementations=(
-        d.Implementation(op="mqa_logits", target="json:dumps", devices=("cpu", "cuda")),))
-"""
+
+def good(name: str = "acme", api: int = 1) -> str:
+    ops = {"mqa_logits": {"target": "json:dumps", "devices": ("cpu", "cuda")}}
+    return provider(ops, name=name, tier="PORTABLE", api=api)
 
 
 def row(name: str) -> plugins.Plugin:
@@ -33,7 +31,7 @@ def test_in_tree_providers_come_by_entry_point() -> None:
 
 
 def test_a_good_stranger(fake_plugin: Callable[..., None]) -> None:
-    fake_plugin("acme", GOOD.format(name="acme", api=1), version="2.3")
+    fake_plugin("acme", good(), version="2.3")
     acme = row("acme")
     assert acme.origin == "acme-kernels 2.3"
     assert [spec.name for spec in acme.providers] == ["acme"]
@@ -81,8 +79,8 @@ def test_a_good_stranger(fake_plugin: Callable[..., None]) -> None:
             "plugin-failed",
             "TypeError",
         ),
-        (GOOD.format(name="acme", api=99), "plugin-api", "written for interface 99"),
-        (GOOD.format(name="torch", api=1), "plugin-duplicate", "dsv4-backends"),
+        (good(api=99), "plugin-api", "written for interface 99"),
+        (good("torch"), "plugin-duplicate", "dsv4-backends"),
     ],
 )
 def test_broken(
@@ -106,15 +104,15 @@ def test_broken(
 
 
 def test_one_bad_item_does_not_hide_the_good_one(fake_plugin: Callable[..., None]) -> None:
-    source = GOOD.format(name="acme", api=1).replace("    yield", "    yield 'junk'\n    yield")
+    source = good().replace("    yield", "    yield 'junk'\n    yield")
     fake_plugin("acme", source)
     assert [reason.code for reason in row("acme").problems] == ["plugin-type"]
     assert [spec.name for spec in row("acme").providers] == ["acme"]
 
 
 def test_name_of_a_stranger_goes_to_the_first_by_distribution(fake_plugin: Callable[..., None]) -> None:
-    fake_plugin("two", GOOD.format(name="acme", api=1), dist="b-kernels")
-    fake_plugin("one", GOOD.format(name="acme", api=1), dist="a-kernels")
+    fake_plugin("two", good(), dist="b-kernels")
+    fake_plugin("one", good(), dist="a-kernels")
     assert row("one").providers
     assert "a-kernels 1.0 provides that name" in row("two").problems[0].message
 

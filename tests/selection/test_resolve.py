@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from installed import distribution
 from packaging.version import Version
 from paths import ROOT
 
@@ -327,25 +328,18 @@ def test_versions_that_meet_a_requirement(version: str, met: bool) -> None:
         assert reason.hint == "pip install -U 'triton>=3.6,<4'"
 
 
-@pytest.mark.parametrize("distribution", ["triton", "pytorch-triton", "triton-windows", "fbtriton", "triton-nightly"])
+@pytest.mark.parametrize("owner", ["triton", "pytorch-triton", "triton-windows", "fbtriton", "triton-nightly"])
 @pytest.mark.parametrize("literal", [True, False])
-def test_triton_under_another_name(
-    distribution: str, literal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_triton_under_another_name(owner: str, literal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module that would be imported is asked, without importing it; if it does not say, whoever owns it."""
-    package = tmp_path / "triton"
-    package.mkdir()
     text = '"""isort:skip_file"""\n__version__ = \'3.6.0rc1\'\n' if literal else ""
-    package.joinpath("__init__.py").write_text(text + "raise RuntimeError('imported')\n")
-    info = tmp_path / f"{distribution.replace('-', '_')}-3.6.0rc1.dist-info"
-    info.mkdir()
-    info.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 3.6.0rc1\n")
-    info.joinpath("top_level.txt").write_text("triton\n")
+    files = {"triton/__init__.py": text + "raise RuntimeError('imported')\n"}
+    distribution(tmp_path, owner, "3.6.0rc1", files=files, metadata={"top_level.txt": "triton\n"})
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
         monkeypatch.delitem(sys.modules, name)
     paths = [str(tmp_path), *(p for p in sys.path if not list(Path(p or ".").glob("triton-*.dist-info")))]
-    if distribution != "triton":
+    if owner != "triton":
         monkeypatch.setattr(sys, "path", paths)
     assert Installed().get("triton") == "3.6.0rc1"
     assert requirements.unmet("triton>=3.6", Installed()) is None
@@ -354,12 +348,7 @@ def test_triton_under_another_name(
 
 def test_the_files_that_an_import_finds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two distributions own the module, and the older one's files are there."""
-    package = tmp_path / "acme_kernels"
-    package.mkdir()
-    package.joinpath("__init__.py").write_text("__version__: str = '1.0'\n")
-    info = tmp_path / "acme_kernels-2.0.dist-info"
-    info.mkdir()
-    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: acme-kernels\nVersion: 2.0\n")
+    distribution(tmp_path, "acme-kernels", "2.0", files={"acme_kernels/__init__.py": "__version__: str = '1.0'\n"})
     monkeypatch.syspath_prepend(str(tmp_path))
     reason = requirements.unmet("acme-kernels>=2", Installed())
     assert reason is not None

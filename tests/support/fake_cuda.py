@@ -12,6 +12,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+from installed import distribution
+
 COMPILED = (
     "vllm._C_stable_libtorch",
     "vllm._moe_C_stable_libtorch",
@@ -25,10 +27,7 @@ QUESTIONS = ("cutlass_scaled_mm_supports_block_fp8", "cutlass_scaled_mm_supports
 
 def install(folder: Path) -> None:
     """Make this file a distribution in ``folder`` with vLLM's entry point, and put that first on the path."""
-    info = folder / "fake_cuda-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-cuda\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[vllm.platform_plugins]\nfake_cuda = fake_cuda:plugin\n")
+    distribution(folder, "fake-cuda", points={"vllm.platform_plugins": {"fake_cuda": "fake_cuda:plugin"}})
     sys.path[:0] = [str(folder), str(Path(__file__).parent)]
     for name in COMPILED:
         module: Any = types.ModuleType(name)

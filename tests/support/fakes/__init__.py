@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from installed import distribution
+
 
 def install(
     place: Path,
-    distribution: str,
+    name: str,
     version: str,
     package: str,
     source: str,
@@ -23,6 +25,7 @@ def install(
     """Write a package and its metadata as pip would have, under ``place``.
 
     Args:
+        name: Of the distribution; empty for files that none owns.
         package: Its import name, perhaps with dots.
         source: Its ``__init__.py``.
         headers: Names of the kernel headers that DeepGEMM ships.
@@ -40,7 +43,5 @@ def install(
         (impls / header).touch()
     if compiled is not None:
         (folder / "cuda.cpython-312-x86_64-linux-gnu.so").write_bytes(compiled)
-    if distribution:
-        info = place / f"{distribution.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    if name:
+        distribution(place, name, version)
