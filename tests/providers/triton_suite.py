@@ -7,6 +7,7 @@ On a GPU tests/gpu/test_suites.py and tools/conformance.py run it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from extremes import check_extreme_scale_codes
 from traffic import served
 
 from dsv4_backends import OPS, ops
+from dsv4_backends.contract import layouts
 from dsv4_backends.contract.models import FLASH
 from dsv4_backends.runtime import ahead
 from dsv4_backends.runtime.serving import Limits
@@ -100,6 +102,67 @@ def test_every_e4m3_and_e8m0_code() -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=device)
     for got, want in ((values, e4m3(codes)), (scales, e8m0(codes))):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _encode(source, target, scale, code, native: tl.constexpr, block: tl.constexpr):
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    x = tl.load(source + at).to(tl.float32)
+    tl.store(target + at, bits.fp32_to_e4m3(x, native))
+    power, exponent = bits.scale_pow2(tl.abs(x))
+    tl.store(scale + at, power)
+    tl.store(code + at, exponent.to(tl.uint8))
+
+
+def _encoded(x: torch.Tensor, *, native: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    target, code = (torch.empty(len(x), dtype=torch.uint8, device=x.device) for _ in range(2))
+    scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    launch(_encode, (len(x) // 1024,), x, target, scale, code, native, 1024)
+    return target, scale, code
+
+
+def _ways_to_encode() -> list[bool]:
+    return [False] if interpreting() or not arch_of(default_device()).native_fp8 else [False, True]
+
+
+def _bf16_inputs() -> torch.Tensor:
+    return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def _fp32_inputs() -> torch.Tensor:
+    """Random bits; every point halfway between two codes with its neighbours; what is beyond the largest code."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(-(2**31), 2**31, (1 << 18,), generator=generator).int()
+    near = (torch.randint(100 << 23, 140 << 23, (1 << 18,), generator=generator)).int()
+    codes = e4m3(torch.arange(127, dtype=torch.uint8)).float()
+    halves = torch.cat([(codes[1:] + codes[:-1]) / 2, codes, torch.tensor([464.0, 480.0, torch.inf, 3.4e38])])
+    halves = halves.view(torch.int32)
+    edges = torch.cat([halves - 1, halves, (halves + 1).clamp(max=0x7F800000)])
+    edges = torch.cat([edges, edges | -(2**31)])
+    every = torch.cat([random, near, edges])
+    return torch.nn.functional.pad(every, (0, -len(every) % 1024)).view(torch.float32)
+
+
+@pytest.mark.parametrize("made", [_bf16_inputs, _fp32_inputs])
+def test_encoding_e4m3(made: Callable[[], torch.Tensor]) -> None:
+    """The bytes of torch's cast, for all bf16 and for many fp32: nearest, ties to even, 448 at most, NaN."""
+    x = made().to(default_device())
+    # Clamped first: some versions of the cast overflow to NaN.
+    want = x.float().clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    for native in _ways_to_encode():
+        got = _encoded(x, native=native)[0]
+        same = (got == want) | (x.isnan() & (got & 0x7F == 0x7F))
+        assert same.all(), (native, x[~same][:9].tolist(), got[~same][:9].tolist(), want[~same][:9].tolist())
+
+
+def test_scale_rule_for_every_positive_bf16() -> None:
+    x = _bf16_inputs()[1:0x7F80]
+    x = torch.nn.functional.pad(x, (0, -len(x) % 1024), value=1.0).to(default_device())
+    _, scale, code = _encoded(x, native=False)
+    want = layouts.ceil_pow2(x.float().clamp(min=layouts.AMAX_FLOOR) * (1.0 / layouts.E4M3_MAX))
+    assert torch.equal(scale, want)
+    assert torch.equal(code, layouts.e8m0_encode(want))
+    assert torch.equal(scale.unsqueeze(-1), layouts.quantize_e4m3(x.unsqueeze(-1), 1)[1])
 
 
 def test_extreme_scale_codes() -> None:

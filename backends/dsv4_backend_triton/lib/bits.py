@@ -1,7 +1,8 @@
-"""Exact byte decoding inside kernels: e4m3 and E8M0, by integer arithmetic, for machines without the types.
+"""e4m3 and E8M0 inside kernels, decoded and encoded exactly, for machines without the types too.
 
-SM80 and SM86 have no e4m3 in hardware or in Triton, so kernels read bytes there. Every one of the 256 codes
-is decoded exactly, subnormals and NaN (0x7f, 0xff) included; bf16 holds every e4m3 value.
+SM80 and SM86 have no e4m3 in hardware or in Triton, so kernels read and write bytes there. Every one of the 256 codes
+is decoded exactly, subnormals and NaN (0x7f, 0xff) included; bf16 holds every e4m3 value. Values are encoded to the
+nearest code, ties to the even one, and to 448 beyond it.
 """
 
 from __future__ import annotations
@@ -91,6 +92,34 @@ def e8m0_to_fp32(byte):
     bits = byte.to(tl.int32) & 0xFF
     bits = tl.where(bits == 0, 0x00400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fp32_to_e4m3(x, NATIVE: tl.constexpr):
+    """fp32 to e4m3 bytes (uint8): to the nearest, ties to even, at most 448 in magnitude (infinities too); a NaN to a
+    NaN. ``NATIVE``: by the conversion of SM89 and newer; the bytes are the same, but it drops a NaN's sign.
+    """
+    if NATIVE:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    # The power of two below |x|, or 2^-6, below which the codes are as far apart as above it. |x| + 2^20 of those is
+    # rounded by the hardware to eighths of it, which is the distance between two codes, so the low bits count eighths.
+    # Seven more of them are 56 eighths, which is what the codes of the exponent, 8 * (e - 121), lack modulo 256.
+    size = tl.minimum(tl.abs(x), 448.0)
+    power = tl.maximum(size, 0.015625).to(tl.int32, bitcast=True) & 0x7F800000
+    counted = size + power.to(tl.float32, bitcast=True) * 1048583.0
+    code = (counted.to(tl.int32, bitcast=True) + (power >> 20)) & 0x7F
+    code = tl.where(x == x, code, 0x7F) | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+    return code.to(tl.uint8)
+
+
+@triton.jit
+def scale_pow2(amax):
+    """The scale of a block with largest magnitude ``amax`` (fp32), and its E8M0 code (int32): the least power of two
+    not below max(amax, 1e-4) / 448, the quotient rounded to fp32 (``layouts.py``).
+    """
+    bits = (tl.maximum(amax, 1e-4) * (1.0 / 448.0)).to(tl.int32, bitcast=True)
+    code = (bits + 0x7FFFFF) >> 23  # any mantissa carries into the exponent
+    return (code << 23).to(tl.float32, bitcast=True), code
 
 
 @triton.jit
