@@ -133,6 +133,52 @@ def sparse_mla_decode(
     )
 
 
+_gather_dequant_kv = _define(CONTRACTS["gather_dequant_kv"])
+
+
+def gather_dequant_kv(
+    k_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    *,
+    gather_lens: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Copy the last entries of each request from the packed cache into a workspace of bf16 keys, as
+    ``sparse_mla_prefill`` takes them.
+
+    Entry e of request i is slot ``e % page_size`` of page ``block_table[i, e // page_size]``. With
+    ``n = seq_lens[i]`` clamped to ``[0, page_size * blocks]``, blocks being the width of ``block_table``, and
+    ``g = gather_lens[i]`` clamped to ``[0, n]``, or n without ``gather_lens``::
+
+        out[i, offset + j] = entry n - g + j    for 0 <= j < min(g, m - offset)
+
+    Every other row of ``out`` stays as it is. The first 448 elements of an entry are e4m3 times their E8M0 scale,
+    rounded once to bf16, which is exact wherever bf16 holds the product; the last 64 are copied bit for bit. E8M0 code
+    c means 2^(c - 127); 0 means 2^-127 and 255 means NaN. An entry on a page that the cache does not have, outside
+    ``[0, pages)``, is 0. Pages that no entry is on, and entries of ``block_table`` that none needs, may hold anything.
+
+    Args:
+        k_cache: uint8, int8 or e4m3 ``[pages, page_size, 584]`` or ``[pages, page_size, 1, 584]``, page-split (see
+            ``contract/layouts.py``); bytes contiguous within a page, page stride free.
+        seq_lens: int32 ``[r]``, entries of each request.
+        block_table: int32 ``[r, blocks]``; rows may have a stride.
+        out: bf16 ``[r, m, 512]``, written in place; the last dimension contiguous, other strides free.
+        gather_lens: int32 ``[r]``, how many of them, from the end.
+        offset: First row of ``out`` that is written, the same for each request.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``dequantize_and_gather_k_cache``.
+    """
+    return _gather_dequant_kv(k_cache, seq_lens, block_table, out, gather_lens=gather_lens, offset=offset)
+
+
 _mqa_logits = _define(CONTRACTS["mqa_logits"])
 
 
@@ -222,6 +268,56 @@ def paged_mqa_logits(
     return _paged_mqa_logits(q, k_cache, weights, context_lens, block_table, max_context_len, out=out)
 
 
+_indexer_q_rope_quant = _define(CONTRACTS["indexer_q_rope_quant"])
+
+
+def indexer_q_rope_quant(
+    q: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    weights: Tensor,
+    scale: float,
+    *,
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotate and quantise the indexer's queries, and fold their scales into the weights, for ``mqa_logits`` and
+    ``paged_mqa_logits``.
+
+    The last 64 elements of every head are rotated, in pairs of neighbours, at the token's position p::
+
+        (a, b) -> (a * cos[p, i] - b * sin[p, i], a * sin[p, i] + b * cos[p, i])    for pair i = 0..31
+
+    in fp32, and rounded to bf16; the first 64 stay as they are. With ``hadamard`` the 128 are then transformed by the
+    Walsh-Hadamard matrix in Sylvester order times 128^-0.5, in fp32, and rounded to bf16 again. DeepSeek's own model
+    does this, and engines do not: keys and queries have to be treated alike. The 128 are quantised by the scale rule
+    (``contract/layouts.py``): the scale is the least power of two not below max(amax, 1e-4) / 448, and the values are
+    e4m3 of element / scale, to the nearest, ties to even. In fp32::
+
+        weights_out[i, h] = weights[i, h] * scale of (i, h) * scale
+
+    Positions are clamped to the table. A NaN or an infinity spoils its head of its token, and nothing else. Rows of
+    ``cos_sin`` that no token is at may hold NaN.
+
+    Args:
+        q: bf16 ``[t, h, 128]``; the last dimension contiguous, other strides free.
+        positions: int64 or int32 ``[t]``.
+        cos_sin: fp32 ``[max_positions, 64]``: 32 cosines, then 32 sines.
+        weights: bf16 or fp32 ``[t, h]``.
+        scale: A factor of all weights: DeepSeek V4 has ``128^-0.5 * h^-0.5``.
+        hadamard: Transform the queries, for keys that are.
+
+    Returns:
+        q_fp8: e4m3 ``[t, h, 128]``, contiguous.
+        weights_out: fp32 ``[t, h]``, contiguous.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``fused_indexer_q_rope_quant``; with ``hadamard`` DeepSeek's ``inference/model.py``.
+    """
+    return _indexer_q_rope_quant(q, positions, cos_sin, weights, scale, hadamard=hadamard)
+
+
 _fp8_einsum = _define(CONTRACTS["fp8_einsum"])
 
 
@@ -262,6 +358,81 @@ def fp8_einsum(
     Source: DeepGEMM ``fp8_einsum`` with recipes (1, 128, 128) and (1, 1, 128).
     """
     return _fp8_einsum(x, x_scale, w, w_scale, out=out)
+
+
+_inverse_rope_quant = _define(CONTRACTS["inverse_rope_quant"])
+
+
+def inverse_rope_quant(
+    x: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    groups: int,
+    *,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Undo the rotation of the attention's output and quantise it for ``fp8_einsum``.
+
+    The last 64 elements of every head are rotated back, in pairs of neighbours, at the token's position p::
+
+        (a, b) -> (a * cos[p, i] + b * sin[p, i], b * cos[p, i] - a * sin[p, i])    for pair i = 0..31
+
+    in fp32, without a rounding to bf16. Then every 128 elements of a head are quantised by the scale rule
+    (``contract/layouts.py``): the scale is the least power of two not below max(amax, 1e-4) / 448, and the values are
+    e4m3 of element / scale, to the nearest, ties to even.
+
+    Group g has heads g * h / groups to (g + 1) * h / groups - 1, one after the other: D = h / groups * 512 elements.
+    Values are laid out with the groups outermost, scales with the tokens innermost and padded to a multiple of 4 (T4),
+    which ``fp8_einsum`` takes without a copy. The padding is not written.
+
+    Positions are clamped to the table. A NaN or an infinity spoils the 128 elements that it is among and their scale,
+    and nothing else. What lies between the rows of ``x`` (padded heads), and rows of ``cos_sin`` that no token is at,
+    may hold NaN.
+
+    Args:
+        x: bf16 ``[t, h, 512]``; the last dimension contiguous, other strides free.
+        positions: int64 or int32 ``[t]``.
+        cos_sin: fp32 ``[max_positions, 64]``: 32 cosines, then 32 sines.
+        groups: Groups of heads; h is a multiple.
+        packed: Scales as E8M0 codes, four in an int32, the first block in the lowest byte.
+
+    Returns:
+        x_fp8: e4m3 ``[t, groups, D]`` with strides ``(D, t * D, 1)``.
+        x_scale: fp32 ``[t, groups, D / 128]`` with strides ``(1, D / 128 * T4, T4)``; if packed int32
+            ``[t, groups, D / 512]`` with strides ``(1, D / 512 * T4, T4)``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``fused_inv_rope_fp8_quant``.
+    """
+    return _inverse_rope_quant(x, positions, cos_sin, groups, packed=packed)
+
+
+_inverse_rope = _define(CONTRACTS["inverse_rope"])
+
+
+def inverse_rope(x: Tensor, positions: Tensor, cos_sin: Tensor, groups: int) -> Tensor:
+    """Undo the rotation of the attention's output, for a projection in bf16.
+
+    The rotation of ``inverse_rope_quant``, rounded once to bf16; the other 448 elements of a head are copied bit for
+    bit. Groups and their layout are the same.
+
+    Args:
+        x: bf16 ``[t, h, 512]``; the last dimension contiguous, other strides free.
+        positions: int64 or int32 ``[t]``, clamped to the table.
+        cos_sin: fp32 ``[max_positions, 64]``: 32 cosines, then 32 sines.
+        groups: Groups of heads; h is a multiple.
+
+    Returns:
+        bf16 ``[t, groups, D]`` with D = h / groups * 512 and strides ``(D, t * D, 1)``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``fused_inv_rope_fp8_quant`` without quantisation.
+    """
+    return _inverse_rope(x, positions, cos_sin, groups)
 
 
 _hc_prenorm_gemm = _define(CONTRACTS["hc_prenorm_gemm"])

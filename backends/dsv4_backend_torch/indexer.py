@@ -1,4 +1,4 @@
-"""Indexer logits: one matrix product per chunk of rows, then a weighted sum over heads."""
+"""The indexer's logits: one matrix product per chunk of rows, then a weighted sum over heads. And its queries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,39 @@ from dsv4_backends.contract import layouts
 from dsv4_backends.contract.settings import matmul
 
 from .memory import row_chunks
+from .rope import rotate
 from .settings import under_any_setting
+
+
+def walsh_hadamard(x: Tensor) -> Tensor:
+    """The Walsh-Hadamard transform of the last dimension, a power of two, in Sylvester order, times n^-0.5."""
+    n = x.shape[-1]
+    half = 1
+    while half < n:
+        pairs = x.unflatten(-1, (-1, 2, half))
+        left, right = pairs.unbind(-2)
+        x = torch.stack([left + right, left - right], -2).flatten(-3)
+        half *= 2
+    return x * n**-0.5
+
+
+@under_any_setting
+def indexer_q_rope_quant(
+    q: Tensor, positions: Tensor, cos_sin: Tensor, weights: Tensor, scale: float, *, hadamard: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See ``dsv4_backends.ops.indexer_q_rope_quant``."""
+    t, h, d = q.shape
+    q_fp8 = torch.empty((t, h, d), dtype=torch.float8_e4m3fn, device=q.device)
+    weights_out = torch.empty((t, h), dtype=torch.float32, device=q.device)
+    for rows in row_chunks(t, 4 * h * d):
+        part = q[rows].float()
+        rotate(part[..., -layouts.ROPE_DIM :], positions[rows], cos_sin)
+        part = part.to(torch.bfloat16)
+        if hadamard:
+            part = walsh_hadamard(part.float()).to(torch.bfloat16)
+        q_fp8[rows], own = layouts.quantize_e4m3(part, d)
+        weights_out[rows] = weights[rows].float() * own.squeeze(-1) * scale
+    return q_fp8, weights_out
 
 
 def _logits(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:

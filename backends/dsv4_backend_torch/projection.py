@@ -1,6 +1,10 @@
-"""The grouped FP8 projection: dequantise, then one fp32 matrix product per group and chunk of tokens."""
+"""The grouped FP8 projection: dequantise, then one fp32 matrix product per group and chunk of tokens. And what makes
+its activations.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,9 +13,47 @@ from dsv4_backends.contract import layouts
 from dsv4_backends.contract.settings import matmul
 
 from .memory import row_chunks
+from .rope import rotate
 from .settings import under_any_setting
 
 BLOCK = 128
+HEAD_DIM, NOPE_DIM = layouts.HEAD_DIM, layouts.NOPE_DIM
+
+
+def _rows(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The tokens in chunks, each with its heads in fp32 ``[n, h, 512]``, rotated back."""
+    for rows in row_chunks(x.shape[0], 4 * x.shape[1] * HEAD_DIM):
+        part = x[rows].float()
+        rotate(part[..., NOPE_DIM:], positions[rows], cos_sin, back=True)
+        yield rows, part
+
+
+@under_any_setting
+def inverse_rope_quant(
+    x: Tensor, positions: Tensor, cos_sin: Tensor, groups: int, *, packed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See ``dsv4_backends.ops.inverse_rope_quant``."""
+    t, h, _ = x.shape
+    heads = h // groups
+    x_fp8 = torch.empty((groups, t, heads * HEAD_DIM), dtype=torch.float8_e4m3fn, device=x.device).transpose(0, 1)
+    blocks, dtype = (heads, torch.int32) if packed else (heads * HEAD_DIM // BLOCK, torch.float32)
+    padded = torch.empty((groups, blocks, t + -t % 4), dtype=dtype, device=x.device)
+    x_scale = padded[..., :t].permute(2, 0, 1)
+    for rows, part in _rows(x, positions, cos_sin):
+        values, scale = layouts.quantize_e4m3(part.view(-1, groups, heads * HEAD_DIM), BLOCK)
+        x_fp8[rows] = values
+        x_scale[rows] = layouts.e8m0_pack(layouts.e8m0_encode(scale)) if packed else scale
+    return x_fp8, x_scale
+
+
+@under_any_setting
+def inverse_rope(x: Tensor, positions: Tensor, cos_sin: Tensor, groups: int) -> Tensor:
+    """See ``dsv4_backends.ops.inverse_rope``."""
+    t, h, _ = x.shape
+    out = torch.empty((groups, t, h // groups * HEAD_DIM), dtype=torch.bfloat16, device=x.device).transpose(0, 1)
+    for rows, part in _rows(x, positions, cos_sin):
+        out[rows] = part.to(torch.bfloat16).view(-1, groups, h // groups * HEAD_DIM)
+    return out
 
 
 def _scales(scale: Tensor, blocks: int) -> Tensor:

@@ -123,3 +123,35 @@ def sparse_mla_decode(
             valid = torch.cat([valid for _, valid in gathered], 1)
             out[rows, token], _, lse[rows, token] = _attend(q[rows, token], keys, valid, sm_scale, attn_sink)
     return out, lse
+
+
+@under_any_setting
+def gather_dequant_kv(
+    k_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    *,
+    gather_lens: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """See ``dsv4_backends.ops.gather_dequant_kv``."""
+    pages, page_size = k_cache.shape[:2]
+    room = page_size * block_table.shape[1]
+    lens = seq_lens.long().clamp(0, room)
+    counts = lens if gather_lens is None else gather_lens.long().clamp(min=0).minimum(lens)
+    # No length is read on the host: every row that could be written is, those that stay with themselves.
+    for part in row_chunks(max(min(out.shape[1] - offset, room), 0), 4 * HEAD_DIM):
+        row = torch.arange(part.start, part.stop, device=out.device)
+        for request in range(out.shape[0]):
+            entry = (lens[request] - counts[request] + row).clamp(max=room - 1)
+            page = block_table[request, entry // page_size].long()
+            there = (page >= 0) & (page < pages)
+            target = out[request, offset:][part]
+            if pages:
+                keys = layouts.read_kv(k_cache, page.masked_fill(~there, 0) * page_size + entry % page_size)
+                keys.masked_fill_(~there.unsqueeze(-1), 0.0)
+            else:
+                keys = torch.zeros_like(target)
+            target.copy_(torch.where((row < counts[request]).unsqueeze(-1), keys, target))
+    return out

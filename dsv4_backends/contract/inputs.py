@@ -120,6 +120,35 @@ def choices(generator: torch.Generator, rows: int, topk: int, pool: Tensor, size
     return picked
 
 
+def positions(generator: torch.Generator, count: int, most: int, dtype: str = "int64", kind: str = "within") -> Tensor:
+    """Positions of tokens below ``most``, 0 and the last among them; ``any``: half of them out of the table."""
+    import torch
+
+    drawn = torch.randint(0, most, (count,), generator=generator)
+    drawn[1:2], drawn[2:3] = 0, most - 1
+    if kind == "any":
+        bad = torch.tensor([-1, most, -(2**31), 2**31 - 1] + [2**40, -(2**63)] * (dtype == "int64"))
+        picked = bad[torch.randint(0, len(bad), (count,), generator=generator)]
+        drawn = torch.where(uniform(generator, count) < 0.5, picked, drawn)
+    return drawn.to(getattr(torch, dtype))
+
+
+def cos_sin(most: int, used: Tensor | None = None, *, base: float = 160000.0) -> Tensor:
+    """The rotations at positions below ``most``, fp32 ``[most, 64]``: 32 cosines, then 32 sines.
+
+    Rows that none of the positions ``used``, clamped to the table, is at hold NaN.
+    """
+    import torch
+
+    angles = torch.arange(most, dtype=torch.float64).unsqueeze(-1) * base ** (-torch.arange(32).double() / 32)
+    table = torch.cat([angles.cos(), angles.sin()], -1).float()
+    if used is not None:
+        unused = torch.ones(most, dtype=torch.bool)
+        unused[used.long().clamp(0, most - 1)] = False
+        table[unused] = float("nan")
+    return table
+
+
 PIECE = 1 << 17
 """Tokens that are quantised at a time by ``Draw``: half a GiB of temporaries."""
 
@@ -164,3 +193,7 @@ class Draw:
         import torch
 
         return torch.full(shape, value, dtype=torch.int32, device=self.device)
+
+    def cos_sin(self, most: int) -> Tensor:
+        """The rotations at positions below ``most``."""
+        return cos_sin(most).to(self.device)

@@ -20,6 +20,8 @@ INDEXER_RATIO = 4
 """Tokens per compressed key in a layer that has an indexer."""
 BENCH_CONTEXT = 65536
 """Tokens before a prefill chunk of ``bench``, and of each request of a decode batch: 16384 compressed keys."""
+POSITIONS = ("int64", "int32")
+"""The dtypes in which engines keep the positions of tokens."""
 Arguments = dict[str, Any]
 Shape = tuple[int, ...]
 

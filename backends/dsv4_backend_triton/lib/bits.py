@@ -35,6 +35,9 @@ E4M3X4_TO_BF16X4 = """{
     fma.rn.bf16x2 $1, t, o, $1;
 }"""
 _E4M3X4_TO_BF16X4 = tl.constexpr(E4M3X4_TO_BF16X4)
+_E4M3X4_TIMES_BF16X4 = tl.constexpr(
+    E4M3X4_TO_BF16X4.removesuffix("}") + "    fma.rn.bf16x2 $0, $0, $3, z;\n    fma.rn.bf16x2 $1, $1, $4, z;\n}"
+)
 
 
 def scaled_e4m3(words: int, *, shared: bool) -> tuple[str, str]:
@@ -95,6 +98,17 @@ def e8m0_to_fp32(byte):
 
 
 @triton.jit
+def e4m3_times_e8m0(byte, code):
+    """e4m3 bytes times their E8M0 scales (both uint8), rounded once to bf16. Not for the interpreter (PTX)."""
+    bits = code.to(tl.int32)
+    bits = tl.where(bits == 0, 0x0040, tl.where(bits == 255, 0x7FC0, bits << 7))
+    factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.inline_asm_elementwise(
+        _E4M3X4_TIMES_BF16X4, "=&r,=&r,r,r,r", [byte, factor], dtype=tl.bfloat16, is_pure=True, pack=4
+    )
+
+
+@triton.jit
 def fp32_to_e4m3(x, NATIVE: tl.constexpr):
     """fp32 to e4m3 bytes (uint8): to the nearest, ties to even, at most 448 in magnitude (infinities too); a NaN to a
     NaN. ``NATIVE``: by the conversion of SM89 and newer; the bytes are the same, but it drops a NaN's sign.
@@ -123,6 +137,14 @@ def scale_pow2(amax):
 
 
 @triton.jit
+def quantize(x, NATIVE: tl.constexpr):
+    """fp32 rows [N, K], one scale for each, as e4m3 bytes with the scales and their E8M0 codes [N]."""
+    scale, code = scale_pow2(tl.max(tl.abs(x), 1))
+    inverse = ((254 - code) << 23).to(tl.float32, bitcast=True)  # exact: scales are from 2^-22 to 2^120
+    return fp32_to_e4m3(x * inverse[:, None], NATIVE), scale, code
+
+
+@triton.jit
 def fp8_operand(raw, OPERAND: tl.constexpr):
     """A loaded e4m3 tile as a dot operand: untouched where the type exists, decoded from bytes elsewhere."""
     if OPERAND == tl.float8e4nv:
@@ -135,9 +157,11 @@ def fp8_operand(raw, OPERAND: tl.constexpr):
 
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr, OPERAND: tl.constexpr):
-    """fp32 to ``DTYPE``, to the nearest. The interpreter (operands in fp32) truncates where it casts to bf16."""
+    """fp32 to ``DTYPE``, to the nearest. The interpreter (operands in fp32) truncates where it casts to bf16, and loses
+    subnormals.
+    """
     if OPERAND == tl.float32 and DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, nearest, x)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)

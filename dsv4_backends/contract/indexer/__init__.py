@@ -1,4 +1,4 @@
-"""The lightning indexer's logits."""
+"""The lightning indexer."""
 
 from __future__ import annotations
 
@@ -31,5 +31,18 @@ CONTRACTS = (
         cost=cases.cost_paged,
         oracle="dsv4_backends.testing.oracle.indexer:paged_mqa_logits",
         traffic=traffic.PAGED,
+    ),
+    OpContract(
+        function=meaning.indexer_q_rope_quant,
+        args=meaning.Q_ARGS,
+        rules=meaning.Q_RULES,
+        values=meaning.Q_VALUES,
+        returns=("q_fp8", "weights_out"),
+        cases=cases.Q,
+        make=cases.make_q,
+        tolerances=cases.Q_TOLERANCES,
+        cost=cases.cost_q,
+        oracle="dsv4_backends.testing.oracle.indexer:indexer_q_rope_quant",
+        traffic=traffic.Q,
     ),
 )

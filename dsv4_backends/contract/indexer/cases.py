@@ -1,4 +1,4 @@
-"""Seeded cases of the indexer's logits, how far results may be from the oracle, and the least work of a call."""
+"""Seeded cases of the indexer, how far results may be from the oracle, and the least work of a call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import inputs as draw
 from ..spec import Case, Cost, Tolerance
+from .meaning import INDEX_DIM
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,66 @@ TOLERANCES = {
         "partial sum), and a relu near 0 turns that into an absolute error. calc_diff is DeepGEMM's own bound.",
     )
 }
+
+
+Q_TOLERANCES = {
+    "q_fp8": Tolerance(
+        rtol=2**-3,
+        atol=2**-9,
+        calc_diff=1e-6,
+        why="one code: a rotation in fp32 may round to the bf16 beside, for one element in 2^14, and one in 16 of "
+        "those lies on the other side of the middle between two codes. calc_diff holds that to few: other rounding "
+        "than to the nearest has 1e-3.",
+    ),
+    "weights_out": Tolerance(rtol=2**-22, why="two products in fp32; the scale is a power of two."),
+}
+
+
+def make_q(
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    t: int,
+    h: int = 64,
+    max_positions: int = 64,
+    positions: str = "within",
+    dtype: str = "int64",
+    values: str = "normal",
+    weights: str = "float32",
+    layout: str = "plain",
+    hadamard: bool | None = None,
+) -> dict[str, Any]:
+    import torch
+
+    q = draw.normal(generator, t, h, INDEX_DIM)
+    if values == "wide":  # from below the floor of the largest magnitude to near the end of bf16
+        q *= draw.powers(generator, -40, 118, t, h, 1)
+        q[:, ::3, : INDEX_DIM // 2] = 0.0
+    q = q.bfloat16()
+    factors = draw.normal(generator, t, h).to(getattr(torch, weights))
+    at = draw.positions(generator, t, max_positions, dtype, positions)
+    table = draw.cos_sin(max_positions, at)
+    if layout == "strided":
+        q, factors, table = draw.spread(q), draw.spread(factors), draw.spread(table)
+    elif layout == "padded":
+        wide = torch.full((t, h + 5, INDEX_DIM), float("nan"), dtype=torch.bfloat16)
+        q = wide[:, :h].copy_(q)
+    elif layout == "unaligned":
+        wide = torch.full((t, h, INDEX_DIM + 7), float("nan"), dtype=torch.bfloat16)
+        q = wide[..., 3 : 3 + INDEX_DIM].copy_(q)
+    made = {"q": q, "positions": at, "cos_sin": table, "weights": factors}
+    moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
+    moved["scale"] = INDEX_DIM**-0.5 * h**-0.5
+    return moved if hadamard is None else moved | {"hadamard": hadamard}
+
+
+def cost_q(
+    q: Tensor, positions: Tensor, cos_sin: Tensor, weights: Tensor, scale: float, *, hadamard: bool = False
+) -> Cost:
+    t, h, d = q.shape
+    moved = t * h * (3 * d + weights.element_size() + 4) + positions.element_size() * t
+    flops = t * h * (d + 3 * d // 2 + (7 * d if hadamard else 0))
+    return Cost(flops=float(flops), bytes=float(moved + 256 * min(t, cos_sin.shape[0])), math="bf16")
 
 
 def _e4m3(generator: torch.Generator, *shape: int) -> Tensor:
@@ -219,6 +280,28 @@ MQA = (
     _case("v4 1k x 8k", "full", m=1024, n=8192),
     _case("v4 1k x 8k compressed", "full", m=1024, n=8192, ranges="batch", compressed=4096),
     _case("v4 2k x 64k", "full", m=2048, n=65536),
+)
+Q = (
+    _case("small", "smoke", t=3, h=4),
+    _case("no tokens", "smoke", t=0, h=4),
+    _case("one of each", "smoke", t=1, h=1, max_positions=1),
+    _case("odd heads", "smoke", t=5, h=7),
+    _case("positions beyond the table", "smoke", t=9, h=2, positions="any"),
+    _case("int32", "smoke", t=9, h=2, dtype="int32", positions="any"),
+    _case("bf16 weights", "smoke", t=4, h=8, weights="bfloat16"),
+    _case("padded heads", "smoke", t=4, h=8, layout="padded"),
+    _case("strided", "smoke", t=4, h=6, layout="strided"),
+    _case("unaligned", "smoke", t=4, h=3, layout="unaligned"),
+    _case("wide values", "smoke", t=9, h=9, values="wide"),
+    _case("hadamard", "smoke", t=4, h=5, hadamard=True),
+    _case("hadamard wide values", "smoke", t=5, h=9, values="wide", hadamard=True, weights="bfloat16"),
+    _case("v4", "default", t=33, max_positions=2000, weights="bfloat16"),
+    _case("v4 one token", "default", t=1, max_positions=2000, weights="bfloat16"),
+    _case("v4 hadamard", "default", t=33, max_positions=2000, hadamard=True),
+    _case("32 heads", "default", t=50, h=32, max_positions=2000),
+    _case("hostile values", "default", t=257, h=16, positions="any", layout="strided"),
+    _case("v4 chunk", "full", t=8192, max_positions=70000, weights="bfloat16"),
+    _case("v4 chunk hadamard", "full", t=1030, max_positions=70000, hadamard=True),
 )
 PAGED = (
     _case("small", "smoke", b=3, context=37, h=8, d=32, page_size=4),

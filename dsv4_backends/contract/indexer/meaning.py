@@ -1,4 +1,6 @@
-"""The lightning indexer's logits: over contiguous keys (prefill) and over the paged key cache (decode)."""
+"""The lightning indexer: its queries, quantised, and its logits over contiguous keys (prefill) and over the paged key
+cache (decode).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,59 @@ from ..arguments import Args, Form, Rule, ScalarArg, TensorArg, Values, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+INDEX_DIM = 128
+"""Dimensions of a query that is rotated and quantised."""
+
+
+def indexer_q_rope_quant(
+    q: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    weights: Tensor,
+    scale: float,
+    *,
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotate and quantise the indexer's queries, and fold their scales into the weights, for ``mqa_logits`` and
+    ``paged_mqa_logits``.
+
+    The last 64 elements of every head are rotated, in pairs of neighbours, at the token's position p::
+
+        (a, b) -> (a * cos[p, i] - b * sin[p, i], a * sin[p, i] + b * cos[p, i])    for pair i = 0..31
+
+    in fp32, and rounded to bf16; the first 64 stay as they are. With ``hadamard`` the 128 are then transformed by the
+    Walsh-Hadamard matrix in Sylvester order times 128^-0.5, in fp32, and rounded to bf16 again. DeepSeek's own model
+    does this, and engines do not: keys and queries have to be treated alike. The 128 are quantised by the scale rule
+    (``contract/layouts.py``): the scale is the least power of two not below max(amax, 1e-4) / 448, and the values are
+    e4m3 of element / scale, to the nearest, ties to even. In fp32::
+
+        weights_out[i, h] = weights[i, h] * scale of (i, h) * scale
+
+    Positions are clamped to the table. A NaN or an infinity spoils its head of its token, and nothing else. Rows of
+    ``cos_sin`` that no token is at may hold NaN.
+
+    Args:
+        q: bf16 ``[t, h, 128]``; the last dimension contiguous, other strides free.
+        positions: int64 or int32 ``[t]``.
+        cos_sin: fp32 ``[max_positions, 64]``: 32 cosines, then 32 sines.
+        weights: bf16 or fp32 ``[t, h]``.
+        scale: A factor of all weights: DeepSeek V4 has ``128^-0.5 * h^-0.5``.
+        hadamard: Transform the queries, for keys that are.
+
+    Returns:
+        q_fp8: e4m3 ``[t, h, 128]``, contiguous.
+        weights_out: fp32 ``[t, h]``, contiguous.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``fused_indexer_q_rope_quant``; with ``hadamard`` DeepSeek's ``inference/model.py``.
+    """
+    import torch
+
+    q_fp8 = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
+    return q_fp8, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
 
 def mqa_logits(
@@ -102,6 +157,20 @@ def paged_mqa_logits(
     rows = q.shape[0] * q.shape[1]
     return torch.empty((rows, max_context_len), dtype=torch.float32, device=q.device)
 
+
+Q_ARGS: Args = {
+    "q": tensor("bfloat16", "t, h, 128", "queries"),
+    "positions": tensor("int64 int32", "t", "position of each token", layout="vector"),
+    "cos_sin": tensor("float32", "max_positions, 64", "32 cosines, then 32 sines"),
+    "weights": tensor("bfloat16 float32", "t, h", "weight of each head"),
+    "scale": ScalarArg("float", about="factor of all weights"),
+    "hadamard": ScalarArg("bool", about="transform the queries"),
+}
+Q_RULES = (
+    Rule("q", "h > 0", "at least one head"),
+    Rule("cos_sin", "max_positions > 0", "at least one position"),
+)
+Q_VALUES = (Values("positions", "0", "max_positions - 1", "clamped"),)
 
 MQA_ARGS: Args = {
     "q": tensor("float8_e4m3fn", "m, h, d", "queries, scale folded into weights"),

@@ -1,4 +1,4 @@
-"""What serving asks of the indexer's logits."""
+"""What serving asks of the indexer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from ..inputs import PIECE, Draw
 from ..models import Rank
 from ..traffic import (
+    BENCH_CONTEXT,
     INDEXER_RATIO,
+    POSITIONS,
     WINDOW_PAGE,
     Arguments,
     Classes,
@@ -21,11 +23,25 @@ from ..traffic import (
     meta,
     round_up,
 )
+from .meaning import INDEX_DIM
 
 CHUNKS = ((1024, 8192), (4096, 16384), (4096, 65536))
 """Queries of a chunk, and compressed keys."""
+TOKENS = (1, 8, 32, 128, 1024, 4096, 8192)
 BATCHES = ((1, 16384), (32, 16384), (128, 4096), (64, 65536))
 """Requests, and compressed keys of each."""
+
+
+def queries(rank: Rank, tokens: int, *, dtype: str = "int64", weights: str = "bfloat16") -> Arguments:
+    """The queries of a step, as the projections leave them."""
+    h, d = rank.model.index_heads, rank.model.index_dim
+    return {
+        "q": meta("bfloat16", tokens, h, d),
+        "positions": meta(dtype, tokens),
+        "cos_sin": meta("float32", rank.model.max_positions, 64),
+        "weights": meta(weights, tokens, h),
+        "scale": (h * d) ** -0.5,
+    }
 
 
 def mqa(rank: Rank, tokens: int, keys: int, *, compressed: bool = True) -> Arguments:
@@ -57,6 +73,14 @@ def paged(rank: Rank, b: int, next_n: int, keys: int) -> Arguments:
     }
 
 
+def _q_calls(server: Deployment) -> Iterator[Arguments]:
+    for hadamard in (False, True):
+        for weights in ("bfloat16", "float32"):
+            for dtype in POSITIONS:
+                for tokens in server.tokens:
+                    yield queries(server.rank, tokens, dtype=dtype, weights=weights) | {"hadamard": hadamard}
+
+
 def _mqa_calls(server: Deployment) -> Iterator[Arguments]:
     for compressed in (True, False):
         for tokens in server.tokens:
@@ -71,6 +95,14 @@ def _paged_calls(server: Deployment) -> Iterator[Arguments]:
 
 def _sizes(server: Deployment) -> dict[str, int]:
     return {"h": server.model.index_heads, "d": server.model.index_dim, "n": server.compressed_keys}
+
+
+def _q_needs(server: Deployment) -> Iterator[Need]:
+    if INDEXER_RATIO in server.model.compress_ratios:
+        for step, tokens in server.steps:
+            sizes = {"t": tokens, "h": server.model.index_heads}
+            make = functools.partial(queries, server.rank, tokens)
+            yield Need("indexer_q_rope_quant", f"indexer queries, {step}", sizes, make)
 
 
 def _mqa_needs(server: Deployment) -> Iterator[Need]:
@@ -88,6 +120,10 @@ def _paged_needs(server: Deployment) -> Iterator[Need]:
         yield Need("paged_mqa_logits", "indexer, decode", sizes, make)
 
 
+def _q_class(q: Shape, positions: Shape) -> tuple[str, int]:
+    return f"h={q[1]}", q[0]
+
+
 def _mqa_class(q: Shape, k: Shape) -> tuple[str, int]:
     return f"h={q[1]} d={q[2]}", q[0] * k[0]
 
@@ -96,12 +132,22 @@ def _paged_class(q: Shape, k_cache: Shape) -> tuple[str, int]:
     return f"h={q[2]} d={q[3]}", q[0] * q[1]
 
 
+def _q_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    return (row["t"], row["h"], INDEX_DIM), (row["t"],)
+
+
 def _mqa_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
     return (row["m"], row["h"], row["d"]), (row["n"], row["d"])
 
 
 def _paged_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
     return (row["b"], 1, row["h"], row["d"]), ()
+
+
+def _q_rows(label: str, rank: Rank) -> Iterator[Row]:
+    h = rank.model.index_heads
+    for t in TOKENS:
+        yield Row("indexer_q_rope_quant", f"t={t} h={h}", {"t": t, "h": h})
 
 
 def _mqa_rows(label: str, rank: Rank) -> Iterator[Row]:
@@ -114,6 +160,17 @@ def _paged_rows(label: str, rank: Rank) -> Iterator[Row]:
     h, d = rank.model.index_heads, rank.model.index_dim
     for b, keys in BATCHES:
         yield Row("paged_mqa_logits", f"b={b} keys={keys} h={h} d={d}", {"b": b, "keys": keys, "h": h, "d": d})
+
+
+def _draw_q(draw: Draw, *, t: int, h: int) -> Arguments:
+    """A chunk at the end of its context."""
+    return {
+        "q": draw.normal(t, h, INDEX_DIM, dtype="bfloat16"),
+        "positions": BENCH_CONTEXT + draw.range(t),
+        "cos_sin": draw.cos_sin(BENCH_CONTEXT + t),
+        "weights": draw.normal(t, h, dtype="bfloat16"),
+        "scale": (h * INDEX_DIM) ** -0.5,
+    }
 
 
 def _draw_mqa(draw: Draw, *, m: int, n: int, h: int, d: int) -> Arguments:
@@ -170,4 +227,14 @@ PAGED = Traffic(
     tiny=(Row("paged_mqa_logits", "tiny b=2 keys=100", {"b": 2, "keys": 100, "h": 8, "d": 64}),),
     draw=_draw_paged,
     held=("k_cache",),
+)
+
+Q = Traffic(
+    calls=_q_calls,
+    needs=_q_needs,
+    classes=Classes((0, 1), "t", _q_class, _q_shapes),
+    rows=_q_rows,
+    tiny=(Row("indexer_q_rope_quant", "tiny t=3 h=8", {"t": 3, "h": 8}),),
+    draw=_draw_q,
+    held=("cos_sin",),
 )

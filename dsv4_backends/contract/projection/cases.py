@@ -1,4 +1,6 @@
-"""Seeded cases of the output projection, how far results may be from the oracle, and the least work of a call."""
+"""Seeded cases of the output projection and of what goes into it, how far results may be from the oracle, and the least
+work of a call.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from .. import inputs as draw
 from ..models import FLASH, PRO
 from ..spec import Case, Cost, Tolerance
+from .meaning import HEAD_DIM
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-def make(
+def make_einsum(
     device: torch.device,
     generator: torch.Generator,
     *,
@@ -55,7 +58,63 @@ def make(
     return {name: draw.move(value, device) for name, value in made.items()}
 
 
-def cost(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, **optional: Any) -> Cost:
+def make_inverse(
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    t: int,
+    h: int,
+    groups: int,
+    max_positions: int = 64,
+    positions: str = "within",
+    dtype: str = "int64",
+    values: str = "normal",
+    layout: str = "plain",
+    packed: bool | None = None,
+) -> dict[str, Any]:
+    import torch
+
+    x = draw.normal(generator, t, h, HEAD_DIM)
+    if values == "wide":  # from below the floor of the largest magnitude to near the end of bf16, a block at a time
+        x *= draw.powers(generator, -40, 118, t, h, HEAD_DIM // 64).repeat_interleave(64, -1)
+        x[:, ::3, 128:256] = 0.0
+    x = x.bfloat16()
+    if layout == "padded":  # the first heads of more, as attention with padded heads leaves them
+        wide = torch.full((t, h + 3, HEAD_DIM), float("nan"), dtype=torch.bfloat16)
+        x = wide[:, :h].copy_(x)
+    elif layout == "strided":
+        x = draw.spread(x)
+    elif layout == "unaligned":
+        wide = torch.full((t, h, HEAD_DIM + 7), float("nan"), dtype=torch.bfloat16)
+        x = wide[..., 3 : 3 + HEAD_DIM].copy_(x)
+    at = draw.positions(generator, t, max_positions, dtype, positions)
+    table = draw.cos_sin(max_positions, at)
+    if layout in ("strided", "unaligned"):
+        table = draw.spread(table)
+    made = {"x": x, "positions": at, "cos_sin": table}
+    moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
+    return moved | {"groups": groups} | ({} if packed is None else {"packed": packed})
+
+
+def _table_bytes(positions: Tensor, cos_sin: Tensor) -> float:
+    """Rows of the table that a call needs at least."""
+    t, most = positions.shape[0], cos_sin.shape[0]
+    return float(positions.element_size() * t + 256 * min(t, most))
+
+
+def cost_inverse_quant(x: Tensor, positions: Tensor, cos_sin: Tensor, groups: int, *, packed: bool = False) -> Cost:
+    t, h, _ = x.shape
+    scales = t * h * (4 if packed else 16)
+    moved = 3.0 * t * h * HEAD_DIM + scales + _table_bytes(positions, cos_sin)
+    return Cost(flops=3.0 * t * h * HEAD_DIM, bytes=moved, math="bf16")
+
+
+def cost_inverse(x: Tensor, positions: Tensor, cos_sin: Tensor, groups: int) -> Cost:
+    t, h, _ = x.shape
+    return Cost(flops=3.0 * t * h * 64, bytes=4.0 * t * h * HEAD_DIM + _table_bytes(positions, cos_sin), math="bf16")
+
+
+def cost_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, **optional: Any) -> Cost:
     b, h, r = x.shape
     d = w.shape[1]
     scale_bytes = x_scale.numel() * x_scale.element_size() + w_scale.numel() * w_scale.element_size()
@@ -66,7 +125,7 @@ def cost(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, **optional: Any
     )
 
 
-def _cases() -> tuple[Case, ...]:
+def _einsum_cases() -> tuple[Case, ...]:
     def case(name: str, level: str, **params: Any) -> Case:
         return Case(name, level, params)
 
@@ -98,8 +157,64 @@ def _cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
-CASES = _cases()
-TOLERANCES = {
+def _inverse_cases(*, quantised: bool) -> tuple[Case, ...]:
+    def case(name: str, level: str, **params: Any) -> Case:
+        return Case(name, level, params)
+
+    cases = [
+        case("small", "smoke", t=3, h=4, groups=2),
+        case("no tokens", "smoke", t=0, h=4, groups=2),
+        case("one of each", "smoke", t=1, h=1, groups=1, max_positions=1),
+        case("odd", "smoke", t=13, h=9, groups=3),
+        case("positions beyond the table", "smoke", t=9, h=2, groups=1, positions="any"),
+        case("int32", "smoke", t=9, h=2, groups=2, dtype="int32", positions="any"),
+        case("padded heads", "smoke", t=6, h=5, groups=5, layout="padded"),
+        case("strided", "smoke", t=6, h=3, groups=1, layout="strided"),
+        case("unaligned", "smoke", t=5, h=2, groups=1, layout="unaligned"),
+        case("wide values", "smoke", t=11, h=6, groups=2, values="wide"),
+    ]
+    if quantised:
+        cases += [
+            case("packed", "smoke", t=6, h=4, groups=2, packed=True),
+            case("packed wide values", "smoke", t=9, h=3, groups=1, values="wide", packed=True),
+        ]
+    for model in (FLASH, PRO):
+        short = model.name.rpartition("-")[2].lower()
+        for tp in (1, 2, 4, 8):
+            rank = model.rank(tp)
+            common = {"h": rank.heads, "groups": rank.o_groups, "max_positions": 2000}
+            cases.append(case(f"{short} tp{tp}", "default", t=33, layout="padded", **common))
+            cases.append(case(f"{short} tp{tp} chunk", "full", t=1030, **common))
+        common = {"h": model.heads, "groups": model.o_groups, "max_positions": 70000}
+        cases.append(case(f"{short} prefill", "full", t=4096, **common))
+        if quantised:
+            cases.append(case(f"{short} packed", "default", t=130, packed=True, **common))
+    cases.append(case("hostile values", "default", t=257, h=16, groups=2, positions="any", layout="strided"))
+    return tuple(cases)
+
+
+INVERSE_QUANT = _inverse_cases(quantised=True)
+INVERSE = _inverse_cases(quantised=False)
+INVERSE_QUANT_TOLERANCES = {
+    "x_fp8": Tolerance(
+        rtol=2**-3,
+        atol=2**-9,
+        calc_diff=1e-6,
+        why="one code: a rotation in fp32 may lie on the other side of the middle between two codes, for one element "
+        "in 2^20. calc_diff holds that to few: other rounding than to the nearest has 1e-3.",
+    ),
+    "x_scale": Tolerance(why="powers of two, exact."),
+}
+INVERSE_TOLERANCES = {
+    "out": Tolerance(
+        rtol=2**-8,
+        atol_rms=1e-6,
+        calc_diff=3e-6,
+        why="bf16 rounds a rotated element (2^-8, calc_diff 1e-6); where its two products cancel, fp32 rounded them.",
+    )
+}
+EINSUM = _einsum_cases()
+EINSUM_TOLERANCES = {
     "out": Tolerance(
         rtol=2**-8,
         atol_rms=1e-2,

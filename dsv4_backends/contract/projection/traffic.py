@@ -1,4 +1,4 @@
-"""What serving asks of the output projection."""
+"""What serving asks of the output projection, and of what makes its activations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,23 @@ from typing import Any
 
 from ..inputs import Draw
 from ..models import Rank
-from ..traffic import Arguments, Classes, Deployment, Need, Row, Shape, Traffic, meta, round_up
+from ..traffic import (
+    BENCH_CONTEXT,
+    POSITIONS,
+    Arguments,
+    Classes,
+    Deployment,
+    Need,
+    Row,
+    Shape,
+    Traffic,
+    meta,
+    round_up,
+)
+from .meaning import HEAD_DIM
 
 TOKENS = (1, 8, 32, 128, 512, 4096)
+INVERSE_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192)
 SCALES = ("token-minor", "token-major")
 """How the activation scales may lie: the tokens contiguous and padded to 4, as vLLM's quantiser leaves them; or
 ``[tokens, groups, blocks]`` as it is written, which DeepGEMM transposes in each call."""
@@ -29,6 +43,72 @@ def einsum(rank: Rank, tokens: int, *, packed: bool = False, token_minor: bool =
         "x_scale": x_scale,
         "w": meta("float8_e4m3fn", groups, width, inner),
         "w_scale": meta(dtype, groups, width if packed else -(-width // 128), blocks),
+    }
+
+
+def inverse(rank: Rank, tokens: int, *, dtype: str = "int64", packed: bool | None = None) -> Arguments:
+    """``packed`` is None for the form without quantisation."""
+    made = {
+        "x": meta("bfloat16", tokens, rank.heads, HEAD_DIM),
+        "positions": meta(dtype, tokens),
+        "cos_sin": meta("float32", rank.model.max_positions, 64),
+        "groups": rank.o_groups,
+    }
+    return made if packed is None else made | {"packed": packed}
+
+
+def _inverse_quant_calls(server: Deployment) -> Iterator[Arguments]:
+    for packed in sorted({False, server.packed_scales}):
+        for dtype in POSITIONS:
+            for tokens in server.tokens:
+                yield inverse(server.rank, tokens, dtype=dtype, packed=packed)
+
+
+def _inverse_calls(server: Deployment) -> Iterator[Arguments]:
+    for dtype in POSITIONS:
+        for tokens in server.tokens:
+            yield inverse(server.rank, tokens, dtype=dtype)
+
+
+def _inverse_needs(server: Deployment, op: str, packed: bool | None) -> Iterator[Need]:
+    rank = server.rank
+    for step, tokens in server.steps:
+        sizes = {"t": tokens, "h": rank.heads, "groups": rank.o_groups}
+        yield Need(op, f"attention output, {step}", sizes, functools.partial(inverse, rank, tokens, packed=packed))
+
+
+def _inverse_quant_needs(server: Deployment) -> Iterator[Need]:
+    return _inverse_needs(server, "inverse_rope_quant", server.packed_scales)
+
+
+def _inverse_plain_needs(server: Deployment) -> Iterator[Need]:
+    return _inverse_needs(server, "inverse_rope", None)
+
+
+def _inverse_class(x: Shape, positions: Shape) -> tuple[str, int]:
+    return f"h={x[1]}", x[0]
+
+
+def _inverse_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    return (row["t"], row["h"], HEAD_DIM), (row["t"],)
+
+
+def _inverse_row(op: str, label: str, t: int, h: int, groups: int) -> Row:
+    return Row(op, f"{label} t={t} h={h} groups={groups}", {"t": t, "h": h, "groups": groups})
+
+
+def _inverse_rows(op: str, label: str, rank: Rank) -> Iterator[Row]:
+    for t in INVERSE_TOKENS:
+        yield _inverse_row(op, label, t, rank.heads, rank.o_groups)
+
+
+def _draw_inverse(draw: Draw, *, t: int, h: int, groups: int) -> Arguments:
+    """A chunk at the end of its context."""
+    return {
+        "x": draw.normal(t, h, HEAD_DIM, dtype="bfloat16"),
+        "positions": BENCH_CONTEXT + draw.range(t),
+        "cos_sin": draw.cos_sin(BENCH_CONTEXT + t),
+        "groups": groups,
     }
 
 
@@ -90,4 +170,24 @@ EINSUM = Traffic(
     tiny=tuple(_row("tiny", 3, 2, 256, 128, scales) for scales in SCALES),
     draw=_draw,
     held=("w", "w_scale"),
+)
+
+INVERSE_QUANT = Traffic(
+    calls=_inverse_quant_calls,
+    needs=_inverse_quant_needs,
+    classes=Classes((0, 1), "t", _inverse_class, _inverse_shapes),
+    rows=functools.partial(_inverse_rows, "inverse_rope_quant"),
+    tiny=(_inverse_row("inverse_rope_quant", "tiny", 3, 4, 2),),
+    draw=_draw_inverse,
+    held=("cos_sin",),
+)
+
+INVERSE = Traffic(
+    calls=_inverse_calls,
+    needs=_inverse_plain_needs,
+    classes=Classes((0, 1), "t", _inverse_class, _inverse_shapes),
+    rows=functools.partial(_inverse_rows, "inverse_rope"),
+    tiny=(_inverse_row("inverse_rope", "tiny", 3, 4, 2),),
+    draw=_draw_inverse,
+    held=("cos_sin",),
 )

@@ -1,4 +1,4 @@
-"""Sparse multi-head latent attention."""
+"""Sparse multi-head latent attention, and the keys that prefill has of the cache."""
 
 from __future__ import annotations
 
@@ -31,5 +31,19 @@ CONTRACTS = (
         cost=cases.cost_decode,
         oracle="dsv4_backends.testing.oracle.sparse_mla:sparse_mla_decode",
         traffic=traffic.DECODE,
+    ),
+    OpContract(
+        function=meaning.gather_dequant_kv,
+        args=meaning.GATHER_ARGS,
+        rules=meaning.GATHER_RULES,
+        values=meaning.GATHER_VALUES,
+        returns=("out",),
+        cases=cases.GATHER,
+        make=cases.make_gather,
+        tolerances=cases.GATHER_TOLERANCES,
+        cost=cases.cost_gather,
+        oracle="dsv4_backends.testing.oracle.sparse_mla:gather_dequant_kv",
+        batch="seq_lens",
+        traffic=traffic.GATHER,
     ),
 )

@@ -151,6 +151,114 @@ def make_decode(
     return {k: draw.move(v, device) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
 
 
+GATHER_TOLERANCES = {"out": Tolerance(why="one rounding of an exact product, or a copy: exact.")}
+
+
+def make_gather(
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    r: int,
+    context: int,
+    page_size: int = 64,
+    lens: str = "random",
+    gather: str = "none",
+    rows: int | None = None,
+    offset: int | None = None,
+    values: str = "normal",
+    layout: str = "plain",
+) -> dict[str, Any]:
+    """``context``: entries that the block tables have room for, rounded up to pages; ``rows`` of ``out``: so many."""
+    import torch
+
+    from .. import layouts
+
+    blocks = -(-context // page_size)
+    room = blocks * page_size
+    if lens == "full":
+        seq_lens = torch.full((r,), context)
+    else:
+        seq_lens = torch.randint(0, context + 1, (r,), generator=generator)
+        seq_lens[:1] = context
+        seq_lens[1:2] = 0
+    pages = 2 * r * blocks + 1
+    stride = page_size * layouts.KV_BYTES
+    stride += 0 if layout == "packed" else 1 if layout == "unaligned" else -stride % layouts.PAGE_ALIGNMENT
+    raw = torch.full((pages, stride), draw.POISON, dtype=torch.uint8)
+    cache = raw.as_strided((pages, page_size, layouts.KV_BYTES), (stride, layouts.KV_BYTES, 1))
+    table = (1 + torch.randperm(pages - 1, generator=generator)[: r * blocks]).view(r, blocks)
+    counts = None
+    if gather != "none":
+        counts = (draw.uniform(generator, r) * (seq_lens + 1)).long()
+        counts[-1:] = seq_lens[-1:] + 3 if gather == "larger" else 0
+        counts[:1] = seq_lens[:1].clamp(max=context // 2)
+    first = torch.zeros(r, dtype=torch.long) if counts is None else seq_lens - torch.minimum(counts, seq_lens)
+    if lens == "any":  # any of them may be replaced below
+        first, last = torch.zeros(r, dtype=torch.long), torch.full((r,), room)
+    else:
+        last = seq_lens
+    entries = torch.arange(room)
+    used = (entries >= first.unsqueeze(-1)) & (entries < last.unsqueeze(-1))
+    slots = (table.unsqueeze(-1) * page_size + torch.arange(page_size)).flatten(1)[used]
+    data, scales = layouts.kv_page_views(cache)
+    for part in slots.split(1 << 16):
+        if values == "any":  # every code and every scale, NaN among both
+            codes = torch.randint(0, 256, (len(part), layouts.KV_BYTES), generator=generator).to(torch.uint8)
+            data[part // page_size, part % page_size] = codes[:, : layouts.KV_DATA_BYTES]
+            scales[part // page_size, part % page_size] = codes[:, layouts.KV_DATA_BYTES :]
+        else:
+            layouts.write_kv(cache, part, draw.normal(generator, len(part), HEAD_DIM).bfloat16())
+    # Entries of the table that nothing needs may hold anything.
+    needed = used.view(r, blocks, page_size).any(-1) if blocks else torch.zeros(r, 0, dtype=torch.bool)
+    table = torch.where(needed, table, 2**31 - 1).int()
+    seq_lens = seq_lens.int()
+    if lens == "any":
+        some = torch.tensor([room + 1, -1, 2**31 - 1, -(2**31), room], dtype=torch.int32)
+        spoilt = draw.uniform(generator, r) < 0.5
+        seq_lens[spoilt] = some[torch.randint(0, len(some), (int(spoilt.sum()),), generator=generator)]
+        if counts is not None:
+            spoilt = draw.uniform(generator, r) < 0.5
+            counts[spoilt] = some[torch.randint(0, len(some), (int(spoilt.sum()),), generator=generator)].long()
+        some = torch.tensor([-1, -(2**31), 2**31 - 1, pages], dtype=torch.int32)
+        spoilt = draw.uniform(generator, *table.shape) < 0.3
+        table[spoilt] = some[torch.randint(0, len(some), (int(spoilt.sum()),), generator=generator)]
+    m = context if rows is None else rows
+    out = torch.empty((r, m, HEAD_DIM), dtype=torch.bfloat16)
+    out.view(torch.uint8).fill_(draw.POISON)
+    if layout == "strided":
+        out, table = draw.spread(out), draw.spread(table)
+    elif layout == "unaligned":
+        wide = torch.full((r, m, HEAD_DIM + 7), float("nan"), dtype=torch.bfloat16)
+        out = wide[..., 3 : 3 + HEAD_DIM]
+    elif layout == "heads":
+        cache = cache.unsqueeze(2)
+    elif layout == "e4m3":
+        cache = cache.view(torch.float8_e4m3fn)
+    made = {"k_cache": cache, "seq_lens": seq_lens, "block_table": table, "out": out}
+    if counts is not None:
+        made["gather_lens"] = counts.int()
+    moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
+    return moved if offset is None else moved | {"offset": offset}
+
+
+def cost_gather(
+    k_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    *,
+    gather_lens: Tensor | None = None,
+    offset: int = 0,
+) -> Cost:
+    from ..layouts import KV_BYTES
+
+    lens = seq_lens.long().clamp(0, k_cache.shape[1] * block_table.shape[1])
+    rows = lens if gather_lens is None else gather_lens.long().clamp(min=0).minimum(lens)
+    entries = float(rows.clamp(max=max(out.shape[1] - offset, 0)).sum())
+    tables = entries / max(k_cache.shape[1], 1) * 4 + 4.0 * len(seq_lens) * (1 if gather_lens is None else 2)
+    return Cost(flops=448.0 * entries, bytes=entries * (KV_BYTES + 2 * HEAD_DIM) + tables, math="bf16")
+
+
 def cost_prefill(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, **optional: Any) -> Cost:
     s_q, h_q, _ = q.shape
     topk = indices.shape[-1]
@@ -321,5 +429,41 @@ def _decode_cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def _gather_cases() -> tuple[Case, ...]:
+    def case(name: str, level: str, **params: Any) -> Case:
+        return Case(name, level, params)
+
+    return (
+        case("small", "smoke", r=3, context=37, page_size=4),
+        case("no requests", "smoke", r=0, context=64),
+        case("no entries", "smoke", r=2, context=0),
+        case("no rows", "smoke", r=2, context=20, rows=0),
+        case("one of each", "smoke", r=1, context=1, page_size=1, lens="full"),
+        case("last entries", "smoke", r=5, context=50, page_size=16, gather="given"),
+        case("more than there are", "smoke", r=4, context=30, page_size=7, gather="larger"),
+        case("offset", "smoke", r=3, context=33, page_size=8, rows=50, offset=13, gather="given"),
+        case("few rows", "smoke", r=3, context=40, rows=21, offset=4),
+        case("offset beyond the rows", "smoke", r=2, context=20, rows=9, offset=10),
+        case("many requests", "smoke", r=70, context=9, page_size=4),
+        case("any code", "smoke", r=3, context=40, page_size=2, values="any"),
+        case("e4m3 cache", "smoke", r=2, context=70, page_size=61, layout="e4m3"),
+        case("head dimension", "smoke", r=2, context=20, layout="heads"),
+        case("packed pages", "smoke", r=2, context=20, page_size=3, layout="packed"),
+        case("unaligned", "smoke", r=2, context=20, page_size=3, layout="unaligned"),
+        case("strided", "smoke", r=3, context=40, page_size=16, layout="strided"),
+        case("hostile values", "smoke", r=12, context=40, page_size=8, rows=60, lens="any", gather="given", offset=3),
+        case("window", "default", r=4, context=700, gather="given", rows=900, offset=180),
+        case("ratio 4", "default", r=3, context=1500),
+        case("ratio 128", "default", r=3, context=300, page_size=2),
+        case("any code, wide", "default", r=5, context=600, values="any", layout="strided"),
+        case("hostile values, wide", "default", r=100, context=90, page_size=16, rows=128, lens="any", gather="given"),
+        case("one request of 32k", "full", r=1, context=32768, lens="full"),
+        case("four requests of 16k", "full", r=4, context=16384, rows=16400, offset=7),
+        case("four windows", "full", r=4, context=9000, gather="given", rows=9000),
+        case("ratio 128 of 1M", "full", r=2, context=8192, page_size=2, lens="full"),
+    )
+
+
 PREFILL = _prefill_cases()
 DECODE = _decode_cases()
+GATHER = _gather_cases()

@@ -1,4 +1,6 @@
-"""Sparse multi-head latent attention: prefill over bf16 keys, decode over the packed FP8 cache."""
+"""Sparse multi-head latent attention: prefill over bf16 keys, decode over the packed FP8 cache, and the cache's entries
+as bf16 keys.
+"""
 
 from __future__ import annotations
 
@@ -121,6 +123,49 @@ def sparse_mla_decode(
     return result, torch.empty((b, s_q, h_q), dtype=torch.float32, device=q.device)
 
 
+def gather_dequant_kv(
+    k_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    *,
+    gather_lens: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Copy the last entries of each request from the packed cache into a workspace of bf16 keys, as
+    ``sparse_mla_prefill`` takes them.
+
+    Entry e of request i is slot ``e % page_size`` of page ``block_table[i, e // page_size]``. With
+    ``n = seq_lens[i]`` clamped to ``[0, page_size * blocks]``, blocks being the width of ``block_table``, and
+    ``g = gather_lens[i]`` clamped to ``[0, n]``, or n without ``gather_lens``::
+
+        out[i, offset + j] = entry n - g + j    for 0 <= j < min(g, m - offset)
+
+    Every other row of ``out`` stays as it is. The first 448 elements of an entry are e4m3 times their E8M0 scale,
+    rounded once to bf16, which is exact wherever bf16 holds the product; the last 64 are copied bit for bit. E8M0 code
+    c means 2^(c - 127); 0 means 2^-127 and 255 means NaN. An entry on a page that the cache does not have, outside
+    ``[0, pages)``, is 0. Pages that no entry is on, and entries of ``block_table`` that none needs, may hold anything.
+
+    Args:
+        k_cache: uint8, int8 or e4m3 ``[pages, page_size, 584]`` or ``[pages, page_size, 1, 584]``, page-split (see
+            ``contract/layouts.py``); bytes contiguous within a page, page stride free.
+        seq_lens: int32 ``[r]``, entries of each request.
+        block_table: int32 ``[r, blocks]``; rows may have a stride.
+        out: bf16 ``[r, m, 512]``, written in place; the last dimension contiguous, other strides free.
+        gather_lens: int32 ``[r]``, how many of them, from the end.
+        offset: First row of ``out`` that is written, the same for each request.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``dequantize_and_gather_k_cache``.
+    """
+    return out
+
+
 _CACHE = "pages, page_size, 584 | pages, page_size, 1, 584"
 _EXTRA = "extra_pages, extra_page_size, 584 | extra_pages, extra_page_size, 1, 584"
 _BYTES = "uint8 int8 float8_e4m3fn"
@@ -180,4 +225,22 @@ DECODE_VALUES = (
     Values("indices", "-1", "pages * page_size - 1", _NO_KEY, used="topk_length"),
     Values("extra_topk_length", "0", "extra_topk", _CLAMPED),
     Values("extra_indices", "-1", "extra_pages * extra_page_size - 1", _NO_KEY, used="extra_topk_length"),
+)
+
+GATHER_ARGS: Args = {
+    "k_cache": tensor(_BYTES, _CACHE, "packed FP8 cache, page-split", layout="page"),
+    "seq_lens": tensor("int32", "r", "entries of each request", layout="vector"),
+    "block_table": tensor("int32", "r, blocks", "pages of each request"),
+    "out": tensor("bfloat16", "r, m, 512", "workspace, written in place"),
+    "gather_lens": tensor("int32", "r", "how many entries, from the end", layout="vector"),
+    "offset": ScalarArg("int", 0, about="first row that is written"),
+}
+GATHER_RULES = (
+    Rule("k_cache", "page_size > 0", "at least one token in a page"),
+    Rule("k_cache", "page_size * 584 < 2**31", "pages of less than 2 GiB"),
+)
+GATHER_VALUES = (
+    Values("seq_lens", "0", "page_size * blocks", _CLAMPED),
+    Values("gather_lens", "0", "seq_lens", _CLAMPED),
+    Values("block_table", "0", "pages - 1", "entries of 0", used="ceil(seq_lens, page_size)"),
 )

@@ -33,6 +33,10 @@ TOPK_MULTIPLE = 128
 FEW_KEYS = 256
 """Up to here a prefill row attends to little more than its window."""
 PREFILL_TOKENS = (512, 4096)
+GATHERS = ((1, 2048), (1, 8192), (1, 32768), (4, 2048), (4, 8192), (4, 32768))
+"""Requests of a prefill chunk, and entries of the longest of them."""
+GATHERED = 4
+"""Requests whose keys an engine gathers at a time."""
 DECODE_BATCHES = (1, 8, 16, 32, 64, 128)
 
 
@@ -88,6 +92,43 @@ def compressed_widths(rank: Rank, max_context: int) -> Iterator[tuple[int, int]]
             yield from ((width, page_size) for width in widths)
 
 
+def gather(r: int, entries: int, rows: int, page_size: int, *, given: bool = False) -> Arguments:
+    """At most ``entries`` of each of ``r`` requests, into ``rows`` of the workspace."""
+    from ..layouts import KV_BYTES
+
+    return {
+        "k_cache": meta("uint8", 1024, page_size, 1, KV_BYTES),
+        "seq_lens": meta("int32", r),
+        "block_table": meta("int32", r, -(-entries // page_size)),
+        "out": meta("bfloat16", r, rows, HEAD_DIM),
+        "gather_lens": meta("int32", r) if given else None,
+    }
+
+
+def _caches(server: Deployment) -> Iterator[tuple[str, int, int, bool]]:
+    """The caches that a prefill chunk gathers from: whose, their entries, their page size, and whether only the last
+    entries are wanted.
+    """
+    limits = server.limits
+    yield "window", min(limits.max_tokens + server.model.window, limits.max_context), WINDOW_PAGE, True
+    for ratio in (INDEXER_RATIO, 128):
+        if ratio in server.model.compress_ratios:
+            yield f"ratio {ratio} layers", -(-limits.max_context // ratio), BLOCK // ratio, False
+
+
+def _workspace_rows(server: Deployment) -> int:
+    return max(entries for _, entries, _, _ in _caches(server)) + server.model.window + server.limits.max_tokens
+
+
+def _gather_calls(server: Deployment) -> Iterator[Arguments]:
+    for _, entries, page_size, _ in _caches(server):
+        for given in (False, True):
+            for r in range(1, server.limits.max_requests + 1):
+                made = gather(r, entries, _workspace_rows(server), page_size, given=given)
+                yield made
+                yield made | {"offset": entries}
+
+
 def _prefill_calls(server: Deployment) -> Iterator[Arguments]:
     context = server.limits.max_context
     widths = [width for width, _ in compressed_widths(server.rank, context)]
@@ -137,6 +178,23 @@ def _decode_needs(server: Deployment) -> Iterator[Need]:
         yield Need("sparse_mla_decode", f"{layers}, decode", sizes, make)
 
 
+def _gather_needs(server: Deployment) -> Iterator[Need]:
+    r = min(GATHERED, server.limits.max_requests)
+    rows = _workspace_rows(server)
+    for keys, entries, page_size, given in _caches(server):
+        sizes = {"r": r, "entries": entries, "m": rows, "page_size": page_size}
+        make = functools.partial(gather, r, entries, rows, page_size, given=given)
+        yield Need("gather_dequant_kv", f"keys of the {keys}, prefill", sizes, make)
+
+
+def _gather_class(k_cache: Shape, out: Shape) -> tuple[str, int]:
+    return "all", out[0] * out[1]
+
+
+def _gather_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
+    return (), (row["r"], row["entries"], HEAD_DIM)
+
+
 def _prefill_class(q: Shape, indices: Shape) -> tuple[str, int]:
     return f"h_q={q[1]} topk{'<=' if indices[-1] <= FEW_KEYS else '>'}{FEW_KEYS}", q[0]
 
@@ -172,6 +230,25 @@ def _decode_rows(label: str, rank: Rank) -> Iterator[Row]:
         params = {"b": b, "s_q": s_q, "h_q": heads, "window": window}
         params |= {"selected": selected, "compressed": BENCH_CONTEXT // INDEXER_RATIO}
         yield Row("sparse_mla_decode", name, params)
+
+
+def _gather_rows(label: str, rank: Rank) -> Iterator[Row]:
+    for r, entries in GATHERS:
+        yield Row("gather_dequant_kv", f"r={r} entries={entries}", {"r": r, "entries": entries})
+
+
+def _draw_gather(draw: Draw, *, r: int, entries: int) -> Arguments:
+    """The first request has all entries, every further one half as many as the one before."""
+    import torch
+
+    table = draw.pages(r, -(-entries // WINDOW_PAGE))
+    rows = (r, entries, HEAD_DIM)
+    return {
+        "k_cache": _draw_cache(draw, table.numel()),
+        "seq_lens": draw.full(entries, r) // 2 ** draw.range(r).int(),
+        "block_table": table.int(),
+        "out": torch.full(rows, float("nan"), dtype=torch.bfloat16, device=draw.device),
+    }
 
 
 def _draw_prefill(draw: Draw, *, s_q: int, h_q: int, window: int, selected: int, compressed: int) -> Arguments:
@@ -261,4 +338,14 @@ DECODE = Traffic(
     ),
     draw=_draw_decode,
     held=("k_cache", "extra_k_cache"),
+)
+
+GATHER = Traffic(
+    calls=_gather_calls,
+    needs=_gather_needs,
+    classes=Classes((0, 3), "r * m", _gather_class, _gather_shapes),
+    rows=_gather_rows,
+    tiny=(Row("gather_dequant_kv", "tiny r=2 entries=100", {"r": 2, "entries": 100}),),
+    draw=_draw_gather,
+    held=("k_cache",),
 )

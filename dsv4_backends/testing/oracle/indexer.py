@@ -1,4 +1,4 @@
-"""The indexer's logits: one row at a time; pages are addressed by byte arithmetic."""
+"""The indexer's logits, one row at a time, with pages addressed by byte arithmetic; and its queries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codes import F64, e4m3
+from .codes import F64, block_scale, e4m3, nearest_e4m3, rotated
+
+
+def _sylvester(n: int, device: torch.device) -> Tensor:
+    """The Walsh-Hadamard matrix of order n, a power of two: H(2n) = [[H, H], [H, -H]]."""
+    made = torch.ones(1, 1, dtype=F64, device=device)
+    while len(made) < n:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made
+
+
+def indexer_q_rope_quant(
+    q: Tensor, positions: Tensor, cos_sin: Tensor, weights: Tensor, scale: float, hadamard: bool = False, **others: Any
+) -> tuple[Tensor, ...]:
+    wide = q.to(F64)
+    turned = torch.cat([wide[..., :64], rotated(wide[..., 64:], positions, cos_sin)], -1).bfloat16().to(F64)
+    if hadamard:
+        turned = (turned @ _sylvester(128, q.device) * 128**-0.5).bfloat16().to(F64)
+    own = block_scale(turned.abs().amax(-1))
+    return nearest_e4m3(turned / own.unsqueeze(-1)), weights.to(F64) * own * scale
 
 
 def _logits_row(q: Tensor, keys: Tensor, scale: Tensor, weights: Tensor) -> Tensor:

@@ -90,3 +90,28 @@ def sparse_mla_decode(
                     keys.append(_cache_keys(cache, row))
             out[i, s], _top, lse[i, s] = _softmax_row(q[i, s].to(F64), torch.cat(keys), sm_scale, attn_sink)
     return out, lse
+
+
+def gather_dequant_kv(
+    k_cache: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    gather_lens: Tensor | None = None,
+    offset: int = 0,
+    **others: Any,
+) -> tuple[Tensor, ...]:
+    pages, page_size = k_cache.shape[:2]
+    expected = out.to(F64)
+    for i in range(len(seq_lens)):
+        n = min(max(int(seq_lens[i]), 0), page_size * block_table.shape[1])
+        g = n if gather_lens is None else min(max(int(gather_lens[i]), 0), n)
+        count = max(min(g, out.shape[1] - offset), 0)
+        entry = torch.arange(n - g, n - g + count, device=out.device)
+        page = block_table[i][entry // page_size].long()
+        there = (page >= 0) & (page < pages)
+        keys = torch.zeros((count, 512), dtype=F64, device=out.device)
+        if there.any():
+            keys[there] = _cache_keys(k_cache, (page * page_size + entry % page_size)[there])
+        expected[i, offset : offset + count] = keys.bfloat16().to(F64)
+    return (expected,)
