@@ -18,11 +18,10 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     n = x.shape[-1]
     half = 1
     while half < n:
-        pairs = x.unflatten(-1, (-1, 2, half))
-        left, right = pairs.unbind(-2)
+        left, right = x.unflatten(-1, (-1, 2, half)).unbind(-2)
         x = torch.stack([left + right, left - right], -2).flatten(-3)
         half *= 2
-    return x * n**-0.5
+    return x.mul(n**-0.5)
 
 
 @under_any_setting

@@ -52,7 +52,9 @@ def inverse_rope(x: Tensor, positions: Tensor, cos_sin: Tensor, groups: int) -> 
     t, h, _ = x.shape
     out = torch.empty((groups, t, h // groups * HEAD_DIM), dtype=torch.bfloat16, device=x.device).transpose(0, 1)
     for rows, part in _rows(x, positions, cos_sin):
-        out[rows] = part.to(torch.bfloat16).view(-1, groups, h // groups * HEAD_DIM)
+        turned = part.to(torch.bfloat16)
+        turned[..., :NOPE_DIM] = x[rows, :, :NOPE_DIM]  # bit for bit
+        out[rows] = turned.view(-1, groups, h // groups * HEAD_DIM)
     return out
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
+import attention_path
+import pytest
 import torch
 from dsv4_backend_torch.memory import CHUNK_BYTES, row_chunks
 from extremes import check_extreme_scale_codes
@@ -12,6 +15,11 @@ from extremes import check_extreme_scale_codes
 
 def test_extreme_scale_codes() -> None:
     check_extreme_scale_codes("torch", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("check", attention_path.CHECKS)
+def test_attention_path(check: Callable[[str, torch.device], None]) -> None:
+    check("torch", torch.device("cpu"))
 
 
 def test_reference_memory_is_bounded() -> None:

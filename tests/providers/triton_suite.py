@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import attention_path
 import pytest
 import torch
 import triton
@@ -77,10 +78,13 @@ def test_bits_of_a_row_in_every_batch(op: str) -> None:
     assert target.implementation.batch_invariant
     most = _SIZES[-1]
     made = _batch(target, most)
+    # What an op in place is to change, as it was before any call.
+    before = {name: made[name].clone() for name in target.contract.buffers if target.contract.in_place}
     whole = target.run(made)
     for size in _SIZES:
         for start in {0, (most - size) // 2}:
-            some = target.run(checks.select_rows(target.contract, made, slice(start, start + size)))
+            fresh = made | {name: value.clone() for name, value in before.items()}
+            some = target.run(checks.select_rows(target.contract, fresh, slice(start, start + size)))
             for name, all_rows, rows in zip(target.contract.returns, whole, some, strict=True):
                 per = len(all_rows) // most
                 same = numerics.same_bits(all_rows[start * per : (start + size) * per], rows)
@@ -163,6 +167,11 @@ def test_scale_rule_for_every_positive_bf16() -> None:
     assert torch.equal(scale, want)
     assert torch.equal(code, layouts.e8m0_encode(want))
     assert torch.equal(scale.unsqueeze(-1), layouts.quantize_e4m3(x.unsqueeze(-1), 1)[1])
+
+
+@pytest.mark.parametrize("check", attention_path.CHECKS)
+def test_attention_path(check: Callable[[str, torch.device], None]) -> None:
+    check("triton", default_device())
 
 
 def test_extreme_scale_codes() -> None:

@@ -5,14 +5,28 @@ from __future__ import annotations
 import random
 
 from dsv4_backends.contract.hyper_connection.traffic import prenorm
-from dsv4_backends.contract.indexer.traffic import mqa, paged
+from dsv4_backends.contract.indexer.traffic import mqa, paged, queries
 from dsv4_backends.contract.models import Rank
-from dsv4_backends.contract.projection.traffic import einsum
-from dsv4_backends.contract.sparse_mla.traffic import compressed_widths, decode, prefill
-from dsv4_backends.contract.traffic import Arguments, Limits, round_up
+from dsv4_backends.contract.projection.traffic import einsum, inverse
+from dsv4_backends.contract.sparse_mla.traffic import compressed_widths, decode, gather, prefill
+from dsv4_backends.contract.traffic import POSITIONS, Arguments, Limits, round_up
 from dsv4_backends.runtime.serving import calls
 
-__all__ = ["Arguments", "Limits", "calls", "decode", "einsum", "mqa", "paged", "prefill", "prenorm", "served"]
+__all__ = [
+    "Arguments",
+    "Limits",
+    "calls",
+    "decode",
+    "einsum",
+    "gather",
+    "inverse",
+    "mqa",
+    "paged",
+    "prefill",
+    "prenorm",
+    "queries",
+    "served",
+]
 
 
 def served(op: str, rank: Rank, limits: Limits, count: int, seed: int = 0) -> list[Arguments]:
@@ -25,6 +39,7 @@ def served(op: str, rank: Rank, limits: Limits, count: int, seed: int = 0) -> li
         keys = -(-rng.randint(1, limits.max_context) // 4)
         widths = list(compressed_widths(rank, limits.max_context))
         extra = rng.choice([None, *widths])
+        positions, coin = rng.choice(POSITIONS), rng.random() < 0.5
         made.append(
             {
                 "sparse_mla_prefill": lambda t=tokens, k=keys, e=extra: prefill(
@@ -33,6 +48,14 @@ def served(op: str, rank: Rank, limits: Limits, count: int, seed: int = 0) -> li
                 "sparse_mla_decode": lambda b=requests, s=next_n, e=extra: decode(
                     rank.heads, b, s, rank.model.window, e
                 ),
+                "gather_dequant_kv": lambda r=requests, k=keys, given=coin: (
+                    gather(r, k, k + 8, rng.choice((64, 2)), given=given) | {"offset": rng.randint(0, 9)}
+                ),
+                "indexer_q_rope_quant": lambda t=tokens, d=positions, hadamard=coin: (
+                    queries(rank, t, dtype=d, weights=rng.choice(("bfloat16", "float32"))) | {"hadamard": hadamard}
+                ),
+                "inverse_rope_quant": lambda t=tokens, d=positions: inverse(rank, t, dtype=d, packed=False),
+                "inverse_rope": lambda t=tokens, d=positions: inverse(rank, t, dtype=d),
                 "mqa_logits": lambda t=tokens, k=keys: mqa(rank, t, k),
                 "paged_mqa_logits": lambda b=requests, s=next_n, k=keys: paged(rank, b, s, k),
                 "fp8_einsum": lambda t=tokens: einsum(rank, t),

@@ -76,4 +76,6 @@ def _inverse_rope_kernel(
     target = out_ptr + (group * t + rows)[:, None] * (heads * 512) + within * 512
     tl.store(target + wide, x0, mask=ok[:, None])
     tl.store(target + 256 + column, x1, mask=ok[:, None])
-    tl.store(target + 384 + column, round_to(turned, tl.bfloat16, OPERAND), mask=ok[:, None])
+    # A NaN keeps its bits where it is copied.
+    x2 = tl.where(column < 64, x2, round_to(turned, tl.bfloat16, OPERAND))
+    tl.store(target + 384 + column, x2, mask=ok[:, None])
