@@ -157,7 +157,7 @@ def gather_dequant_kv(
     Every other row of ``out`` stays as it is. The first 448 elements of an entry are e4m3 times their E8M0 scale,
     rounded once to bf16, which is exact wherever bf16 holds the product; the last 64 are copied bit for bit. E8M0 code
     c means 2^(c - 127); 0 means 2^-127 and 255 means NaN. An entry on a page that the cache does not have, outside
-    ``[0, pages)``, is 0. Pages that no entry is on, and entries of ``block_table`` that none needs, may hold anything.
+    ``[0, pages)``, is 0. Pages that no entry is on, and ``block_table`` beyond the lengths, may hold anything.
 
     Args:
         k_cache: uint8, int8 or e4m3 ``[pages, page_size, 584]`` or ``[pages, page_size, 1, 584]``, page-split (see

@@ -40,7 +40,7 @@ def inverse_rope_quant(
     padded = torch.empty((groups, blocks, t + -t % 4), dtype=dtype, device=x.device)
     x_scale = padded[..., :t].permute(2, 0, 1)
     for rows, part in _rows(x, positions, cos_sin):
-        values, scale = layouts.quantize_e4m3(part.view(-1, groups, heads * HEAD_DIM), BLOCK)
+        values, scale = layouts.quantize_e4m3(part.reshape(-1, groups, heads * HEAD_DIM), BLOCK)
         x_fp8[rows] = values
         x_scale[rows] = layouts.e8m0_pack(layouts.e8m0_encode(scale)) if packed else scale
     return x_fp8, x_scale
@@ -54,7 +54,7 @@ def inverse_rope(x: Tensor, positions: Tensor, cos_sin: Tensor, groups: int) -> 
     for rows, part in _rows(x, positions, cos_sin):
         turned = part.to(torch.bfloat16)
         turned[..., :NOPE_DIM] = x[rows, :, :NOPE_DIM]  # bit for bit
-        out[rows] = turned.view(-1, groups, h // groups * HEAD_DIM)
+        out[rows] = turned.reshape(-1, groups, h // groups * HEAD_DIM)
     return out
 
 

@@ -133,15 +133,19 @@ def positions(generator: torch.Generator, count: int, most: int, dtype: str = "i
     return drawn.to(getattr(torch, dtype))
 
 
-def cos_sin(most: int, used: Tensor | None = None, *, base: float = 160000.0) -> Tensor:
+def cos_sin(most: int, used: Tensor | None = None, *, quarters: bool = False) -> Tensor:
     """The rotations at positions below ``most``, fp32 ``[most, 64]``: 32 cosines, then 32 sines.
 
-    Rows that none of the positions ``used``, clamped to the table, is at hold NaN.
+    Rows that none of the positions ``used``, clamped to the table, is at hold NaN. ``quarters``: right angles alone, so
+    that nothing is rounded.
     """
     import torch
 
-    angles = torch.arange(most, dtype=torch.float64).unsqueeze(-1) * base ** (-torch.arange(32).double() / 32)
+    places = torch.arange(most, dtype=torch.float64, device="cpu").unsqueeze(-1)
+    pairs = torch.arange(32, dtype=torch.float64, device="cpu")
+    angles = (places + pairs) * (torch.pi / 2) if quarters else places * 160000.0 ** (-pairs / 32)
     table = torch.cat([angles.cos(), angles.sin()], -1).float()
+    table = table.round() if quarters else table
     if used is not None:
         unused = torch.ones(most, dtype=torch.bool)
         unused[used.long().clamp(0, most - 1)] = False

@@ -89,6 +89,19 @@ BROKEN = [
         10**9,
         "row 0, column 3: expected 0 to 60 (0 to pages - 1), got",
     ),
+    ("gather_dequant_kv", "small", "seq_lens", (1,), 41, "row 1: expected 0 to 40 (0 to page_size * blocks), got 41"),
+    ("gather_dequant_kv", "last entries", "gather_lens", (0,), 99, "row 0: expected 0 to 50 (0 to seq_lens), got 99"),
+    ("gather_dequant_kv", "small", "block_table", (0, 3), -1, "row 0, column 3: expected 0 to 60 (0 to pages - 1)"),
+    (
+        "indexer_q_rope_quant",
+        "small",
+        "positions",
+        (2,),
+        64,
+        "row 2: expected 0 to 63 (0 to max_positions - 1), got 64",
+    ),
+    ("inverse_rope_quant", "small", "positions", (0,), -1, "row 0: expected 0 to 63 (0 to max_positions - 1), got -1"),
+    ("inverse_rope", "small", "positions", (1,), 2**40, "row 1: expected 0 to 63 (0 to max_positions - 1), got"),
 ]
 
 

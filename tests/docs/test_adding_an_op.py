@@ -1,4 +1,4 @@
-"""A seventh op, added as docs/adding-an-op.md says: in a copy of the tree, by its files, its edits and its commands."""
+"""One more op, added as docs/adding-an-op.md says: in a copy of the tree, by its files, its edits and its commands."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_kernel_in_the_interpreter(tree: Tree) -> None:
 
 
 def test_no_op_is_named_by_hand(tree: Tree) -> None:
-    """What has the six ops has the seventh."""
+    """What has the other ops has this one."""
     code = (
         "import json, dsv4_backends as d; from dsv4_backends.selection.preferences import CLASSES; "
         "from dsv4_backends.bench import shapes; from dsv4_backends import ops; "

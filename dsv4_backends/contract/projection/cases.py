@@ -70,7 +70,6 @@ def make_inverse(
     dtype: str = "int64",
     values: str = "normal",
     layout: str = "plain",
-    packed: bool | None = None,
 ) -> dict[str, Any]:
     import torch
 
@@ -93,7 +92,14 @@ def make_inverse(
         table = draw.spread(table)
     made = {"x": x, "positions": at, "cos_sin": table}
     moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
-    return moved | {"groups": groups} | ({} if packed is None else {"packed": packed})
+    return moved | {"groups": groups}
+
+
+def make_inverse_quant(
+    device: torch.device, generator: torch.Generator, *, packed: bool | None = False, **params: Any
+) -> dict[str, Any]:
+    made = make_inverse(device, generator, **params)
+    return made if packed is None else made | {"packed": packed}
 
 
 def _table_bytes(positions: Tensor, cos_sin: Tensor) -> float:
@@ -167,7 +173,7 @@ def _inverse_cases(*, quantised: bool) -> tuple[Case, ...]:
         case("one of each", "smoke", t=1, h=1, groups=1, max_positions=1),
         case("odd", "smoke", t=13, h=9, groups=3),
         case("positions beyond the table", "smoke", t=9, h=2, groups=1, positions="any"),
-        case("int32", "smoke", t=9, h=2, groups=2, dtype="int32", positions="any"),
+        case("int32, beyond the table", "smoke", t=9, h=2, groups=2, dtype="int32", positions="any"),
         case("padded heads", "smoke", t=6, h=5, groups=5, layout="padded"),
         case("strided", "smoke", t=6, h=3, groups=1, layout="strided"),
         case("unaligned", "smoke", t=5, h=2, groups=1, layout="unaligned"),
@@ -176,6 +182,7 @@ def _inverse_cases(*, quantised: bool) -> tuple[Case, ...]:
     if quantised:
         cases += [
             case("packed", "smoke", t=6, h=4, groups=2, packed=True),
+            case("packed is left out", "smoke", t=2, h=2, groups=2, packed=None),
             case("packed wide values", "smoke", t=9, h=3, groups=1, values="wide", packed=True),
         ]
     for model in (FLASH, PRO):

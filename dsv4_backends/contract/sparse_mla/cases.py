@@ -164,7 +164,7 @@ def make_gather(
     lens: str = "random",
     gather: str = "none",
     rows: int | None = None,
-    offset: int | None = None,
+    offset: int | None = 0,
     values: str = "normal",
     layout: str = "plain",
 ) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def make_gather(
         else:
             layouts.write_kv(cache, part, draw.normal(generator, len(part), HEAD_DIM).bfloat16())
     # Entries of the table that nothing needs may hold anything.
-    needed = used.view(r, blocks, page_size).any(-1) if blocks else torch.zeros(r, 0, dtype=torch.bool)
+    needed = torch.arange(blocks) * page_size < last.unsqueeze(-1)
     table = torch.where(needed, table, 2**31 - 1).int()
     seq_lens = seq_lens.int()
     if lens == "any":
@@ -254,8 +254,9 @@ def cost_gather(
 
     lens = seq_lens.long().clamp(0, k_cache.shape[1] * block_table.shape[1])
     rows = lens if gather_lens is None else gather_lens.long().clamp(min=0).minimum(lens)
-    entries = float(rows.clamp(max=max(out.shape[1] - offset, 0)).sum())
-    tables = entries / max(k_cache.shape[1], 1) * 4 + 4.0 * len(seq_lens) * (1 if gather_lens is None else 2)
+    rows = rows.clamp(max=max(out.shape[1] - offset, 0))
+    entries, pages = float(rows.sum()), float((rows + k_cache.shape[1] - 1).div(k_cache.shape[1]).floor().sum())
+    tables = 4.0 * pages + 4.0 * len(seq_lens) * (1 if gather_lens is None else 2)
     return Cost(flops=448.0 * entries, bytes=entries * (KV_BYTES + 2 * HEAD_DIM) + tables, math="bf16")
 
 
@@ -440,7 +441,7 @@ def _gather_cases() -> tuple[Case, ...]:
         case("no rows", "smoke", r=2, context=20, rows=0),
         case("one of each", "smoke", r=1, context=1, page_size=1, lens="full"),
         case("last entries", "smoke", r=5, context=50, page_size=16, gather="given"),
-        case("more than there are", "smoke", r=4, context=30, page_size=7, gather="larger"),
+        case("gather beyond the lengths", "smoke", r=4, context=30, page_size=7, gather="larger"),
         case("offset", "smoke", r=3, context=33, page_size=8, rows=50, offset=13, gather="given"),
         case("few rows", "smoke", r=3, context=40, rows=21, offset=4),
         case("offset beyond the rows", "smoke", r=2, context=20, rows=9, offset=10),
@@ -448,7 +449,7 @@ def _gather_cases() -> tuple[Case, ...]:
         case("any code", "smoke", r=3, context=40, page_size=2, values="any"),
         case("e4m3 cache", "smoke", r=2, context=70, page_size=61, layout="e4m3"),
         case("head dimension", "smoke", r=2, context=20, layout="heads"),
-        case("packed pages", "smoke", r=2, context=20, page_size=3, layout="packed"),
+        case("packed pages", "smoke", r=2, context=20, page_size=3, layout="packed", offset=None),
         case("unaligned", "smoke", r=2, context=20, page_size=3, layout="unaligned"),
         case("strided", "smoke", r=3, context=40, page_size=16, layout="strided"),
         case("hostile values", "smoke", r=12, context=40, page_size=8, rows=60, lens="any", gather="given", offset=3),
