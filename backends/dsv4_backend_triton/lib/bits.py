@@ -109,21 +109,25 @@ def e4m3_times_e8m0(byte, code):
 
 
 @triton.jit
-def fp32_to_e4m3(x, NATIVE: tl.constexpr):
+def fp32_to_e4m3(x, NATIVE: tl.constexpr, BOUNDED: tl.constexpr = False):
     """fp32 to e4m3 bytes (uint8): to the nearest, ties to even, at most 448 in magnitude (infinities too); a NaN to a
     NaN. ``NATIVE``: by the conversion of SM89 and newer; the bytes are the same, but it drops a NaN's sign.
+    ``BOUNDED``: x is below 464 in magnitude and no NaN, which three instructions of thirteen are for.
     """
     if NATIVE:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     # The power of two below |x|, or 2^-6, below which the codes are as far apart as above it. |x| + 2^20 of those is
     # rounded by the hardware to eighths of it, which is the distance between two codes, so the low bits count eighths.
     # Seven more of them are 56 eighths, which is what the codes of the exponent, 8 * (e - 121), lack modulo 256.
-    size = tl.minimum(tl.abs(x), 448.0)
+    size = tl.abs(x)
+    if not BOUNDED:
+        size = tl.minimum(size, 448.0)
     power = tl.maximum(size, 0.015625).to(tl.int32, bitcast=True) & 0x7F800000
     counted = size + power.to(tl.float32, bitcast=True) * 1048583.0
     code = (counted.to(tl.int32, bitcast=True) + (power >> 20)) & 0x7F
-    code = tl.where(x == x, code, 0x7F) | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
-    return code.to(tl.uint8)
+    if not BOUNDED:
+        code = tl.where(x == x, code, 0x7F)
+    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
@@ -141,7 +145,7 @@ def quantize(x, NATIVE: tl.constexpr):
     """fp32 rows [N, K], one scale for each, as e4m3 bytes with the scales and their E8M0 codes [N]."""
     scale, code = scale_pow2(tl.max(tl.abs(x), 1))
     inverse = ((254 - code) << 23).to(tl.float32, bitcast=True)  # exact: scales are from 2^-22 to 2^120
-    return fp32_to_e4m3(x * inverse[:, None], NATIVE), scale, code
+    return fp32_to_e4m3(x * inverse[:, None], NATIVE, True), scale, code
 
 
 @triton.jit
@@ -165,3 +169,20 @@ def round_to(x, DTYPE: tl.constexpr, OPERAND: tl.constexpr):
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
+
+
+# Two at once: a conversion of one value has a quarter of the speed.
+_ROUND_BF16X2 = tl.constexpr("""{
+    .reg .b32 t;
+    cvt.rn.bf16x2.f32 t, $3, $2;
+    shl.b32 $0, t, 16;
+    and.b32 $1, t, 0xffff0000;
+}""")
+
+
+@triton.jit
+def rounded_to_bf16(x, OPERAND: tl.constexpr):
+    """fp32 to the nearest bf16, as fp32."""
+    if OPERAND == tl.float32:
+        return round_to(x, tl.bfloat16, OPERAND).to(tl.float32)
+    return tl.inline_asm_elementwise(_ROUND_BF16X2, "=&r,=&r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ...configurations import configured
 from ...launch import launch as launch_kernel
-from ...lib.bits import quantize, round_to
+from ...lib.bits import quantize, rounded_to_bf16
 from ...lib.hadamard import hadamard128
 from ...lib.rope import rotate, table_rows
 from ...lib.sizes import cdiv, pow2
@@ -77,9 +77,9 @@ def _indexer_q_kernel(
     x = tl.load(source, mask=ok[:, None], other=0.0)
     weight = tl.load(w_ptr + token * w_stride + heads, mask=ok, other=0.0).to(tl.float32)
     x = rotate(x.to(tl.float32), cos_sin, table_rows(positions, token, True, most) * table_stride, False)
-    x = round_to(x, tl.bfloat16, OPERAND).to(tl.float32)
+    x = rounded_to_bf16(x, OPERAND)
     if HADAMARD:
-        x = round_to(hadamard128(x), tl.bfloat16, OPERAND).to(tl.float32)
+        x = rounded_to_bf16(hadamard128(x), OPERAND)
     y, own, _ = quantize(x, NATIVE)
     row = token * h + heads
     tl.store(out_ptr + row[:, None] * 128 + column, y, mask=ok[:, None])
