@@ -1,4 +1,4 @@
-"""The Triton provider's inline PTX that decodes e4m3, executed in Python: on every code, without a GPU."""
+"""The Triton provider's inline PTX that decodes e4m3 and rounds to bf16, executed in Python, without a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ def _prmt(a: int, b: int, selector: int) -> int:
     return result
 
 
+def _cvt(high: int, low: int) -> int:
+    """``cvt.rn.bf16x2.f32``: the first operand goes into the upper half."""
+    words = torch.tensor([low, high]).to(torch.uint32).view(torch.float32).bfloat16().view(torch.uint16).tolist()
+    return int(words[0]) | int(words[1]) << 16
+
+
 OPERATIONS = {
+    "cvt.rn.bf16x2.f32": _cvt,
     "mov.b32": lambda a: a,
     "prmt.b32": _prmt,
     "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
@@ -63,6 +70,28 @@ def test_every_code_beside_every_kind_of_neighbour() -> None:
         assert torch.equal(got.isnan(), want.isnan())
         kept = ~want.isnan()
         assert torch.equal(got.view(torch.int16)[kept], want.view(torch.int16)[kept])
+
+
+def test_codes_times_scales_are_rounded_once() -> None:
+    """Every code times scales from the least, where products are subnormal or 0, to the largest and NaN."""
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    for scale in (0, 1, 2, 3, 6, 7, 8, 105, 127, 134, 135, 194, 245, 246, 247, 254, 255):
+        factor = 0x40 if scale == 0 else 0x7FC0 if scale == 255 else scale << 7
+        for first in range(0, 256, 4):
+            word = sum((first + i) << 8 * i for i in range(4))
+            words = run(bits.E4M3X4_TIMES_BF16X4, 2, word, *[factor | factor << 16] * 2)
+            got = torch.cat([_halves(word) for word in words])
+            want = table[first : first + 4] * (torch.nan if scale == 255 else 2.0 ** (scale - 127))
+            torch.testing.assert_close(got, want.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_pair_of_roundings_stays_in_its_order() -> None:
+    values = torch.tensor([1 + 2**-8, -3.0e38, 1e-40, 1 + 3 * 2**-8, 0.1, torch.inf])
+    for low, high in itertools.permutations(values.view(torch.int32).tolist(), 2):
+        given = [word & 0xFFFFFFFF for word in (low, high)]
+        got = torch.tensor(run(bits.ROUND_BF16X2, 2, *given)).to(torch.uint32).view(torch.float32)
+        want = torch.tensor([low, high], dtype=torch.int32).view(torch.float32).bfloat16().float()
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

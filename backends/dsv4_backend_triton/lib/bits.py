@@ -35,9 +35,14 @@ E4M3X4_TO_BF16X4 = """{
     fma.rn.bf16x2 $1, t, o, $1;
 }"""
 _E4M3X4_TO_BF16X4 = tl.constexpr(E4M3X4_TO_BF16X4)
-_E4M3X4_TIMES_BF16X4 = tl.constexpr(
-    E4M3X4_TO_BF16X4.removesuffix("}") + "    fma.rn.bf16x2 $0, $0, $3, z;\n    fma.rn.bf16x2 $1, $1, $4, z;\n}"
+# The same, each times a bf16, rounded once.
+E4M3X4_TIMES_BF16X4 = (
+    E4M3X4_TO_BF16X4.removesuffix("}")
+    + """    fma.rn.bf16x2 $0, $0, $3, z;
+    fma.rn.bf16x2 $1, $1, $4, z;
+}"""
 )
+_E4M3X4_TIMES_BF16X4 = tl.constexpr(E4M3X4_TIMES_BF16X4)
 
 
 def scaled_e4m3(words: int, *, shared: bool) -> tuple[str, str]:
@@ -172,12 +177,13 @@ def round_to(x, DTYPE: tl.constexpr, OPERAND: tl.constexpr):
 
 
 # Two at once: a conversion of one value has a quarter of the speed.
-_ROUND_BF16X2 = tl.constexpr("""{
+ROUND_BF16X2 = """{
     .reg .b32 t;
     cvt.rn.bf16x2.f32 t, $3, $2;
     shl.b32 $0, t, 16;
     and.b32 $1, t, 0xffff0000;
-}""")
+}"""
+_ROUND_BF16X2 = tl.constexpr(ROUND_BF16X2)
 
 
 @triton.jit
