@@ -419,7 +419,7 @@ def check_graph(target: Subject, case: Case) -> None:
     except RuntimeError as error:
         raise CheckFailed("graph", f"{target.name}: {case.name}: cannot be captured: {error}") from error
     for result in results if not target.contract.in_place else ():
-        result.fill_(float("nan"))
+        result.fill_(float("nan") if result.is_floating_point() else -1)
     _overwrite(arguments, _inputs(target, case, 1))
     graph.replay()  # on the current stream of the device that was captured
     torch.cuda.synchronize(target.device)
