@@ -52,7 +52,9 @@ def served(op: str, rank: Rank, limits: Limits, count: int, seed: int = 0) -> li
                     gather(r, k, k + 8, rng.choice((64, 2)), given=given) | {"offset": rng.randint(0, 9)}
                 ),
                 "indexer_q_rope_quant": lambda t=tokens, d=positions, hadamard=coin: (
-                    queries(rank, t, dtype=d, weights=rng.choice(("bfloat16", "float32"))) | {"hadamard": hadamard}
+                    queries(rank, t) | {"hadamard": True}
+                    if hadamard
+                    else queries(rank, t, dtype=d, weights=rng.choice(("bfloat16", "float32")))
                 ),
                 "inverse_rope_quant": lambda t=tokens, d=positions: inverse(rank, t, dtype=d, packed=False),
                 "inverse_rope": lambda t=tokens, d=positions: inverse(rank, t, dtype=d),
