@@ -107,8 +107,14 @@ def _gather_kernel(
             if UNIT > 1:  # 8 bytes to a thread, since it writes 16: wider loads would be moved between threads
                 source = tl.max_contiguous(tl.multiple_of(source, (1, 1, 8)), (1, 1, 8))
             raw = tl.load(source, mask=there3 & (group < 7), other=0)
-            rope = (data + 448).to(tl.pointer_type(tl.bfloat16))[:, None, None] + (group * 0 + lane)
-            rope = tl.load(rope, mask=there3 & (group == 7), other=0.0)
+            last = there3 & (group == 7)
+            if UNIT > 1:
+                rope = (data + 448).to(tl.pointer_type(tl.bfloat16))[:, None, None] + (group * 0 + lane)
+                rope = tl.load(rope, mask=last, other=0.0)
+            else:  # perhaps at an odd address
+                rope = (data + 448)[:, None, None] + (group * 0 + lane * 2)
+                low, high = tl.load(rope, mask=last, other=0), tl.load(rope + 1, mask=last, other=0)
+                rope = (low.to(tl.int16) | (high.to(tl.int16) << 8)).to(tl.bfloat16, bitcast=True)
             code = tl.load(scales[:, None] + tl.arange(0, 8)[None, :], mask=there[:, None], other=0)
             code = code[:, :, None].broadcast_to(raw.shape)
             if OPERAND == tl.bfloat16:
