@@ -247,7 +247,7 @@ def _draw_gather(draw: Draw, *, r: int, entries: int) -> Arguments:
         "k_cache": _draw_cache(draw, table.numel()),
         "seq_lens": draw.full(entries, r) // 2 ** draw.range(r).int(),
         "block_table": table.int(),
-        "out": torch.full(rows, float("nan"), dtype=torch.bfloat16, device=draw.device),
+        "out": torch.zeros(rows, dtype=torch.bfloat16, device=draw.device),
     }
 
 
