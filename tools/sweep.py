@@ -5,11 +5,12 @@ the definition, fastest first, until one is right; wrong ones are told. Usage:
 
     python tools/sweep.py OP [OP ...] [--jobs N] [--json FILE] [--write]
 
-OP: fp8_einsum, hc_prenorm_gemm, sparse_mla_decode or sparse_mla_prefill. With --write, the provider's tables get what
-was fastest over each class of sizes (fp8_einsum and sparse_mla_prefill; the rows of the others stand for roles in a
-plan, and are written by hand from what is printed). With --jobs, as many processes first make every call once, so that
-Triton compiles side by side. Needs a Hopper GPU: the candidates are those of its table. With
-DSV4_BACKENDS_DEVICE=sm_80 (or another), the attention ops' are those of that architecture, run on this one.
+OP: compress_norm_rope_insert, indexer_compress_insert, fp8_einsum, hc_prenorm_gemm, sparse_mla_decode or
+sparse_mla_prefill. With --write, the provider's tables get what was fastest over each class of sizes (fp8_einsum and
+sparse_mla_prefill; the rows of the others stand for roles in a plan, and are written by hand from what is printed).
+With --jobs, as many processes first make every call once, so that Triton compiles side by side. Needs a Hopper GPU: the
+candidates are those of its table. With DSV4_BACKENDS_DEVICE=sm_80 (or another), the attention ops' are those of that
+architecture, run on this one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 import triton
 from dsv4_backend_triton import configurations, variants
 from dsv4_backend_triton.arch import arch_of
+from dsv4_backend_triton.compressor import portable as compressor
 from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm import portable as hc_portable
 from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm import wgmma as hc_wgmma
 from dsv4_backend_triton.lib.sizes import cdiv
@@ -45,6 +47,8 @@ from dsv4_backends import records
 from dsv4_backends.bench import inputs, run, timing
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.bench.shapes import Row
+from dsv4_backends.contract import CONTRACTS
+from dsv4_backends.contract.models import FLASH
 from dsv4_backends.errors import NoProviderError
 from dsv4_backends.testing import checks
 
@@ -159,7 +163,21 @@ def _prefill() -> Iterator[tuple[Row, dict[str, Candidate]]]:
         yield row, _candidates("sparse_mla_prefill", tiles)
 
 
+def _compressors(op: str) -> Iterator[tuple[Row, dict[str, Candidate]]]:
+    for row in CONTRACTS[op].traffic.rows("", FLASH.rank(1)):
+        ratio, t = row.params["ratio"], row.params["t"]
+        # How many blocks of a multiprocessor are aimed at, where that makes a difference.
+        blocks = {max(1, min(ratio, t // (132 * n))): n for n in (16, 8, 4, 2, 1)}.values()
+        tiles = [(warps, 1) for warps in ((2, 4, 8) if row.params["dim"] == 512 else (1, 2, 4))]
+        if ratio == 128:
+            tiles = [(4, 8), (8, 8), (16, 8), (8, 4), (16, 4), (4, 16), (8, 16)]
+        configs = [("portable", compressor.Config(*tile, n)) for tile, n in itertools.product(tiles, blocks)]
+        yield row, _candidates(op, configs)
+
+
 CANDIDATES = {
+    "compress_norm_rope_insert": functools.partial(_compressors, "compress_norm_rope_insert"),
+    "indexer_compress_insert": functools.partial(_compressors, "indexer_compress_insert"),
     "fp8_einsum": _einsum,
     "hc_prenorm_gemm": _hyper_connection,
     "sparse_mla_decode": _decode,
@@ -186,7 +204,7 @@ def call_once(part: int, parts: int, ops: list[str]) -> None:
 def measure(row: Row, candidates: dict[str, Candidate], timer: timing.Timer) -> dict[str, Any]:
     made = inputs.draw(row, timer.device)
     named = {PRESENT: checks.subject("triton", row.op, timer.device).function}
-    with contextlib.suppress(NoProviderError):
+    with contextlib.suppress(NoProviderError, KeyError):
         named[NATIVE[row.op]] = checks.subject(NATIVE[row.op], row.op, timer.device).function
 
     def tupled(results: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from dsv4_backends.provider import Implementation, ProviderSpec, Tier, hookimpl
 FAMILIES = (
     "sparse_mla",
     "indexer",
+    "compressor",
     "projection",
     "hyper_connection",
 )

@@ -84,6 +84,8 @@ OPS = {
     "mqa_logits": Op("indexer.mqa_logits", (Variant("wgmma", _SM_90), _PORTABLE)),
     "paged_mqa_logits": Op("indexer.paged_mqa_logits", (_PORTABLE,), batch_invariant=True),
     "indexer_q_rope_quant": Op("indexer.indexer_q_rope_quant", (_PORTABLE,), batch_invariant=True),
+    "compress_norm_rope_insert": Op("compressor", (_PORTABLE,), batch_invariant=True),
+    "indexer_compress_insert": Op("compressor", (_PORTABLE,), batch_invariant=True),
     "fp8_einsum": Op("projection.fp8_einsum", (Variant("wgmma_few", _SM_90), Variant("wgmma", _SM_90), _PORTABLE)),
     "inverse_rope_quant": Op("projection.inverse_rope_quant", (_PORTABLE,), batch_invariant=True),
     "inverse_rope": Op("projection.inverse_rope", (_PORTABLE,), batch_invariant=True),

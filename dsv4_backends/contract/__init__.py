@@ -15,6 +15,7 @@ from .spec import LEVELS, Case, Cost, OpContract, Tolerance
 FAMILIES = (
     "sparse_mla",
     "indexer",
+    "compressor",
     "projection",
     "hyper_connection",
 )

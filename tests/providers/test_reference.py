@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import attention_path
+import compressing
 import pytest
 import torch
 from dsv4_backend_torch.memory import CHUNK_BYTES, row_chunks
@@ -15,6 +16,11 @@ from extremes import check_extreme_scale_codes
 
 def test_extreme_scale_codes() -> None:
     check_extreme_scale_codes("torch", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("check", compressing.CHECKS)
+def test_compressors(check: Callable[[str, torch.device], None]) -> None:
+    check("torch", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("check", attention_path.CHECKS)

@@ -123,6 +123,10 @@ def covered(op: str, call: Arguments, launches: list[Launch]) -> Iterator[bool]:
             yield from (once(grid[0], high, len(call["q"])), once(grid[1], chunk, taken["n_cols"]))
         else:
             yield 1 <= grid[0] <= -(-len(call["q"]) // high) * -(-taken["n"] // chunk)
+    elif op in ("compress_norm_rope_insert", "indexer_compress_insert"):
+        for one in launches:
+            yield once(one.grid[0], one.arguments["group"], len(call["positions"]))
+            yield from (one.grid[1] * one.arguments["DIM"] == len(call["norm_weight"]), taken["group"] <= call["ratio"])
     elif op == "fp8_einsum":
         (b, h, _), d = call["x"].shape, call["w"].shape[1]
         if variant_of(op, main) == "wgmma_few":

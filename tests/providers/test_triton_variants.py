@@ -49,6 +49,8 @@ PLAIN = {
     },
     "gather_dequant_kv": {"_gather_kernel"},
     "indexer_q_rope_quant": {"_indexer_q_kernel"},
+    "compress_norm_rope_insert": {"_compress_kernel"},
+    "indexer_compress_insert": {"_compress_kernel"},
     "inverse_rope_quant": {"_inverse_rope_quant_kernel"},
     "inverse_rope": {"_inverse_rope_kernel"},
     "mqa_logits": {"_mqa_logits_kernel"},

@@ -27,7 +27,7 @@ from dsv4_backends.testing import checks
 
 SIZES = (1, 7, 64, 83, 84, 256, 1000, 8192)
 CAPABILITIES = ("8.0", "8.6", "9.0", "10.0", "12.0")
-SIZED = {"m", "M", "B", "t", "padded", "requests", "room", "offset", "n_items", "rows", "chunk"}
+SIZED = {"m", "M", "B", "t", "tokens", "group", "padded", "requests", "room", "offset", "n_items", "rows", "chunk"}
 """What may differ from batch to batch: how many rows there are, where they go, and where a block's columns end."""
 
 

@@ -154,23 +154,25 @@ def check_a_nan_spoils_its_block(provider: str, device: torch.device) -> None:
                 assert numerics.same_bits(*(r.reshape(4, blocks, -1)[keep] for r in (before, after))), (op, bad)
 
 
+def apart(x: Tensor) -> Tensor:
+    """x with more than 2^31 elements from row to row, of which no more memory is touched than x has."""
+    far = 2**31 + 16
+    memory = torch.empty(far * (len(x) - 1) + x[0].numel(), dtype=x.dtype, device=x.device)
+    return memory.as_strided(x.shape, (far, *x.stride()[1:])).copy_(x)
+
+
 def check_wide_strides(provider: str, device: torch.device) -> None:
     """Offsets beyond 2^31: tokens, heads, pages and rows of a workspace far apart in memory."""
     g = _generator()
-    far = 2**31 + 16
     at = torch.tensor([1, 0])
 
-    def apart(x: Tensor) -> Tensor:
-        """x on the device with its rows ``far`` elements apart."""
-        memory = torch.empty(far + x[0].numel(), dtype=x.dtype, device=device)
-        wide = memory.as_strided(x.shape, (far, *x.stride()[1:]))
-        return wide.copy_(x)
-
     def compare(op: str, name: str, made: dict[str, Any]) -> None:
-        near = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
+        def near() -> dict[str, Any]:  # with a buffer of its own for an op in place
+            return {k: v.clone().to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
+
         run = checks.subject(provider, op, device).run
-        wide = run(near | {name: apart(made[name])})
-        for a, b in zip(run(near), wide, strict=True):
+        wide = run(near() | {name: apart(made[name].to(device))})
+        for a, b in zip(run(near()), wide, strict=True):
             assert torch.equal(a.cpu().float(), b.cpu().float()), (op, name)
 
     turns = {"positions": at, "cos_sin": inputs.cos_sin(2)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from dsv4_backends.contract.compressor.traffic import compress
 from dsv4_backends.contract.hyper_connection.traffic import prenorm
 from dsv4_backends.contract.indexer.traffic import mqa, paged, queries
 from dsv4_backends.contract.models import Rank
@@ -16,6 +17,7 @@ __all__ = [
     "Arguments",
     "Limits",
     "calls",
+    "compress",
     "decode",
     "einsum",
     "gather",
@@ -55,6 +57,13 @@ def served(op: str, rank: Rank, limits: Limits, count: int, seed: int = 0) -> li
                     queries(rank, t) | {"hadamard": True}
                     if hadamard
                     else queries(rank, t, dtype=d, weights=rng.choice(("bfloat16", "float32")))
+                ),
+                "compress_norm_rope_insert": lambda t=tokens, b=requests, d=positions: compress(
+                    512, rng.choice((4, 128)), t, b, limits.max_context, rank.model.max_positions, dtype=d
+                ),
+                "indexer_compress_insert": lambda t=tokens, b=requests, d=positions, hadamard=coin: (
+                    compress(128, 4, t, b, limits.max_context, rank.model.max_positions, dtype=d)
+                    | {"hadamard": hadamard}
                 ),
                 "inverse_rope_quant": lambda t=tokens, d=positions: inverse(rank, t, dtype=d, packed=False),
                 "inverse_rope": lambda t=tokens, d=positions: inverse(rank, t, dtype=d),

@@ -14,8 +14,8 @@ def table_rows(positions, tokens, valid, most):
 
 
 @triton.jit
-def rotate(x, cos_sin, at, BACK: tl.constexpr):
-    """fp32 ``x [N, 128]`` with the last 64 of each row rotated, or rotated back; the first 64 as they are.
+def rotations(cos_sin, at):
+    """Cosines and sines of the 64 pairs of a row [N, 64]: 1 and 0 for the first 32, then what the table has.
 
     ``at``: where the row's rotation lies from ``cos_sin`` on, ``[N]`` or one for all: 32 cosines, then 32 sines.
     """
@@ -25,11 +25,23 @@ def rotate(x, cos_sin, at, BACK: tl.constexpr):
         source = cos_sin + at[:, None] + (pair - 32)
     else:
         source = cos_sin + at + (pair - 32)
-    cos = tl.load(source, mask=turned, other=1.0)
-    sin = tl.load(source + 32, mask=turned, other=0.0)
-    if BACK:
-        sin = -sin
+    return tl.load(source, mask=turned, other=1.0), tl.load(source + 32, mask=turned, other=0.0)
+
+
+@triton.jit
+def turn(x, cos, sin):
+    """fp32 ``x [N, 128]`` with the last 64 of each row rotated; the first 64 as they are."""
+    turned = tl.arange(0, 64)[None, :] >= 32
     left, right = tl.split(x.reshape(x.shape[0], 64, 2))
     first = tl.where(turned, left * cos - right * sin, left)
     second = tl.where(turned, left * sin + right * cos, right)
     return tl.join(first, second).reshape(x.shape[0], 128)
+
+
+@triton.jit
+def rotate(x, cos_sin, at, BACK: tl.constexpr):
+    """fp32 ``x [N, 128]`` with the last 64 of each row rotated, or rotated back, by ``rotations(cos_sin, at)``."""
+    cos, sin = rotations(cos_sin, at)
+    if BACK:
+        sin = -sin
+    return turn(x, cos, sin)

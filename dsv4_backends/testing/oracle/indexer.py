@@ -11,7 +11,7 @@ from torch import Tensor
 from .codes import F64, block_scale, e4m3, nearest_e4m3, rotated
 
 
-def _sylvester(n: int, device: torch.device) -> Tensor:
+def sylvester(n: int, device: torch.device) -> Tensor:
     """The Walsh-Hadamard matrix of order n, a power of two: H(2n) = [[H, H], [H, -H]]."""
     made = torch.ones(1, 1, dtype=F64, device=device)
     while len(made) < n:
@@ -25,7 +25,7 @@ def indexer_q_rope_quant(
     wide = q.to(F64)
     turned = torch.cat([wide[..., :64], rotated(wide[..., 64:], positions, cos_sin)], -1).bfloat16().to(F64)
     if hadamard:
-        turned = (turned @ _sylvester(128, q.device) * 128**-0.5).bfloat16().to(F64)
+        turned = (turned @ sylvester(128, q.device) * 128**-0.5).bfloat16().to(F64)
     own = block_scale(turned.abs().amax(-1))
     return nearest_e4m3(turned / own.unsqueeze(-1)), weights.to(F64) * own * scale
 
