@@ -4,8 +4,8 @@
 kernel's SASS. ``compare`` matches two records by op, capability and hash, and lists what differs. Names of functions
 and files are not hashed, so moved and renamed kernels compare equal. Usage:
 
-    python tools/sass.py record [--capability 8.0 ...] [--every N] [--jobs N] --json FILE
-    python tools/sass.py compare BEFORE AFTER
+    python tools/sass.py record [--capability 8.0 ...] [--op OP ...] [--every N] [--jobs N] --json FILE
+    python tools/sass.py compare [--op OP ...] BEFORE AFTER
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ import compile_matrix
 import triton
 from packaging.version import Version
 
-from dsv4_backends import records
+from dsv4_backends import OPS, records
 from dsv4_backends.bench.provenance import provenance
 
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
@@ -82,12 +82,12 @@ def sass(cubin: bytes) -> str:
     return done.stdout
 
 
-def record_share(capability: str, first: int, every: int) -> list[Entry]:
-    """Every ``every``-th launch of a capability."""
+def record_share(capability: str, ops: Sequence[str], every: int) -> list[Entry]:
+    """Every ``every``-th launch of some ops on a capability."""
     found = []
     cc = compile_matrix.arch_from_capability(Version(capability)).cc
     triton.runtime.driver.set_active(compile_matrix.NoGpu(cc))
-    for asked in compile_matrix.launches(capability)[first::every]:
+    for asked in [one for one in compile_matrix.launches(capability) if one.op in ops][::every]:
         compiled = asked.launch.compile()
         code = normalised(sass(compiled.asm["cubin"]), compiled.metadata.name)
         assert code, f"no SASS of {asked.label}"
@@ -97,8 +97,8 @@ def record_share(capability: str, first: int, every: int) -> list[Entry]:
 
 
 def write(entries: Iterable[Entry], command: str, path: Path) -> None:
-    told = provenance(command)
-    records.write(Record(told["command"], told["date"], triton.__version__, tuple(entries)), path)
+    made = provenance(command)
+    records.write(Record(made["command"], made["date"], triton.__version__, tuple(entries)), path)
 
 
 def read(path: Path) -> Record:
@@ -131,21 +131,25 @@ def main() -> int:
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
+    for command in (recording, comparing):
+        command.add_argument("--op", nargs="+", choices=OPS, default=tuple(OPS), help="default: all")
     args = parser.parse_args()
     if args.command == "record":
         with ProcessPoolExecutor(args.jobs) as pool:
-            shares = [(capability, 0, args.every) for capability in args.capability]
+            shares = [(capability, args.op, args.every) for capability in args.capability]
             entries = [entry for part in pool.map(record_share, *zip(*shares, strict=True)) for entry in part]
-        write(entries, f"python tools/sass.py record --every {args.every} --json FILE", args.json)
+        chosen = "" if len(args.op) == len(OPS) else f" --op {' '.join(args.op)}"
+        write(entries, f"python tools/sass.py record{chosen} --every {args.every} --json FILE", args.json)
         print(f"Triton {triton.__version__}: {len(entries)} kernels")
         return 0
     before, after = read(args.before), read(args.after)
+    old, new = ([entry for entry in record.entries if entry.op in args.op] for record in (before, after))
     if before.triton != after.triton:
         print(f"different versions of Triton: {before.triton} and {after.triton}", file=sys.stderr)
         return 2
-    lines = differences(before.entries, after.entries)
+    lines = differences(old, new)
     print(*lines, sep="\n", end="\n" if lines else "")
-    counts = f"{len(before.entries)} kernels before, {len(after.entries)} after"
+    counts = f"{len(old)} kernels before, {len(new)} after"
     print(f"Triton {after.triton}: {counts}, {len(lines)} differ")
     return 1 if lines else 0
 

@@ -18,45 +18,37 @@ from .variants import OPS, kernels
 BATCH_INVARIANT = tuple(name for name, op in OPS.items() if op.batch_invariant)
 """The ops of which no kernel, tile or split follows from the batch. The others have a function more, which is so."""
 
-
 _CONFIGURATIONS = "configurations measured on compute capability 9.0; elsewhere derived, not run on hardware"
 
 
-def _implementation(
-    op: str, home: str, ahead: str, interpreted: bool, *, invariant: bool, mode: bool
-) -> Implementation:
-    return Implementation(
-        op=op,
-        target=f"dsv4_backend_triton.{home}:{op}",
-        warmup=f"dsv4_backend_triton.{ahead}:warmup",
-        workspace=f"dsv4_backend_triton.{ahead}:workspace",
-        notices="dsv4_backend_triton.ahead:notices",
-        devices=("cuda", "cpu") if interpreted else ("cuda",),
-        capability=(">=8.0",),
-        note=f"kernels: {kernels(op)}; {_CONFIGURATIONS}: {sources(op)}",
-        batch_invariant=invariant,
-        only_batch_invariant=mode,
-    )
+def _implementations() -> Iterable[Implementation]:
+    # Triton's interpreter runs kernels on CPU tensors: for tests, far too slow for anything else.
+    devices = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET", "0") == "1" else ("cuda",)
+    for mode in (False, True):
+        for name, op in OPS.items():
+            if mode and op.batch_invariant:
+                continue
+            home, ahead = ("batch_invariant", "batch_invariant") if mode else (f"{op.folder}.op", "ahead")
+            yield Implementation(
+                op=name,
+                target=f"dsv4_backend_triton.{home}:{name}",
+                warmup=f"dsv4_backend_triton.{ahead}:warmup",
+                workspace=f"dsv4_backend_triton.{ahead}:workspace",
+                notices="dsv4_backend_triton.ahead:notices",
+                devices=devices,
+                capability=(">=8.0",),
+                note=f"kernels: {kernels(name)}; {_CONFIGURATIONS}: {sources(name)}",
+                batch_invariant=mode or op.batch_invariant,
+                only_batch_invariant=mode,
+            )
 
 
 @hookimpl
 def dsv4_providers() -> Iterable[ProviderSpec]:
-    # Triton's interpreter runs kernels on CPU tensors: for tests, far too slow for anything else.
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     yield ProviderSpec(
         name="triton",
         summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and for attention on SM8x and SM12x",
         tier=Tier.PORTABLE,
         requires=("triton>=3.6",),
-        implementations=(
-            *(
-                _implementation(name, f"{op.folder}.op", "ahead", interpreted, invariant=op.batch_invariant, mode=False)
-                for name, op in OPS.items()
-            ),
-            *(
-                _implementation(op, "batch_invariant", "batch_invariant", interpreted, invariant=True, mode=True)
-                for op in OPS
-                if op not in BATCH_INVARIANT
-            ),
-        ),
+        implementations=tuple(_implementations()),
     )

@@ -1,4 +1,4 @@
-"""Before serving: compile what calls would compile, and tell the memory that they would take.
+"""Before serving: compile what calls would compile, and report the memory that they would take.
 
 Both run the op's own function on tensors without storage, with launches recorded instead of made.
 """
@@ -67,9 +67,9 @@ def workspace(op: str, arguments: dict[str, Any], device: torch.device, home: st
     with recording(launches.append, arch_of(device)):
         results = function(**arguments)
     results = results if isinstance(results, tuple) else (results,)
-    known = {_storage(value) for value in (*arguments.values(), *results) if isinstance(value, torch.Tensor)}
+    outside = {_storage(value) for value in (*arguments.values(), *results) if isinstance(value, torch.Tensor)}
     given = [value for launch in launches for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
-    return sum({_storage(t): t.untyped_storage().nbytes() for t in given if _storage(t) not in known}.values())
+    return sum({_storage(t): t.untyped_storage().nbytes() for t in given if _storage(t) not in outside}.values())
 
 
 def notices(op: str) -> Iterable[Reason]:

@@ -107,23 +107,23 @@ def _arch_of(device: torch.device, simulated: str) -> Arch:
     return arch_from_capability(here.capability, here.multiprocessors, interpret=interpret)
 
 
-_pretended: ContextVar[Arch | None] = ContextVar("dsv4_backend_triton_arch", default=None)
+_simulated: ContextVar[Arch | None] = ContextVar("dsv4_backend_triton_arch", default=None)
 
 
 @contextmanager
-def pretending(arch: Arch) -> Iterator[None]:
+def simulating(arch: Arch) -> Iterator[None]:
     """Within the block, tensors of the meta device live on ``arch``."""
-    token = _pretended.set(arch)
+    token = _simulated.set(arch)
     try:
         yield
     finally:
-        _pretended.reset(token)
+        _simulated.reset(token)
 
 
 def arch_of(device: torch.device) -> Arch:
     """The ``Arch`` of a device; ``DSV4_BACKENDS_DEVICE=sm_80`` makes it answer for another capability."""
     if device.type == "meta":
-        arch = _pretended.get()
+        arch = _simulated.get()
         assert arch is not None, "tensors of the meta device reach kernels only where launches are recorded"
         return arch
     return _arch_of(device, os.environ.get("DSV4_BACKENDS_DEVICE", "").strip())

@@ -1,31 +1,37 @@
 """The ops whose kernel, tile or splits follow from the batch, in the mode where they do not.
 
-What serves a row is then what serves it alone: a row's bits are the same in every batch. ``sparse_mla_prefill`` and
-``paged_mqa_logits`` are not here, since they are so in any mode.
+What serves a row is then what serves it alone: a row's bits are the same in every batch. The other ops are so in any
+mode, and are not here.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
-from functools import partial, update_wrapper
-from typing import Any
+from functools import cache, partial, update_wrapper
+from typing import Any, TypeVar
 
 from . import ahead
-from .hyper_connection.hc_prenorm_gemm import op as hyper_connection
-from .indexer.mqa_logits import op as indexer
-from .projection.fp8_einsum import op as projection
-from .sparse_mla.decode import op as sparse_mla
-
-
-def _mode(op: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` in the mode, with the signature of ``op``."""
-    return update_wrapper(partial(run, batch_invariant=True), op)
-
-
-sparse_mla_decode = _mode(sparse_mla.sparse_mla_decode, sparse_mla.decode)
-mqa_logits = _mode(indexer.mqa_logits, indexer.logits)
-fp8_einsum = _mode(projection.fp8_einsum, projection.einsum)
-hc_prenorm_gemm = _mode(hyper_connection.hc_prenorm_gemm, hyper_connection.prenorm_gemm)
+from .variants import OPS
 
 warmup = partial(ahead.warmup, home="batch_invariant")
 workspace = partial(ahead.workspace, home="batch_invariant")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def has_mode(function: _F) -> _F:
+    """An op's function whose last parameter, ``batch_invariant``, is not in the contract and not in the signature."""
+    signature = inspect.signature(function)
+    kept = [p for name, p in signature.parameters.items() if name != "batch_invariant"]
+    vars(function)["__signature__"] = signature.replace(parameters=kept)
+    return function
+
+
+@cache
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The function of an op, in the mode."""
+    if name not in OPS or OPS[name].batch_invariant:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    function = getattr(importlib.import_module(f"{__package__}.{OPS[name].folder}.op"), name)
+    return update_wrapper(partial(function, batch_invariant=True), function)

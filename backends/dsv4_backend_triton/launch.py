@@ -1,4 +1,4 @@
-"""The one door through which kernels are launched, so that launches can be recorded where nothing should run.
+"""Every kernel is launched here, so that launches can be recorded where nothing should run.
 
 Recording is what warm-up and the compile matrix are made of: the op's own function runs on tensors of the meta device,
 and whatever it would launch is handed over instead. What is compiled ahead is then what dispatch asks for, by
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsv4_backends.provider import cache_error, elsewhere, on_its_device
 
-from .arch import Arch, pretending
+from .arch import Arch, simulating
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Launch:
         return {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
 
 
-# Said at every launch: Triton 3.9 warns where it is not, and from 3.10 on the default is to multiply and add apart.
+# Given at every launch: Triton 3.9 warns without it, and from 3.10 on the default is to multiply and add separately.
 _FUSED = {"enable_fp_fusion": True}
 
 _recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("dsv4_backend_triton_recorder", default=None)
@@ -89,7 +89,7 @@ def recording(record: Callable[[Launch], None], arch: Arch) -> Iterator[None]:
     """Within the block nothing is launched: ``record`` gets every launch that ``arch`` would see."""
     token = _recorder.set(record)
     try:
-        with pretending(arch):
+        with simulating(arch):
             yield
     finally:
         _recorder.reset(token)

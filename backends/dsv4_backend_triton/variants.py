@@ -12,24 +12,19 @@ variants that use it; the next in the list serve in their place, and a log line 
 
 from __future__ import annotations
 
-import ast
 import importlib
-import inspect
 import logging
 import re
-import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from types import FunctionType, ModuleType
 from typing import Any
 
 from dsv4_backends.provider import Support, support
 
-from .lib.names import Missing, called
+from .lib.names import called, unresolved
 
 
 @dataclass(frozen=True)
@@ -92,11 +87,8 @@ OPS = {
     "hc_prenorm_gemm": Op("hyper_connection.hc_prenorm_gemm", (Variant("wgmma", _SM_90), _PORTABLE)),
 }
 
-_GLUON = "triton.experimental.gluon.language"
 _log = logging.getLogger("dsv4_backends")
 _logged: set[str] = set()
-
-
 _forced: ContextVar[tuple[str, str, Any] | None] = ContextVar("dsv4_backend_triton_forced", default=None)
 
 
@@ -174,7 +166,7 @@ def missing(op: str, variant: Variant) -> str:
         return ""
     try:
         module = load(op, variant.name)
-        return next(_unresolved(module), "")
+        return next(unresolved(module), "")
     except Exception as error:  # whatever an experimental interface raises when it has changed
         said = " ".join(str(error).split())
         if found := re.match(r"cannot import name '(\w+)' from '([\w.]+)'", said):
@@ -184,92 +176,3 @@ def missing(op: str, variant: Variant) -> str:
         if isinstance(error, AttributeError) and error.obj is not None:
             return f"{called(error.obj)} has no {error.name}"
         return f"{type(error).__name__}: {said}"
-
-
-def _unresolved(module: ModuleType) -> Iterator[str]:
-    """Names that are used in a module's functions, and in those of this package that they call, and do not exist."""
-    waiting = [f for f in map(_function, vars(module).values()) if f is not None and f.__module__ == module.__name__]
-    seen = set(waiting)
-    while waiting:
-        function = waiting.pop()
-        visitor = _Names(function.__globals__)
-        visitor.visit(_tree(function))
-        yield from visitor.unresolved
-        waiting += visitor.calls - seen
-        seen |= visitor.calls
-
-
-def _function(value: Any) -> FunctionType | None:
-    """The Python function of this package behind a kernel, or behind a function that is evaluated in one."""
-    function = getattr(value, "fn", None)
-    ours = isinstance(function, FunctionType) and function.__module__.startswith(f"{__package__}.")
-    return function if ours else None
-
-
-def _tree(function: Callable[..., Any]) -> ast.AST:
-    return ast.parse(textwrap.dedent(inspect.getsource(function)))
-
-
-class _Names(ast.NodeVisitor):
-    """What a function's text uses of Triton: ``gl.x`` and ``mbarrier.y`` by the modules, ``.z`` of values by all
-    classes of Gluon together, since what a value is cannot be told from the text.
-    """
-
-    def __init__(self, names: dict[str, Any]) -> None:
-        self.names = names
-        self.unresolved: list[str] = []
-        self.calls: set[FunctionType] = set()
-
-    def visit_Name(self, node: ast.Name) -> None:
-        value = self.names.get(node.id)
-        if isinstance(value, Missing):
-            self.unresolved.append(value.why)
-        elif (function := _function(value)) is not None:
-            self.calls.add(function)
-
-    def visit_If(self, node: ast.If) -> None:
-        # `if PRIVATE:` over a constant of the module has one branch for each version of Triton.
-        known = self.names.get(node.test.id) if isinstance(node.test, ast.Name) else None
-        if known is None:
-            self.generic_visit(node)
-        else:
-            for child in node.body if getattr(known, "value", known) else node.orelse:
-                self.visit(child)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        owner = self._value(node.value)
-        if owner is None:
-            if node.attr not in _attributes():
-                self.unresolved.append(f"no class of Gluon has .{node.attr}")
-            self.visit(node.value)
-        elif called(owner).startswith("triton") and not hasattr(owner, node.attr):
-            self.unresolved.append(f"{called(owner)} has no {node.attr}")
-
-    def _value(self, node: ast.AST) -> Any:
-        """The module that an expression names, or None."""
-        if isinstance(node, ast.Name):
-            value = self.names.get(node.id)
-        elif isinstance(node, ast.Attribute) and (owner := self._value(node.value)) is not None:
-            value = getattr(owner, node.attr, None)
-        else:
-            return None
-        return value if isinstance(value, ModuleType) else None
-
-
-@cache
-def _attributes() -> frozenset[str]:
-    """The attributes of what a value in these kernels, or its type, may be: a tensor, a tensor map, shared memory, a
-    constant. Not those of the plain language's descriptors and of tensor memory, of which some have the same names.
-    """
-    from triton.language import core
-
-    found: set[str] = set()
-    modules = (m for name, m in list(sys.modules.items()) if name.startswith(("triton.language.core", _GLUON)))
-    for kind in {
-        value for m in modules if isinstance(m, ModuleType) for value in vars(m).values() if isinstance(value, type)
-    }:
-        plain = kind.__module__ == core.__name__ and kind.__name__.startswith(("tensor_descriptor", "tuple"))
-        if issubclass(kind, (core.base_value, core.base_type)) and not plain and "tensor_memory" not in kind.__name__:
-            made = vars(kind).get("__init__")
-            found.update(dir(kind), made.__code__.co_names if isinstance(made, FunctionType) else ())
-    return frozenset(found)

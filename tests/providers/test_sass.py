@@ -41,7 +41,7 @@ def test_names_do_not_count_and_code_does(monkeypatch: pytest.MonkeyPatch, tmp_p
         launch = Launch(kernel, (1,), {"x": x, constant: 128}, {"num_warps": 1, "enable_fp_fusion": True})
         asked = sass.compile_matrix.Asked("some_op", launch)
         monkeypatch.setattr(sass.compile_matrix, "launches", lambda _: (asked,))
-        return list(sass.record_share("8.0", 0, 1))
+        return list(sass.record_share("8.0", ["some_op"], 1))
 
     one, same, other = record(_twice, "size"), record(_renamed_twice, "block"), record(_three_times, "size")
     assert sass.differences(one, one) == sass.differences(one, same) == []

@@ -15,7 +15,9 @@ load_box = either(either(hopper, "tma"), "async_load", "async_copy_global_to_sha
 async_load = either(either(hopper, "async_copy"), "async_load", "async_copy_global_to_shared")
 # all threads of a role
 barrier = either(gl, "barrier", "thread_barrier")
-PRIVATE_REINTERPRET = gl.constexpr(hasattr(getattr(gl, "shared_memory_descriptor", None), "_reinterpret"))
+# shared memory as another type, shape and layout
+reinterpret = either(either(gl, "shared_memory_descriptor"), "_reinterpret", "reinterpret")
+FROM_3_9 = gl.constexpr(hasattr(gl, "barrier"))
 
 
 @gluon.jit
@@ -28,7 +30,8 @@ def launch_dependents():
 
 @gluon.jit
 def block_index(AXIS: gl.constexpr):
-    """The block's place in the grid ("x" or "y") again, as the compiler does not know: it would keep what it has."""
+    """The block's place in the grid ("x" or "y"), by PTX that is opaque to the compiler: with ``gl.program_id`` it
+    keeps the index and all that is derived from it in registers across a loop, which spills."""
     return gl.inline_asm_elementwise(
         "mov.u32 $0, %ctaid." + AXIS + ";", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )

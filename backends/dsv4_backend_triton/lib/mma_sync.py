@@ -22,7 +22,7 @@ def mma_layout(warps: int) -> Any:
 
 @gluon.constexpr_function
 def sums_layout(heads: int, warps: int) -> Any:
-    """[heads, 16]: of each head one value for each thread that has logits of it."""
+    """[heads, 16]: 16 threads hold logits of a head; column t is thread t's sum."""
     high = warps // 4
     return gl.DistributedLinearLayout(
         reg_bases=[[8, 0]] + ([[16 * high, 0]] if heads > 16 * high else []),
@@ -34,14 +34,14 @@ def sums_layout(heads: int, warps: int) -> Any:
 
 
 @gluon.jit
-def halves(weight):
-    """The first 32 of 64 columns, and the others; moves nothing between threads."""
-    return gl.split(gl.permute(gl.reshape(weight, [weight.shape[0], 2, 32]), (0, 2, 1)))
+def halves(p):
+    """The first 32 of 64 columns, and the others; no data moves between threads."""
+    return gl.split(gl.permute(gl.reshape(p, [p.shape[0], 2, 32]), (0, 2, 1)))
 
 
 @gluon.jit
-def add_weights(sums, alpha, weight):
-    """The running sums of the weights, 16 a head: a thread adds only what it has itself."""
+def add_to_sums(sums, alpha, p):
+    """The running sums of exp, 16 a head: a thread adds what it holds, and no data moves between threads."""
     alpha = gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))
-    parts = gl.reshape(weight, [weight.shape[0], weight.shape[1] // 32, 16, 2])
+    parts = gl.reshape(p, [p.shape[0], p.shape[1] // 32, 16, 2])
     return sums * alpha[:, None] + gl.convert_layout(gl.sum(gl.sum(parts, 3), 1), sums.type.layout)

@@ -20,12 +20,12 @@ def attend(q, acc, m_i, l_i, k, valid, scale_log2, OPERAND: tl.constexpr, FIRST:
         m_new = tl.max(logits, 1)
     else:
         m_new = tl.maximum(m_i, tl.max(logits, 1))
-    weight = tl.where(valid[None, :], tl.exp2(logits - m_new[:, None]), 0.0)
+    p = tl.where(valid[None, :], tl.exp2(logits - m_new[:, None]), 0.0)
     if FIRST:
-        l_i = tl.sum(weight, 1)
-        acc = tl.dot(weight.to(OPERAND), k)
+        l_i = tl.sum(p, 1)
+        acc = tl.dot(p.to(OPERAND), k)
     else:
         alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(OPERAND), k, acc * alpha[:, None])
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(OPERAND), k, acc * alpha[:, None])
     return acc, m_new, l_i

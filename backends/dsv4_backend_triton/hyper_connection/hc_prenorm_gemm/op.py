@@ -1,33 +1,71 @@
-"""The provider's function for ``hc_prenorm_gemm``."""
+"""The provider's function for ``hc_prenorm_gemm``, what a call is to its kernels, and into how many pieces k is cut."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 
 from ... import variants
-from ...arch import arch_of
+from ...arch import Arch, arch_of
+from ...batch_invariant import has_mode
 from ...lib.sizes import cdiv
-from .plan import Call, Shape
+
+_INVARIANT_ROWS, _INVARIANT_SPLITS = 256, 16
+"""The rows that the batch-invariant mode is laid out for, and into how many pieces it cuts k. With fewer pieces, few
+rows keep fewer multiprocessors busy; with more, many rows write more partials."""
 
 
+class Shape(NamedTuple):
+    """All that a plan follows from. ``aligned``: rows of x and fn lie on 16-byte boundaries."""
+
+    arch: Arch
+    m: int
+    n: int
+    k: int
+    aligned: bool
+    batch_invariant: bool
+
+    @property
+    def planned_rows(self) -> int:
+        return _INVARIANT_ROWS if self.batch_invariant else self.m
+
+
+class Call(NamedTuple):
+    """A call. ``out`` and ``sqr_sum`` have no dimension of partials where ``num_splits`` is None."""
+
+    shape: Shape
+    x: Tensor
+    fn: Tensor
+    num_splits: int | None
+    out: Tensor
+    sqr_sum: Tensor
+
+    def pieces(self, config: Any) -> int:
+        """Pieces of k, of at least two k steps each. Where a caller asks for fewer partials than keep the machine busy,
+        there are more pieces, and each partial is the sum of some."""
+        if config.splits is not None:
+            return int(config.splits)
+        shape, results = self.shape, self.num_splits or 1
+        busy = min(config.blocks * shape.arch.sms // cdiv(shape.m, config.block_m), 32)
+        wanted = min(_INVARIANT_SPLITS if shape.batch_invariant else busy, shape.k // (2 * config.block_k))
+        return results * max(1, wanted // results)
+
+
+@has_mode
 def hc_prenorm_gemm(
-    x: torch.Tensor,
-    fn: torch.Tensor,
+    x: Tensor,
+    fn: Tensor,
     *,
     num_splits: int | None = None,
-    out: torch.Tensor | None = None,
-    sqr_sum: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``mixes = x @ fn.T`` [m, n] fp32 and ``sqr_sum = (x * x).sum(1)`` [m] fp32.
-
-    ``x`` [m, k] bf16, ``fn`` [n, k] fp32. With ``num_splits`` S the results are partials [S, m, n] and [S,
-    m] that sum to them. Deterministic. Workspace: where k is cut into more pieces than the caller asks for
-    (``default_splits``), pieces * m * (n + 1) fp32.
+    out: Tensor | None = None,
+    sqr_sum: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See ``dsv4_backends.ops.hc_prenorm_gemm``. Deterministic. Workspace: where k is cut into more pieces than the
+    caller asks for (``Call.pieces``), pieces * m * (n + 1) fp32.
     """
-    return prenorm_gemm(x, fn, num_splits, out, sqr_sum)
-
-
-def prenorm_gemm(x, fn, num_splits=None, out=None, sqr_sum=None, batch_invariant=False):
     m, k = x.shape
     n = fn.shape[0]
     lead = () if num_splits is None else (num_splits,)
@@ -40,12 +78,14 @@ def prenorm_gemm(x, fn, num_splits=None, out=None, sqr_sum=None, batch_invariant
     if k == 0:
         return out.zero_(), sqr_sum.zero_()
     if n == 0:  # the sums of squares are wanted all the same
-        prenorm_gemm(x, fn.new_zeros((1, k)), num_splits, None, sqr_sum, batch_invariant)
+        fn = fn.new_zeros((1, k))
+        hc_prenorm_gemm(x, fn, num_splits=num_splits, sqr_sum=sqr_sum, batch_invariant=batch_invariant)
         return out, sqr_sum
     if num_splits is not None and num_splits > (blocks := cdiv(k, 64)):  # a grid of more than 65535 is not launched
         out[blocks:].zero_()
         sqr_sum[blocks:].zero_()
-        prenorm_gemm(x, fn, blocks, out[:blocks], sqr_sum[:blocks], batch_invariant)
+        first, first_sums = out[:blocks], sqr_sum[:blocks]
+        hc_prenorm_gemm(x, fn, num_splits=blocks, out=first, sqr_sum=first_sums, batch_invariant=batch_invariant)
         return out, sqr_sum
     aligned = x.stride(0) % 8 == 0 and fn.stride(0) % 4 == 0
     aligned = aligned and x.data_ptr() % 16 == 0 and fn.data_ptr() % 16 == 0

@@ -25,12 +25,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...configurations import configured
 from ...lib.sizes import cdiv, pow2
-from .plan import Call, Shape
+from .op import Call, Shape
 from .reduce import launch_splits
 
 
 class Config(NamedTuple):
-    """``blocks``: for each multiprocessor, which k is cut for; ``splits``: into how many pieces, whatever those are."""
+    """``blocks``: programs for each multiprocessor, from which the pieces of k follow; ``splits``: the pieces of k, in
+    place of those."""
 
     block_m: int
     block_k: int
@@ -68,6 +69,15 @@ def launch(call: Call, config: Config) -> None:
     )  # fmt: skip
 
 
+@triton.jit
+def _product(x, fn, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr = None):
+    """x @ fn.T added to ``acc``, or with SWAP fn @ x.T."""
+    if SWAP:
+        return tl.dot(fn, tl.trans(x), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(x, tl.trans(fn), acc, input_precision=PRECISION)
+
+
 _SIZES = "M N K x_stride fn_stride o_stride_s o_stride_m s_stride_s s_stride_m per".split()
 
 
@@ -100,10 +110,7 @@ def _hc_kernel(
         col_ok = (cols < N)[:, None]
     k_lo = tl.multiple_of(split * per, BLOCK_K)
     k_hi = tl.minimum(k_lo + per, K)
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     sqr = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for k0 in tl.range(k_lo, k_hi, BLOCK_K, num_stages=STAGES):
         k = k0 + kk
@@ -124,22 +131,10 @@ def _hc_kernel(
             bits = fn.to(tl.int32, bitcast=True)
             high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
             low = (fn - (bits & -65536).to(tl.float32, bitcast=True)).to(tl.bfloat16)
-            if SWAP:
-                acc = tl.dot(high, tl.trans(x), acc)
-                acc = tl.dot(low, tl.trans(x), acc)
-            else:
-                acc = tl.dot(x, tl.trans(high), acc)
-                acc = tl.dot(x, tl.trans(low), acc)
-        elif MODE == "tf32":
-            if SWAP:
-                acc = tl.dot(fn, tl.trans(x32), acc, input_precision="tf32")
-            else:
-                acc = tl.dot(x32, tl.trans(fn), acc, input_precision="tf32")
+            acc = _product(x, high, acc, SWAP)
+            acc = _product(x, low, acc, SWAP)
         else:
-            if SWAP:
-                acc = tl.dot(fn, tl.trans(x32), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(x32, tl.trans(fn), acc, input_precision="ieee")
+            acc = _product(x32, fn, acc, SWAP, "tf32" if MODE == "tf32" else "ieee")
     if SWAP:
         acc = tl.trans(acc)
     s64 = split.to(tl.int64)

@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ...launch import launch as launch_kernel
 from ...lib.sizes import cdiv, pow2
-from .plan import Call
+from .op import Call
 
 
 def launch_splits(

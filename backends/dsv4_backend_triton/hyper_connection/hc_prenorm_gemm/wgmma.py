@@ -1,7 +1,7 @@
 """``hc_prenorm_gemm`` for many rows on wgmma: warp-specialised.
 
 The portable kernel has one group of warps that waits for a tile, splits ``fn`` into two bf16, writes that to shared
-memory for the tensor cores, and multiplies: one after the other, which ends at three quarters of the H200's bandwidth.
+memory for the tensor cores, and multiplies: one after the other, which reaches three quarters of the H200's bandwidth.
 Here three roles overlap.
 
     role       warps                registers   does
@@ -33,18 +33,13 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
 from ...lib import ring
 from ...lib.boxes import boxes
-from ...lib.gluon import barrier, launch_dependents, load_box
-from .plan import Call, Shape
+from ...lib.gluon import launch_dependents, load_box
+from .op import Call, Shape
 from .reduce import launch_splits
 
 MIXES = gl.constexpr(32)  # rows of fn in a tile; those beyond n are zeros that the tensor map fills in
@@ -114,9 +109,7 @@ def _splitter(smem, bars, steps, STAGES: gl.constexpr, RING: gl.constexpr):
         both = split_smem.index(slot)
         both.slice(0, MIXES, 0).store(high)
         both.slice(MIXES, MIXES, 0).store(low)
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(s_full.index(slot), count=1)
+        ring.publish(s_full.index(slot))
         mbarrier.arrive(x_empty.index(stage), count=1)
 
 
@@ -136,15 +129,14 @@ def _consumer(
         stage = step % STAGES
         slot = step % RING
         mbarrier.wait(s_full.index(slot), ring.phase(step, RING))
-        # the splitter has waited for this tile, but what arrived is seen by those who wait for it themselves
+        # The splitter has waited for this tile, but only a thread that waits on the barrier itself sees what arrived.
         mbarrier.wait(x_full.index(stage), ring.phase(step, STAGES))
         x = x_smem.index(stage)
         acc = warpgroup_mma(x, split_smem.index(slot).permute((1, 0)), acc, is_async=True)
         wide = x.load(lay).to(gl.float32)
         squares += wide * wide
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        barrier()
-        mbarrier.arrive(x_empty.index(stage), count=1)
+        ring.arrive(x_empty.index(stage))
         mbarrier.arrive(s_empty.index(slot), count=1)
     mixes = gl.sum(gl.reshape(acc, [ROWS, 2, MIXES]), 1)
     store: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [ROWS // 16, 1], [1, 0])
@@ -184,18 +176,14 @@ def _hc_wgmma_kernel(
     split_smem = gl.allocate_shared_memory(gl.bfloat16, [RING, 2 * MIXES, STEP], b_lay)
     x_full, x_empty = ring.barriers(STAGES, 1, 2)
     s_full, s_empty = ring.barriers(RING, 1, 1)
-    fence_async_shared()
-    barrier()
-    bars = (x_full, x_empty, s_full, s_empty)
+    ring.sync()
+    descs, bars = (x_desc, fn_desc), (x_full, x_empty, s_full, s_empty)
     target = (out_ptr, sqr_ptr, m0, M, N, o_stride_m, s_stride_m)
     gl.warp_specialize(
         [
             (_consumer, ((x_smem, split_smem), bars, target, steps, ROWS, STEP, STAGES, RING)),
             (_splitter, ((fn_smem, split_smem), bars, steps, STAGES, RING)),
-            (
-                _producer,
-                ((x_desc, fn_desc), (x_smem, fn_smem), (x_full, x_empty), (m0, k_lo, steps), ROWS, STEP, STAGES),
-            ),
+            (_producer, (descs, (x_smem, fn_smem), (x_full, x_empty), (m0, k_lo, steps), ROWS, STEP, STAGES)),
         ],
         [4, 1],
         [80, 40],

@@ -1,47 +1,64 @@
-"""The provider's function for ``mqa_logits``."""
+"""The provider's function for ``mqa_logits``, and what a call is to its kernels."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ... import variants
-from ...arch import arch_of
+from ...arch import Arch, arch_of
+from ...batch_invariant import has_mode
 from ..heads import as_bytes
-from .plan import Call, Shape
 
-_INVARIANT_ROWS = 4
-"""The batch-invariant mode has for few rows what so many have."""
+_INVARIANT_ROWS = 4  # the batch-invariant mode plans for at least as many
 
 
+class Shape(NamedTuple):
+    """All that a plan follows from. ``rows``: of the call, in the batch-invariant mode at least 4."""
+
+    arch: Arch
+    rows: int
+    h: int
+    d: int
+    compressed: bool
+
+
+class Call(NamedTuple):
+    """A call, its result allocated; ``q`` and ``k`` in the kernels' element type."""
+
+    shape: Shape
+    q: Tensor
+    k: Tensor
+    k_scale: Tensor
+    weights: Tensor
+    starts: Tensor
+    ends: Tensor
+    out: Tensor
+
+
+@has_mode
 def mqa_logits(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    row_starts: torch.Tensor,
-    row_ends: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
     *,
     max_seqlen_k: int | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Indexer logits of ``m`` queries over ``n`` contiguous keys.
-
-    ``q`` [m, h, d] e4m3, ``k`` [n, d] e4m3, ``k_scale`` [n] fp32, ``weights`` [m, h] fp32, ``row_starts`` and
-    ``row_ends`` [m] int32, half open, clamped to [0, n]. Returns fp32 [m, n], -inf outside the row's range;
-    with ``max_seqlen_k`` the compressed [m, max_seqlen_k] whose column j is key ``start + j``, -inf beyond
-    the row's end. No workspace.
-    """
-    return logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k, out)
-
-
-def logits(q, k, k_scale, weights, row_starts, row_ends, max_seqlen_k=None, out=None, batch_invariant=False):
+    out: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """See ``dsv4_backends.ops.mqa_logits``. No workspace."""
     m, h, d = q.shape
-    compressed = max_seqlen_k is not None
     if out is None:
-        out = torch.empty((m, max_seqlen_k if compressed else k.shape[0]), dtype=torch.float32, device=q.device)
+        columns = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+        out = torch.empty((m, columns), dtype=torch.float32, device=q.device)
     if out.numel():
         arch = arch_of(q.device)
-        shape = Shape(arch, max(m, _INVARIANT_ROWS) if batch_invariant else m, h, d, compressed)
+        shape = Shape(arch, max(m, _INVARIANT_ROWS) if batch_invariant else m, h, d, max_seqlen_k is not None)
         call = Call(shape, as_bytes(q, arch), as_bytes(k, arch), k_scale, weights, row_starts, row_ends, out)
         variants.run("mqa_logits", call)
     return out

@@ -24,7 +24,7 @@ from ...launch import launch as launch_kernel
 from ...lib.bits import fp8_operand
 from ...lib.sizes import cdiv
 from ..heads import Config, chunk_of, constants, fill, fitted, load_q, padded, relu_head_sum
-from .plan import Call, Shape
+from .op import Call, Shape
 
 
 def plan(shape: Shape) -> Config:
@@ -102,7 +102,7 @@ def _mqa_logits_kernel(
         selected = row_ok
         origin = 0
         if COMPRESSED:
-            # all rows, or the group's; a scalar or-ed into a mask is more than the interpreter can do
+            # all rows, or the group's; the interpreter cannot or a scalar into a mask
             row = tl.arange(0, ROWS)
             selected = row_ok & (row == tl.where(shared, row, group))
             origin = tl.where(shared, first, tl.sum(tl.where(tl.arange(0, ROWS) == group, start, 0), axis=0))
@@ -125,11 +125,7 @@ def _mqa_logits_kernel(
                 dim = tl.arange(0, BLOCK_D)
                 k_ptr = k_src + key.to(tl.int64)[:, None] * k_stride + dim[None, :]
                 k_mask = key_ok[:, None] & (dim < D)[None, :]
-                if OPERAND == tl.float8e4nv:
-                    raw = tl.load(k_ptr, mask=k_mask, other=0.0)
-                else:
-                    raw = tl.load(k_ptr, mask=k_mask, other=0)
-                k = fp8_operand(raw, OPERAND)
+                k = fp8_operand(tl.load(k_ptr, mask=k_mask, other=0.0 if OPERAND == tl.float8e4nv else 0), OPERAND)
             s = relu_head_sum(k, q_t, w, ROWS, BLOCK_H, BLOCK_N) * (0.5 * scale)[:, None]
             inside = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
             s = tl.where(inside, s, float("-inf"))

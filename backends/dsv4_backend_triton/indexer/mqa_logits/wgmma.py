@@ -38,7 +38,7 @@ from ...lib import ring
 from ...lib.boxes import boxes
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
-from .plan import Call, Shape
+from .op import Call, Shape
 
 COLUMNS = gl.constexpr(128)  # two queries of 64 heads: the N of one wgmma
 DIM = gl.constexpr(128)
@@ -90,7 +90,7 @@ def _balanced_chunk(columns: int, row_blocks: int, block_n: int, sms: int) -> in
 
 @gluon.jit
 def _item(index, work, KEYS: gl.constexpr):
-    """First row, column range, and the tile-aligned part of it that some row reaches."""
+    """First row, column range, and the tile-aligned part of it that a row reaches."""
     starts_ptr, ends_ptr, m, n, chunk, row_blocks, _ = work
     row0 = (index % row_blocks) * ROWS
     c0 = (index // row_blocks) * chunk
@@ -101,9 +101,9 @@ def _item(index, work, KEYS: gl.constexpr):
         row = gl.minimum(row0 + i, m - 1)
         start = gl.minimum(gl.maximum(gl.load(starts_ptr + row), 0), n)
         end = gl.minimum(gl.maximum(gl.load(ends_ptr + row), 0), n)
-        some = end > start
-        lo = gl.minimum(lo, gl.where(some, start, n))
-        hi = gl.maximum(hi, gl.where(some, end, 0))
+        filled = end > start
+        lo = gl.minimum(lo, gl.where(filled, start, n))
+        hi = gl.maximum(hi, gl.where(filled, end, 0))
     lo = gl.minimum(gl.maximum(c0, lo // KEYS * KEYS), c1)
     hi = gl.maximum(gl.minimum(c1, hi), lo)
     return row0, c0, c1, lo, hi
@@ -189,12 +189,8 @@ def _consumer(WHO: gl.constexpr, tensors, smem, bars, work, KEYS: gl.constexpr, 
             col = j + key
             inside = (col[:, None] >= start[None, :]) & (col[:, None] < end[None, :])
             total = gl.where(inside, total, float("-inf"))
-            gl.store(
-                row_ptr[None, :] + col[:, None],
-                total,
-                mask=row_ok[None, :] & (col < c1)[:, None],
-                cache_modifier=".cs",
-            )
+            ptr, stored = row_ptr[None, :] + col[:, None], row_ok[None, :] & (col < c1)[:, None]
+            gl.store(ptr, total, mask=stored, cache_modifier=".cs")
             scale = scale_next
             step += 1
         mbarrier.arrive(q_empty.index(slot))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...launch import launch as launch_kernel
 from ...lib.boxes import boxes
-from .plan import FP32, Call
+from .op import FP32, Call
 
 SIZES = (
     "B N n_k H x_row_h x_col_h w_row_h xs_row_h "

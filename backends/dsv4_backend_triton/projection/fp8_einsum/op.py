@@ -1,33 +1,72 @@
-"""The provider's function for ``fp8_einsum``."""
+"""The provider's function for ``fp8_einsum``, and what a call is to its kernels."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from ... import variants
-from ...arch import arch_of
-from .plan import E8M0, FP32, PACKED, Call, Shape
+from ...arch import Arch, arch_of
+from ...batch_invariant import has_mode
+from ...lib.sizes import cdiv
+
+# How a scale tensor stores its values.
+FP32, E8M0, PACKED = 0, 1, 2
 
 
+class Shape(NamedTuple):
+    """All that a plan follows from. ``w_rows``: scales of w are per row, not per 128."""
+
+    arch: Arch
+    b: int
+    h: int
+    d: int
+    w_rows: bool
+    batch_invariant: bool
+
+    @property
+    def alone(self) -> bool:
+        """Every block of 64 outputs has a multiprocessor of its own. The bytes in flight on a multiprocessor keep the
+        memory busy: those of one block must then be as many as those of two elsewhere."""
+        return cdiv(self.d, 64) * self.h <= self.arch.sms
+
+
+class Call(NamedTuple):
+    """A call, its result allocated; operands in the kernels' element type, and the kinds of the scales."""
+
+    shape: Shape
+    x: Tensor
+    xs: Tensor
+    x_kind: int
+    w: Tensor
+    ws: Tensor
+    w_kind: int
+    out: Tensor
+
+    @property
+    def operands_aligned(self) -> bool:
+        return all(stride % 16 == 0 for t in (self.x, self.w) for stride in t.stride()[:2])
+
+    @property
+    def aligned(self) -> bool:
+        fits = self.out.stride(0) % 8 == 0 and self.out.stride(1) % 8 == 0
+        return self.operands_aligned and fits and self.shape.d % 8 == 0
+
+
+@has_mode
 def fp8_einsum(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
     *,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``out[b, h, d] = sum_r x[b, h, r] * w[h, d, r]`` on block-scaled e4m3 operands, bf16 out.
-
-    ``x`` [b, h, r] and ``w`` [h, d, r] e4m3 with r contiguous. ``x_scale`` [b, h, ceil(r/128)] fp32 or e8m0,
-    or int32 [b, h, ceil(r/512)] of four packed E8M0; ``w_scale`` likewise [h, ceil(d/128) or d, ...]; any
-    strides. Deterministic. No workspace.
-    """
-    return einsum(x, x_scale, w, w_scale, out)
-
-
-def einsum(x, x_scale, w, w_scale, out=None, batch_invariant=False):
+    out: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """See ``dsv4_backends.ops.fp8_einsum``. Deterministic. No workspace."""
     b, h, r = x.shape
     d = w.shape[1]
     if out is None:
@@ -44,7 +83,7 @@ def einsum(x, x_scale, w, w_scale, out=None, batch_invariant=False):
     return out
 
 
-def _scale(scale: torch.Tensor) -> tuple[torch.Tensor, int]:
+def _scale(scale: Tensor) -> tuple[Tensor, int]:
     """A scale tensor as the kernels take it, and its kind."""
     if scale.dtype == torch.float32:
         return scale, FP32

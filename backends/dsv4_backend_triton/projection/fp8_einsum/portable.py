@@ -24,7 +24,7 @@ from ...configurations import configured
 from ...launch import launch as launch_kernel
 from ...lib.bits import e8m0_to_fp32, fp8_operand, round_to
 from ...lib.sizes import cdiv
-from .plan import Call, Shape
+from .op import Call, Shape
 
 _INVARIANT_TOKENS = 128  # that the batch-invariant mode is laid out for
 
@@ -96,9 +96,7 @@ def _load_tile(
         return tl.reshape(src.load([h, row0, kb * 128]), (rows.shape[0], 128))
     else:
         k = kb * 128 + dim
-        row = rows
-        if CLAMP:
-            row = tl.minimum(rows, ROWS - 1)
+        row = tl.minimum(rows, ROWS - 1) if CLAMP else rows
         ptr = src + h.to(tl.int64) * stride_h + row.to(tl.int64)[:, None] * stride_row + k[None, :]
         if CLAMP and EVEN_K:
             raw = tl.load(ptr)
@@ -106,10 +104,7 @@ def _load_tile(
             mask = (k < R)[None, :] if CLAMP else (rows < ROWS)[:, None]
             if not CLAMP and not EVEN_K:
                 mask = mask & (k < R)[None, :]
-            if OPERAND == tl.float8e4nv:
-                raw = tl.load(ptr, mask=mask, other=0.0)
-            else:
-                raw = tl.load(ptr, mask=mask, other=0)
+            raw = tl.load(ptr, mask=mask, other=0.0 if OPERAND == tl.float8e4nv else 0)
         return fp8_operand(raw, OPERAND)
 
 
@@ -140,6 +135,7 @@ def _einsum_kernel(
     b0 = (pid % b_tiles) * BLOCK_B
     h = pid // b_tiles
     split = tl.program_id(1)
+    n_out = N.to(tl.int64)
     if ALIGNED:
         x_stride_b = tl.multiple_of(x_stride_b.to(tl.int64), 16)
         x_stride_h = tl.multiple_of(x_stride_h.to(tl.int64), 16)
@@ -148,10 +144,7 @@ def _einsum_kernel(
         o_stride_s = tl.multiple_of(o_stride_s.to(tl.int64), 8)
         o_stride_b = tl.multiple_of(o_stride_b.to(tl.int64), 8)
         o_stride_h = tl.multiple_of(o_stride_h.to(tl.int64), 8)
-        n_out = tl.multiple_of(N.to(tl.int64), 8)
-    else:
-        n_out = N.to(tl.int64)
-
+        n_out = tl.multiple_of(n_out, 8)
     h64 = h.to(tl.int64)
     tokens = b0 + tl.arange(0, BLOCK_B)
     dim = tl.arange(0, 128)
@@ -162,10 +155,7 @@ def _einsum_kernel(
     per = tl.cdiv(n_k, splits)
     k_lo = split * per
     k_hi = tl.minimum(k_lo + per, n_k)
-    if SWAP:
-        acc = tl.zeros((BLOCK_D, BLOCK_B), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_D, BLOCK_B) if SWAP else (BLOCK_B, BLOCK_D), tl.float32)
     x_strides, w_strides = (x_stride_h, x_stride_b), (w_stride_h, w_stride_d)
     for k_step in tl.range(k_lo, k_hi, UNROLL, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
@@ -181,17 +171,11 @@ def _einsum_kernel(
                 out_d = d0 + dd
                 ws_off = h64 * ws_stride_h + out_d.to(tl.int64) * ws_stride_d
                 ws = _scale(ws_ptr, ws_off, kb, ws_stride_k, W_KIND, out_d < N)
-                if SWAP:
-                    p *= ws[:, None]
-                else:
-                    p *= ws[None, :]
+                p *= ws[:, None] if SWAP else ws[None, :]
             else:  # BLOCK_D divides 128: one scale for the tile
                 ws_off = h64 * ws_stride_h + (d0 // 128).to(tl.int64) * ws_stride_d
                 s = s * _scale(ws_ptr, ws_off, kb, ws_stride_k, W_KIND, d0 < N)
-            if SWAP:
-                p *= s[None, :]
-            else:
-                p *= s[:, None]
+            p *= s[None, :] if SWAP else s[:, None]
             acc += p
 
     out_d = d0 + dd
@@ -199,6 +183,5 @@ def _einsum_kernel(
     if SWAP:
         acc = tl.trans(acc)
     ptr += tokens.to(tl.int64)[:, None] * o_stride_b + out_d[None, :]
-    tl.store(
-        ptr, round_to(acc, out_ptr.dtype.element_ty, OPERAND), mask=(tokens < B)[:, None] & (out_d < n_out)[None, :]
-    )
+    result = round_to(acc, out_ptr.dtype.element_ty, OPERAND)
+    tl.store(ptr, result, mask=(tokens < B)[:, None] & (out_d < n_out)[None, :])

@@ -32,10 +32,10 @@ from ...lib import ring
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
 from .boxes import SIZES, launch_boxes, takes  # noqa: F401
-from .plan import Call, Shape
+from .op import Call, Shape
 
 OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens are the N
-LINE = gl.constexpr(32)  # scales that are fetched at least: a box lands at a multiple of 128 bytes
+LINE = gl.constexpr(32)  # the least scales of a box: its place is a multiple of 128 bytes
 TOKENS = range(17, 65)
 
 
@@ -72,11 +72,9 @@ def _producer(descs, smem, bars, n_k, at, BLOCK_B: gl.constexpr, STAGES: gl.cons
         stage = kb % STAGES
         mbarrier.wait(empty.index(stage), ring.phase(kb, STAGES) ^ 1)
         bar = full.index(stage)
+        mbarrier.expect(bar, (BLOCK_B + OUTPUTS) * 128 + (max(BLOCK_B, LINE) * 4 if SCALE_BOX else 0))
         if SCALE_BOX:
-            mbarrier.expect(bar, (BLOCK_B + OUTPUTS) * 128 + max(BLOCK_B, LINE) * 4)
             load_box(xs_desc, [xs_row + kb, 0], bar, xs_smem.index(stage))
-        else:
-            mbarrier.expect(bar, (BLOCK_B + OUTPUTS) * 128)
         load_box(w_desc, [w_row, kb * 128], bar, w_smem.index(stage))
         load_box(x_desc, [x_row, x_col + kb * 128], bar, x_smem.index(stage))
 
@@ -106,9 +104,8 @@ def _consumer(
         if not SCALE_BOX:
             x_next = gl.load(xs + ahead * xs_stride_k)
         mbarrier.wait(full.index(stage), ring.phase(kb, STAGES))
-        part = warpgroup_mma(
-            w_smem.index(stage), x_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
+        w, x = w_smem.index(stage), x_smem.index(stage).permute((1, 0))
+        part = warpgroup_mma(w, x, zeros, use_acc=False, is_async=True)
         if SCALE_BOX:
             x_scale = xs_smem.index(stage).reshape([max(BLOCK_B, LINE)]).slice(0, BLOCK_B).load(tokens)
         part = warpgroup_mma_wait(0, deps=[part])

@@ -44,7 +44,7 @@ def _decode_nope(raw, word, FIRST: tl.constexpr, OPERAND: tl.constexpr, THREADS:
     code = ((word[:, None] >> (group * 8)[None, :]) & 0xFF).to(tl.int32)
     factor = _scale_factor(code, OPERAND)[:, :, None].broadcast_to(raw.shape)
     if OPERAND == tl.bfloat16:
-        # as many at once as a thread has, never more: the rest would be undefined and could look like a NaN
+        # at most as many at once as a thread has: the rest would be undefined and could look like a NaN
         if raw.numel >= 16 * THREADS:
             value = tl.inline_asm_elementwise(_ASM16, _CON16, [raw, factor], dtype=tl.bfloat16, is_pure=True, pack=16)
         elif raw.numel >= 8 * THREADS:
@@ -106,7 +106,7 @@ def gather(one, scopes, index, valid, UNIT: tl.constexpr, POW2: tl.constexpr):
 
 @triton.jit
 def _concat(left, right):
-    """[N, D] and [N, D] to [N, 2 D]; moves nothing between threads."""
+    """[N, D] and [N, D] to [N, 2 D]; no data moves between threads."""
     return tl.join(left, right).permute(0, 2, 1).reshape(left.shape[0], 2 * left.shape[1])
 
 

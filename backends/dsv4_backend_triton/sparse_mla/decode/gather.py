@@ -20,6 +20,19 @@ def place(index, block_heads, head_blocks, s_q):
 
 
 @gluon.jit
+def columns(KEYS: gl.constexpr, WARPS: gl.constexpr):
+    """The keys of a tile, and the words of a nope group and of the rope part, laid out over the threads.
+
+    A thread has 16 bytes of each 64-byte group of one row. 4 lanes share a row, so that the stores of the decoded keys
+    (32 bytes a thread) have no bank conflicts.
+    """
+    lay: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
+    lay_r: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
+    keys, cols = gl.arange(0, KEYS, gl.SliceLayout(1, lay)), gl.arange(0, 16, gl.SliceLayout(0, lay))
+    return keys, cols, gl.arange(0, 32, gl.SliceLayout(0, lay_r))
+
+
+@gluon.jit
 def _tile_of(i, share):
     """The i-th tile of a split: whether it is of the first scope, and its number there."""
     here1, split, first2, splits, _, _ = share
@@ -79,29 +92,28 @@ def find(i, index, keys, share, scopes):
 
 
 @gluon.jit
-def load_front(start, ok, cols):
-    """Issue the loads of the first four nope groups of each row."""
+def _load_groups(start, ok, cols, FIRST: gl.constexpr, END: gl.constexpr):
     row = start[:, None] + cols[None, :]
-    okc = ok[:, None]
-    r0 = gl.load(row, mask=okc, other=0)
-    r1 = gl.load(row + 16, mask=okc, other=0)
-    r2 = gl.load(row + 32, mask=okc, other=0)
-    r3 = gl.load(row + 48, mask=okc, other=0)
-    return r0, r1, r2, r3
+    groups = ()
+    for group in gl.static_range(FIRST, END):
+        groups += (gl.load(row + 16 * group, mask=ok[:, None], other=0),)  # type: ignore[assignment]
+    return groups
 
 
 @gluon.jit
-def load_back(start, ok, cols, cols_r, rows_r: gl.constexpr):
+def load_front(start, ok, cols):
+    """Issue the loads of the first four nope groups of each row."""
+    return _load_groups(start, ok, cols, 0, 4)
+
+
+@gluon.jit
+def load_back(start, ok, cols, cols_r):
     """Issue the loads of the other three, and of the rope part."""
-    row = start[:, None] + cols[None, :]
-    okc = ok[:, None]
-    r4 = gl.load(row + 64, mask=okc, other=0)
-    r5 = gl.load(row + 80, mask=okc, other=0)
-    r6 = gl.load(row + 96, mask=okc, other=0)
-    start_r = gl.convert_layout(start, rows_r)
-    ok_r = gl.convert_layout(ok, rows_r)
-    rope = gl.load(start_r[:, None] + (cols_r + 112)[None, :], mask=ok_r[:, None], other=0)
-    return r4, r5, r6, rope
+    groups = _load_groups(start, ok, cols, 4, 7)
+    offset = (cols_r + 112)[None, :]
+    rows_r: gl.constexpr = gl.SliceLayout(1, offset.type.layout)
+    start_r, ok_r = gl.convert_layout(start, rows_r), gl.convert_layout(ok, rows_r)
+    return groups, gl.load(start_r[:, None] + offset, mask=ok_r[:, None], other=0)
 
 
 @gluon.jit
@@ -117,18 +129,19 @@ def _decode_group(raw, word, g: gl.constexpr):
 
 @gluon.jit
 def _beside(left, right):
-    """[N, D] and [N, D] to [N, 2 D]; moves nothing between threads."""
+    """[N, D] and [N, D] to [N, 2 D]; no data moves between threads."""
     return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [left.shape[0], 2 * left.shape[1]])
 
 
 @gluon.jit
-def deposit(keys32, bias, front, back, word, ok, lay_r: gl.constexpr):
+def deposit(keys32, bias, front, back, word, ok):
     """Decode a tile into a key buffer (seen as 32-bit words), and its mask beside it."""
-    r0, r1, r2, r3 = front
-    r4, r5, r6, rope = back
+    back, rope = back
+    groups = front + back
     bias.store(gl.where(ok, 0.0, float("-inf")))
-    keys32.slice(0, 64, 1).store(_beside(_decode_group(r0, word, 0), _decode_group(r1, word, 1)))
-    keys32.slice(64, 64, 1).store(_beside(_decode_group(r2, word, 2), _decode_group(r3, word, 3)))
-    keys32.slice(128, 64, 1).store(_beside(_decode_group(r4, word, 4), _decode_group(r5, word, 5)))
+    for i in gl.static_range(3):
+        pair = _beside(_decode_group(groups[2 * i], word, 2 * i), _decode_group(groups[2 * i + 1], word, 2 * i + 1))
+        keys32.slice(64 * i, 64, 1).store(pair)
     tail = gl.inline_asm_elementwise(BF16_TIMES_2_60TH, "=r,r", [rope], dtype=gl.int32, is_pure=True, pack=1)
-    keys32.slice(192, 64, 1).store(_beside(gl.convert_layout(_decode_group(r6, word, 6), lay_r), tail))
+    last = gl.convert_layout(_decode_group(groups[6], word, 6), rope.type.layout)
+    keys32.slice(192, 64, 1).store(_beside(last, tail))

@@ -27,12 +27,13 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ...arch import Arch
 from ...configurations import configured
-from ...lib.gluon import PRIVATE_REINTERPRET, block_index, launch_dependents
-from ...lib.mma_sync import ROWS_LAYOUT, add_weights, halves, mma_layout, sums_layout
+from ...lib.gluon import launch_dependents, reinterpret
+from ...lib.mma_sync import ROWS_LAYOUT, add_to_sums, halves, mma_layout, sums_layout
 from ...lib.sizes import cdiv
-from ...lib.softmax import LN2, LOG2E, NEGATIVE
+from ...lib.softmax import NEGATIVE
 from .combine import launch_splits
-from .gather import UNBIAS, deposit, find, index_of, load_back, load_front, place, schedule
+from .finish import finish
+from .gather import columns, deposit, find, index_of, load_back, load_front, place, schedule
 from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
 
 _STEP = gl.constexpr(64)  # columns of Q and K at a time
@@ -47,7 +48,7 @@ def plan(shape: Shape) -> Plan | None:
     few, small, large = (_tile(arch, role) for role in ("few", "small", "large"))
     tiles = shape.tiles(few.keys)
     if (each := cdiv(rows * cdiv(heads, 16) * tiles, arch.sms)) <= 3:
-        # few rows are latency: up to three small tiles a program, every program on the machine at once
+        # few rows are bound by latency: up to three small tiles a program, and all programs run at once
         return Plan(few, cdiv(tiles, max(each, cdiv(tiles, MOST_SPLITS))))
     if heads <= 16:
         tile = few
@@ -73,14 +74,14 @@ def launch(call: Call, plan: Plan) -> None:
 
 
 @gluon.jit
-def _keep(p_smem, weight):
-    """The weights of a tile, 32 keys a buffer: on the H200 1 to 2 % faster than one buffer for all."""
-    if weight.shape[1] == 64:
-        low, high = halves(weight)
+def _store_p(p_smem, p):
+    """P of a tile, 32 keys a buffer: on the H200 1 to 2 % faster than one buffer for all."""
+    if p.shape[1] == 64:
+        low, high = halves(p)
         p_smem.index(0).store(low)
         p_smem.index(1).store(high)
     else:
-        p_smem.index(0).store(weight)
+        p_smem.index(0).store(p)
 
 
 @gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
@@ -104,11 +105,6 @@ def _decode_mma_sync_kernel(
     lhs: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    # A thread has 16 bytes of each 64-byte group of one row: 4 lanes a row, so that the stores of the decoded keys (32
-    # bytes a thread) meet no bank twice.
-    lay: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [warps, 1], [1, 0])
-    lay_r: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [warps, 1], [1, 0])
-    rows_r: gl.constexpr = gl.SliceLayout(1, lay_r)
     q_lay: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [warps, 1], [1, 0])
     sums_lay: gl.constexpr = sums_layout(HEADS, warps)
     words: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
@@ -116,10 +112,7 @@ def _decode_mma_sync_kernel(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, 512], ROWS_LAYOUT)
     k_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS, 512], ROWS_LAYOUT)
-    if PRIVATE_REINTERPRET:
-        k32 = k_smem._reinterpret(gl.int32, [KEYS, 256], words)
-    else:
-        k32 = k_smem.reinterpret(gl.int32, [KEYS, 256], words)
+    k32 = reinterpret(k_smem, gl.int32, [KEYS, 256], words)
     if HEADS > 16:
         p_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS // 32, HEADS, 32], narrow)
         b_smem = gl.allocate_shared_memory(gl.float32, [KEYS], flat)
@@ -129,16 +122,14 @@ def _decode_mma_sync_kernel(
     b64, s64 = b.to(gl.int64), s.to(gl.int64)
     idx1 += b64 * i1_sb + s64 * i1_ss
     idx2 += b64 * i2_sb + s64 * i2_ss
-    keys = gl.arange(0, KEYS, gl.SliceLayout(1, lay))
-    cols = gl.arange(0, 16, gl.SliceLayout(0, lay))
-    cols_r = gl.arange(0, 32, gl.SliceLayout(0, lay_r))
+    keys, cols, cols_r = columns(KEYS, warps)
     lengths, indices = (len1, len2, has_len1, has_len2, topk1, topk2), (idx1, idx2)
     share, here = schedule((b, split, splits), lengths, KEYS, False)
     scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
     index = index_of(0, keys, share, indices, lengths)
     start, ok, word = find(0, index, keys, share, scopes)
     front = load_front(start, ok, cols)
-    back = load_back(start, ok, cols, cols_r, rows_r)
+    back = load_back(start, ok, cols, cols_r)
     index = index_of(1, keys, share, indices, lengths)
 
     h = head0 + gl.arange(0, HEADS, gl.SliceLayout(1, q_lay))
@@ -151,56 +142,33 @@ def _decode_mma_sync_kernel(
     l_parts = gl.zeros([HEADS, 16], gl.float32, sums_lay)
     acc = gl.zeros([HEADS, 512], gl.float32, mma)
     for i in range(here):
-        if HEADS == 16:  # taken for as long as they are needed only: two programs of 32 keys fit the 100 KiB of SM86
+        if HEADS == 16:  # allocated only while it is needed, so that two programs of 32 keys fit the 100 KiB of SM86
             b_smem = gl.allocate_shared_memory(gl.float32, [KEYS], flat)
-        deposit(k32, b_smem, front, back, word, ok, lay_r)
-        # The next tile, in two parts: all of it at once does not fit the L1 cache that is left, and the loads would
-        # stand in the way of what is read from shared memory.
+        deposit(k32, b_smem, front, back, word, ok)
+        # The next tile is loaded in two parts: all of it at once does not fit the L1 cache that is left, and its loads
+        # would delay the reads of shared memory.
         start, ok, word = find(i + 1, index, keys, share, scopes)
         front = load_front(start, ok, cols)
         logits = gl.zeros([HEADS, KEYS], gl.float32, mma)
         for c in gl.static_range(512 // _STEP):
             queries = q_smem.slice(_STEP * c, _STEP, 1).load(lhs)
             logits = mma_v2(queries, k_smem.slice(_STEP * c, _STEP, 1).permute((1, 0)).load(rhs), logits)
-        back = load_back(start, ok, cols, cols_r, rows_r)
+        back = load_back(start, ok, cols, cols_r)
         index = index_of(i + 2, keys, share, indices, lengths)
         logits = logits * scale_log2 + b_smem.load(gl.SliceLayout(0, mma))[None, :]
         m_new = gl.maximum(m_i, gl.max(logits, 1))
-        weight = gl.exp2(logits - m_new[:, None])
+        p = gl.exp2(logits - m_new[:, None])
         alpha = gl.exp2(m_i - m_new)
         acc = acc * alpha[:, None]
-        l_parts = add_weights(l_parts, alpha, weight)
+        l_parts = add_to_sums(l_parts, alpha, p)
         if HEADS == 16:
             p_smem = gl.allocate_shared_memory(gl.bfloat16, [KEYS // 32, HEADS, 32], narrow)
-        _keep(p_smem, weight.to(gl.bfloat16))
-        for c in gl.static_range(KEYS // 16):  # 16 keys at a time: all the weights would take too many registers
-            weights = p_smem.index(c // 2).slice(16 * (c % 2), 16, 1).load(lhs)
-            acc = mma_v2(weights, k_smem.slice(16 * c, 16, 0).load(rhs), acc)
+        _store_p(p_smem, p.to(gl.bfloat16))
+        for c in gl.static_range(KEYS // 16):  # 16 keys at a time: all of P would take too many registers
+            operand = p_smem.index(c // 2).slice(16 * (c % 2), 16, 1).load(lhs)
+            acc = mma_v2(operand, k_smem.slice(16 * c, 16, 0).load(rhs), acc)
         m_i = m_new
 
     l_i = gl.convert_layout(gl.sum(l_parts, 1), rows)
-    some = l_i != 0.0  # true for NaN too: a NaN key must show
-    l_i = gl.where(some, l_i, 1.0)
-    inverse = gl.where(some, UNBIAS / l_i, 0.0)
-    # Found again: kept from before the loop, all this would cost its registers.
-    row, b, s, head0 = place(block_index("x"), block_heads, head_blocks, s_q)
-    split = block_index("y")
-    row64, split_row = row.to(gl.int64), (row.to(gl.int64) * splits + split) * heads
-    out += (b.to(gl.int64) * o_sb + s.to(gl.int64) * o_ss) * 8
-    lse += row64 * heads
-    part_lse += split_row
-    part += split_row * 512
-    head = head0 + gl.arange(0, HEADS, rows)
-    head_ok = head < gl.minimum(heads, head0 + block_heads)
-    d = gl.arange(0, 512, gl.SliceLayout(0, mma))
-    if SPLIT:
-        gl.store(part_lse + head, gl.where(some, m_i + gl.log2(l_i), float("-inf")), mask=head_ok)
-        if here > 0:
-            gl.store((part + head * 512)[:, None] + d[None, :], acc * inverse[:, None], mask=head_ok[:, None])
-    else:
-        row_lse = gl.where(some, (m_i + gl.log2(l_i)) * LN2, float("inf"))
-        gl.store(lse + head, row_lse, mask=head_ok)
-        sink_value = gl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
-        inverse = gl.where(some, inverse / (1.0 + gl.exp2((sink_value - row_lse) * LOG2E)), 0.0)
-        o_row = out + head.to(gl.int64) * (o_sh * 8)
-        gl.store(o_row[:, None] + d[None, :], (acc * inverse[:, None]).to(gl.bfloat16), mask=head_ok[:, None])
+    results, sizes = (out, o_sb, o_ss, o_sh, lse, part, part_lse, sink), (heads, block_heads, head_blocks, s_q, splits)
+    finish(acc, m_i, l_i, here, results, sizes, has_sink, SPLIT, mma, False)

@@ -6,10 +6,12 @@ import torch
 
 from ... import variants
 from ...arch import arch_of
+from ...batch_invariant import has_mode
 from ...lib.sizes import common_unit
 from .plan import Call, Scopes, Shape
 
 
+@has_mode
 def sparse_mla_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -22,50 +24,25 @@ def sparse_mla_decode(
     extra_indices: torch.Tensor | None = None,
     extra_topk_length: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of ``q`` [b, s_q, h, 512] bf16 over chosen rows of one or two paged FP8 caches, softmax
-    joint.
-
-    Caches are [pages, page, 584] or [pages, page, 1, 584] bytes, page-split; ``indices`` [b, s_q, topk] int32
-    are page * page_size + offset, anything outside the cache is masked; lengths [b] int32; ``attn_sink`` [h]
-    fp32. Returns ``out`` [b, s_q, h, 512] bf16 and ``lse`` [b, s_q, h] fp32 (natural log, without the sink;
-    +inf and zero output where a row has no key). A NaN in a key that is attended to makes the row NaN. E8M0
-    codes are exact up to 194 (2^67).
+    """See ``dsv4_backends.ops.sparse_mla_decode``. E8M0 codes are exact up to 194 (2^67).
 
     Workspace (``dsv4_backends.workspace_bytes`` has the number): where the keys are split, 513 fp32 per row, split and
     head; where the rows are decoded to bf16 first, 1 KiB + 4 bytes per index and 4 bytes per row and per (row, head).
     """
-    return decode(
-        *(q, k_cache, indices, sm_scale, attn_sink, topk_length, extra_k_cache, extra_indices, extra_topk_length, out)
-    )
-
-
-def decode(
-    q, k_cache, indices, sm_scale, attn_sink=None, topk_length=None, extra_k_cache=None, extra_indices=None,
-    extra_topk_length=None, out=None, batch_invariant=False,
-):  # fmt: skip
     b, s_q, heads, _ = q.shape
     if out is None:
         out = torch.empty((b, s_q, heads, 512), dtype=torch.bfloat16, device=q.device)
     lse = torch.empty((b, s_q, heads), dtype=torch.float32, device=q.device)
-    if q.numel():
-        scopes = _scopes(k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length)
-        aligned = common_unit(q.data_ptr(), out.data_ptr(), *(2 * x for t in (q, out) for x in t.stride()[:3])) == 16
-        vectors, rough = scopes.unit == 16 and scopes.pow2 and aligned, scopes.unit == 1
-        sizes = (b * s_q, heads, scopes.topk1, scopes.topk2)
-        shape = Shape(arch_of(q.device), *sizes, vectors, rough, batch_invariant)
-        call = Call(shape, q, scopes, sm_scale, attn_sink, out, lse, 8 if aligned else 1)
-        variants.run("sparse_mla_decode", call)
-    return out, lse
-
-
-def _scopes(k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_topk_length) -> Scopes:
+    if not q.numel():
+        return out, lse
     cache1 = cache2 = k_cache.view(torch.uint8)
     idx2, topk2, strides2 = indices, 0, (0, 0)
-    if extra_k_cache is not None:
+    if extra_k_cache is not None and extra_indices is not None:
         cache2, idx2, topk2 = extra_k_cache.view(torch.uint8), extra_indices, extra_indices.shape[2]
         strides2 = (idx2.stride(0), idx2.stride(1))
-    return Scopes(
+    scopes = Scopes(
         cache1,
         cache2,
         indices,
@@ -81,3 +58,9 @@ def _scopes(k_cache, indices, topk_length, extra_k_cache, extra_indices, extra_t
         unit=common_unit(cache1.data_ptr(), cache2.data_ptr(), cache1.stride(0), cache2.stride(0)),
         pow2=all(cache.shape[1] & (cache.shape[1] - 1) == 0 for cache in (cache1, cache2)),
     )
+    aligned = common_unit(q.data_ptr(), out.data_ptr(), *(2 * x for t in (q, out) for x in t.stride()[:3])) == 16
+    vectors, unaligned = scopes.unit == 16 and scopes.pow2 and aligned, scopes.unit == 1
+    sizes = (b * s_q, heads, scopes.topk1, scopes.topk2)
+    shape = Shape(arch_of(q.device), *sizes, vectors, unaligned, batch_invariant)
+    variants.run("sparse_mla_decode", Call(shape, q, scopes, sm_scale, attn_sink, out, lse, 8 if aligned else 1))
+    return out, lse

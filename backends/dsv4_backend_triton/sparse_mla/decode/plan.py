@@ -10,10 +10,10 @@ from torch import Tensor
 from ...arch import Arch
 from ...lib.sizes import cdiv
 
-MOST_SPLITS = 40  # the registers of one that combines them
+MOST_SPLITS = 40  # bounded by the registers of the kernel that combines them
 _INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
 
-# Of the split kernels, which have the same parameters.
+# Of the split kernels, which have the same parameters; the staging kernel has some of them.
 NO_SPECIALIZE = (
     "has_sink has_len1 has_len2 scale_log2 heads block_heads head_blocks s_q splits "
     "q_sb q_ss q_sh o_sb o_ss o_sh i1_sb i1_ss i2_sb i2_ss "
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
         rows: b * s_q.
         topk1, topk2: Widths of the two scopes' indices.
         vectors: Cache pages, queries and output can be read 16 bytes at a time, and page sizes are powers of two.
-        rough: Cache pages are not even 8-byte aligned.
+        unaligned: Cache pages do not lie on 8-byte boundaries.
     """
 
     arch: Arch
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     topk1: int
     topk2: int
     vectors: bool
-    rough: bool
+    unaligned: bool
     batch_invariant: bool
 
     @property
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 
 
 class Scopes(NamedTuple):
-    """Both scopes of a call as the kernels take them; one scope is two, the second without indices."""
+    """Both scopes of a call as the kernels take them. A call with one scope has a second one without indices."""
 
     cache1: Tensor
     cache2: Tensor

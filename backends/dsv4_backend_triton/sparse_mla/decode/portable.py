@@ -6,7 +6,7 @@ it. A row's two scopes are walked as one list of tiles, so their softmax is join
 row's own length.
 
     role   does
-    all    the bytes of the next tile on their way; decode a tile, S = Q K^T, the softmax, O += P V
+    all    loads the bytes of the next tile; decodes a tile, S = Q K^T, the softmax, O += P V
 
              BN keys           512 columns
     BH heads [ S ]  K: 512    [     O     ]  K: BN
@@ -37,9 +37,9 @@ def plan(shape: Shape) -> Plan:
     for role in ("small", "medium"):
         tile = _tile(shape, role)
         tiles = shape.tiles(tile.keys)
-        if programs * tiles <= sms and tiles <= MOST_SPLITS and not (role == "medium" and shape.rough):
+        if programs * tiles <= sms and tiles <= MOST_SPLITS and not (role == "medium" and shape.unaligned):
             return Plan(tile, tiles, single=True)
-    tile = _tile(shape, "bytes" if shape.rough else "loop")  # in a loop of byte loads 64 keys outgrow 99 KiB
+    tile = _tile(shape, "bytes" if shape.unaligned else "loop")  # in a loop of byte loads 64 keys outgrow 99 KiB
     return Plan(tile, splits_for(programs, shape.tiles(tile.keys), sms))
 
 
@@ -69,7 +69,8 @@ def _tile_index(i, here1, first1, first2, splits, idx1, idx2, length1, length2, 
 
 @triton.jit
 def _block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
-    """The program's index again, as the compiler does not know: it would keep it, and all that was made of it."""
+    """The program's index, by PTX that is opaque to the compiler: with ``tl.program_id`` it keeps the index and all
+    that is derived from it in registers across a loop, which spills."""
     if OPERAND == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "mov.u32 $0, %ctaid." + ("x" if AXIS == 0 else "y") + ";", "=r", [], dtype=tl.int32, is_pure=False, pack=1
@@ -137,18 +138,16 @@ def _decode_kernel(
         for i in range(here):
             valid = (index >= 0) & (index < tl.where(one, slots1, slots2))
             raw = gather(one, scopes, index, valid, UNIT, POW2)
-            # read again rather than kept: the mask is wanted in the layout of the logits, where it costs
-            # registers
+            # loaded again, not kept: the mask is needed in the layout of the logits, where it costs registers
             again, one_again = _tile_index(i, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
             valid = (again >= 0) & (again < tl.where(one_again, slots1, slots2))
             index, one = _tile_index(i + 1, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
             k = keys_of(raw, OPERAND, THREADS)
             acc, m_i, l_i = attend(query, acc, m_i, l_i, k, valid, scale_log2, OPERAND, False)
 
-    some = l_i != 0.0  # true for NaN too: a NaN key must show
-    l_i = tl.where(some, l_i, 1.0)
-    inverse = tl.where(some, UNBIAS / l_i, 0.0)
-    # Found again: kept from before the loop, all this would cost its registers.
+    has_keys = l_i != 0.0  # true for NaN too: a NaN key must show
+    l_i = tl.where(has_keys, l_i, 1.0)
+    inverse = tl.where(has_keys, UNBIAS / l_i, 0.0)
     pid = _block_index(0, OPERAND)
     row = pid // head_blocks
     head = (pid - row * head_blocks) * block_heads + tl.arange(0, BH)
@@ -158,14 +157,13 @@ def _decode_kernel(
     row64 = row.to(tl.int64)
     if SPLIT:
         lse_at = (row64 * splits + _block_index(1, OPERAND)) * heads + head
-        tl.store(part_lse + lse_at, tl.where(some, m_i + tl.log2(l_i), float("-inf")), mask=head_ok)
+        tl.store(part_lse + lse_at, tl.where(has_keys, m_i + tl.log2(l_i), float("-inf")), mask=head_ok)
         o_row = part + lse_at[:, None] * 512
     else:
-        row_lse = tl.where(some, (m_i + tl.log2(l_i)) * LN2, float("inf"))
+        row_lse = tl.where(has_keys, (m_i + tl.log2(l_i)) * LN2, float("inf"))
         tl.store(lse + row64 * heads + head, row_lse, mask=head_ok)
         sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
-        inverse = tl.where(some, inverse / (1.0 + tl.exp(sink_value - row_lse)), 0.0)
+        inverse = tl.where(has_keys, inverse / (1.0 + tl.exp(sink_value - row_lse)), 0.0)
         o_row = (out + (b64 * o_sb + s64 * o_ss) * Q_UNIT) + head.to(tl.int64)[:, None] * (o_sh * Q_UNIT)
-    tl.store(
-        o_row + d[None, :], round_to(acc * inverse[:, None], o_row.dtype.element_ty, OPERAND), mask=head_ok[:, None]
-    )
+    result = round_to(acc * inverse[:, None], o_row.dtype.element_ty, OPERAND)
+    tl.store(o_row + d[None, :], result, mask=head_ok[:, None])

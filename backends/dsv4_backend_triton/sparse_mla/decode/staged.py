@@ -1,6 +1,7 @@
 """Sparse MLA decode in two steps: the chosen rows are decoded to bf16 in a workspace, then attended to as in prefill.
 
-For enough rows to keep the machine busy without splits: decoding a row once pays more than keeping it on chip.
+For rows enough to keep all multiprocessors busy without splits: then decoding each row once saves more than the
+workspace costs.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from ... import variants
 from ...configurations import configured
 from ...launch import launch as launch_kernel
 from ...lib.sizes import cdiv
-from ..prefill.plan import Call as PrefillCall
+from ..prefill.op import Call as PrefillCall
 from .cache_rows import UNBIAS, gather, keys_of
-from .plan import Call, Shape, Tile
+from .plan import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
 
 
 def plan(shape: Shape) -> Tile | None:
@@ -48,13 +49,7 @@ def launch(call: Call, tile: Tile) -> None:
         out.copy_(flat.view(out.shape))
 
 
-_NO_SPECIALIZE = (
-    "has_len1 has_len2 s_q i1_sb i1_ss i2_sb i2_ss topk1 topk2 slots1 slots2 stride1 stride2 page1 page2 shift1 shift2"
-).split()
-_NO_ALIGN = ["idx1", "len1", "idx2", "len2", "places", "lengths"]
-
-
-@triton.jit(do_not_specialize=_NO_SPECIALIZE, do_not_specialize_on_alignment=_NO_ALIGN)
+@triton.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=[*NO_ALIGN, "places", "lengths"])
 def _stage_kernel(
     staged, places, lengths,
     cache1, idx1, len1, cache2, idx2, len2,
@@ -81,11 +76,8 @@ def _stage_kernel(
     one = tile < tiles1
     k = tl.where(one, tile, tile - tiles1) * BN + tl.arange(0, BN)
     inside = k < tl.where(one, length1, length2)
-    index = tl.load(
-        tl.where(one, idx1 + b64 * i1_sb + s64 * i1_ss, idx2 + b64 * i2_sb + s64 * i2_ss) + k,
-        mask=inside,
-        other=-1,
-    )
+    indices = tl.where(one, idx1 + b64 * i1_sb + s64 * i1_ss, idx2 + b64 * i2_sb + s64 * i2_ss)
+    index = tl.load(indices + k, mask=inside, other=-1)
     valid = (index >= 0) & (index < tl.where(one, slots1, slots2))
     scopes = (cache1, cache2, stride1, stride2, page1, page2, shift1, shift2)
     raw = gather(one, scopes, index, valid, UNIT, POW2)

@@ -1,8 +1,8 @@
 """The split kernel of sparse MLA decode on wgmma, in Gluon: one CTA serves one query row, 64 heads and one split.
 
-Work split, tile order and partial results are the portable kernel's. Decoding and tensor work run side by side, and get
-in each other's way: on the H200 (128 queries of 128 heads) either role alone would take about 0.7 of what both take.
-Asking for the rows ahead of their gather (prefetch to L2) made it slower.
+Work split, tile order and partial results are the portable kernel's. Decoding and tensor work run side by side, and
+slow each other down: on the H200 (128 queries of 128 heads) either role alone would take about 0.7 of what both take.
+Prefetching the rows to L2 ahead of their gather made it slower.
 
     role       warps                      registers   does
     consumer   8                          the rest    S = Q K^T (32 keys a warpgroup), the softmax, O += P V (256
@@ -33,21 +33,17 @@ from functools import cache
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...arch import Arch
 from ...configurations import configured
-from ...lib.gluon import PRIVATE_REINTERPRET, async_load, barrier, block_index, launch_dependents
+from ...lib import ring
+from ...lib.gluon import FROM_3_9, async_load, launch_dependents, reinterpret
 from ...lib.sizes import cdiv
-from ...lib.softmax import LN2, LOG2E, NEGATIVE
+from ...lib.softmax import NEGATIVE
 from .combine import launch_splits
-from .gather import UNBIAS, deposit, find, index_of, load_back, load_front, place, schedule
+from .finish import finish
+from .gather import columns, deposit, find, index_of, load_back, load_front, place, schedule
 from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
 
 _HEADS = gl.constexpr(64)
@@ -88,73 +84,60 @@ def launch(call: Call, plan: Plan) -> None:
 def _loader(smem, bars, at, indices, lengths, scopes, SINGLE: gl.constexpr, WARPS: gl.constexpr):
     k32, b_smem = smem
     k_full, k_empty = bars
-    # A thread has 16 bytes of each 64-byte group of one row: 4 lanes a row, so that the stores of the decoded
-    # keys (32 bytes a thread) meet no bank twice.
-    lay: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
-    lay_r: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
-    rows_r: gl.constexpr = gl.SliceLayout(1, lay_r)
-    keys = gl.arange(0, _KEYS, gl.SliceLayout(1, lay))
-    cols = gl.arange(0, 16, gl.SliceLayout(0, lay))
-    cols_r = gl.arange(0, 32, gl.SliceLayout(0, lay_r))
+    keys, cols, cols_r = columns(_KEYS, WARPS)
     share, here = schedule(at, lengths, _KEYS, SINGLE)
     index = index_of(0, keys, share, indices, lengths)
     start, ok, word = find(0, index, keys, share, scopes)
     front = load_front(start, ok, cols)
-    back = load_back(start, ok, cols, cols_r, rows_r)
+    back = load_back(start, ok, cols, cols_r)
     if SINGLE:
-        deposit(k32.index(0), b_smem.index(0), front, back, word, ok, lay_r)
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(k_full.index(0), count=1)
+        deposit(k32.index(0), b_smem.index(0), front, back, word, ok)
+        ring.publish(k_full.index(0))
     else:
         slot = 0
         phase = 0
         index = index_of(1, keys, share, indices, lengths)
         for i in range(here):
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            deposit(k32.index(slot), b_smem.index(slot), front, back, word, ok, lay_r)
+            deposit(k32.index(slot), b_smem.index(slot), front, back, word, ok)
             # Before the next loads are issued: the fence would wait for them.
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(k_full.index(slot), count=1)
+            ring.publish(k_full.index(slot))
             start, ok, word = find(i + 1, index, keys, share, scopes)
             front = load_front(start, ok, cols)
-            back = load_back(start, ok, cols, cols_r, rows_r)
+            back = load_back(start, ok, cols, cols_r)
             index = index_of(i + 2, keys, share, indices, lengths)
             slot ^= 1
             phase = gl.where(slot == 0, phase ^ 1, phase)
 
 
 @gluon.jit
-def _partial_sums(weight, like):
-    """Of each head 16 l_parts, each of what one thread has."""
-    return gl.convert_layout(
-        gl.reshape(gl.sum(gl.reshape(weight, [_HEADS, 2, 4, 8]), 2), [_HEADS, 16]), like.type.layout
-    )
+def _partial_sums(p, like):
+    """[64, 16]: 8 threads hold logits of a head, and two of the 16 sums each."""
+    sums = gl.sum(gl.reshape(p, [_HEADS, 2, 4, 8]), 2)
+    return gl.convert_layout(gl.reshape(sums, [_HEADS, 16]), like.type.layout)
 
 
 @gluon.jit
 def _attend(queries, keys, bias, p_smem, acc, m_i, l_parts, scale_log2, s_mma: gl.constexpr, FIRST: gl.constexpr):
-    """One tile of keys into the running (accumulator, maximum, partial l_parts) of an online softmax in base 2."""
+    """One tile of keys into the running (accumulator, maximum, partial sums) of an online softmax in base 2."""
     zero = gl.zeros([_HEADS, _KEYS], gl.float32, s_mma)
     token = warpgroup_mma(queries, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
     bias = bias.load(gl.SliceLayout(0, s_mma))
     logits = warpgroup_mma_wait(0, deps=(token,))
     logits = logits * scale_log2 + bias[None, :]
     m_new = gl.maximum(m_i, gl.max(logits, 1))
-    weight = gl.exp2(logits - m_new[:, None])
-    p_smem.store(weight.to(gl.bfloat16))
-    fence_async_shared()
-    barrier()
+    p = gl.exp2(logits - m_new[:, None])
+    p_smem.store(p.to(gl.bfloat16))
+    ring.sync()
     if FIRST:
         token = warpgroup_mma(p_smem, keys, acc, use_acc=False, is_async=True)
-        l_parts = _partial_sums(weight, l_parts)
+        l_parts = _partial_sums(p, l_parts)
     else:
         alpha = gl.exp2(m_i - m_new)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
         token = warpgroup_mma(p_smem, keys, acc, is_async=True)
         alpha = gl.convert_layout(alpha, gl.SliceLayout(1, l_parts.type.layout))
-        l_parts = l_parts * alpha[:, None] + _partial_sums(weight, l_parts)
+        l_parts = l_parts * alpha[:, None] + _partial_sums(p, l_parts)
     return warpgroup_mma_wait(0, deps=(token,)), m_new, l_parts
 
 
@@ -163,10 +146,9 @@ def _consumer(
     query, results, smem, bars, at, sizes, lengths, has_sink, scale_log2, SPLIT: gl.constexpr, SINGLE: gl.constexpr
 ):  # fmt: skip
     q, q_sh, head0 = query
-    out, o_sb, o_ss, o_sh, lse, part, part_lse, sink = results
     q_smem, k_smem, b_smem, p_smem = smem
     k_full, k_empty = bars
-    heads, block_heads, head_blocks, s_q, splits = sizes
+    heads, block_heads, _, _, _ = sizes
     s_mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 32, 16])
     o_mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 128, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_mma)
@@ -181,12 +163,10 @@ def _consumer(
     async_copy.commit_group()
     _, here = schedule(at, lengths, _KEYS, SINGLE)
     async_copy.wait_group(0)
-    fence_async_shared()
-    barrier()
+    ring.sync()
 
     m_i = gl.full([_HEADS], NEGATIVE, gl.float32, s_rows)
-    # the running sum of the weights as 16 partial l_parts a head, so that in the loop a thread adds only its own
-    # registers
+    # the running sum of exp as 16 partial sums a head, so that in the loop a thread adds only its own registers
     sum_lay: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [8, 0]],
         lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
@@ -206,71 +186,37 @@ def _consumer(
         phase = 0
         for _ in range(here):
             mbarrier.wait(k_full.index(slot), phase)
-            if PRIVATE_REINTERPRET:
-                queries = q_smem.index(0)
-            else:
-                # Triton 3.9 would compute the 32 descriptors of the queries before the loop and spill them: hide the
-                # index
-                none = gl.inline_asm_elementwise(
+            if FROM_3_9:
+                # An index that is 0 and opaque: with 0, Triton 3.9 computes the 32 descriptors of the queries before
+                # the loop and spills them.
+                zero = gl.inline_asm_elementwise(
                     "and.b32 $0, $1, 0;", "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1
                 )
-                queries = q_smem.index(none)
+                queries = q_smem.index(zero)
+            else:
+                queries = q_smem.index(0)
             acc, m_i, l_parts = _attend(
                 queries, k_smem.index(slot), b_smem.index(slot), p_smem, acc, m_i, l_parts, scale_log2, s_mma, False
             )
-            barrier()
-            mbarrier.arrive(k_empty.index(slot), count=1)
+            ring.arrive(k_empty.index(slot))
             slot ^= 1
             phase = gl.where(slot == 0, phase ^ 1, phase)
 
     l_i = gl.convert_layout(gl.sum(l_parts, 1), o_rows)
     m_i = gl.convert_layout(m_i, o_rows)
-    some = l_i != 0.0  # true for NaN too: a NaN key must show
-    l_i = gl.where(some, l_i, 1.0)
-    inverse = gl.where(some, UNBIAS / l_i, 0.0)
-    # Found again: kept from before the loop, all this would cost its registers.
-    row, b, s, head0 = place(block_index("x"), block_heads, head_blocks, s_q)
-    split = block_index("y")
-    heads_end = gl.minimum(heads, head0 + block_heads)
-    row64, split_row = row.to(gl.int64), (row.to(gl.int64) * splits + split) * heads
-    out += (b.to(gl.int64) * o_sb + s.to(gl.int64) * o_ss) * 8
-    lse += row64 * heads
-    part_lse += split_row
-    part += split_row * 512
-    if SPLIT:
-        head = head0 + gl.arange(0, _HEADS, o_rows)
-        head_ok = head < heads_end
-        gl.store(part_lse + head, gl.where(some, m_i + gl.log2(l_i), float("-inf")), mask=head_ok)
-        if here > 0:
-            d = gl.arange(0, 512, gl.SliceLayout(0, o_mma))
-            gl.store((part + head * 512)[:, None] + d[None, :], acc * inverse[:, None], mask=head_ok[:, None])
-    else:
-        # The accumulator's layout with the column bits inside a quad exchanged, so that a thread holds 8
-        # neighbouring columns: a few shuffles make 16-byte stores of 4-byte ones.
-        store: gl.constexpr = gl.DistributedLinearLayout(
-            reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 256]],
-            lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-            warp_bases=[[16, 0], [32, 0], [0, 128]],
-            block_bases=[],
-            shape=[64, 512],
-        )
-        head = head0 + gl.arange(0, _HEADS, o_rows)
-        head_ok = head < heads_end
-        row_lse = gl.where(some, (m_i + gl.log2(l_i)) * LN2, float("inf"))
-        gl.store(lse + head, row_lse, mask=head_ok)
-        sink_value = gl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
-        inverse = gl.where(some, inverse / (1.0 + gl.exp2((sink_value - row_lse) * LOG2E)), 0.0)
-        result = gl.convert_layout((acc * inverse[:, None]).to(gl.bfloat16), store)
-        hs = head0 + gl.arange(0, _HEADS, gl.SliceLayout(1, store))
-        d = gl.arange(0, 512, gl.SliceLayout(0, store))
-        o_row = out + hs.to(gl.int64) * (o_sh * 8)
-        gl.store(o_row[:, None] + d[None, :], result, mask=(hs < heads_end)[:, None])
+    # The accumulator's layout with the column bits inside a quad exchanged, so that a thread holds 8 neighbouring
+    # columns: a few shuffles make 16-byte stores of 4-byte ones.
+    store: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 256]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], [0, 128]],
+        block_bases=[],
+        shape=[64, 512],
+    )
+    finish(acc, m_i, l_i, here, results, sizes, has_sink, SPLIT, store, True)
 
 
-@gluon.jit(
-    do_not_specialize=NO_SPECIALIZE,
-    do_not_specialize_on_alignment=NO_ALIGN,
-)
+@gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
 def _decode_wgmma_kernel(
     q, out, lse, part, part_lse, sink,
     cache1, idx1, len1, cache2, idx2, len2,
@@ -297,20 +243,11 @@ def _decode_wgmma_kernel(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, 512], k_lay)
     k_smem = gl.allocate_shared_memory(gl.bfloat16, [_RING, _KEYS, 512], k_lay)
-    if PRIVATE_REINTERPRET:
-        k32 = k_smem._reinterpret(gl.int32, [_RING, _KEYS, 256], w_lay)
-    else:
-        k32 = k_smem.reinterpret(gl.int32, [_RING, _KEYS, 256], w_lay)
+    k32 = reinterpret(k_smem, gl.int32, [_RING, _KEYS, 256], w_lay)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [_HEADS, _KEYS], k_lay)
     b_smem = gl.allocate_shared_memory(gl.float32, [_RING, _KEYS], flat)
-    k_full = gl.allocate_shared_memory(gl.int64, [_RING, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [_RING, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(_RING):
-        mbarrier.init(k_full.index(j), count=1)
-        mbarrier.init(k_empty.index(j), count=1)
-    fence_async_shared()
-    barrier()
-    bars, at = (k_full, k_empty), (b, split, splits)
+    bars, at = ring.barriers(_RING, 1, 1), (b, split, splits)
+    ring.sync()
     lengths = (len1, len2, has_len1, has_len2, topk1, topk2)
     scopes = (cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2)
     query, results = (q, q_sh, head0), (out, o_sb, o_ss, o_sh, lse, part, part_lse, sink)

@@ -1,9 +1,8 @@
 """Sparse MLA prefill on mma.sync, in Gluon: one CTA serves one query row and up to 64 heads.
 
 A tile of keys lies in shared memory as four buffers of 128 columns. Q K^T reads them one after the other, and so does
-P V: when a buffer has been multiplied, the same columns of the next tile are on their way into it, and are not waited
-for until Q K^T comes to them. So the keys need no memory beyond one tile, and their loads have three quarters of a
-tile's time.
+P V: once P V has read a buffer, the same columns of the next tile are copied into it, and the copy is waited for when
+Q K^T comes to them. So the keys need no memory beyond one tile, and their loads have three quarters of a tile's time.
 
     role   warps    does
     all    4 or 8   cp.async of the next keys, S = Q K^T, the softmax, O += P V
@@ -13,7 +12,7 @@ tile's time.
 
     shared memory                   bytes, 16 x 64       32 x 32   64 x 64
     q_smem [HEADS, 512] bf16        16384                32768     65536
-    k0 to k3 [KEYS, 128] bf16       65536                32768     65536
+    k_smem 4 x [KEYS, 128] bf16     65536                32768     65536
     p_smem [HEADS, KEYS] bf16       1024, in the loop    2048      8192
 
     barriers: of the whole CTA, placed by Triton; cp.async groups, one a buffer
@@ -29,9 +28,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ...configurations import configured
 from ...launch import launch as launch_kernel
 from ...lib.gluon import async_load, block_index
-from ...lib.mma_sync import ROWS_LAYOUT, add_weights, halves, mma_layout, sums_layout
+from ...lib.mma_sync import ROWS_LAYOUT, add_to_sums, halves, mma_layout, sums_layout
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
-from .plan import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
+from .op import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
 
 _PART = gl.constexpr(128)  # columns of a buffer
 _STEP = gl.constexpr(64)  # columns of Q and K at a time
@@ -75,8 +74,8 @@ def _score(logits, q_smem, buffer, part: gl.constexpr, lhs: gl.constexpr, rhs: g
 
 
 @gluon.jit
-def _operands(p_smem, lhs: gl.constexpr):
-    """The weights as operands, 16 keys each; all four products read them."""
+def _p_operands(p_smem, lhs: gl.constexpr):
+    """P as operands of 16 keys each; all four products read them."""
     first, second = p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
     if p_smem.shape[1] == 32:
         return first, second
@@ -85,11 +84,11 @@ def _operands(p_smem, lhs: gl.constexpr):
 
 
 @gluon.jit
-def _few_operands(weight, lhs: gl.constexpr):
-    """The same of 16 heads and 64 keys, through 1 KiB that is not kept from one tile to the next: so two programs fit
-    the 164 KiB of SM80."""
+def _few_p_operands(p, lhs: gl.constexpr):
+    """The same for 16 heads and 64 keys, through 1 KiB that is allocated in the loop, so that two programs fit the 164
+    KiB of SM80."""
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [16, 32], gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
-    low, high = halves(weight)
+    low, high = halves(p)
     p_smem.store(low)
     first, second = p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
     p_smem.store(high)
@@ -97,9 +96,9 @@ def _few_operands(weight, lhs: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(acc, weights, buffer, rhs: gl.constexpr):
+def _accumulate(acc, operands, buffer, rhs: gl.constexpr):
     for c in gl.static_range(buffer.shape[0] // 16):
-        acc = mma_v2(weights[c], buffer.slice(16 * c, 16, 0).load(rhs), acc)
+        acc = mma_v2(operands[c], buffer.slice(16 * c, 16, 0).load(rhs), acc)
     return acc
 
 
@@ -130,10 +129,9 @@ def _prefill_mma_sync_kernel(
     sums_lay: gl.constexpr = sums_layout(HEADS, warps)
     narrow: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // KEYS, KEYS // 8, [1, 0])
     q_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, 512], ROWS_LAYOUT)
-    k0 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
-    k1 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
-    k2 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
-    k3 = gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT)
+    k_smem = ()
+    for _ in gl.static_range(4):
+        k_smem += (gl.allocate_shared_memory(gl.bfloat16, [KEYS, _PART], ROWS_LAYOUT),)  # type: ignore[assignment]
     if HEADS > 16:
         p_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, KEYS], narrow)
 
@@ -150,76 +148,58 @@ def _prefill_mma_sync_kernel(
     h = head0 + gl.arange(0, HEADS, lay_rows)
     q_row = q + row64 * (q_ss * 8) + h.to(gl.int64) * (q_sh * 8)
     for part in gl.static_range(4):
-        async_load(
-            q_smem.slice(part * _PART, _PART, 1),
-            q_row[:, None] + (cols + part * _PART)[None, :],
-            mask=(h < heads)[:, None],
-        )
+        queries = q_row[:, None] + (cols + part * _PART)[None, :]
+        async_load(q_smem.slice(part * _PART, _PART, 1), queries, mask=(h < heads)[:, None])
     index = _indices(idx, 0, keys, length)
-    _copy(k0, kv, index, s_kv, kv_ss, cols, 0)
-    _copy(k1, kv, index, s_kv, kv_ss, cols, 1)
-    _copy(k2, kv, index, s_kv, kv_ss, cols, 2)
-    _copy(k3, kv, index, s_kv, kv_ss, cols, 3)
+    for part in gl.static_range(4):
+        _copy(k_smem[part], kv, index, s_kv, kv_ss, cols, part)
 
     m_i = gl.full([HEADS], NEGATIVE, gl.float32, rows)
     l_parts = gl.zeros([HEADS, 16], gl.float32, sums_lay)
-    acc0 = gl.zeros([HEADS, _PART], gl.float32, mma)
-    acc1 = gl.zeros([HEADS, _PART], gl.float32, mma)
-    acc2 = gl.zeros([HEADS, _PART], gl.float32, mma)
-    acc3 = gl.zeros([HEADS, _PART], gl.float32, mma)
+    acc = ()
+    for _ in gl.static_range(4):
+        acc += (gl.zeros([HEADS, _PART], gl.float32, mma),)  # type: ignore[assignment]
     for tile in range((length + KEYS - 1) // KEYS):
-        here = _indices(idx, tile, columns, length)
+        index_here = _indices(idx, tile, columns, length)
         index = _indices(idx, tile + 1, keys, length)
         logits = gl.zeros([HEADS, KEYS], gl.float32, mma)
-        async_copy.wait_group(3)
-        logits = _score(logits, q_smem, k0, 0, lhs, rhs)
-        async_copy.wait_group(2)
-        logits = _score(logits, q_smem, k1, 1, lhs, rhs)
-        async_copy.wait_group(1)
-        logits = _score(logits, q_smem, k2, 2, lhs, rhs)
-        async_copy.wait_group(0)
-        logits = _score(logits, q_smem, k3, 3, lhs, rhs)
-        valid = (here >= 0) & (here < s_kv)
+        for part in gl.static_range(4):
+            async_copy.wait_group(3 - part)
+            logits = _score(logits, q_smem, k_smem[part], part, lhs, rhs)
+        valid = (index_here >= 0) & (index_here < s_kv)
         logits = gl.where(valid[None, :], logits * scale_log2, float("-inf"))
         m_new = gl.maximum(m_i, gl.max(logits, 1))
-        weight = gl.exp2(logits - m_new[:, None])
+        p = gl.exp2(logits - m_new[:, None])
         if HEADS > 16:
-            p_smem.store(weight.to(gl.bfloat16))
+            p_smem.store(p.to(gl.bfloat16))
         alpha = gl.exp2(m_i - m_new)
-        l_parts = add_weights(l_parts, alpha, weight)
+        l_parts = add_to_sums(l_parts, alpha, p)
         if HEADS > 16:
-            weights = _operands(p_smem, lhs)
+            operands = _p_operands(p_smem, lhs)
         else:
-            weights = _few_operands(weight.to(gl.bfloat16), lhs)
-        acc0 = _weigh(acc0 * alpha[:, None], weights, k0, rhs)
-        _copy(k0, kv, index, s_kv, kv_ss, cols, 0)
-        acc1 = _weigh(acc1 * alpha[:, None], weights, k1, rhs)
-        _copy(k1, kv, index, s_kv, kv_ss, cols, 1)
-        acc2 = _weigh(acc2 * alpha[:, None], weights, k2, rhs)
-        _copy(k2, kv, index, s_kv, kv_ss, cols, 2)
-        acc3 = _weigh(acc3 * alpha[:, None], weights, k3, rhs)
-        _copy(k3, kv, index, s_kv, kv_ss, cols, 3)
-        m_i = m_new
+            operands = _few_p_operands(p.to(gl.bfloat16), lhs)
+        summed = ()
+        for part in gl.static_range(4):
+            summed += (_accumulate(acc[part] * alpha[:, None], operands, k_smem[part], rhs),)  # type: ignore[assignment]
+            _copy(k_smem[part], kv, index, s_kv, kv_ss, cols, part)
+        acc, m_i = summed, m_new
     async_copy.wait_group(0)
 
     l_i = gl.convert_layout(gl.sum(l_parts, 1), rows)
-    # Found again: kept from before the loop, all this would cost its registers.
     pid = block_index("x")
     row = pid // head_blocks
     row64 = row.to(gl.int64)
     head0 = (pid - row * head_blocks) * HEADS
-    some = l_i != 0.0  # true for NaN too: a NaN key must show
-    l_i = gl.where(some, l_i, 1.0)
-    row_lse = gl.where(some, (m_i + gl.log2(l_i)) * LN2, float("inf"))
+    has_keys = l_i != 0.0  # true for NaN too: a NaN key must show
+    l_i = gl.where(has_keys, l_i, 1.0)
+    row_lse = gl.where(has_keys, (m_i + gl.log2(l_i)) * LN2, float("inf"))
     head = head0 + gl.arange(0, HEADS, rows)
     at = row64 * heads + head
     gl.store(lse + at, row_lse, mask=head < heads)
-    gl.store(max_logits + at, gl.where(some, m_i * LN2, float("-inf")), mask=head < heads)
+    gl.store(max_logits + at, gl.where(has_keys, m_i * LN2, float("-inf")), mask=head < heads)
     sink_value = gl.load(sink + head, mask=head < gl.where(has_sink != 0, heads, 0), other=float("-inf"))
-    inverse = gl.where(some, 1.0 / (l_i * (1.0 + gl.exp2((sink_value - row_lse) * LOG2E))), 0.0)
+    inverse = gl.where(has_keys, 1.0 / (l_i * (1.0 + gl.exp2((sink_value - row_lse) * LOG2E))), 0.0)
     h = head0 + gl.arange(0, HEADS, lay_rows)
     o_row = out + row64 * (o_ss * 8) + h.to(gl.int64) * (o_sh * 8)
-    _emit(acc0, inverse, k0, o_row, cols, h < heads, 0, lay)
-    _emit(acc1, inverse, k1, o_row, cols, h < heads, 1, lay)
-    _emit(acc2, inverse, k2, o_row, cols, h < heads, 2, lay)
-    _emit(acc3, inverse, k3, o_row, cols, h < heads, 3, lay)
+    for part in gl.static_range(4):
+        _emit(acc[part], inverse, k_smem[part], o_row, cols, h < heads, part, lay)

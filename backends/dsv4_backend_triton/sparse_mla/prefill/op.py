@@ -1,30 +1,98 @@
-"""The provider's function for ``sparse_mla_prefill``."""
+"""The provider's function for ``sparse_mla_prefill``, and what a call is to its kernels."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 
 from ... import variants
-from ...arch import arch_of
-from .plan import Call
+from ...arch import Arch, arch_of
+from ...lib.sizes import cdiv, common_unit
+from ...lib.softmax import LOG2E
+
+# Of the portable kernel and that for mma.sync, which have the same parameters.
+NO_SPECIALIZE = "has_sink has_length scale_log2 heads head_blocks topk s_kv q_ss q_sh kv_ss o_ss o_sh i_ss".split()
+NO_ALIGN = ["sink", "idx", "lengths", "lse", "max_logits"]
+
+
+class Shape(NamedTuple):
+    """All that a plan follows from. ``vectors``: rows lie on 16-byte boundaries."""
+
+    arch: Arch
+    heads: int
+    vectors: bool
+
+
+class Tile(NamedTuple):
+    """How one program is shaped."""
+
+    heads: int
+    keys: int
+    warps: int
+    stages: int = 1
+
+
+class Call(NamedTuple):
+    """A call, its results allocated: ``q`` and ``out`` [s_q, h, 512], ``kv`` [s_kv, 512], ``indices`` [s_q, topk].
+
+    ``strides``, in elements: query row, query head, key, output row, output head.
+    """
+
+    shape: Shape
+    q: Tensor
+    kv: Tensor
+    indices: Tensor
+    sm_scale: float
+    sink: Tensor | None
+    lengths: Tensor | None
+    out: Tensor
+    max_logits: Tensor
+    lse: Tensor
+    strides: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        arch: Arch, q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, sink: Tensor | None,
+        lengths: Tensor | None, out: Tensor, max_logits: Tensor, lse: Tensor,
+    ) -> Call:  # fmt: skip
+        """From the op's arguments and results, in the order above."""
+        kv = kv if kv.ndim == 2 else kv[:, 0]
+        indices = indices if indices.ndim == 2 else indices[:, 0]
+        strides = (q.stride(0), q.stride(1), kv.stride(0), out.stride(0), out.stride(1))
+        unit = common_unit(*(t.data_ptr() for t in (q, kv, out)), *(2 * stride for stride in strides))
+        shape = Shape(arch, q.shape[1], vectors=unit == 16)
+        return Call(shape, q, kv, indices, sm_scale, sink, lengths, out, max_logits, lse, strides)
+
+    def arguments(self, tile_heads: int, unit: int) -> tuple[tuple[int], tuple[Any, ...]]:
+        """The grid and the arguments of the kernels above, strides in units of so many elements."""
+        s_q, heads, _ = self.q.shape
+        blocks = cdiv(heads, tile_heads)
+        return (s_q * blocks,), (
+            *(self.q, self.kv, self.indices),
+            self.indices if self.lengths is None else self.lengths,
+            self.lse if self.sink is None else self.sink,
+            *(self.out, self.max_logits, self.lse),
+            *(int(self.sink is not None), int(self.lengths is not None)),
+            self.sm_scale * LOG2E.value,
+            *(heads, blocks, self.indices.shape[1], self.kv.shape[0]),
+            *(stride // unit for stride in self.strides),
+            self.indices.stride(0),
+        )
 
 
 def sparse_mla_prefill(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
     sm_scale: float,
     *,
-    attn_sink: torch.Tensor | None = None,
-    topk_length: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of ``q`` [s_q, h, 512] bf16, each row over the rows of ``kv`` [s_kv, (1,) 512] it names.
-
-    ``indices`` [s_q, (1,) topk] int32, anything outside [0, s_kv) masked; ``topk_length`` [s_q] int32;
-    ``attn_sink`` [h] fp32. Returns ``out`` [s_q, h, 512] bf16, ``max_logits`` and ``lse`` [s_q, h] fp32
-    (natural log, with the scale, without the sink; 0, -inf and +inf where a row has no key). No workspace.
-    """
+    attn_sink: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``dsv4_backends.ops.sparse_mla_prefill``. No workspace."""
     s_q, heads, _ = q.shape
     if out is None:
         out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)

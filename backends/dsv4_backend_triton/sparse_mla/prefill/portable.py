@@ -1,10 +1,10 @@
 """Sparse MLA prefill in plain Triton: one program serves one query row and a block of heads.
 
-It gathers each KV row once, 512 wide, and uses it as key and as value; the next tile's rows are on their way while this
-one is computed, and the indices one tile further ahead.
+It gathers each KV row once, 512 wide, and uses it as key and as value. While a tile is computed, the rows of the next
+are loaded, and the indices of the one after it.
 
     role   does
-    all    the rows of the next tile on their way; S = Q K^T, the softmax, O += P V
+    all    loads the rows of the next tile; S = Q K^T, the softmax, O += P V
 
              BN keys           512 columns
     BH heads [ S ]  K: 512    [     O     ]  K: BN
@@ -23,7 +23,7 @@ from ...configurations import configured
 from ...launch import launch as launch_kernel
 from ...lib.bits import round_to
 from ...lib.softmax import LN2, NEGATIVE, attend
-from .plan import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
+from .op import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
 
 
 def plan(shape: Shape) -> Tile:
@@ -75,20 +75,19 @@ def _prefill_kernel(
         valid = (index >= 0) & (index < s_kv)
         kv_row = kv + index.to(tl.int64) * (kv_ss * UNIT)
         k = tl.load(kv_row[:, None] + d[None, :], mask=valid[:, None], other=0.0).to(OPERAND)
-        # read again rather than kept: the mask is wanted in the layout of the logits, where it costs 16
-        # registers
+        # loaded again, not kept: the mask is needed in the layout of the logits, where it costs 16 registers
         again = _load_index(idx, tile, length, BN)
         valid = (again >= 0) & (again < s_kv)
         index = _load_index(idx, tile + 1, length, BN)
         acc, m_i, l_i = attend(query, acc, m_i, l_i, k, valid, scale_log2, OPERAND, False)
 
-    some = l_i != 0.0  # true for NaN too: a NaN key must show
-    l_i = tl.where(some, l_i, 1.0)
-    row_lse = tl.where(some, (m_i + tl.log2(l_i)) * LN2, float("inf"))
+    has_keys = l_i != 0.0  # true for NaN too: a NaN key must show
+    l_i = tl.where(has_keys, l_i, 1.0)
+    row_lse = tl.where(has_keys, (m_i + tl.log2(l_i)) * LN2, float("inf"))
     at = row64 * heads + head
     tl.store(lse + at, row_lse, mask=head_ok)
-    tl.store(max_logits + at, tl.where(some, m_i * LN2, float("-inf")), mask=head_ok)
+    tl.store(max_logits + at, tl.where(has_keys, m_i * LN2, float("-inf")), mask=head_ok)
     sink_value = tl.load(sink + head, mask=head < tl.where(has_sink != 0, heads, 0), other=float("-inf"))
-    inverse = tl.where(some, 1.0 / (l_i * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
+    inverse = tl.where(has_keys, 1.0 / (l_i * (1.0 + tl.exp(sink_value - row_lse))), 0.0)
     o_row = (out + row64 * (o_ss * UNIT)) + head.to(tl.int64)[:, None] * (o_sh * UNIT)
     tl.store(o_row + d[None, :], round_to(acc * inverse[:, None], tl.bfloat16, OPERAND), mask=head_ok[:, None])

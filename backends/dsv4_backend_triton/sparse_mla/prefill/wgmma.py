@@ -1,14 +1,14 @@
 """Sparse MLA prefill on wgmma, in Gluon: one CTA works on one query row and 64 heads at a time, in a persistent grid.
 
 role         warps  registers  does
-score        4      160        S = Q K^T of 64 keys and the softmax; hands P (bf16) and the rescale factors on.
-                               Three quarters of Q stay in its registers (96 of them), which is what frees the
-                               shared memory for a third key buffer
+score        4      160        S = Q K^T of 64 keys and the softmax; stores P (bf16) and the rescale factors.
+                               Three quarters of Q stay in its registers (96 of them): without them in shared memory
+                               there is room for a third key buffer
 accumulate   8      160        holds the 64 x 512 output, 256 columns a warpgroup (128 registers a thread), and only
                                rescales, multiplies P V, and stores
-loader       4      32         gathers key rows by 16-byte cp.async. A row whose index is invalid is zero-filled by
-                               the copy itself, so nothing that unreferenced memory holds ever gets in; the mask
-                               travels beside the keys and becomes the initial value of the score accumulator
+loader       4      32         gathers key rows by 16-byte cp.async, and their mask, the initial value of the score
+                               accumulator. A row whose index is invalid is zero-filled by the copy itself, so that
+                               no value of unreferenced memory is read
 
 The 512 registers that a thread of each warpgroup can have between them are split 160 + 2 * 160 + 32; below 160 an
 accumulating warpgroup makes ptxas serialise every wgmma of the kernel.
@@ -48,20 +48,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...launch import launch as launch_kernel
 from ...lib import ring
 from ...lib.gluon import async_load, barrier
 from ...lib.sizes import cdiv
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
-from .plan import Call, Shape, Tile
+from .op import Call, Shape, Tile
 
 HEADS = gl.constexpr(64)  # heads of one item: the M of wgmma
 DIM = gl.constexpr(512)
@@ -140,12 +134,11 @@ def _loader(tensors, smem, bars, sizes, strides, HAS_LEN: gl.constexpr, GROUPS: 
         qcols = gl.arange(0, QC, lay_c)
         q_rows = q_ptr + (row.to(gl.int64) * q_stride_s8 + h.to(gl.int64) * q_stride_h8) * 8
         h_ok = h < h_q
-        # The part of Q that ends in registers travels through one slot of the key ring.
+        # The part of Q that score keeps in registers passes through one slot of the key ring.
         mbarrier.wait(k_empty.index(slot), phase ^ 1)
         for c in gl.static_range(Q_REG):
-            async_load(
-                k_smem.index(slot).slice(c * QC, QC, 1), q_rows[:, None] + (qcols + c * QC)[None, :], mask=h_ok[:, None]
-            )
+            chunk = k_smem.index(slot).slice(c * QC, QC, 1)
+            async_load(chunk, q_rows[:, None] + (qcols + c * QC)[None, :], mask=h_ok[:, None])
         async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
         mbarrier.arrive(k_full.index(slot), count=1)
         slot, phase = ring.advance(slot, phase, NBUF)
@@ -165,8 +158,7 @@ def _loader(tensors, smem, bars, sizes, strides, HAS_LEN: gl.constexpr, GROUPS: 
             async_load(k_smem.index(slot), src[:, None] + cols[None, :], mask=ok[:, None])
             async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
             # One ordinary arrival more: it releases the stores of the mask, as the copies' arrivals do not.
-            barrier()
-            mbarrier.arrive(k_full.index(slot), count=1)
+            ring.arrive(k_full.index(slot))
             slot, phase = ring.advance(slot, phase, NBUF)
 
 
@@ -206,12 +198,10 @@ def _score(
         head0 = (item % GROUPS) * HEADS
         _n, n_blocks = _row_blocks(len_ptr, row, topk, HAS_LEN)
         mbarrier.wait(k_full.index(slot), phase)
-        qb = k_smem.index(slot)
-        q0 = qb.slice(0, QC, 1).load(qlay)
-        q1 = qb.slice(QC, QC, 1).load(qlay)
-        q2 = qb.slice(2 * QC, QC, 1).load(qlay)
-        barrier()
-        mbarrier.arrive(k_empty.index(slot), count=1)
+        q = ()
+        for c in gl.static_range(Q_REG):
+            q += (k_smem.index(slot).slice(c * QC, QC, 1).load(qlay),)  # type: ignore[assignment]
+        ring.arrive(k_empty.index(slot))
         slot, phase = ring.advance(slot, phase, NBUF)
         mbarrier.wait(q_full, q_phase)
         q_phase ^= 1
@@ -225,37 +215,33 @@ def _score(
             kb = k_smem.index(slot)
             # The mask (0 or -inf for each key) is the initial value of the accumulator.
             acc, _ = gl.broadcast(b_smem.index(slot).load(gl.SliceLayout(0, mma))[None, :], m_i[:, None])
-            acc = warpgroup_mma(q0, kb.slice(0, QC, 1).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma(q1, kb.slice(QC, QC, 1).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma(q2, kb.slice(2 * QC, QC, 1).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma(q_smem, kb.slice(3 * QC, QC, 1).permute((1, 0)), acc, is_async=True)
+            for c in gl.static_range(Q_REG):
+                acc = warpgroup_mma(q[c], kb.slice(c * QC, QC, 1).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(q_smem, kb.slice(Q_REG * QC, QC, 1).permute((1, 0)), acc, is_async=True)
             s = warpgroup_mma_wait(0, deps=(acc,))
             # P V of the block before may now have the tensor cores.
             mbarrier.arrive(s_done.index(pslot ^ 1), count=1, pred=i > 0)
             if FLIP:  # a scale that is not positive would turn the maximum into a minimum
                 s = gl.where(s == float("-inf"), s, s * scale)
-                m_new = gl.maximum(m_i, _row_max(s, rows))
+            m_new = gl.maximum(m_i, _row_max(s, rows))
+            if FLIP:
                 alpha = gl.exp2(m_i - m_new)
                 p = gl.exp2(s - m_new[:, None])
             else:
-                m_new = gl.maximum(m_i, _row_max(s, rows))
                 alpha = gl.exp2((m_i - m_new) * scale)
                 p = gl.exp2(s * scale - (m_new * scale)[:, None])
             m_i = m_new
             mbarrier.wait(p_empty.index(pslot), pphase ^ 1)
             p_smem.index(pslot).store(p.to(gl.bfloat16))
             a_smem.index(pslot).store(alpha)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(p_full.index(pslot), count=1)
+            ring.publish(p_full.index(pslot))
             psum = gl.convert_layout(gl.sum(gl.sum(gl.reshape(p, [HEADS, BN // 8, 4, 2]), 1), 2), plast)
             l_parts = l_parts * gl.convert_layout(alpha, gl.SliceLayout(1, plast))[:, None] + psum
             slot, phase = ring.advance(slot, phase, NBUF)
             pslot, pphase = ring.advance(pslot, pphase, NP)
         mbarrier.arrive(s_done.index(pslot ^ 1), count=1, pred=n_blocks > 0)
         # Without the barrier, a row of no blocks could let the loader run two phases past a late warp.
-        barrier()
-        mbarrier.arrive(q_empty, count=1)
+        ring.arrive(q_empty)
         l_i = gl.convert_layout(gl.sum(l_parts, 1), rows)
         if not FLIP:
             m_i = m_i * scale
@@ -270,8 +256,7 @@ def _score(
         fin = gl.where(l_i > 0.0, 1.0 / gl.where(l_i > 0.0, den, 1.0), 0.0)
         mbarrier.wait(p_empty.index(pslot), pphase ^ 1)
         a_smem.index(pslot).store(fin)
-        barrier()
-        mbarrier.arrive(p_full.index(pslot), count=1)
+        ring.arrive(p_full.index(pslot))
         mbarrier.arrive(s_done.index(pslot), count=1)
         pslot, pphase = ring.advance(pslot, pphase, NP)
         dst = row.to(gl.int64) * h_q + h
@@ -317,13 +302,12 @@ def _accumulate(tensors, smem, bars, sizes, strides, HAS_LEN: gl.constexpr, GROU
             mbarrier.wait(s_done.index(pslot), pphase)
             tok = warpgroup_mma(p_smem.index(pslot), k_smem.index(slot), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(tok,))
-            barrier()
-            mbarrier.arrive(k_empty.index(slot), count=1)
+            ring.arrive(k_empty.index(slot))
             mbarrier.arrive(p_empty.index(pslot), count=1)
             slot, _ = ring.advance(slot, 0, NBUF)
             pslot, pphase = ring.advance(pslot, pphase, NP)
 
-        # The last entry of a row carries the final factors; its P buffer is free for the way out.
+        # The last entry of a row carries the final factors; its P buffer is free for the output.
         mbarrier.wait(p_full.index(pslot), pphase)
         mbarrier.wait(s_done.index(pslot), pphase)
         fin = a_smem.index(pslot).load(rows)
@@ -334,25 +318,17 @@ def _accumulate(tensors, smem, bars, sizes, strides, HAS_LEN: gl.constexpr, GROU
         dst = dst[:, None] + (c % 32 + c // 32 * 128)[None, :]
         h_ok = (h < h_q)[:, None]
         buf = p_smem.index(pslot)
-        # Column bits 256, 128 (the warpgroup), 64 and 32; the pieces are named by bits 32, 64, 256.
-        o = gl.permute(gl.reshape(o, [HEADS, 2, 2, 2, 2, 32]), [0, 2, 5, 1, 3, 4])
-        x0, x1 = gl.split(o)
-        x00, x01 = gl.split(x0)
-        x10, x11 = gl.split(x1)
-        x000, x001 = gl.split(x00)
-        x010, x011 = gl.split(x01)
-        x100, x101 = gl.split(x10)
-        x110, x111 = gl.split(x11)
-        _emit(x000, buf, dst, 0, h_ok, wlay)
-        _emit(x100, buf, dst, 32, h_ok, wlay)
-        _emit(x010, buf, dst, 64, h_ok, wlay)
-        _emit(x110, buf, dst, 96, h_ok, wlay)
-        _emit(x001, buf, dst, 256, h_ok, wlay)
-        _emit(x101, buf, dst, 288, h_ok, wlay)
-        _emit(x011, buf, dst, 320, h_ok, wlay)
-        _emit(x111, buf, dst, 352, h_ok, wlay)
-        barrier()
-        mbarrier.arrive(p_empty.index(pslot), count=1)
+        # Column bits 256, 128 (the warpgroup), 64 and 32; the pieces are ordered by bits 256, 64, 32.
+        o = gl.permute(gl.reshape(o, [HEADS, 2, 2, 2, 2, 32]), [0, 2, 5, 4, 3, 1])
+        pieces = (o,)
+        for level in gl.static_range(3):
+            halves = ()
+            for i in gl.static_range(2**level):
+                halves += gl.split(pieces[i])
+            pieces = halves  # type: ignore[assignment]
+        for i in gl.static_range(8):
+            _emit(pieces[i], buf, dst, i // 4 * 256 + i % 4 * 32, h_ok, wlay)
+        ring.arrive(p_empty.index(pslot))
         pslot, pphase = ring.advance(pslot, pphase, NP)
 
 
@@ -373,45 +349,28 @@ def _prefill_wgmma_kernel(
 ):  # fmt: skip
     t_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     f_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    m_lay: gl.constexpr = mbarrier.MBarrierLayout()
     k_smem = gl.allocate_shared_memory(gl.bfloat16, [NBUF, BN, DIM], t_lay)
     q_smem = gl.allocate_shared_memory(gl.bfloat16, [HEADS, QC], t_lay)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [NP, HEADS, BN], t_lay)
     a_smem = gl.allocate_shared_memory(gl.float32, [NP, HEADS], f_lay)  # rescale factors
     b_smem = gl.allocate_shared_memory(gl.float32, [NBUF, BN], f_lay)  # masks
-    k_full = gl.allocate_shared_memory(gl.int64, [NBUF, 1], m_lay)
-    k_empty = gl.allocate_shared_memory(gl.int64, [NBUF, 1], m_lay)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], m_lay)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], m_lay)
-    p_full = gl.allocate_shared_memory(gl.int64, [NP, 1], m_lay)
-    p_empty = gl.allocate_shared_memory(gl.int64, [NP, 1], m_lay)
-    s_done = gl.allocate_shared_memory(gl.int64, [NP, 1], m_lay)
-    for j in gl.static_range(NBUF):
-        # Every loader thread arrives when its copies have landed, and one more for the mask.
-        mbarrier.init(k_full.index(j), count=129)
-        mbarrier.init(k_empty.index(j), count=1)
-    for j in gl.static_range(NP):
-        mbarrier.init(p_full.index(j), count=1)
-        mbarrier.init(p_empty.index(j), count=1)
-        mbarrier.init(s_done.index(j), count=1)
-    mbarrier.init(q_full, count=128)
-    mbarrier.init(q_empty, count=1)
-    fence_async_shared()
-    barrier()
+    # Every loader thread arrives when its copies have landed, and one more for the mask.
+    k_full, k_empty = ring.barriers(NBUF, 129, 1)
+    p_full, p_empty, s_done = ring.barriers(NP, 1, 1, 1)
+    q_full, q_empty = ring.barriers(1, 128, 1)
+    q_full, q_empty = q_full.index(0), q_empty.index(0)
+    ring.sync()
     sizes = (n_items, h_q, topk)
     q_bars, p_bars = (k_full, k_empty, q_full, q_empty), (k_empty, p_full, p_empty, s_done)
     bars = (k_full, k_empty, q_full, q_empty, p_full, p_empty, s_done)
     smem, tensors = (k_smem, q_smem, b_smem, p_smem, a_smem), (len_ptr, sink_ptr, max_ptr, lse_ptr)
     sources, strides = (q_ptr, kv_ptr, idx_ptr, len_ptr), (q_stride_s8, q_stride_h8, kv_stride8, idx_stride)
-    target, o_strides = (out_ptr, len_ptr), (o_stride_s8, o_stride_h8)
+    target, o_strides, k_smems = (out_ptr, len_ptr), (o_stride_s8, o_stride_h8), (k_smem, q_smem, b_smem)
     gl.warp_specialize(
         [
             (_accumulate, (target, (k_smem, p_smem, a_smem), p_bars, sizes, o_strides, HAS_LEN, GROUPS)),
             (_score, (tensors, smem, bars, sizes, scale, HAS_LEN, HAS_SINK, FLIP, GROUPS)),
-            (
-                _loader,
-                (sources, (k_smem, q_smem, b_smem), q_bars, (n_items, s_kv, h_q, topk), strides, HAS_LEN, GROUPS),
-            ),
+            (_loader, (sources, k_smems, q_bars, (n_items, s_kv, h_q, topk), strides, HAS_LEN, GROUPS)),
         ],
         [4, 4],
         [REG_SCORE, REG_LOAD],
