@@ -1,25 +1,20 @@
-"""Find the fastest configuration of the Triton provider's kernels on this GPU: what its tables are made from.
+"""Find faster launch configurations of the Triton provider's kernels on this GPU: what its tables are made from.
 
-On each row all candidates, what the tables name now and the native library take turns. Then results are compared with
-the definition, fastest first, until one is right; wrong ones are told. Usage:
+A candidate is a row of an op's table with one value changed. It is tried on the calls of ``bench`` whose launches it
+changes. On each call all candidates, what the table says now and the native libraries take turns; then results are
+compared with the definition, and a wrong one is left out. Usage:
 
-    python tools/sweep.py OP [OP ...] [--jobs N] [--json FILE] [--write]
+    python tools/sweep.py OP [OP ...] [--model NAME ...] [--tp N ...] [--jobs N] [--json FILE] [--write]
 
-OP: compress_norm_rope_insert, indexer_compress_insert, fp8_einsum, hc_prenorm_gemm, sparse_mla_decode or
-sparse_mla_prefill. With --write, the provider's tables get what was fastest over each class of sizes (fp8_einsum and
-sparse_mla_prefill; the rows of the others stand for roles in a plan, and are written by hand from what is printed).
-With --jobs, as many processes first make every call once, so that Triton compiles side by side. Needs a Hopper GPU: the
-candidates are those of its table. With DSV4_BACKENDS_DEVICE=sm_80 (or another), the attention ops' are those of that
-architecture, run on this one.
+--write puts into each row of the table what was fastest over the calls that the row decides; run it again until it
+changes nothing. With --jobs, as many processes first make every call once, so that Triton compiles side by side. With
+DSV4_BACKENDS_DEVICE=sm_80 (or another), the candidates are those of that architecture, run on this GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import importlib
-import itertools
 import json
 import math
 import os
@@ -27,307 +22,271 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from dsv4_backend_triton import configurations, variants
-from dsv4_backend_triton.arch import arch_of
-from dsv4_backend_triton.compressor import portable as compressor
-from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm import portable as hc_portable
-from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm import wgmma as hc_wgmma
-from dsv4_backend_triton.lib.sizes import cdiv
-from dsv4_backend_triton.projection.fp8_einsum import portable as einsum_portable
-from dsv4_backend_triton.projection.fp8_einsum import wgmma as einsum_wgmma
-from dsv4_backend_triton.projection.fp8_einsum import wgmma_few as einsum_few
-from dsv4_backend_triton.sparse_mla.decode.plan import Plan, Tile
-from dsv4_backend_triton.sparse_mla.prefill.plan import Tile as PrefillTile
+from dsv4_backend_triton import ahead, configurations, variants
+from dsv4_backend_triton.arch import Arch, arch_of
 
 from dsv4_backends import records
-from dsv4_backends.bench import inputs, run, timing
+from dsv4_backends.bench import inputs, run, shapes, timing
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.bench.shapes import Row
-from dsv4_backends.contract import CONTRACTS
-from dsv4_backends.contract.models import FLASH
 from dsv4_backends.errors import NoProviderError
+from dsv4_backends.selection import plugins
+from dsv4_backends.selection.provider import Tier
 from dsv4_backends.testing import checks
 
-NATIVE = {
-    "fp8_einsum": "deep_gemm",
-    "hc_prenorm_gemm": "deep_gemm",
-    "sparse_mla_decode": "flash_mla",
-    "sparse_mla_prefill": "flash_mla",
-}
-SIMULATED = os.environ.get("DSV4_BACKENDS_DEVICE", "").strip()
-HOPPER = SIMULATED in ("", "sm_90")
-PRESENT = "as the tables say"
-MOST_SHARED = 227 * 1024
+PRESENT = "as the table says"
 SAMPLES, SHOWN = 25, 6
-SIZES = {"fp8_einsum": "b", "sparse_mla_prefill": "h_q"}
-"""The ops whose tables have classes of sizes, and the argument that is the size."""
-Candidate = Callable[[dict[str, Any]], Any]
-"""Makes the op's call with one configuration, from the call's arguments."""
+GAIN = 0.99
+"""Of the present time; what saves less is noise."""
+MEASURED = ("kib",)
+"""Values that follow from the compiled kernel, and are no choice."""
 
 
-def _call(op: str, variant: str, config: Any, made: dict[str, Any]) -> Any:
-    module, name = f"dsv4_backend_triton.{variants.OPS[op].folder}.op", op
-    with variants.forced(op, variant, config):
-        return getattr(importlib.import_module(module), name)(**made)
+class Candidate(NamedTuple):
+    """The ``place``-th row of an op's table with another configuration."""
+
+    place: int
+    config: dict[str, Any]
 
 
-def _candidates(op: str, configs: Iterable[tuple[str, Any]]) -> dict[str, Candidate]:
-    return {f"{variant} {config}": functools.partial(_call, op, variant, config) for variant, config in configs}
+def neighbours(rows: list[dict[str, Any]], place: int) -> Iterator[dict[str, Any]]:
+    """The configuration of a row with one value changed: to what another row of the variant has, or a step away."""
+    here = rows[place]
+    for name, value in here["config"].items():
+        if name in MEASURED:
+            continue
+        others = [row["config"][name] for row in rows if row["variant"] == here["variant"] and name in row["config"]]
+        if isinstance(value, bool):
+            others.append(not value)
+        elif isinstance(value, int):
+            power = value & (value - 1) == 0
+            others += [value // 2, value * 2] if power else [value - 8, value + 8] if value % 8 == 0 else []
+            others += [value - 1, value + 1] if value < 16 else []
+        for other in dict.fromkeys(others):
+            if other != value and (isinstance(other, bool | str) or other > 0):
+                yield {**here["config"], name: other}
 
 
-def _hyper_connection() -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    wide = [
-        ("portable", hc_portable.Config(m, k, 32, False, mode, m // 16, stages, 1, True))
-        for m, k, stages, mode in itertools.product((64, 128), (64, 128), (3, 4, 6), ("bf16", "tf32"))
-        if stages * k * (2 * m + 128) + 128 * k <= MOST_SHARED
-    ]
-    narrow = [
-        ("portable", hc_portable.Config(m, k, n, True, "tf32", warps, stages, 1, True))
-        for m, n, k, warps, stages in itertools.product((16, 32), (16, 32), (64, 128), (2, 4), (3, 4))
-    ]
-    tiles = [(64, 64, 8, 4), (64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 5, 2)]
-    tiles += [(128, 64, 4, 2), (128, 64, 6, 4), (128, 64, 8, 2), (128, 128, 3, 2)]
-    special = [("wgmma", hc_wgmma.Config(*tile)) for tile in tiles]
-    shapes = ((32, 32), (64, 32), (128, 32), (256, 32), (512, 16), (1024, 8), (2048, 4), (8192, 1))
-    for k, (m, results) in itertools.product((16384, 28672), shapes):
-        configs = []
-        for variant, config in [*(narrow if m <= 256 else []), *wide, *(special if m > 64 else [])]:
-            for group in (1, 2, 4):
-                blocks = cdiv(m, config.block_m) * results * group
-                if group == 1 or blocks <= 4 * 132:
-                    configs.append((variant, config._replace(splits=results * group)))
-        params = {"m": m, "k": k, "n": 24, "num_splits": results}
-        row = Row("hc_prenorm_gemm", f"m={m} k={k} splits={results}", params)
-        yield row, _candidates("hc_prenorm_gemm", configs)
+def _forget(op: str) -> None:
+    """Drop the plans that were made from the tables."""
+    folder = f"{variants.__package__}.{variants.OPS[op].folder}."
+    kept = [value for name, module in sys.modules.items() if name.startswith(folder) for value in vars(module).values()]
+    for function in (variants._choices, *kept):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
-def _einsum() -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    for h, b in itertools.product((8, 16), (1, 8, 16, 32, 64, 128, 512, 4096)):
-        configs: list[tuple[str, Any]] = []
-        if b <= 32:
-            tokens = 16 if b <= 16 else 32
-            for d, warps, stages, unroll in itertools.product((32, 64), (2, 4, 8), (3, 4, 6, 8), (1, 2)):
-                if d >= 4 * warps:
-                    config = einsum_portable.Config(tokens, d, True, warps, stages, stages, unroll, False)
-                    configs.append(("portable", config))
-        else:
-            for tokens, d, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (4, 6, 8)):
-                if stages * (tokens + d) * 128 <= MOST_SHARED:
-                    config = einsum_portable.Config(tokens, d, False, warps, stages, stages, 1, True)
-                    configs.append(("portable", config))
-            configs += [("wgmma", einsum_wgmma.Config(*sizes)) for sizes in ((64, 8, 152), (128, 6, 216))]
-        few = [(tokens, stages) for tokens in (16, 32, 64) for stages in (4, 6, 8, 10) if b <= tokens <= max(4 * b, 16)]
-        configs += [("wgmma_few", einsum_few.Config(tokens, stages, stages)) for tokens, stages in few]
-        row = Row("fp8_einsum", f"b={b} h={h} token-minor scales", {"b": b, "h": h, "r": 4096, "d": 1024})
-        yield row, _candidates("fp8_einsum", configs)
+@contextlib.contextmanager
+def applied(op: str, candidate: Candidate) -> Iterator[None]:
+    """Within the block, the table has the candidate."""
+    row = configurations.table(op)["rows"][candidate.place]
+    present = row["config"]
+    try:
+        row["config"] = candidate.config
+        _forget(op)
+        yield
+    finally:
+        row["config"] = present
+        _forget(op)
 
 
-def _decode() -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    wide, small, medium = Tile(64, 64, 8), Tile(16, 32, 4), Tile(16, 64, 8)
-    models = ((64, 512), (128, 1024), (16, 512), (16, 1024))  # Flash and Pro; of Flash a rank of 4, of Pro one of 8
-    for (heads, selected), b in itertools.product(models, (1, 2, 4, 8, 16, 32, 64, 128)):
-        tiles = cdiv(128, 64) + cdiv(selected, 64)
-        plans: list[tuple[str, Any]] = []
-        for high, splits in itertools.product((16, 19, 22, 32, 43, 64), range(1, tiles + 1)):
-            programs = b * cdiv(heads, high) * splits
-            fits = splits == 1 or programs <= 132 or (high == 64 and programs <= 264)
-            if HOPPER and fits and (high <= heads or high == 64):
-                plans.append(("wgmma", Plan(wide, splits, single=splits == tiles, block_heads=high)))
-        for tile in (Tile(*sizes) for sizes in ((16, 32, 4), (16, 64, 4), (32, 32, 4), (64, 64, 8))):
-            most = cdiv(128, tile.keys) + cdiv(selected, tile.keys)
-            for splits in range(1, most + 1):
-                programs = b * cdiv(heads, tile.heads) * splits
-                even = splits == cdiv(most, cdiv(most, splits))  # fewer splits would not do with as few tiles each
-                fits = splits == 1 or (programs <= 396 if tile.heads == 16 else programs <= 264)
-                if even and fits and tile.heads < 2 * max(heads, 16):
-                    plans.append(("mma_sync", Plan(tile, splits)))
-        if b <= 8:
-            plans.append(("portable", Plan(small, 2 * tiles, single=True)))
-            plans.append(("portable", Plan(medium, tiles, single=True)))
-        params = {"b": b, "s_q": 1, "h_q": heads, "window": 128, "selected": selected, "compressed": 16384}
-        row = Row("sparse_mla_decode", f"b={b} h={heads} topk=128+{selected}", params)
-        yield row, _candidates("sparse_mla_decode", plans)
+def launched(op: str, arguments: dict[str, Any], arch: Arch) -> str:
+    """Everything that a call launches: kernels, grids, constants, options and numbers."""
+    without = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    launches = list(ahead.record(op, [without], arch))
+    numbers = [[v for v in one.arguments.values() if isinstance(v, int)] for one in launches]
+    boxes = [[getattr(v, "block_shape", None) for v in one.arguments.values()] for one in launches]
+    return str([(one.kernel, one.grid, one.constants, one.options) for one in launches]) + str(numbers) + str(boxes)
 
 
-def _prefill() -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    plain = [("portable", PrefillTile(*s)) for s in ((16, 32, 4, 2), (16, 64, 4, 2), (32, 16, 4, 3), (32, 32, 4, 2))]
-    placed = [("mma_sync", PrefillTile(*sizes)) for sizes in ((16, 64, 4), (32, 32, 4), (64, 64, 8))]
-    for (heads, selected), s_q in itertools.product(((64, 512), (128, 1024), (16, 512), (16, 1024)), (512, 4096)):
-        tiles = [(variant, tile) for variant, tile in (*plain, *placed) if tile.heads < 2 * max(heads, 16)]
-        params = {"s_q": s_q, "h_q": heads, "window": 128, "selected": selected, "compressed": 16384}
-        row = Row("sparse_mla_prefill", f"s_q={s_q} h={heads} topk={128 + selected}", params)
-        yield row, _candidates("sparse_mla_prefill", tiles)
+def candidates(op: str, arguments: dict[str, Any], arch: Arch) -> dict[str, Candidate]:
+    """Those that change what the call launches, each by another name; one that repeats another's launches is left
+    out."""
+    rows = configurations.table(op)["rows"]
+    seen, found = {launched(op, arguments, arch)}, {}
+    for place, row in enumerate(rows):
+        where = " ".join([row["variant"], row.get("role", ""), f"up to {row['up_to']}" if "up_to" in row else ""])
+        for config in neighbours(rows, place):
+            candidate = Candidate(place, config)
+            with applied(op, candidate), contextlib.suppress(Exception):  # a tile that no plan can be made of
+                code = launched(op, arguments, arch)
+                if code not in seen:
+                    seen.add(code)
+                    found[f"{' '.join(where.split())}: {json.dumps(config)}"] = candidate
+    return found
 
 
-def _compressors(op: str) -> Iterator[tuple[Row, dict[str, Candidate]]]:
-    for row in CONTRACTS[op].traffic.rows("", FLASH.rank(1)):
-        ratio, t = row.params["ratio"], row.params["t"]
-        # How many blocks of a multiprocessor are aimed at, where that makes a difference.
-        blocks = {max(1, min(ratio, t // (132 * n))): n for n in (16, 8, 4, 2, 1)}.values()
-        tiles = [(warps, 1) for warps in ((2, 4, 8) if row.params["dim"] == 512 else (1, 2, 4))]
-        if ratio == 128:
-            tiles = [(4, 8), (8, 8), (16, 8), (8, 4), (16, 4), (4, 16), (8, 16)]
-        configs = [("portable", compressor.Config(*tile, n)) for tile, n in itertools.product(tiles, blocks)]
-        yield row, _candidates(op, configs)
+def calls(op: str, models: list[str], sizes: Iterable[int]) -> list[Row]:
+    """The op's rows of ``bench`` on ranks of some tensor parallel sizes."""
+    found = {row.name: row for tp in sizes for row in shapes.rows(models, tp, [op])}
+    return list(found.values())
 
 
-CANDIDATES = {
-    "compress_norm_rope_insert": functools.partial(_compressors, "compress_norm_rope_insert"),
-    "indexer_compress_insert": functools.partial(_compressors, "indexer_compress_insert"),
-    "fp8_einsum": _einsum,
-    "hc_prenorm_gemm": _hyper_connection,
-    "sparse_mla_decode": _decode,
-    "sparse_mla_prefill": _prefill,
-}
+def natives(op: str) -> list[str]:
+    """The providers that are hand-written for an architecture and have the op."""
+    specs = plugins.load().providers
+    return [p.name for p in specs if p.tier == Tier.NATIVE and any(i.op == op for i in p.implementations)]
 
 
-def call_once(part: int, parts: int, ops: list[str]) -> None:
-    """Make every ``parts``-th candidate's call once; what cannot be called is told when it is measured."""
-    device = torch.device("cuda")
-    for op in ops:
-        seen: set[str] = set()
-        for row, candidates in CANDIDATES[op]():
-            new = [name for name in candidates if name not in seen]
-            seen.update(new)
-            if mine := new[part::parts]:
-                made = inputs.draw(row, device)
-                for name in mine:
-                    with contextlib.suppress(Exception):
-                        candidates[name](made)
-                torch.cuda.synchronize()
+def call_once(part: int, parts: int, rows: list[Row], device: torch.device) -> None:
+    """Make every ``parts``-th candidate's call once. Its errors are shown when it is measured."""
+    for row in rows:
+        made = inputs.draw(row, device)
+        function = checks.subject("triton", row.op, device).function
+        for candidate in list(candidates(row.op, made, arch_of(device)).values())[part::parts]:
+            with applied(row.op, candidate), contextlib.suppress(Exception):
+                function(**made)
+        torch.cuda.synchronize()
 
 
-def measure(row: Row, candidates: dict[str, Candidate], timer: timing.Timer) -> dict[str, Any]:
-    made = inputs.draw(row, timer.device)
-    named = {PRESENT: checks.subject("triton", row.op, timer.device).function}
-    with contextlib.suppress(NoProviderError, KeyError):
-        named[NATIVE[row.op]] = checks.subject(NATIVE[row.op], row.op, timer.device).function
+def measure(row: Row, made: dict[str, Any], tried: dict[str, Candidate], timer: timing.Timer) -> dict[str, Any]:
+    ours = checks.subject("triton", row.op, timer.device).function
+    named = {PRESENT: ours}
+    for name in natives(row.op):
+        with contextlib.suppress(NoProviderError):
+            named[name] = checks.subject(name, row.op, timer.device).function
 
     def tupled(results: Any) -> tuple[Any, ...]:
         return results if isinstance(results, tuple) else (results,)
 
-    calls: dict[str, timing.Captured] = {}
+    def trial(candidate: Candidate) -> Callable[[], Any]:
+        def call() -> Any:
+            with applied(row.op, candidate):
+                return tupled(ours(**made))
+
+        return call
+
+    captured: dict[str, timing.Captured] = {}
     errors: dict[str, str] = {}
     for name, function in named.items():
-        calls[name] = timing.Captured(lambda f=function: tupled(f(**made)), timer.device)
-    for name, candidate in candidates.items():
+        captured[name] = timing.Captured(lambda f=function: tupled(f(**made)), timer.device)
+    for name, candidate in tried.items():
         try:
-            candidate(made)  # not a capture's business: what does not fit, or does not compile
-            calls[name] = timing.Captured(lambda c=candidate: tupled(c(made)), timer.device)
+            trial(candidate)()  # before the capture: it may not fit, or not compile
+            captured[name] = timing.Captured(trial(candidate), timer.device)
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    times = {name: taken.us for name, taken in timer.interleaved(calls).items()}
+    times = {name: taken.us for name, taken in timer.interleaved(captured).items()}
     judge = run.Judge(row.op, made)
-    best = None
-    for name in sorted(set(times) - set(named), key=times.__getitem__):
-        if wrong := judge(calls[name]):
-            errors[name] = wrong
-        else:
-            best = name
-            break
+    errors |= {name: wrong for name in sorted(set(times) - set(named)) if (wrong := judge(captured[name]))}
+    best = min((name for name in times if name in tried and name not in errors), key=times.__getitem__, default=None)
     return {"op": row.op, "row": row.name, "best": best, "us": times, "errors": errors}
 
 
-def _fastest(times: list[dict[str, float]], names: Iterable[str]) -> str:
-    """Of what was timed in every row, what takes the least, by the geometric mean."""
-    common = [name for name in names if all(name in us for us in times)]
-    return min(common, key=lambda name: sum(math.log(us[name]) for us in times))
+class Measured(NamedTuple):
+    """What was measured on one call: the candidates that changed its launches, and the times of the right ones."""
+
+    tried: dict[str, Candidate]
+    us: dict[str, float]
 
 
-def retuned(op: str, arch: Any, measured: list[tuple[dict[str, Any], dict[str, float], dict[str, Any]]]) -> list[Any]:
-    """The table's rows for this GPU with new configurations, each with the row that it replaces.
+def retuned(op: str, measured: Iterable[Measured]) -> list[Candidate]:
+    """For each row of the table that has one, the configuration that is faster over all calls that the row decides.
 
-    Args:
-        measured: Of each row its sizes, the microseconds of the right candidates, and their (variant, configuration).
+    A call that a candidate does not change takes its present time. What failed or was wrong on one call is left out.
     """
-    classes: dict[str, tuple[Any, list[Any]]] = {}
-    for params, us, made in measured:
-        for variant in {variant for variant, _ in made.values()}:
-            size = params[SIZES[op]]
-            with contextlib.suppress(LookupError):
-                old = configurations.row(op, variant, arch, size=size)
-                classes.setdefault(f"{variant} {old}", (old, []))[1].append((params, us, made))
     found = []
-    for old, rows in classes.values():
-        configs = {name: c for *_, made in rows for name, (v, c) in made.items() if v == old["variant"]}
-        if "stages_alone" not in old["config"]:
-            config = configs[_fastest([us for _, us, _ in rows], configs)]._asdict()
-        else:
-            alone = [cdiv(p["d"], 64) * p["h"] <= arch.sms for p, *_ in rows]
-            shared = [us for (_, us, _), one in zip(rows, alone, strict=True) if not one]
-            single = [us for (_, us, _), one in zip(rows, alone, strict=True) if one]
-            best = configs[_fastest(shared or single, configs)]
-            same = {"stages": best.stages, "stages_alone": best.stages_alone}
-            alike = {name: c for name, c in configs.items() if c._replace(**same) == best}
-            config = best._asdict() | {"stages_alone": configs[_fastest(single or shared, alike)].stages}
-        found.append((old, {name: config[name] for name in old["config"]}))
+    for place in range(len(configurations.table(op)["rows"])):
+        decided = [one for one in measured if any(c.place == place for c in one.tried.values())]
+        tried = {name: c for one in decided for name, c in one.tried.items() if c.place == place}
+
+        def cost(name: str, decided: list[Measured] = decided) -> float:
+            times = [one.us.get(name, math.inf if name in one.tried else one.us[PRESENT]) for one in decided]
+            ratios = [us / one.us[PRESENT] for us, one in zip(times, decided, strict=True)]
+            return math.exp(sum(map(math.log, ratios)) / len(ratios)) if math.inf not in ratios else math.inf
+
+        best = min(tried, key=cost, default=None)
+        if best is not None and cost(best) < GAIN:
+            found.append(tried[best])
     return found
 
 
-def write_table(op: str, found: list[Any], source: dict[str, str]) -> None:
+def with_measured_values(op: str, candidate: Candidate, arguments: Iterable[dict[str, Any]], arch: Arch) -> Candidate:
+    """The candidate with its kernel's KiB of shared memory, where its row has them."""
+    if "kib" not in candidate.config:
+        return candidate
+    heads, keys = candidate.config["heads"], candidate.config["keys"]
+    with applied(op, candidate):
+        launches = [one for one in ahead.record(op, arguments, arch) if one.constants.get("HEADS") == heads]
+        shared = [one.compile().metadata.shared for one in launches if one.constants.get("KEYS") == keys]
+    return candidate._replace(config={**candidate.config, "kib": -(-max(shared) // 1024)})
+
+
+def write_table(op: str, found: Iterable[Candidate], source: dict[str, str]) -> None:
     table = configurations.table(op)
     key = f"{source['gpu']} {source['date']}"
     table["sources"][key] = source
-    for old, config in found:
-        place = table["rows"].index(old)
-        table["rows"][place] = old | {"source": key, "config": config}
+    for place, config in found:
+        table["rows"][place] |= {"source": key, "config": config}
     used = {row["source"] for row in table["rows"]}
     sources = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table["sources"].items() if k in used)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in table["rows"])
     path = configurations.TABLES / f"{op}.json"
     path.write_text(f'{{\n "sources": {{\n{sources}\n }},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+    configurations.table.cache_clear()
+    _forget(op)
 
 
-def told(result: dict[str, Any]) -> str:
+def shown(result: dict[str, Any]) -> str:
     us, errors = result["us"], result["errors"]
-    reference = us.get(NATIVE[result["op"]], us[PRESENT])
+    fixed = [PRESENT, *natives(result["op"])]
     lines = [f"{result['op']} {result['row']}"]
     for name in sorted(us, key=us.__getitem__):
-        if name in (PRESENT, NATIVE[result["op"]]) or len(lines) <= SHOWN:
+        if name in fixed or len(lines) <= SHOWN:
             mark = "best " if name == result["best"] else "WRONG" if name in errors else "     "
-            lines.append(f"  {us[name]:8.1f} us  {reference / us[name]:.2f}  {mark}  {name}")
+            lines.append(f"  {us[name]:8.1f} us  {us[PRESENT] / us[name]:.2f}  {mark}  {name}")
     failed = [name for name in errors if name not in us]
     return "\n".join([*lines, *([f"  {len(failed)} failed: {errors[failed[0]]}"] if failed else [])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=CANDIDATES, nargs="+")
+    parser.add_argument("op", choices=variants.OPS, nargs="+")
+    parser.add_argument("--model", nargs="+", default=[], help="default: Flash and Pro")
+    parser.add_argument("--tp", type=int, nargs="+", default=(1, 8), help="tensor parallel sizes (default: 1 and 8)")
     parser.add_argument("--jobs", type=int, default=0)
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="put what was fastest into the provider's tables")
-    arguments = parser.parse_args()
-    if arguments.part is not None:
-        call_once(arguments.part, arguments.jobs, arguments.op)
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    if args.part is not None:
+        call_once(args.part, args.jobs, [row for op in args.op for row in calls(op, args.model, args.tp)], device)
         return
-    if arguments.jobs:
+    if args.jobs:
         command = [sys.executable, *sys.argv, "--part"]
-        for child in [subprocess.Popen([*command, str(part)]) for part in range(arguments.jobs)]:
+        for child in [subprocess.Popen([*command, str(part)]) for part in range(args.jobs)]:
             child.wait()
-    timer = timing.Timer(torch.device("cuda"), SAMPLES)
-    rows = []
-    for op in arguments.op:
-        measured: list[Any] = []
-        for row, candidates in CANDIDATES[op]():
-            rows.append(measure(row, candidates, timer))
-            right = {n: us for n, us in rows[-1]["us"].items() if n in candidates and n not in rows[-1]["errors"]}
-            measured.append((row.params, right, {name: candidates[name].args[1:3] for name in right}))  # type: ignore[attr-defined]
-            print(told(rows[-1]), flush=True)
+    timer, arch = timing.Timer(device, SAMPLES), arch_of(device)
+    simulated = os.environ.get("DSV4_BACKENDS_DEVICE", "").strip()
+    command_line = f"{f'DSV4_BACKENDS_DEVICE={simulated} ' if simulated else ''}python tools/sweep.py"
+    results = []
+    for op in args.op:
+        measured, metas = [], []
+        for row in calls(op, args.model, args.tp):
+            made = inputs.draw(row, device)
+            tried = candidates(op, made, arch)
+            results.append(measure(row, made, tried, timer))
+            us, errors = results[-1]["us"], results[-1]["errors"]
+            measured.append(Measured(tried, {name: time for name, time in us.items() if name not in errors}))
+            metas.append({name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in made.items()})
+            print(shown(results[-1]), flush=True)
+            del made
             torch.cuda.empty_cache()
-            if arguments.json:
-                under = f"DSV4_BACKENDS_DEVICE={SIMULATED} " if SIMULATED else ""
-                result = {**provenance(f"{under}python tools/sweep.py {' '.join(arguments.op)}"), "rows": rows}
-                records.write(result, arguments.json)
-        if arguments.write and op in SIZES:
-            told_of, name = provenance(f"python tools/sweep.py {op} --write"), torch.cuda.get_device_name()
-            source = {"gpu": name, "capability": str(arch_of(timer.device).capability), "triton": triton.__version__}
-            source |= {"torch": torch.__version__, "date": told_of["date"], "command": told_of["command"]}
-            write_table(op, retuned(op, arch_of(timer.device), measured), source)
+            if args.json:
+                records.write({**provenance(f"{command_line} {' '.join(args.op)}"), "rows": results}, args.json)
+        if args.write:
+            where = provenance(f"{command_line} {op} --write")
+            source = {"gpu": torch.cuda.get_device_name(), "capability": str(arch.capability)}
+            source |= {"triton": triton.__version__, "torch": torch.__version__}
+            source |= {"date": where["date"], "command": where["command"]}
+            faster = [with_measured_values(op, one, metas, arch) for one in retuned(op, measured)]
+            write_table(op, faster, source)
+            print(f"{op}: {len(faster)} of {len(configurations.table(op)['rows'])} rows changed", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ import importlib
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -89,25 +87,10 @@ OPS = {
 
 _log = logging.getLogger("dsv4_backends")
 _logged: set[str] = set()
-_forced: ContextVar[tuple[str, str, Any] | None] = ContextVar("dsv4_backend_triton_forced", default=None)
-
-
-@contextmanager
-def forced(op: str, name: str, config: Any) -> Iterator[None]:
-    """Within the block, calls of an op are served by one variant with one configuration: for tools/sweep.py."""
-    token = _forced.set((op, name, config))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
 
 
 def run(op: str, call: Any) -> None:
     """Launch the first kernel of an op that takes a call. ``call.shape``: all that a plan may look at, hashable."""
-    given = _forced.get()
-    if given is not None and given[0] == op:
-        load(op, given[1]).launch(call, given[2])
-        return
     for takes, launch, config in _choices(op, call.shape):
         if takes is None or takes(call):
             launch(call, config)

@@ -45,8 +45,6 @@ class Call(NamedTuple):
     def pieces(self, config: Any) -> int:
         """Pieces of k, of at least two k steps each. Where a caller asks for fewer partials than keep the machine busy,
         there are more pieces, and each partial is the sum of some."""
-        if config.splits is not None:
-            return int(config.splits)
         shape, results = self.shape, self.num_splits or 1
         busy = min(config.blocks * shape.arch.sms // cdiv(shape.m, config.block_m), 32)
         wanted = min(_INVARIANT_SPLITS if shape.batch_invariant else busy, shape.k // (2 * config.block_k))

@@ -30,8 +30,7 @@ from .reduce import launch_splits
 
 
 class Config(NamedTuple):
-    """``blocks``: programs for each multiprocessor, from which the pieces of k follow; ``splits``: the pieces of k, in
-    place of those."""
+    """``blocks``: programs for each multiprocessor, from which the pieces of k follow."""
 
     block_m: int
     block_k: int
@@ -42,7 +41,6 @@ class Config(NamedTuple):
     stages: int
     blocks: int
     tma: bool
-    splits: int | None = None
 
 
 def plan(shape: Shape) -> Config:

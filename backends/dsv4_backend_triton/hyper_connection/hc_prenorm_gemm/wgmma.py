@@ -53,8 +53,7 @@ class Config(NamedTuple):
     block_k: int
     stages: int
     ring: int
-    blocks: int = 1
-    splits: int | None = None
+    blocks: int
 
 
 def plan(shape: Shape) -> Config | None:
