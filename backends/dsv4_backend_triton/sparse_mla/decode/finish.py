@@ -48,8 +48,9 @@ def finish(
         gl.store(lse + head, row_lse, mask=head_ok)
         sink_value = gl.load(sink + head, mask=head_ok & (has_sink != 0), other=float("-inf"))
         inverse = gl.where(has_keys, inverse / (1.0 + gl.exp2((sink_value - row_lse) * LOG2E)), 0.0)
-        head = head0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, STORE))
-        d = gl.arange(0, 512, gl.SliceLayout(0, STORE))
-        o_row = out + head.to(gl.int64) * (o_sh * 8)
+        if STORE != acc.type.layout:
+            head = head0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, STORE))
+            d = gl.arange(0, 512, gl.SliceLayout(0, STORE))
+        ptr = (out + head.to(gl.int64) * (o_sh * 8))[:, None] + d[None, :]
         result = gl.convert_layout((acc * inverse[:, None]).to(gl.bfloat16), STORE)
-        gl.store(o_row[:, None] + d[None, :], result, mask=(head < heads_end)[:, None])
+        gl.store(ptr, result, mask=(head < heads_end)[:, None])
