@@ -83,7 +83,9 @@ def test_rows_are_those_of_the_models() -> None:
         ("sparse_mla_prefill", "flash window only s_q=4096 h=64 topk=128"),
         ("sparse_mla_decode", "pro b=128 h=128 topk=128+1024"),
         ("mqa_logits", "m=4096 n=65536 h=64 d=128"),
+        ("mqa_logits", "m=64 n=4096 h=64 d=128 compressed"),
         ("paged_mqa_logits", "b=64 keys=65536 h=64 d=128"),
+        ("paged_mqa_logits", "b=256 next_n=1 max_context_len=131072 lengths=lognormal mean 9800 seed 1 h=64 d=128"),
         ("fp8_einsum", "flash b=4096 h=8 r=4096 d=1024 token-minor scales"),
         ("hc_prenorm_gemm", "pro m=1024 k=28672 splits=8"),
     } <= set(names)
@@ -151,6 +153,26 @@ def test_decode_inputs_are_of_a_deployment() -> None:
         assert made[cache].stride(0) % PAGE_ALIGNMENT == 0
     # The next token's window is this one's, moved on by one.
     assert torch.equal(made["indices"][:, 0, 1:], made["indices"][:, 1, :-1])
+
+
+def test_paged_logits_inputs_are_of_real_traffic() -> None:
+    """Few requests are long, the tables as wide as the longest may be; the same lengths whatever else is drawn."""
+    params = {"b": 40, "next_n": 3, "keys": 6400, "mean": 500, "seed": 1, "h": 2, "d": 32}
+    made = inputs.draw(shapes.Row("paged_mqa_logits", "skewed", params), CPU)
+    CONTRACTS["paged_mqa_logits"].check(**made)
+    lengths = made["context_lens"][:, -1]
+    assert torch.equal(made["context_lens"], (lengths.unsqueeze(1) - torch.tensor([2, 1, 0])).clamp(min=0).int())
+    assert made["block_table"].shape == (40, 100)
+    assert made["max_context_len"] == 6400
+    assert abs(lengths.float().mean() - 500) < 5
+    assert lengths.max() > 4 * lengths.median()
+    needed = torch.arange(100) * WINDOW_PAGE < lengths.unsqueeze(1)
+    assert sorted(made["block_table"][needed].tolist()) == list(range(len(made["k_cache"])))
+    assert not made["block_table"][~needed].any()
+    again = inputs.draw(shapes.Row("paged_mqa_logits", "other name", params), CPU)
+    assert torch.equal(again["context_lens"], made["context_lens"])
+    other = inputs.draw(shapes.Row("paged_mqa_logits", "skewed", params | {"seed": 2}), CPU)
+    assert not torch.equal(other["context_lens"], made["context_lens"])
 
 
 def test_scales_lie_as_asked() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,11 +26,24 @@ from ..traffic import (
 )
 from .meaning import INDEX_DIM
 
-CHUNKS = ((1024, 8192), (4096, 16384), (4096, 65536))
-"""Queries of a chunk, and compressed keys."""
 TOKENS = (1, 8, 32, 128, 1024, 4096, 8192)
-BATCHES = ((1, 16384), (32, 16384), (128, 4096), (64, 65536))
-"""Requests, and compressed keys of each."""
+CHUNKS = ((1, 4096), (37, 16384), (64, 4096), (512, 16384), (1024, 8192), (4096, 16384), (4096, 65536), (8192, 28672))
+"""Queries of a chunk at the end of its context, and compressed keys."""
+BATCHES = ((1, 16384, 1), (32, 16384, 1), (48, 16384, 2), (128, 4096, 1), (64, 65536, 1))
+"""Requests, compressed keys of each, and tokens of each."""
+WIDTH, WIDEST = 131072 // INDEXER_RATIO, 1048576 // INDEXER_RATIO
+"""Columns that an engine gives to every request: the compressed keys of its longest context."""
+SKEWED = (
+    (1, WIDEST, 1, 3000, 1),
+    (16, 131072, 1, 25000, 1),
+    (64, WIDTH, 1, 7300, 1),
+    (64, WIDTH, 2, 7300, 1),
+    (48, WIDTH, 3, 7300, 1),
+    (32, WIDEST, 4, 20000, 1),
+    (256, 131072, 1, 9800, 1),
+    (256, WIDEST, 1, 1500, 1),
+)
+"""Requests, columns, tokens of each, and the mean and the seed of the lengths, of which few are long."""
 
 
 def queries(rank: Rank, tokens: int, *, dtype: str = "int64", weights: str = "bfloat16") -> Arguments:
@@ -142,7 +156,7 @@ def _mqa_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
 
 
 def _paged_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
-    return (row["b"], 1, row["h"], row["d"]), ()
+    return (row["b"], row.get("next_n", 1), row["h"], row["d"]), ()
 
 
 def _q_rows(label: str, rank: Rank) -> Iterator[Row]:
@@ -154,13 +168,22 @@ def _q_rows(label: str, rank: Rank) -> Iterator[Row]:
 def _mqa_rows(label: str, rank: Rank) -> Iterator[Row]:
     h, d = rank.model.index_heads, rank.model.index_dim
     for m, n in CHUNKS:
-        yield Row("mqa_logits", f"m={m} n={n} h={h} d={d}", {"m": m, "n": n, "h": h, "d": d})
+        params = {"m": m, "n": n, "h": h, "d": d}
+        yield Row("mqa_logits", f"m={m} n={n} h={h} d={d}", params)
+        yield Row("mqa_logits", f"m={m} n={n} h={h} d={d} compressed", {**params, "compressed": True})
 
 
 def _paged_rows(label: str, rank: Rank) -> Iterator[Row]:
     h, d = rank.model.index_heads, rank.model.index_dim
-    for b, keys in BATCHES:
-        yield Row("paged_mqa_logits", f"b={b} keys={keys} h={h} d={d}", {"b": b, "keys": keys, "h": h, "d": d})
+    for b, keys, next_n in BATCHES:
+        tokens = f"next_n={next_n} " if next_n > 1 else ""
+        params = {"b": b, "next_n": next_n, "keys": keys, "h": h, "d": d}
+        yield Row("paged_mqa_logits", f"b={b} {tokens}keys={keys} h={h} d={d}", params)
+    for b, columns, next_n, mean, seed in SKEWED:
+        lengths = f"lognormal mean {mean} seed {seed}"
+        params = {"b": b, "next_n": next_n, "keys": columns, "mean": mean, "seed": seed, "h": h, "d": d}
+        name = f"b={b} next_n={next_n} max_context_len={columns} lengths={lengths} h={h} d={d}"
+        yield Row("paged_mqa_logits", name, params)
 
 
 def _draw_q(draw: Draw, *, t: int, h: int) -> Arguments:
@@ -174,7 +197,7 @@ def _draw_q(draw: Draw, *, t: int, h: int) -> Arguments:
     }
 
 
-def _draw_mqa(draw: Draw, *, m: int, n: int, h: int, d: int) -> Arguments:
+def _draw_mqa(draw: Draw, *, m: int, n: int, h: int, d: int, compressed: bool = False) -> Arguments:
     """A chunk at the end of its context: a key stands for four tokens, and the last query sees them all."""
     k = draw.normal(n, d, dtype="float8_e4m3fn")
     ends = n - (m - 1 - draw.range(m)) // INDEXER_RATIO
@@ -185,28 +208,43 @@ def _draw_mqa(draw: Draw, *, m: int, n: int, h: int, d: int) -> Arguments:
         "weights": draw.normal(m, h, scale=h**-0.5),
         "row_starts": draw.full(0, m),
         "row_ends": ends.int(),
+        "max_seqlen_k": n if compressed else None,
     }
 
 
-def _draw_paged(draw: Draw, *, b: int, keys: int, h: int, d: int) -> Arguments:
-    """One token of each request, all contexts full."""
+def long_tailed(count: int, mean: int, most: int, seed: int) -> list[int]:
+    """Lengths of which few are long: a lognormal distribution with sigma 1, scaled to the mean and cut at ``most``."""
+    drawn = random.Random(seed)
+    sizes = [drawn.lognormvariate(0, 1) for _ in range(count)]
+    return [min(max(round(size * mean * count / sum(sizes)), 1), most) for size in sizes]
+
+
+def _draw_paged(
+    draw: Draw, *, b: int, keys: int, h: int, d: int, next_n: int = 1, mean: int = 0, seed: int = 0
+) -> Arguments:
+    """``next_n`` tokens of each request in tables and rows of ``keys`` columns. All contexts are full, or their lengths
+    long-tailed with a mean; the last token sees them all. Entries of the table that no key needs are page 0."""
     import torch
 
     from .. import layouts
 
-    table = draw.pages(b, -(-keys // WINDOW_PAGE))
+    lengths = torch.tensor(long_tailed(b, mean, keys, seed) if mean else [keys] * b, device=draw.device).unsqueeze(1)
+    needed = draw.range(-(-keys // WINDOW_PAGE)) * WINDOW_PAGE < lengths
+    dealt = draw.pages(1, int(needed.sum())).flatten()
+    table = torch.zeros(needed.shape, dtype=torch.int32, device=draw.device)
+    table[needed] = dealt.int()
     each = d + layouts.INDEXER_SCALE_BYTES
     stride = round_up(WINDOW_PAGE * each, layouts.PAGE_ALIGNMENT)
-    raw = torch.zeros((table.numel(), stride), dtype=torch.uint8, device=draw.device)
-    cache = raw.as_strided((table.numel(), WINDOW_PAGE, each), (stride, each, 1))
-    for slots in draw.range(table.numel() * WINDOW_PAGE).split(4 * PIECE):
+    raw = torch.zeros((dealt.numel(), stride), dtype=torch.uint8, device=draw.device)
+    cache = raw.as_strided((dealt.numel(), WINDOW_PAGE, each), (stride, each, 1))
+    for slots in draw.range(dealt.numel() * WINDOW_PAGE).split(4 * PIECE):
         layouts.write_indexer_keys(cache, slots, draw.normal(len(slots), d))
     return {
-        "q": draw.normal(b, 1, h, d, dtype="float8_e4m3fn"),
+        "q": draw.normal(b, next_n, h, d, dtype="float8_e4m3fn"),
         "k_cache": cache,
-        "weights": draw.normal(b, h, scale=h**-0.5),
-        "context_lens": draw.full(keys, b, 1),
-        "block_table": table.int(),
+        "weights": draw.normal(b * next_n, h, scale=h**-0.5),
+        "context_lens": (lengths - draw.range(next_n).flip(0)).clamp(min=0).int(),
+        "block_table": table,
         "max_context_len": keys,
     }
 
@@ -225,7 +263,14 @@ PAGED = Traffic(
     needs=_paged_needs,
     classes=Classes((0, 1), "b * next_n", _paged_class, _paged_shapes),
     rows=_paged_rows,
-    tiny=(Row("paged_mqa_logits", "tiny b=2 keys=100", {"b": 2, "keys": 100, "h": 8, "d": 64}),),
+    tiny=(
+        Row("paged_mqa_logits", "tiny b=2 keys=100", {"b": 2, "keys": 100, "h": 8, "d": 64}),
+        Row(
+            "paged_mqa_logits",
+            "tiny b=3 next_n=2 max_context_len=300 lengths=lognormal mean 50 seed 1",
+            {"b": 3, "next_n": 2, "keys": 300, "mean": 50, "seed": 1, "h": 8, "d": 64},
+        ),
+    ),
     draw=_draw_paged,
     held=("k_cache",),
 )
