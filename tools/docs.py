@@ -557,10 +557,7 @@ def measured_choice() -> str:
             f"{said_commit(source.commit)}: `{source.command}`"
             for source in made.sources
         ]
-        rows = [
-            (code(p.op), p.where.replace("<", "&lt;"), code(p.prefer), code(p.over), f"{p.ratio:.2f}")
-            for p in made.named
-        ]
+        rows = [(code(p.op), p.where.replace("<", "&lt;"), code(p.prefer), code(p.over), p.ratios) for p in made.named]
         header = ("op", "where", "prefer", "over", "at least so many times as fast")
         parts.append(f"Compute capability {made.capability}, measured on {'; '.join(told)}:\n\n{table(header, rows)}")
     return "\n\n".join(parts) or "No table comes with this version: the order of the tiers holds everywhere."

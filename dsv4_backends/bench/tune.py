@@ -20,8 +20,10 @@ MARGIN = 1.03
 def tune(results: Sequence[Result]) -> Table:
     """The table for the architecture on which all ``results`` were measured.
 
-    For each class of shapes and each measured load, the fastest provider is preferred over the one that ranks first
-    without measurements if it is at least 3% faster on every row, and faster at both quartiles: the providers take
+    For each class of shapes and each measured load, the provider that loses least is preferred over the one that ranks
+    first without measurements: rows of one load differ in values, lengths for one, which a choice never looks at. Of a
+    row, a provider loses the ratio of its time to the best one; over the rows, the most counts. It is preferred if the
+    other loses at least 3% more, and is slower at both quartiles on the row where that loses most: the providers take
     turns, so a clock that changes on the way moves the times of all of them, and their quartiles may overlap.
     Between two measured loads the nearer one decides, by their ratio; the outermost ones decide for all beyond.
 
@@ -87,35 +89,37 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Decision:
-    """Who goes first at one load, or over a range of loads; the least ratio of the times."""
+    """Who goes first at one load, or over a range of loads; the least and the largest ratio of the times."""
 
     prefer: str
     over: str
     ratio: float
+    most: float
     source: int
-
-    def agrees(self, other: _Decision) -> bool:
-        return (self.prefer, self.over) == (other.prefer, other.over)
 
 
 def _decide(rows: Sequence[_Found]) -> _Decision | None:
-    """What all rows of one load agree on, or None where the tiers' order stays."""
-    agreed: _Decision | None = None
-    for found in rows:
-        times = {timing.label: timing for timing in found.row.timings}
+    """Who loses least over the rows of one load, or None where the tiers' order stays."""
+    ranked = [[name for name in found.order if name in found.row.timed] for found in rows]
+    if not all(ranked) or len({names[0] for names in ranked}) > 1:
+        return None
+    over = ranked[0][0]
+    common = [name for name in ranked[0] if all(name in names for names in ranked)]
+
+    def loss(name: str, found: _Found) -> float:
         us = found.row.timed
-        ranked = [name for name in found.order if name in us]
-        if not ranked:
-            return None
-        over, best = ranked[0], min(ranked, key=lambda name: us[name])
-        ratio = us[over] / us[best]
-        if ratio < MARGIN or times[best].q1 >= times[over].q1 or times[best].q3 >= times[over].q3:
-            return None
-        new = _Decision(best, over, ratio, found.source)
-        if agreed is not None and not agreed.agrees(new):
-            return None
-        agreed = dataclasses.replace(new, ratio=min(ratio, agreed.ratio)) if agreed is not None else new
-    return agreed
+        return us[name] / min(us[other] for other in found.order if other in us)
+
+    def most(name: str) -> float:
+        return max(loss(name, found) for found in rows)
+
+    best = min(common, key=most)
+    worst = max(rows, key=lambda found: loss(over, found))
+    times = {timing.label: timing for timing in worst.row.timings}
+    if most(over) / most(best) < MARGIN or times[best].q1 >= times[over].q1 or times[best].q3 >= times[over].q3:
+        return None
+    ratios = [found.row.timed[over] / found.row.timed[best] for found in rows]
+    return _Decision(best, over, min(ratios), max(ratios), rows[-1].source)
 
 
 def _of_class(op: str, shapes: str, by_load: Mapping[int, _Decision | None]) -> Iterator[Entry]:
@@ -126,12 +130,17 @@ def _of_class(op: str, shapes: str, by_load: Mapping[int, _Decision | None]) -> 
         low = 1 if index == 0 else math.isqrt(loads[index - 1] * load) + 1
         high = None if index == len(loads) - 1 else math.isqrt(load * loads[index + 1])
         found = by_load[load]
-        ratio = round(found.ratio, 3) if found is not None else 0.0
-        if found and entry and (found.prefer, found.over, found.source) == (entry.prefer, entry.over, entry.source):
-            entry = dataclasses.replace(entry, high=high, ratio=min(entry.ratio, ratio))
+        new = None
+        if found is not None:
+            ratio, most = round(found.ratio, 3), round(found.most, 3)
+            most = most if ratio < MARGIN else 0.0
+            new = Entry(op, shapes, low, high, found.prefer, found.over, ratio, found.source, most)
+        if new and entry and (new.prefer, new.over, new.source) == (entry.prefer, entry.over, entry.source):
+            ratio, most = min(entry.ratio, new.ratio), max(entry.most, new.most)
+            entry = dataclasses.replace(entry, high=high, ratio=ratio, most=most)
             continue
         if entry is not None:
             yield entry
-        entry = Entry(op, shapes, low, high, found.prefer, found.over, ratio, found.source) if found else None
+        entry = new
     if entry is not None:
         yield entry

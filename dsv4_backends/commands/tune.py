@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 def text(table: preferences.Table) -> str:
     """The table's preferences, a line each."""
-    rows = [(p.op, p.where, p.prefer, p.over, f"{p.ratio:.2f}") for p in table.named]
+    rows = [(p.op, p.where, p.prefer, p.over, p.ratios) for p in table.named]
     if not rows:
         return "nothing to prefer: on every row the provider that ranks first is the fastest, or near it"
     return render.table(("OP", "WHERE", "PREFER", "OVER", "AT LEAST"), rows)

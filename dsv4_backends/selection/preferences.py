@@ -39,6 +39,7 @@ class Preference:
         prefer, over: Providers: the faster one, and the one that the tiers alone would put first.
         ratio: The least ratio of the times that was measured in this range.
         source: Where and when that was.
+        most: The largest of them, where the least is no gain: how much is won depends on values, lengths for one.
     """
 
     op: str
@@ -49,6 +50,7 @@ class Preference:
     over: str
     ratio: float
     source: str
+    most: float = 0.0
 
     def holds(self, shapes: str, load: int) -> bool:
         return self.shapes == shapes and self.low <= load and (self.high is None or load <= self.high)
@@ -64,10 +66,14 @@ class Preference:
         load = CLASSES[self.op].load
         return f"{self.shapes}, {_reach(load, self.low, self.high) or f'any {load}'}"
 
+    @property
+    def ratios(self) -> str:
+        """The ratios of the times."""
+        return f"{self.ratio:.2f} to {self.most:.2f}" if self.most else f"{self.ratio:.2f}"
+
     def __str__(self) -> str:
-        return (
-            f"{self.prefer} where {self.where}: at least {self.ratio:.2f} times as fast as {self.over} ({self.source})"
-        )
+        how = "by the values (lengths, for one)" if self.most else "at least"
+        return f"{self.prefer} where {self.where}: {how} {self.ratios} times as fast as {self.over} ({self.source})"
 
 
 def _reach(load: str, low: int, high: int | None) -> str:
@@ -108,6 +114,7 @@ class Entry:
     over: str
     ratio: float
     source: int
+    most: float = 0.0
 
 
 @dataclass(frozen=True)
