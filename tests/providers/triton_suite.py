@@ -21,6 +21,10 @@ from dsv4_backend_triton import BATCH_INVARIANT, variants
 from dsv4_backend_triton.arch import arch_of, interpreting
 from dsv4_backend_triton.compressor import portable as compressor
 from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm.op import hc_prenorm_gemm
+from dsv4_backend_triton.indexer.heads import Config
+from dsv4_backend_triton.indexer.paged_mqa_logits import op as paged
+from dsv4_backend_triton.indexer.paged_mqa_logits import schedule
+from dsv4_backend_triton.indexer.paged_mqa_logits.plan import Shape
 from dsv4_backend_triton.launch import launch
 from dsv4_backend_triton.lib import bits
 from extremes import check_extreme_scale_codes
@@ -232,6 +236,121 @@ def test_prenorm_splits_without_k_are_zero() -> None:
         hc_prenorm_gemm(x, fn, num_splits=splits, out=out, sqr_sum=squares)
         torch.testing.assert_close(out.sum(0), x.float() @ fn.T, rtol=1e-2, atol=1e-1)
         torch.testing.assert_close(squares.sum(0), x.float().square().sum(1))
+
+
+@triton.jit
+def _count_tiles(
+    lens_ptr, seen_ptr, places_ptr, B, next_n, limit, all_tiles, len_stride_b, len_stride_n,  # noqa: N803
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Adds 1 for every tile that a program does of an item."""
+    ends, total = schedule.count_places(
+        lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT
+    )
+    item, place, count = schedule.share(
+        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT, FILL
+    )  # fmt: skip
+    tl.store(places_ptr + tl.program_id(0), count)
+    while count > 0:
+        _, _, length = schedule.item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        tiles = schedule.tiles_of(tl.max(length, axis=0), BLOCK_N)
+        if FILL:
+            tiles = all_tiles - tiles
+        first, last, count = schedule.part(place, count, tiles, VISIT)
+        for tile in range(first, last):
+            tl.atomic_add(seen_ptr + item * all_tiles + tile, 1)
+        place = 0
+        item += 1
+
+
+_SHARED = [(1, 3, 1, 1, 32, 1), (7, 40, 1, 1, 32, 2), (40, 4, 3, 2, 32, 1), (3, 70, 3, 2, 32, 3), (4, 40, 2, 2, 512, 1)]
+
+
+@pytest.mark.parametrize(("programs", "b", "next_n", "rows", "scan", "visit"), _SHARED)
+@pytest.mark.parametrize("kind", ["random", "skewed", "zero", "full", "any"])
+def test_every_tile_of_the_paged_logits_is_done_once(
+    programs: int, b: int, next_n: int, rows: int, scan: int, visit: int, kind: str
+) -> None:
+    """With keys and without, for random lengths: each by one program, and as many places for each program."""
+    max_len, limit, block_n = 300, 288, 16
+    all_tiles = -(-max_len // block_n)
+    generator = torch.Generator().manual_seed(programs)
+    lens = torch.randint(0, limit + 1, (b, next_n), generator=generator)
+    if kind == "skewed":
+        lens[torch.rand(b, next_n, generator=generator) < 0.9] //= 50
+    elif kind in ("zero", "full"):
+        lens.fill_(0 if kind == "zero" else max_len)
+    elif kind == "any":
+        some = torch.tensor([-1, -(2**31), 2**31 - 1, max_len, 0])
+        lens = some[torch.randint(0, len(some), (b, next_n), generator=generator)]
+    tiles = []
+    for first in range(0, next_n, rows):
+        longest = lens[:, first : first + rows].amax(1).clamp(0, limit)
+        tiles += [-(-int(length) // block_n) for length in longest]
+    device = default_device()
+    given = lens.int().to(device)
+    for fill in (False, True):
+        wanted = torch.tensor([all_tiles - n for n in tiles] if fill else tiles)
+        seen = torch.zeros(len(tiles), all_tiles, dtype=torch.int32, device=device)
+        places = torch.full((programs,), -1, dtype=torch.int32, device=device)
+        launch(
+            _count_tiles, (programs,), given, seen, places, b, next_n, limit, all_tiles, *given.stride(),
+            ROWS=rows, BLOCK_N=block_n, SCAN=scan, VISIT=visit, FILL=fill,
+        )  # fmt: skip
+        assert torch.equal(seen.cpu(), (torch.arange(all_tiles) < wanted.unsqueeze(1)).int())
+        assert places.max() - places.min() <= 1
+        assert places.sum() == (int(wanted.sum()) + visit * len(tiles) if wanted.any() else 0)
+
+
+_RAGGED = {
+    "one request": {"b": 1, "context": 700},
+    "no length": {"b": 4, "context": 300, "lens": "zero"},
+    "all full": {"b": 5, "context": 256, "lens": "full"},
+    "short in wide rows": {"b": 5, "context": 90, "columns": 4000},
+    "many requests": {"b": 60, "context": 70, "page_size": 8},
+    "two tokens": {"b": 7, "context": 400, "next_n": 2},
+    "three tokens": {"b": 7, "context": 400, "next_n": 3},
+    "four tokens": {"b": 7, "context": 400, "next_n": 4},
+    "hostile lengths and tables": {"b": 9, "context": 400, "next_n": 3, "lens": "any", "columns": 900},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("name", _RAGGED)
+def test_few_programs_share_ragged_lengths(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that go from one request to the next, within rows too, give what the definition says, everywhere."""
+    sizes = {"h": 4, "d": 32, "page_size": 64} | _RAGGED[name]
+    contract, device = CONTRACTS["paged_mqa_logits"], default_device()
+    made = contract.make(device, torch.Generator().manual_seed(3), **sizes)
+    out = torch.full((sizes["b"] * sizes.get("next_n", 1), made["max_context_len"]), torch.nan, device=device)
+    few = arch_of(device)._replace(sms=5)
+    monkeypatch.setattr(paged, "arch_of", lambda _: few)
+    with variants.forced("paged_mqa_logits", "portable", Config(rows, 64, 4, 2, False, 1, rows)):
+        paged.paged_mqa_logits(**made, out=out)
+    (want,) = oracle.expected("paged_mqa_logits", made)
+    error = numerics.compare(out, want, contract.tolerances["out"])
+    assert error.ok, error
+
+
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 6])
+@pytest.mark.skipif(interpreting(), reason="kernels that the interpreter does not have, and many more keys")
+def test_every_variant_of_the_paged_logits(next_n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 heads, long-tailed lengths and some of 0, wide rows: by few programs and by as many as there are."""
+    contract, device = CONTRACTS["paged_mqa_logits"], default_device()
+    b, columns = 300, 2500
+    made = contract.make(device, torch.Generator().manual_seed(3), b=b, context=2000, next_n=next_n, columns=columns)
+    skew = torch.rand(b, 1, generator=torch.Generator().manual_seed(4)) ** 4
+    made["context_lens"] = (made["context_lens"] * skew.to(device)).int()
+    (want,) = oracle.expected("paged_mqa_logits", made)
+    here = arch_of(device)
+    for arch in (here, here._replace(sms=3)):
+        monkeypatch.setattr(paged, "arch_of", lambda _, arch=arch: arch)
+        for name, config in variants.choices("paged_mqa_logits", Shape(arch, next_n, 64, 128)):
+            out = torch.full((b * next_n, columns), torch.nan, device=device)
+            with variants.forced("paged_mqa_logits", name, config):
+                paged.paged_mqa_logits(**made, out=out)
+            error = numerics.compare(out, want, contract.tolerances["out"])
+            assert error.ok, (name, arch.sms, error)
 
 
 @pytest.mark.skipif(not interpreting(), reason="about the interpreter")

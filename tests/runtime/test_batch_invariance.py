@@ -28,7 +28,9 @@ from dsv4_backends.testing import checks
 SIZES = (1, 7, 64, 83, 84, 256, 1000, 8192)
 CAPABILITIES = ("8.0", "8.6", "9.0", "10.0", "12.0")
 SIZED = {"m", "M", "B", "t", "tokens", "group", "padded", "requests", "room", "offset", "n_items", "rows", "chunk"}
-"""What may differ from batch to batch: how many rows there are, where they go, and where a block's columns end."""
+SIZED |= {"SCAN"}
+"""What may differ from batch to batch: how many rows there are, where they go, where a block's columns end, and how
+many lengths are read at a time to share the work."""
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def code(op: str, capability: str, call: dict[str, Any], mode: bool) -> list[Any
             if isinstance(value, int | float) and name not in SIZED and "stride" not in name and name[1:3] != "_s"
         }
         boxes = [getattr(value, "block_shape", None) for value in one.arguments.values()]
-        found.append((one.kernel.__name__, str(one.constants), one.options, boxes, numbers))
+        constants = {name: value for name, value in one.constants.items() if name not in SIZED}
+        found.append((one.kernel.__name__, str(constants), one.options, boxes, numbers))
         if "chunk" in one.arguments:  # a key's place in its tile is the same wherever the blocks are cut
             tile = one.constants.get("BLOCK_N") or one.constants["KEYS"]
             assert one.arguments["chunk"] % tile == 0

@@ -20,7 +20,9 @@ from ..lib.sizes import cdiv, pow2
 
 
 class Config(NamedTuple):
-    """Launch configuration. ``waves``: blocks per multiprocessor aimed at when work is cut along the keys."""
+    """Launch configuration. ``waves``: blocks per multiprocessor, as many as run at once where blocks share all work,
+    and else those aimed at when work is cut along the keys. ``visit``: where blocks share all work, as many tiles take
+    as long as to turn to another request."""
 
     rows: int
     block_n: int
@@ -28,6 +30,7 @@ class Config(NamedTuple):
     stages: int
     tma: bool
     waves: int
+    visit: int = 1
 
 
 def padded(h: int, d: int) -> tuple[int, int]:
@@ -37,10 +40,10 @@ def padded(h: int, d: int) -> tuple[int, int]:
 
 def fitted(op: str, arch: Arch, rows: int | None, h: int, d: int) -> Config:
     """The configuration of the portable kernel. Bounds rows x heads by what the tile was made for (128 columns, 256 for
-    the paged kernel's rows), and drops stages until operands fit shared memory. ``rows``: as many as there are, or None
-    for as many as the tile takes."""
-    config = Config(**configured(op, "portable", arch))
+    the paged kernel's rows), and drops stages until operands fit shared memory. ``rows``: as many as there are (times
+    the heads, the size in the paged kernel's table), or None for as many as the tile takes."""
     block_h, block_d = padded(h, d)
+    config = Config(**configured(op, "portable", arch, size=pow2(rows or 0) * block_h))
     size = 1 if arch.native_fp8 else 2
     most = config.rows * max(1, 64 // block_h)
     rows = max(1, min(most, pow2(most if rows is None else rows)))

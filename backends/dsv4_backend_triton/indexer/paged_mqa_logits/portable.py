@@ -1,8 +1,9 @@
-"""``paged_mqa_logits`` in plain Triton: a block is all (or ROWS of the) next_n queries of a request against a chunk of
-its positions. Keys are read once for all of them.
+"""``paged_mqa_logits`` in plain Triton, persistent: as many blocks as run at once share the tiles of keys equally, then
+the columns beyond them, whatever the lengths are (``schedule.py``). A block has all (or ROWS of the) next_n queries of
+a request at a time. Keys are read once for all of them.
 
     role   does
-    all    a tile of keys: product with all heads of all rows, relu, head sum in registers, store; -inf elsewhere
+    all    tiles of keys: product with all heads of all rows, relu, head sum in registers, store; then -inf elsewhere
 
                  ROWS x BLOCK_H heads
     BLOCK_N keys [        S         ] -> [BLOCK_N, ROWS] logits     K: BLOCK_D
@@ -25,8 +26,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...launch import launch as launch_kernel
 from ...lib.bits import fp8_operand
 from ...lib.sizes import cdiv
-from ..heads import Config, as_bytes, chunk_of, constants, fill, fitted, load_q, padded, relu_head_sum
+from ..heads import Config, as_bytes, constants, fill, fitted, load_q, padded, relu_head_sum
 from .plan import Call, Shape
+from .schedule import FEW, MANY, count_places, item_of, part, share, tiles_of
 
 
 def plan(shape: Shape) -> Config:
@@ -43,21 +45,23 @@ def launch(call: Call, config: Config) -> None:
     if k_mode and config.tma and d == block_d and page_stride % 16 == 0 and k_cache.data_ptr() % 16 == 0 and pages:
         k_mode, box = 2, [1, config.block_n, block_d]
         k_desc = TensorDescriptor(as_bytes(k_cache, arch), [pages, page_size, d], [page_stride, d, 1], box)
-    groups = cdiv(next_n, config.rows)
-    chunk = chunk_of(columns, b * groups, config, arch.sms)
+    # As many as run at once, which the registers must allow. More programs than places have nothing to do.
+    registers = 65536 // (32 * config.warps * config.waves) // 8 * 8
+    places = b * cdiv(next_n, config.rows) * (cdiv(columns, config.block_n) + config.visit)
     launch_kernel(
-        _paged_mqa_logits_kernel, (b, cdiv(columns, chunk), groups),
+        _paged_mqa_logits_kernel, (min(config.waves * arch.sms, places),),
         *(q, k_cache, k_desc, call.weights, lens, call.table, out),
-        *(next_n, columns, min(columns, page_size * call.table.shape[1]), pages), *q.stride()[:3],
+        *(b, next_n, columns, min(columns, page_size * call.table.shape[1]), pages), *q.stride()[:3],
         *(page_stride, call.weights.stride(0), lens.stride(0), lens.stride(1) if lens.dim() == 2 else 0),
-        *(call.table.stride(0), out.stride(0), chunk), **constants(config, arch, h, d), PAGE=page_size, K_MODE=k_mode,
-        ALIGNED=aligned, num_warps=config.warps,
+        *(call.table.stride(0), out.stride(0)), **constants(config, arch, h, d), PAGE=page_size, K_MODE=k_mode,
+        ALIGNED=aligned, SCAN=FEW if b <= FEW else MANY, VISIT=config.visit, num_warps=config.warps,
+        maxnreg=min(registers, 255),
     )  # fmt: skip
 
 
 _SIZES = (
-    "next_n max_len limit pages q_stride_b q_stride_n q_stride_h page_stride w_stride "
-    "len_stride_b len_stride_n table_stride out_stride chunk"
+    "B next_n max_len limit pages q_stride_b q_stride_n q_stride_h page_stride w_stride "
+    "len_stride_b len_stride_n table_stride out_stride"
 ).split()
 _ANY_ALIGNMENT = ["w_ptr", "lens_ptr", "table_ptr", "out_ptr"]
 
@@ -65,80 +69,97 @@ _ANY_ALIGNMENT = ["w_ptr", "lens_ptr", "table_ptr", "out_ptr"]
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _paged_mqa_logits_kernel(
     q_ptr, cache_ptr, k_desc, w_ptr, lens_ptr, table_ptr, out_ptr,
-    next_n, max_len, limit, pages,
+    B, next_n, max_len, limit, pages,
     q_stride_b, q_stride_n, q_stride_h,  # in elements
     page_stride,  # in bytes
     w_stride, len_stride_b, len_stride_n, table_stride, out_stride,  # in elements
-    chunk,
     H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, K_MODE: tl.constexpr, ALIGNED: tl.constexpr,
-    OPERAND: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, STAGES: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    c0 = tl.program_id(1) * chunk
-    c1 = tl.minimum(c0 + chunk, max_len)
-    row0 = tl.program_id(2) * ROWS
     if ALIGNED:
         q_stride_b = tl.multiple_of(q_stride_b.to(tl.int64), 16)
         q_stride_n = tl.multiple_of(q_stride_n.to(tl.int64), 16)
         q_stride_h = tl.multiple_of(q_stride_h.to(tl.int64), 16)
         page_stride = tl.multiple_of(page_stride.to(tl.int64), 16)
-
-    rows = row0 + tl.arange(0, ROWS)
-    row_ok = rows < next_n
-    row_of = tl.minimum(rows, next_n - 1)
-    length = tl.minimum(tl.load(lens_ptr + b * len_stride_b + row_of * len_stride_n), limit)
-    longest = tl.max(length, axis=0)
-    hi = tl.maximum(tl.minimum(c1, longest), c0)
-    hi_col = tl.minimum((hi + BLOCK_N - 1) // BLOCK_N * BLOCK_N, c1)
-    out_row = b * next_n + rows
-    fill(out_ptr, out_row, row_ok, out_stride, hi_col, c1, 4 * BLOCK_N)
-    if hi > c0:
-        table_ptr += b * table_stride
-        if K_MODE != 0:
-            page_next = tl.load(table_ptr + c0 // PAGE)
-        rh = tl.arange(0, ROWS * BLOCK_H)
-        q_row = tl.minimum(row0 + rh // BLOCK_H, next_n - 1)
-        head = rh % BLOCK_H
-        q = load_q(
-            q_ptr + b * q_stride_b, q_row, q_row < next_n, head, q_stride_n, q_stride_h, H, D, BLOCK_D, OPERAND,
-        )  # fmt: skip
-        q_t = tl.trans(q)
-        w = tl.load(w_ptr + (b * next_n + q_row) * w_stride + head, mask=head < H, other=0.0)
-        dim = tl.arange(0, BLOCK_D)
-        for j in tl.range(c0, hi_col, BLOCK_N, num_stages=STAGES):
-            col = j + tl.arange(0, BLOCK_N)
-            if K_MODE == 0:
-                page = tl.load(table_ptr + col // PAGE, mask=col < longest, other=-1)
-                key_ok = (page >= 0) & (page < pages)
-                inside = key_ok[:, None] & (col[:, None] < length[None, :])
-                base = cache_ptr + page.to(tl.int64) * page_stride
-                slot = col % PAGE
-            else:
-                known = (page_next >= 0) & (page_next < pages)
-                page = page_next.to(tl.int64)
-                key_ok = col < tl.where(known, longest, 0)
-                inside = col[:, None] < tl.where(known, length, 0)[None, :]
-                page_next = tl.load(table_ptr + (j + BLOCK_N) // PAGE, mask=j + BLOCK_N < hi_col, other=0)
-                base = cache_ptr + page * page_stride
-                slot = j % PAGE + tl.arange(0, BLOCK_N)
-            scale_ptr = (base + PAGE * D + slot * 4).to(tl.pointer_type(tl.float32))
-            scale = tl.load(scale_ptr, mask=key_ok, other=0.0)
-            if K_MODE == 2:
-                k = tl.reshape(k_desc.load([page.to(tl.int32), j % PAGE, 0]), (BLOCK_N, BLOCK_D))
-                k = fp8_operand(k, OPERAND)
-            else:
+    ends, total = count_places(lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT)
+    all_tiles = (max_len + BLOCK_N - 1) // BLOCK_N
+    item, place, count = share(
+        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT,
+        FILL=False,
+    )  # fmt: skip
+    while count > 0:
+        b, row0, length = item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        longest = tl.max(length, axis=0)
+        first, last, count = part(place, count, tiles_of(longest, BLOCK_N), VISIT)
+        place = 0
+        item += 1
+        if first < last:
+            keys_ptr = table_ptr + b * table_stride
+            c0 = first * BLOCK_N
+            c1 = last * BLOCK_N
+            if K_MODE != 0:
+                page_next = tl.load(keys_ptr + c0 // PAGE)
+            rows = row0 + tl.arange(0, ROWS)
+            row_ok = rows < next_n
+            out_row = b * next_n + rows
+            rh = tl.arange(0, ROWS * BLOCK_H)
+            q_row = tl.minimum(row0 + rh // BLOCK_H, next_n - 1)
+            head = rh % BLOCK_H
+            q = load_q(
+                q_ptr + b * q_stride_b, q_row, q_row < next_n, head, q_stride_n, q_stride_h, H, D, BLOCK_D, OPERAND,
+            )  # fmt: skip
+            q_t = tl.trans(q)
+            w = tl.load(w_ptr + (b * next_n + q_row) * w_stride + head, mask=head < H, other=0.0)
+            dim = tl.arange(0, BLOCK_D)
+            for j in tl.range(c0, c1, BLOCK_N, num_stages=STAGES):
+                col = j + tl.arange(0, BLOCK_N)
                 if K_MODE == 0:
-                    k_ptr = base[:, None] + (slot * D)[:, None] + dim[None, :]
+                    page = tl.load(keys_ptr + col // PAGE, mask=col < longest, other=-1)
+                    key_ok = (page >= 0) & (page < pages)
+                    inside = key_ok[:, None] & (col[:, None] < length[None, :])
+                    base = cache_ptr + page.to(tl.int64) * page_stride
+                    slot = col % PAGE
                 else:
-                    k_ptr = base + (slot * D)[:, None] + dim[None, :]
-                k_mask = key_ok[:, None] & (dim < D)[None, :]
-                if OPERAND == tl.float8e4nv:
-                    k_ptr = k_ptr.to(tl.pointer_type(tl.float8e4nv))
-                    k = tl.load(k_ptr, mask=k_mask, other=0.0)
+                    known = (page_next >= 0) & (page_next < pages)
+                    page = page_next.to(tl.int64)
+                    key_ok = col < tl.where(known, longest, 0)
+                    inside = col[:, None] < tl.where(known, length, 0)[None, :]
+                    page_next = tl.load(keys_ptr + (j + BLOCK_N) // PAGE, mask=j + BLOCK_N < c1, other=0)
+                    base = cache_ptr + page * page_stride
+                    slot = j % PAGE + tl.arange(0, BLOCK_N)
+                scale_ptr = (base + PAGE * D + slot * 4).to(tl.pointer_type(tl.float32))
+                scale = tl.load(scale_ptr, mask=key_ok, other=0.0)
+                if K_MODE == 2:
+                    k = tl.reshape(k_desc.load([page.to(tl.int32), j % PAGE, 0]), (BLOCK_N, BLOCK_D))
+                    k = fp8_operand(k, OPERAND)
                 else:
-                    k = fp8_operand(tl.load(k_ptr, mask=k_mask, other=0), OPERAND)
-            s = relu_head_sum(k, q_t, w, ROWS, BLOCK_H, BLOCK_N) * (0.5 * scale)[:, None]
-            s = tl.where(inside, s, float("-inf"))
-            ptr = out_ptr + out_row[None, :] * out_stride + col[:, None]
-            tl.store(ptr, s, mask=row_ok[None, :] & (col < c1)[:, None], cache_modifier=".cs")
+                    if K_MODE == 0:
+                        k_ptr = base[:, None] + (slot * D)[:, None] + dim[None, :]
+                    else:
+                        k_ptr = base + (slot * D)[:, None] + dim[None, :]
+                    k_mask = key_ok[:, None] & (dim < D)[None, :]
+                    if OPERAND == tl.float8e4nv:
+                        k_ptr = k_ptr.to(tl.pointer_type(tl.float8e4nv))
+                        k = tl.load(k_ptr, mask=k_mask, other=0.0)
+                    else:
+                        k = fp8_operand(tl.load(k_ptr, mask=k_mask, other=0), OPERAND)
+                s = relu_head_sum(k, q_t, w, ROWS, BLOCK_H, BLOCK_N) * (0.5 * scale)[:, None]
+                s = tl.where(inside, s, float("-inf"))
+                ptr = out_ptr + out_row[None, :] * out_stride + col[:, None]
+                tl.store(ptr, s, mask=row_ok[None, :] & (col < max_len)[:, None], cache_modifier=".cs")
+
+    item, place, count = share(
+        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT,
+        FILL=True,
+    )  # fmt: skip
+    while count > 0:
+        b, row0, length = item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        tiles = tiles_of(tl.max(length, axis=0), BLOCK_N)
+        first, last, count = part(place, count, all_tiles - tiles, VISIT)
+        place = 0
+        item += 1
+        rows = row0 + tl.arange(0, ROWS)
+        begin = (tiles + first) * BLOCK_N
+        end = tl.minimum((tiles + last) * BLOCK_N, max_len)
+        fill(out_ptr, b * next_n + rows, rows < next_n, out_stride, begin, end, 16 * BLOCK_N // ROWS)
