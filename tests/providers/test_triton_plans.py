@@ -113,16 +113,24 @@ def covered(op: str, call: Arguments, launches: list[Launch]) -> Iterator[bool]:
         for combine in others:  # all partial results of a row fit the registers of one that combines them
             yield combine.grid == (rows * heads,)
             yield combine.arguments["splits"] == splits <= combine.arguments["BS"]
-    elif op in ("mqa_logits", "paged_mqa_logits"):
+    elif op == "mqa_logits":
         high, wide, chunk = tile_of(main, "ROWS"), tile_of(main, "BLOCK_N", "KEYS"), taken["chunk"]
         yield chunk % wide == 0
-        if op == "paged_mqa_logits":
-            yield from (grid[0] == len(call["q"]), once(grid[1], chunk, taken["max_len"]))
-            yield once(grid[2], high, call["q"].shape[1])
-        elif len(grid) == 2:
+        if len(grid) == 2:
             yield from (once(grid[0], high, len(call["q"])), once(grid[1], chunk, taken["n_cols"]))
         else:
             yield 1 <= grid[0] <= -(-len(call["q"]) // high) * -(-taken["n"] // chunk)
+    elif op == "paged_mqa_logits":  # programs share the work by the lengths: see the tests of the schedule
+        yield from (len(grid) == 1, grid[0] >= 1, taken["max_len"] == call["max_context_len"])
+        yield (taken["B"], taken["next_n"]) == tuple(call["q"].shape[:2])
+    elif op == "indexer_q_rope_quant":
+        yield from (grid == (len(call["q"]) * taken["tiles"],), once(taken["tiles"], taken["ROWS"], call["q"].shape[1]))
+    elif op in ("inverse_rope", "inverse_rope_quant"):
+        t, h, _ = call["x"].shape
+        yield from (grid[0] % h == 0, once(grid[0] // h, taken["ROWS"], t), taken["heads"] * call["groups"] == h)
+    elif op == "gather_dequant_kv":  # programs take one tile after another, as many as the lengths make
+        yield from (taken["requests"] == len(call["seq_lens"]), taken["rows"] <= call["out"].shape[1])
+        yield 1 <= grid[0] <= taken["requests"] * -(-taken["rows"] // taken["ROWS"])
     elif op in ("compress_norm_rope_insert", "indexer_compress_insert"):
         for one in launches:
             yield once(one.grid[0], one.arguments["group"], len(call["positions"]))
