@@ -43,7 +43,7 @@ MARK = re.compile(r"((?:<!--|#) generated: (?P<name>\w+)[^\n]*\n).*?((?:<!--|#) 
 WIDTH = 120
 """Columns of the code, as ruff has them."""
 
-SAMPLE_GPU = "8.6"
+SAMPLE_GPU = "8.9"
 SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
 """The machine of the README's listing: fixed, so that the page is the same wherever it is made."""
 

@@ -169,6 +169,14 @@ def test_the_readme_names_the_two_commands() -> None:
     assert second.endswith(" && .venv/bin/pytest -n auto --dist worksteal\n")
 
 
+def test_check_says_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "check --model flash --device sm_89 --memory 24GiB"
+    assert cli.main([*command.split(), "--tp", "4"]) == 1
+    (weights,) = re.findall(r"weights +([\d.]+ GiB)", capsys.readouterr().out)
+    assert f"the weights take {weights} on each of 4 ranks" in " ".join(TEXTS[README].split())
+    assert cli.main([*command.split(), "--tp", "8", "--max-model-len", "32768"]) == 0
+
+
 # ------------------------------------------------------------------------------------------------------ links
 
 
