@@ -1,4 +1,4 @@
-"""The provider over DeepGEMM: the indexer's logits and two GEMMs, whichever release line is installed."""
+"""The provider over DeepGEMM, any supported release line: the indexer's logits and two GEMMs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
                 op=op,
                 target=f"dsv4_backend_deep_gemm.{module}:{op}",
                 refuses=f"dsv4_backend_deep_gemm.{module}:{op}_refuses",
-                # What the adapter is written for; the probe says what the installed build has.
+                # The architectures that the adapter supports; the probe narrows them to those of the installed build.
                 capability=(">=9.0",),
                 note="passed on compute capability 9.0; other architectures not run on hardware",
             )

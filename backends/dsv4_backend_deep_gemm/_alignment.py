@@ -1,4 +1,4 @@
-"""Operands where the tensor memory accelerator takes them: at multiples of 16 bytes."""
+"""Operands aligned to 16 bytes, as the tensor memory accelerator needs them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ ALIGNMENT = 16
 
 
 def _copied(x: Tensor) -> Tensor:
-    # In new memory, which is aligned: `contiguous` gives back what is contiguous at an odd address.
+    # New memory is aligned. `contiguous` would return a contiguous tensor at an unaligned address unchanged.
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x if it and each of its rows begin at such a place, and rows do not overlap; else a contiguous copy."""
+    """x if it and each of its rows are aligned, and rows do not overlap; else a contiguous copy."""
     fits = not x.data_ptr() % ALIGNMENT and all(
         stride >= x.shape[-1] and not stride * x.element_size() % ALIGNMENT for stride in x.stride()[:-1]
     )
@@ -22,5 +22,5 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x if it is contiguous and begins at such a place, else a copy that is and does."""
+    """x if it is contiguous and aligned, else a copy that is."""
     return x if x.is_contiguous() and not x.data_ptr() % ALIGNMENT else _copied(x)

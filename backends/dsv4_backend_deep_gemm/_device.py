@@ -1,4 +1,4 @@
-"""One GPU a process: DeepGEMM loads a kernel once, for the GPU that is current then, and no other can launch it."""
+"""One GPU a process: DeepGEMM loads a kernel once, for the current GPU, and cannot launch it on another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _served: int | None = None
 
 
 def refuses_device(tensor: Tensor) -> Reason | None:
-    """Why calls on a tensor's GPU cannot be served, where an earlier call was on another."""
+    """Why calls on a tensor's GPU cannot be served: an earlier call was on another GPU. None: they can."""
     index = tensor.get_device()
     if index < 0 or _served is None or index == _served:
         return None

@@ -1,4 +1,4 @@
-"""Bounds that DeepGEMM can take, and its logits as the contract wants them: one small kernel each."""
+"""Make bounds safe for DeepGEMM, and its logits what the contract defines: one small kernel each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dsv4_backends.provider import launch
 _BLOCK = 4096
 _MOVED_BLOCK = 2048
 _ROWS_TO_MOVE = 256
-"""One program moves a row within itself. With fewer rows than this, more programs copy to new memory in less time."""
+"""A row is moved in place by one program. With fewer rows, copying to new memory by more programs is faster."""
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _EARLY = not _INTERPRETED
 """Launched before DeepGEMM's kernel has ended (programmatic dependent launch, which all of its GPUs have)."""
 
-# One compiled variant for each set of flags, whatever the sizes: `launch` keeps it by flags alone.
+# One compiled kernel for each set of flags, for all sizes: `launch` keeps kernels by their flags.
 _SIZES = ["width", "row_stride", "source_stride", "rows_per_length"]
 _TABLE_SIZES = ["rows_per_entry", "table_stride", "limit", "pages"]
 _LENGTHS = ["starts", "ends", "safe_starts", "safe_ends"]
@@ -61,7 +61,7 @@ def _finish_kernel(
     last = tl.load(ends + row // rows_per_length)
     first = 0
     missing = 0
-    if PAGE > 0:  # which of the pages named here the cache does not have
+    if PAGE > 0:  # pages that the cache does not have
         last = tl.minimum(last, limit)
         table += row // rows_per_entry * table_stride
         entry = begin // PAGE + tl.arange(0, BLOCK // PAGE)
@@ -74,18 +74,18 @@ def _finish_kernel(
     here = column < width
     place = target + row * row_stride * UNIT + column
     if (last <= begin) | (first >= begin + BLOCK):
-        tl.store(place, float("-inf"), mask=here)  # 16 bytes a time where rows are aligned
+        tl.store(place, float("-inf"), mask=here)  # 16 bytes at a time if rows are aligned
     elif COPIES:
         inside = (column >= first) & (column < last)
         values = tl.load(source + row * source_stride + (column - first), mask=inside & here, other=float("-inf"))
         tl.store(place, values, mask=here)
     elif (first > begin) | (last < begin + BLOCK):
-        # Nothing inside is read or written.
+        # Columns within the row's range are neither read nor written.
         tl.store(place, float("-inf"), mask=here & ((column < first) | (column >= last)))
     if PAGE > 0:
         if missing != 0:
             tl.debug_barrier()  # another thread may have stored the same column above
-            for piece in range(0, BLOCK, 512):  # rare, so it may not cost the usual way its registers
+            for piece in range(0, BLOCK, 512):  # rare: in pieces, so that the common path needs fewer registers
                 at = begin + piece + tl.arange(0, 512)
                 own = tl.load(table + at // PAGE, mask=at < last, other=0)
                 absent = (at < width) & ((own < 0) | (own >= pages))
@@ -112,7 +112,7 @@ def _move_kernel(
     last = tl.load(ends + row)
     column = tl.arange(0, BLOCK)
     if first > 0:
-        # To the right, so from the right; all of a block is read before any of it is written.
+        # The row moves right, so its last block moves first. A block is read completely before it is written.
         blocks = tl.cdiv(last - first, BLOCK)
         for i in range(blocks):
             at = (blocks - 1 - i) * BLOCK + column
@@ -145,10 +145,10 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def bounds(row_starts: Tensor, row_ends: Tensor, keys: int, width: int) -> tuple[Tensor, Tensor]:
-    """Bounds that the kernels can take: ``0 <= start <= end <= keys``, and no more than ``width`` keys between them.
+    """Bounds that are safe for the kernels: ``0 <= start <= end <= keys``, and at most ``width`` keys between them.
 
-    The kernels read them as unsigned numbers, loop from the one to the other without asking which is larger, and do
-    not look at the width of what they write.
+    The kernels read bounds as unsigned numbers, loop from start to end without comparing them first, and do not check
+    them against the width of the result.
     """
     if _on_gpu(row_starts):
         rows = row_starts.shape[0]
@@ -173,19 +173,19 @@ def finish(
     table: Tensor | None = None,
     cache: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """Logits as the contract wants them.
+    """Logits as the contract defines them.
 
     Args:
-        logits: fp32 ``[m, width]``. Column j of row i is key ``starts[i] + j``, and undefined where that is
-            not below ``ends[i]``. Changed in place, unless ``out`` or few rows have memory of their own.
-        starts, ends: int32, contiguous, one for each row or for each group of as many rows; ``0 <= starts <= ends``
-            where there are starts. Without them they are 0, and ends may be any numbers.
+        logits: fp32 ``[m, width]``. Column j of row i is key ``starts[i] + j``, and undefined if that is
+            not below ``ends[i]``. Changed in place, unless ``out`` is given or few rows are copied.
+        starts, ends: int32, contiguous, one for each row or for each group of equally many rows. With starts,
+            ``0 <= starts <= ends``. Without starts they are 0, and ends may be any numbers.
         width: Columns of the result.
         shifted: Key n belongs in column n of the result, and there is one start for each row; otherwise columns stay.
         out: fp32 ``[m, width]`` to write to.
-        table: int32 ``[b, blocks]``, one row for each group of as many rows: the page of each column. Columns beyond it
-            and those of pages that the cache does not have are -inf.
-        cache: How many pages it has, and of how many keys (a power of two); with a table only.
+        table: int32 ``[b, blocks]``, one row for each group of equally many rows: the page of each column. Columns beyond
+            it and those of pages that the cache does not have are -inf.
+        cache: The number of pages of the cache and of keys in a page (a power of two); only with a table.
     """
     rows = logits.shape[0]
     pages, page_size = cache
@@ -197,7 +197,7 @@ def finish(
         out = logits.new_empty((rows, width))
     target = logits if out is None else out
     stride, _ = target.stride()
-    # In units of 16 bytes where rows allow it, so that Triton can see that it may store as many at once.
+    # In units of 16 bytes if rows allow it, so that Triton knows that it can store 16 bytes at once.
     aligned = target.data_ptr() % 16 == 0
     unit = 4 if aligned and (stride | width) % 4 == 0 else 1
     device = logits.get_device()

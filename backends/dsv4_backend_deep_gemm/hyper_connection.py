@@ -12,7 +12,7 @@ from ._device import library_for, refuses_device
 
 _BLOCK = 64
 _MAX_N = 32
-"""SM90's; SM100 takes 128, which no model asks for."""
+"""The limit of SM90. SM100 takes 128, which no model needs."""
 
 
 def hc_prenorm_gemm_refuses(
@@ -23,7 +23,7 @@ def hc_prenorm_gemm_refuses(
     out: Tensor | None = None,
     sqr_sum: Tensor | None = None,
 ) -> Reason | None:
-    """Sizes that the kernel does not have."""
+    """Sizes that the kernel does not support."""
     if (reason := refuses_device(x)) is not None:
         return reason
     k, n = x.shape[1], fn.shape[0]
@@ -68,7 +68,7 @@ def hc_prenorm_gemm(
     d = mixes if direct else torch.empty_like(mixes, memory_format=torch.contiguous_format)
     s = squares if direct else torch.empty_like(squares, memory_format=torch.contiguous_format)
     splits = num_splits
-    if num_splits is not None and num_splits > k // _BLOCK:  # the kernel must not have a split without a block
+    if num_splits is not None and num_splits > k // _BLOCK:  # the kernel needs a block of k for each split
         splits = k // _BLOCK
         d[splits:].zero_()
         s[splits:].zero_()

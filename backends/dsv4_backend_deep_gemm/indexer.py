@@ -27,7 +27,7 @@ def _head_refusal(heads: int, dim: int) -> Reason | None:
 
 
 def _padded_heads(q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous q and weights with a head count that the kernels have; added heads have weight 0."""
+    """Contiguous q and weights with a head count that the kernels support; added heads have weight 0."""
     *rows, heads, dim = q.shape
     wanted = next(count for count in _HEADS if count >= heads)
     wide = torch.zeros((*rows, wanted, dim), dtype=torch.uint8, device=q.device)  # zero as e4m3
@@ -54,7 +54,7 @@ def mqa_logits_refuses(
     max_seqlen_k: int | None = None,
     out: Tensor | None = None,
 ) -> Reason | None:
-    """Head counts and dimensions that the kernels do not have."""
+    """Head counts and dimensions that the kernels do not support."""
     return refuses_device(q) or _head_refusal(q.shape[1], q.shape[2])
 
 
@@ -71,8 +71,8 @@ def mqa_logits(
 ) -> Tensor:
     """See ``dsv4_backends.contract.indexer``. Heads are padded to 32 or 64.
 
-    DeepGEMM 2.5 and 2.6 clean the full form themselves. The compressed form is cleaned here; from 2.8 on the full
-    form is made from it.
+    DeepGEMM 2.5 and 2.6 set undefined logits of the full form to -inf. Those of the compressed form are set here. From
+    2.8 on the full form is made from the compressed one.
     """
     if elsewhere(q):
         with on_its_device(q):
@@ -112,7 +112,7 @@ def paged_mqa_logits_refuses(
     *,
     out: Tensor | None = None,
 ) -> Reason | None:
-    """Head counts, dimensions and pages that the kernels do not have."""
+    """Head counts, dimensions and pages that the kernels do not support."""
     if (reason := refuses_device(q) or _head_refusal(q.shape[2], q.shape[3])) is not None:
         return reason
     sizes = (64,) if deep_gemm().cleans else (32, 64)
@@ -127,14 +127,14 @@ def paged_mqa_logits_refuses(
 def _schedule(
     library: DeepGEMM, context_lens: Tensor, requests: int, tokens: int, page_size: int, limit: int
 ) -> tuple[Tensor, Tensor]:
-    """Lengths as the kernels take them, and the schedule that is made from these.
+    """Lengths that are safe for the kernels, and the schedule made from them.
 
-    The kernels read no length but the last of a request; as far as it says they read the table and write. None of them
-    is 0: 2.8 skips a request without keys but not its queries, so that keys of the next request would meet these; 2.5
-    may read beyond its table where every length is 0. A length of 1 costs one block, and what it finds is cleaned away.
+    The kernels read only the last length of a request. They read the table and write logits up to it. No length may be
+    0: 2.8 skips a request without keys but keeps its queries, and multiplies them with the keys of the next request;
+    2.5 may read beyond its table if every length is 0. A length of 1 costs one block; its logits are set to -inf later.
     """
     lens = context_lens.clamp(1, limit)
-    if tokens == 1 and (lens.shape != (requests, 1) or not lens.is_contiguous()):  # perhaps requests taken apart
+    if tokens == 1 and (lens.shape != (requests, 1) or not lens.is_contiguous()):  # split requests
         rows = lens.reshape(-1)
         lens = rows if rows.shape[0] == requests else rows.repeat_interleave(requests // rows.shape[0])
         lens = lens.view(requests, 1)
@@ -158,9 +158,9 @@ def paged_mqa_logits(
 ) -> Tensor:
     """See ``dsv4_backends.contract.indexer``. Heads are padded to 32 or 64.
 
-    Requests whose count of tokens has no kernel are taken apart into requests of one token. DeepGEMM's schedule is
-    made anew in every call, or once in a ``dsv4_backends.step()`` block. Keys come through a tensor map, by which a
-    page that the cache does not have is zeros; its logits are made -inf with those beyond the lengths.
+    Requests with a number of tokens that has no kernel are split into requests of one token. DeepGEMM's schedule is
+    made in every call, or once in a ``dsv4_backends.step()`` block. The kernel reads keys through a tensor map, which gives
+    zeros for a page that the cache does not have. Its logits are set to -inf together with those beyond the lengths.
     """
     if elsewhere(q):
         with on_its_device(q):
@@ -188,7 +188,7 @@ def paged_mqa_logits(
     )
     row = dim + 4
     stride = strides[0] if pages > 1 else page_size * row
-    # Strides of dimensions of size 1 are free in torch, and DeepGEMM looks at them.
+    # DeepGEMM reads the strides of dimensions of size 1, which torch leaves arbitrary.
     cache = k_cache
     if strides != (stride, row, row, 1):
         cache = k_cache.as_strided((pages, page_size, 1, row), (stride, row, row, 1))

@@ -1,4 +1,4 @@
-"""Which DeepGEMM is installed, what it has kernels for, and whether it loads. Imports it last, if at all."""
+"""Which DeepGEMM is installed, its kernels and architectures, and whether it loads. The import is the last step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ DISTRIBUTIONS = {"deep-gemm": ">=2.5", "tokenspeed-deepgemm": ">=2.5", "sgl-deep
 VENDORED = {"vllm": "vllm.third_party.deep_gemm"}
 HINT = "pip install tokenspeed-deepgemm or sgl-deep-gemm"
 
-# DeepGEMM compiles at run time from the headers that it ships, so the headers say what it can run on.
+# DeepGEMM compiles at run time from the headers that it ships, so the headers show its architectures.
 _HEADERS = {
     "mqa_logits": re.compile(r"sm(\d+)_(?:fp8_)?mqa_logits\.cuh"),
-    # On SM100 one header came to hold both forms.
+    # On SM100 one header has both forms in later releases.
     "paged_mqa_logits": re.compile(r"sm(\d+)_(?:fp8_paged_)?mqa_logits\.cuh"),
     "fp8_einsum": re.compile(r"sm(\d+)_(?:fp8_gemm_1d2d|fp8_fp4_gemm_1d1d)\.cuh"),
     "hc_prenorm_gemm": re.compile(r"sm(\d+)_tf32_hc_prenorm_gemm\.cuh"),
 }
 KNOWN = ("==9.0", "==10.0")
-"""What the builds known today have kernels for, where none is installed; 2.8 adds 12.0."""
+"""The architectures of today's builds, shown if no build is installed; 2.8 adds 12.0."""
 
 _BOUNDS = (("cu_seq_len_k_start", "cu_seq_len_k_end"), ("ks", "ke"))
 _PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len")
@@ -63,16 +63,16 @@ def _headers(folder: Path) -> list[str]:
 
 
 def built_for(op: str, headers: list[str]) -> tuple[str, ...]:
-    """The capabilities for which there are kernels of an op."""
+    """The compute capabilities with kernels for an op."""
     numbers = {int(match[1]) for name in headers if (match := _HEADERS[op].fullmatch(name))}
-    # The merged header of SM100 takes MX scales and gives bf16 logits from the line on that cleans no logits itself.
+    # In releases without `clean_logits` the merged header of SM100 takes MX scales and returns bf16 logits.
     if op in _MX_ONLY and "smxx_clean_logits.cuh" not in headers:
         numbers.discard(100)
     return tuple(f"=={number // 10}.{number % 10}" for number in sorted(numbers))
 
 
 def _compiler_missing() -> Reason | None:
-    """DeepGEMM's own way of looking for nvcc, in its order."""
+    """Looks for nvcc in the places where DeepGEMM looks, in its order."""
     if os.environ.get("DG_JIT_USE_NVRTC", "0") not in ("", "0"):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -130,7 +130,7 @@ def _loaded_reasons(library: Library) -> dict[str, tuple[Reason, ...]]:
 
 
 def functions_of(module: Any) -> dict[str, Functions]:
-    """By op: the functions that the adapters call in this release line, with the leading parameters they know."""
+    """By op: the functions that the adapters call in this release line, with their leading parameters."""
     logits = _FULL if hasattr(module, "fp8_mqa_logits") else _COMPRESSED
     return {**logits, **_BOTH}
 
@@ -152,7 +152,8 @@ class DeepGEMM:
     """The imported library's functions.
 
     Attributes:
-        cleans: The line that gives full logits and cleans them itself (2.5, 2.6); otherwise the compressed form only.
+        cleans: Whether the library has the full form and sets its undefined logits to -inf (2.5, 2.6). Otherwise it has
+            the compressed form only.
     """
 
     cleans: bool

@@ -14,13 +14,13 @@ from ._device import library_for, refuses_device
 _EXPRESSION = "bhr,hdr->bhd"
 _BLOCK = 128
 _TOKENS = 4
-"""Scales stand with the tokens contiguous, padded to 16 bytes."""
+"""The alignment of scales, whose tokens are contiguous: 16 bytes."""
 _BLOCKWISE = (1, 128, 128)
 _ROWWISE = (1, 1, 128)
 
 
 def _blackwell(x: Tensor) -> bool:
-    """Whether scales become exponents on the way into the tensor cores. Not run on hardware."""
+    """Whether the library converts scales to exponents for the tensor cores. Not run on hardware."""
     if x.is_cuda:
         return torch.cuda.get_device_capability(x.device)[0] >= 10
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
@@ -29,7 +29,7 @@ def _blackwell(x: Tensor) -> bool:
 def fp8_einsum_refuses(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: Tensor | None = None
 ) -> Reason | None:
-    """Widths that are not whole blocks, and scales that the kernels of the architecture do not have."""
+    """Widths that are not multiples of a block, and scales that the architecture's kernels do not support."""
     if (reason := refuses_device(x)) is not None:
         return reason
     r, d = x.shape[2], w.shape[1]
@@ -39,7 +39,7 @@ def fp8_einsum_refuses(
     if not _blackwell(x):
         return Reason("shape", "needs a scale for each 128 rows of w, this call has one for each") if rowwise else None
     if torch.float32 in (x_scale.dtype, w_scale.dtype):
-        # They would be cut to their exponents.
+        # The library would keep only their exponents.
         return Reason("shape", "needs power-of-two scales on this GPU: e8m0, or packed in int32; these are float32")
     if rowwise and not x_scale.dtype == w_scale.dtype == torch.int32:
         return Reason("shape", "needs scales packed in int32 where each row of w has its own")
@@ -47,7 +47,7 @@ def fp8_einsum_refuses(
 
 
 def _fp32(scale: Tensor, blocks: int) -> Tensor:
-    """A scale of the contract as fp32, one for each block. Exact, for code 0 (2^-127) and 255 (NaN) too."""
+    """A scale of the contract as fp32, one for each block. Exact, also for code 0 (2^-127) and 255 (NaN)."""
     if scale.dtype == torch.int32:
         codes = layouts.e8m0_unpack(scale.contiguous())[..., :blocks]
         return layouts.e8m0_decode(codes)
@@ -55,7 +55,7 @@ def _fp32(scale: Tensor, blocks: int) -> Tensor:
 
 
 def _tokens_contiguous(scale: Tensor) -> Tensor:
-    """``[b, h, blocks]`` with b contiguous and padded, as engines write it: the library then uses it as it is."""
+    """``[b, h, blocks]`` with b contiguous and padded, as engines write it: the library uses this without a copy."""
     b, h, blocks = scale.shape
     padded = b + -b % _TOKENS
     if scale.stride() == (1, blocks * padded, padded):
@@ -74,7 +74,7 @@ def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: T
     wanted = x.new_empty((b, h, d), dtype=torch.bfloat16) if out is None else out
     blocks, padded = r // _BLOCK, b + -b % _TOKENS
     (xb, xh, _), (wh, wd, _), (ob, oh, _) = x.stride(), w.stride(), wanted.stride()
-    if (  # the library takes every argument as it is; addresses and strides in bytes
+    if (  # the library copies no argument; addresses and strides in bytes
         not (x.data_ptr() | w.data_ptr() | wanted.data_ptr() | xb | xh | wh | wd | 2 * ob | 2 * oh) % ALIGNMENT
         and x_scale.dtype is torch.float32
         and w_scale.dtype is torch.float32
@@ -97,7 +97,7 @@ def fp8_einsum(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, *, out: T
         sfa = _tokens_contiguous(x_scale)
         # Rows of a group contiguous and padded, like the tokens.
         sfb = _tokens_contiguous(w_scale.transpose(0, 1)).transpose(0, 1)
-    # The kernel stores through the tensor memory accelerator.
+    # The kernel stores with the tensor memory accelerator.
     direct = all(stride % 8 == 0 for stride in wanted.stride()[:2]) and wanted.data_ptr() % ALIGNMENT == 0
     target = wanted if direct else torch.empty((b, h, d), dtype=torch.bfloat16, device=x.device)
     library_for(x).einsum(_EXPRESSION, (aligned(x), sfa), (aligned(w), sfb), target, None, recipe)

@@ -1,4 +1,4 @@
-"""The provider over FlashMLA: sparse attention on Hopper and Blackwell, whichever build is installed."""
+"""The provider over FlashMLA, any supported build: sparse attention on Hopper and Blackwell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def dsv4_providers() -> Iterable[ProviderSpec]:
                 op=op,
                 target=f"dsv4_backend_flash_mla.{module}:{op}",
                 refuses=refuses,
-                # What the adapter is written for; the probe says what the installed build has.
+                # The architectures that the adapter supports; the probe narrows them to those of the installed build.
                 capability=(">=9.0",),
                 note="passed on compute capability 9.0; other architectures not run on hardware",
             )

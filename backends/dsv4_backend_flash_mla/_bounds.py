@@ -1,4 +1,4 @@
-"""Indices and lengths that FlashMLA's decode can take: it reads whatever slot, and as many entries, as they say."""
+"""Make indices and lengths safe for FlashMLA's decode, which does not check them against the cache or the row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsv4_backends.provider import launch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a torch without Triton: the same by a few launches of torch's own
+except ImportError:  # without Triton a few launches of torch do the same
     triton = None
 
 _BLOCK = 1024
@@ -27,8 +27,8 @@ class Scope(NamedTuple):
     Attributes:
         indices: int32 ``[b, s_q, topk]``, the last dimension contiguous.
         length: int32 ``[b]`` or None.
-        slots: How many the cache has.
-        width: Of the indices that come back, topk or more.
+        slots: The number of slots of the cache.
+        width: The width of the returned indices, topk or more.
     """
 
     indices: Tensor
@@ -78,7 +78,7 @@ if triton is not None:
         token2: tl.int64,
         BLOCK: tl.constexpr,
     ):
-        """One query's indices, a block of one scope a program; the first program of a request has its lengths too."""
+        """A program does a block of one scope's indices of a query; a request's first program also does its lengths."""
         query = tl.program_id(0)
         b, s = query // s_q, query % s_q
         b64, s64, query64 = b.to(tl.int64), s.to(tl.int64), query.to(tl.int64)
@@ -95,9 +95,9 @@ if triton is not None:
 
 
 def bounded(first: Scope, second: Scope | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Of each scope new indices ``[b, s_q, width]``, -1 where they name no slot, and new lengths within its topk.
+    """New indices ``[b, s_q, width]`` of each scope, -1 if they name no slot, and new lengths of at most topk.
 
-    One launch for all.
+    One launch for all scopes.
     """
     scopes = [first] if second is None else [first, second]
     if triton is None or not (first.indices.is_cuda or _INTERPRETED):
@@ -113,7 +113,7 @@ def bounded(first: Scope, second: Scope | None) -> list[tuple[Tensor, Tensor | N
         tensors += [scope.indices, given[0], indices, given[1]]
         numbers += [int(length is not None), scope.indices.shape[2], scope.width, scope.slots]
         numbers += scope.indices.stride()[:2]
-    if second is None:  # nothing is read or written through these
+    if second is None:  # these are neither read nor written
         tensors += tensors[:4]
         numbers += [0, 0, 0, 0, 0, 0]
     blocks = sum(-(-scope.width // _BLOCK) for scope in scopes)

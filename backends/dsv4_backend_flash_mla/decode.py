@@ -29,7 +29,7 @@ def refuses(
     extra_topk_length: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Reason | None:
-    """Pages that do not begin where the kernels can read 16 bytes."""
+    """Pages that are not aligned to 16 bytes."""
     for name, cache in (("k_cache", k_cache), ("extra_k_cache", extra_k_cache)):
         if cache is not None and cache.shape[0] > 1:
             # Not run on hardware: on SM100 the distance between pages must be a multiple of 576.
@@ -47,13 +47,13 @@ def _major(cache: Tensor) -> int:
 
 
 def _scope(cache: Tensor, indices: Tensor, length: Tensor | None) -> tuple[Tensor, Scope, tuple[int, int]]:
-    """A cache as the kernels want it, what its indices must keep to, and the page size with the count of indices."""
+    """A cache that the kernels accept, the bounds of its indices, and the page size with the number of indices."""
     shape, strides, topk = cache.shape, cache.stride(), indices.shape[-1]
     pages, page_size = shape[0], shape[1]
     slots = min(pages * page_size, 2**31 - 1)
     if pages == 0:  # an index of -1 still reads slot 0
         cache, pages, strides = cache.new_zeros((1, page_size, KV_BYTES)), 1, ()
-    # Strides of dimensions of size 1 are free in torch, and FlashMLA looks at them.
+    # FlashMLA reads the strides of dimensions of size 1, which torch leaves arbitrary.
     stride = page_size * KV_BYTES if pages == 1 else strides[0]
     if strides != (stride, KV_BYTES, KV_BYTES, 1):
         cache = cache.as_strided((pages, page_size, 1, KV_BYTES), (stride, KV_BYTES, KV_BYTES, 1))
@@ -76,8 +76,8 @@ def sparse_mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """See ``dsv4_backends.contract.sparse_mla``. Heads are padded to 64 or 128, indices to multiples of 64.
 
-    FlashMLA knows no invalid index but -1 and no bound of a length: one launch makes both safe.
-    FlashMLA's schedule is made anew in every call, or once in a ``dsv4_backends.step()`` block.
+    FlashMLA skips only -1 among invalid indices and does not bound lengths: one launch makes both safe.
+    FlashMLA's schedule is made in every call, or once in a ``dsv4_backends.step()`` block.
     """
     if elsewhere(q):
         with on_its_device(q):
@@ -104,7 +104,7 @@ def sparse_mla_decode(
     k_cache, first, scope = _scope(k_cache, indices, topk_length)
     if extra_k_cache is not None and extra_indices is not None and extra_indices.shape[-1] > 0:
         extra_k_cache, second, extra_scope = _scope(extra_k_cache, extra_indices, extra_topk_length)
-    else:  # a scope without entries adds nothing
+    else:  # a scope without entries is dropped
         extra_k_cache, extra_indices, extra_topk_length = None, None, None
     schedule = once_a_step(
         ("flash_mla", b, s_q, heads, scope, extra_scope, q.get_device()),

@@ -11,7 +11,7 @@ from ._padding import ALIGNMENT, copied, heads_for, padded_heads, padded_indices
 from .probe import flash_mla
 
 _TOPK_MULTIPLE = 128
-"""SM90's; some of SM100's kernels take multiples of 64, all of them multiples of 128."""
+"""The multiple of SM90. Some of SM100's kernels take multiples of 64, all take multiples of 128."""
 
 
 def sparse_mla_prefill(
@@ -40,7 +40,7 @@ def sparse_mla_prefill(
     kv = kv if kv.dim() == 3 else kv.unsqueeze(1)
     if kv.data_ptr() % ALIGNMENT or (not kv.is_contiguous() and kv.stride(0) * 2 % ALIGNMENT):
         kv = copied(kv)
-    if topk_length is not None:  # FlashMLA reads as many indices as it says
+    if topk_length is not None:  # FlashMLA reads as many indices as the length says
         topk_length = topk_length.clamp(0, indices.shape[-1])
     indices = padded_indices(indices if indices.dim() == 3 else indices.unsqueeze(1), _TOPK_MULTIPLE)
     options = library.prefill_options

@@ -1,4 +1,4 @@
-"""Which FlashMLA is installed, what it was built for, and whether it loads. Imports it last, if at all."""
+"""Which FlashMLA is installed, its architectures, and whether it loads. The import is the last step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VENDORED = {"vllm": "vllm.third_party.flashmla"}
 _INTERFACE = {"vllm.third_party.flashmla": "vllm.third_party.flashmla.flash_mla_interface"}
 HINT = "pip install tokenspeed-flashmla or sgl-flash-mla"
 KNOWN = ("==9.0", "==10.0")
-"""What the builds known today were made for."""
+"""The architectures of today's builds."""
 
 _PREFILL = ("q", "kv", "indices", "sm_scale", "d_v", "attn_sink", "topk_length")
 _DECODE = (
@@ -42,10 +42,10 @@ FUNCTIONS: Mapping[str, Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "sparse_mla_prefill": {"flash_mla_sparse_fwd": (_PREFILL,)},
     "sparse_mla_decode": {"flash_mla_with_kvcache": (_DECODE,), "get_mla_metadata": ((), ("args", "kwargs"))},
 }
-"""By op: the functions that its adapter calls, with the leading parameters that it knows."""
+"""By op: the functions that its adapter calls, with their leading parameters."""
 
-# What the compiled code says when it is asked to run elsewhere. The sentence of the releases that still have Hopper
-# and the 584-byte cache, and that of the releases since 2026.09.30, which have neither.
+# The error text in the compiled code for another architecture: of releases that have Hopper kernels and the 584-byte
+# cache, and of releases since 2026.09.30, which have neither.
 _BUILT_FOR = re.compile(rb"Sparse Attention Forward Kernel is only supported on ([\w ,]+?) architectures")
 _WITHOUT = re.compile(rb"\(sparse_(?:decode|prefill)_fwd\) is only supported on")
 _APPMANA = "flash_sparse_mla_decode"
@@ -65,7 +65,7 @@ def _compiled(library: Library) -> list[Path]:
 
 
 def built_for(files: list[Path]) -> tuple[tuple[str, ...], str]:
-    """The capabilities that compiled files name, and what is wrong where they name none."""
+    """The compute capabilities that compiled files name, or a reason if they name none."""
     said, without = set(), False
     for path in files:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -80,7 +80,7 @@ def built_for(files: list[Path]) -> tuple[tuple[str, ...], str]:
 
 
 def _another_library(library: Library) -> tuple[Reason, ...]:
-    """What is said where the module is not FlashMLA at all; found in its text, since its versions overlap."""
+    """The reason if the module is not FlashMLA; found in its source text, since the version numbers overlap."""
     if library.folder is None or any(reason.code == "library-owners" for reason in library.reasons):
         return ()
     files = (library.folder / "__init__.py", library.folder / "flash_mla_interface.py")
@@ -145,7 +145,7 @@ def _legacy_missing(module: Any) -> str:
 
 @dataclass(frozen=True)
 class FlashMLA:
-    """The imported library's functions, and the arguments that this build takes beyond upstream's."""
+    """The imported library's functions, and the arguments of this build that upstream does not have."""
 
     prefill: Any
     decode: Any

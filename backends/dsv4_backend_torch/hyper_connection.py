@@ -28,7 +28,7 @@ def hc_prenorm_gemm(
         out = torch.empty((*lead, m, n), dtype=torch.float32, device=x.device)
         sqr_sum = torch.empty((*lead, m), dtype=torch.float32, device=x.device)
     mixes, squares = (out.unsqueeze(0), sqr_sum.unsqueeze(0)) if num_splits is None else (out, sqr_sum)
-    splits = max(1, min(wanted, -(-k // 64)))  # no share is smaller than 64; further splits get nothing
+    splits = max(1, min(wanted, -(-k // 64)))  # a share has at least 64 columns; the other splits are 0
     mixes[splits:], squares[splits:] = 0, 0
     for split in range(splits if m else 0):
         share = slice(split * k // splits, (split + 1) * k // splits)

@@ -76,7 +76,7 @@ def mqa_logits(
         else:
             source = starts[rows] + columns
             inside = source < ends[rows]
-            padded = torch.nn.functional.pad(logits, (0, 1))  # so that there is a column to name
+            padded = torch.nn.functional.pad(logits, (0, 1))  # so that column 0 exists
             logits = padded.gather(1, source.masked_fill(~inside, n).long())
         out[rows] = torch.where(inside, logits, -torch.inf)
     return out

@@ -15,7 +15,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def under_any_setting(function: _F) -> _F:
-    """For an op: without autocast and gradients, and into the caller's buffers even if inference mode made them."""
+    """Run an op without autocast and gradients, so that it can write buffers that were made in inference mode."""
 
     contract = CONTRACTS[function.__name__]
 

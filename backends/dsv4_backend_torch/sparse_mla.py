@@ -30,7 +30,7 @@ def _attend(
     """
     logits = matmul(q.float(), keys.transpose(1, 2)) * sm_scale
     logits = logits.masked_fill_(~valid.unsqueeze(1), -torch.inf)
-    # A column of -inf gives a row without keys something to reduce over.
+    # A column of -inf, so that the maximum over a row without keys exists.
     max_logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf).amax(-1)
     empty = max_logits == -torch.inf
     p = torch.exp_(logits.sub_(max_logits.masked_fill(empty, 0.0).unsqueeze(-1)))
@@ -66,7 +66,7 @@ def sparse_mla_prefill(
     valid = (indices >= 0) & (indices < s_kv)
     if topk_length is not None:
         valid &= torch.arange(topk, device=q.device) < topk_length.unsqueeze(-1)
-    if s_kv == 0:  # nothing to gather from; every entry is invalid, so any row will do
+    if s_kv == 0:  # no keys: every entry is invalid, and any row can stand for it
         kv = kv.new_zeros(1, HEAD_DIM)
     for rows in row_chunks(s_q, 4 * max(topk, h_q) * HEAD_DIM):
         here = valid[rows]
@@ -77,7 +77,7 @@ def sparse_mla_prefill(
 
 
 def _gather(cache: Tensor, slots: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The fp32 keys ``[n, k, 512]`` in the slots ``[n, k]`` of a cache, and which of them count."""
+    """The fp32 keys ``[n, k, 512]`` in the slots ``[n, k]`` of a cache, and which of them are valid."""
     pages, page_size = cache.shape[:2]
     valid = (slots >= 0) & (slots < pages * page_size)
     if length is not None:

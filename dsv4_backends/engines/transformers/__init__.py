@@ -1,21 +1,22 @@
 """Hugging Face transformers' DeepSeek V4 on the ops: ``enable(model)``, ``disable(model)``, ``packed_cache(model)``.
 
-transformers attends eagerly: a dense mask over every key, and every key copied for every head. Here the attention gets
-lists of keys instead. A query sees its window and, in a compressing layer, the compressed keys that the indexer or
-causality leaves it; its row of the list names them, compressed ones first, all valid ones together. Nothing of the
-size [queries, keys] is made: long calls go in chunks of rows.
+transformers runs attention eagerly: a dense mask over every key, and every key copied for every head. Here the
+attention gets lists of keys instead. A query sees its window and, in a compressing layer, the compressed keys that the
+indexer selects or that causality allows. Its row of the list names these keys: compressed ones first, then window keys,
+valid entries before invalid ones. Nothing of the size [queries, keys] is allocated: long calls are cut into chunks of
+rows.
 
-Attention comes in by transformers' own ``AttentionInterface`` and ``AttentionMaskInterface``, under the name
-``dsv4_backends``. The parts that have no registry (the compressors with the indexer, the hyper-connections, the grouped
-output projection) are replaced by an instance's ``forward``, which ``disable`` takes away again.
+The attention is registered in transformers' ``AttentionInterface`` and ``AttentionMaskInterface`` under the name
+``dsv4_backends``. The parts without a registry (the compressors with the indexer, the hyper-connections, the grouped
+output projection) get a ``forward`` on the instance, which ``disable`` removes.
 
-A decode step is bound by the host, which launches thousands of kernels of a few numbers each. So what all layers of a
-call need alike is made once, and chains of small steps are kernels of their own (``kernels.py``).
+A decode step is bound by the host, which launches thousands of small kernels. So what all layers of a call share is
+computed once, and chains of small steps are one kernel each (``kernels.py``).
 
-bf16 tensors go through ``dsv4_backends.ops``. A float32 model runs the same lists through plain torch (see
-``exact.py``): the ops take bf16, and transformers' eager model in float32 is the oracle for the lists.
+bf16 tensors go through ``dsv4_backends.ops``. A float32 model runs the same lists through plain torch (``exact.py``):
+the ops take bf16, and the tests compare the lists with transformers' eager model in float32.
 
-What is replaced is known by its source text. A transformers in which it reads differently is refused.
+The source text of everything that is replaced is compared with a known version. Another text is refused.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from .refusals import EngineError, refuse_gradients
 
 
 def _window_places(window: Window, size: int, rows: slice) -> tuple[Tensor, Tensor]:
-    """The first window key of each query, counted from the call's first, and how many there are: int32 ``[n]``."""
+    """For each query, the index of its first window key in the call, and its number of window keys: int32 ``[n]``."""
     first = window.q_offset - window.kv_offset
     own = torch.arange(first + rows.start, first + rows.stop, device=window.device, dtype=torch.int32)
     begin = (own - (size - 1)).clamp_(min=0)
@@ -28,7 +28,7 @@ def _window_places(window: Window, size: int, rows: slice) -> tuple[Tensor, Tens
 
 
 def _hide_padding(window: Window, index: Tensor, sequences: slice) -> Tensor:
-    """-1 for window keys ``[b or 1, n, k]`` that are padding; other values stay."""
+    """Window keys ``[b or 1, n, k]`` with those that are padding set to -1."""
     if window.padding is None:
         return index
     visible = window.padding[sequences, window.kv_offset : window.kv_offset + window.kv_length]
@@ -41,7 +41,8 @@ def _hide_padding(window: Window, index: Tensor, sequences: slice) -> Tensor:
 def _frame(
     window: Window, selected: Selected | None, size: int, sequences: slice, rows: slice
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``_lists`` but for the compressed keys, which stand where the mask ``[b or 1, n, k]`` says."""
+    """The part of the index lists that all layers share: window keys and lengths, and a mask ``[b or 1, n, k]`` of the
+    columns for compressed keys (None: there are none)."""
     begin, seen = _window_places(window, size, rows)
     width = min(size, window.kv_length)
     if selected is None:
@@ -59,17 +60,17 @@ def _frame(
 def _lists(
     window: Window, selected: Selected | None, size: int, sequences: slice, rows: slice
 ) -> tuple[Tensor, Tensor]:
-    """Which keys the queries see, as rows of ``[window keys, compressed keys]`` of their sequence.
+    """The keys that each query sees, as indices into ``[window keys, compressed keys]`` of its sequence.
 
     Returns:
-        int32 ``[b or 1, n, k]``: compressed keys, then window keys, then -1; padding is -1 where it stands.
-        int32 ``[b or 1, n]``: where the last ones begin.
+        int32 ``[b or 1, n, k]``: compressed keys, then window keys, then -1; a window key that is padding is -1.
+        int32 ``[b or 1, n]``: the number of entries before the -1 at the end.
     """
     make = functools.partial(_frame, window, selected, size, sequences, rows)
     if selected is None:
         return make()[:2]
     key = "frame", selected.key, sequences.start, rows.start
-    small = window.q_length <= FEW_TOKENS  # enough to be kept for the layers to come
+    small = window.q_length <= FEW_TOKENS  # small enough to keep for the layers that follow
     index, lengths, compressed = window.once(key, make) if small else make()
     assert compressed is not None
     if selected.entries is None:
@@ -144,7 +145,7 @@ def _attend(
 def _flat_lists(
     window: Window, selected: Selected | None, size: int, sequences: slice, rows: slice, keys: int
 ) -> tuple[Tensor, Tensor]:
-    """``_lists`` with the rows of all sequences in one dimension, whose keys follow each other, ``keys`` of each."""
+    """``_lists`` with the rows of all sequences in one dimension; each has ``keys`` keys, one after the other."""
     index, lengths = _lists(window, selected, size, sequences, rows)
     together = sequences.stop - sequences.start
     if together > 1:
@@ -167,7 +168,7 @@ def _attend_pages(
     everything = slice(0, batch), slice(0, length)
 
     def window_slots() -> Tensor:
-        # A list of window keys alone, turned from the call's first key to places in the ring.
+        # Window keys only: indices counted from the call's first key become places in the ring.
         index, _ = _lists(window, None, size, *everything)
         places = torch.where(index < 0, -1, (index + window.kv_offset) % layer.window.capacity)
         slots: Tensor = layer.window.slots(places)

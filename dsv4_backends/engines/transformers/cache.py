@@ -1,12 +1,13 @@
-"""The packed cache for transformers: FP8 pages in place of dense bf16 keys.
+"""The packed cache for transformers: FP8 pages instead of dense bf16 keys.
 
 Every layer has a ring of window keys in pages (``pages.py``); a compressing layer has pages of compressed keys, and a
-ratio-4 layer has pages of indexer keys besides.
+ratio-4 layer also has pages of indexer keys.
 
-A call with few tokens (decode, or the verification of a draft) reads the pages. A longer one attends over the same
-values unpacked to bf16, so that both see what the pages hold.
+A call with few tokens (decode, or the verification of a draft) reads the pages. A longer call attends over the same
+values unpacked to bf16, so both see the quantised keys.
 
-The layers subclass transformers' own, so this module imports it. It is imported itself where a model is enabled only.
+The layers subclass transformers' classes, so this module imports transformers. It is imported only when a model is
+enabled.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from .chunks import FEW_TOKENS
 from .pages import Pages
 
 HandOver = Callable[[Any], None]
-"""Called with a layer whose pages the attention of this call has to read."""
+"""Called with the layer whose pages the attention of this call reads."""
 
 
 class _PackedWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """The ring of window keys. What a subclass adds is the compressed part."""
+    """The ring of window keys. A subclass adds the compressed keys."""
 
-    # A class with a `_layer_type` would replace transformers' own for every model.
+    # With a `_layer_type` this class would replace transformers' own for every model.
     _layer_type = None
     is_croppable = False
     cumulative_length: int
@@ -43,8 +44,8 @@ class _PackedWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
         self.compressed: dict[str, Pages] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new keys ``[B, 1, S, 512]``; return the keys that a long call attends to, for a short one only
-        the new ones: its attention reads the pages."""
+        """Write the new keys ``[B, 1, S, 512]``. Return the keys that a long call attends to; for a short call only the
+        new ones, since its attention reads the pages."""
         batch, _, count, _ = key_states.shape
         if self.window is None:
             ring = self.sliding_window - 1 + FEW_TOKENS
@@ -86,7 +87,7 @@ class _PackedWindow(DynamicSlidingWindowLayer):  # type: ignore[misc]
         return sum(pages.nbytes for pages in (self.window, *self.compressed.values()) if pages is not None)
 
     def reset(self) -> None:
-        """Forget everything, the compressor's state included."""
+        """Drop all keys and the compressor's state."""
         self.__init__(self._config, self.hand_over)  # type: ignore[misc]
 
     def update_compressor_states(self, name: str, compressed: Tensor) -> Tensor:

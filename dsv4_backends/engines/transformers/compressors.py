@@ -1,4 +1,4 @@
-"""The compressors' forwards: store the new compressed keys, and leave to the attention which of them a query sees."""
+"""The compressors' forwards: store the new compressed keys, and pass the selection of each query to the attention."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def compress_heavily(
     past_key_values: Any,
     layer_idx: int,
 ) -> tuple[Tensor, None]:
-    """``DeepseekV4HCACompressor.forward``: a query sees every compressed key of a window that has ended."""
+    """``DeepseekV4HCACompressor.forward``: a query sees the compressed keys of windows that end at or before it."""
     cache = layer_of(past_key_values, layer_idx)
     keys, total = store(self, cache, hidden_states, position_ids, "heavily_compressed_attention", overlap=False)
     rate: int = self.compress_rate  # type: ignore[assignment]
 
     def counts() -> Tensor:
         if position_ids.shape[1] == 1:
-            # transformers masks nothing for a single query, so padding on the left shifts what it sees. So here.
+            # transformers masks nothing for a single query, so left padding shifts what it sees. This does the same.
             return torch.full((1, 1), total, dtype=torch.int32, device=keys.device)
         return counts_of(position_ids, rate, total)
 
@@ -51,7 +51,7 @@ def compress_and_select(
     past_key_values: Any,
     layer_idx: int,
 ) -> tuple[Tensor, None]:
-    """``DeepseekV4CSACompressor.forward``: a query sees the compressed keys that the indexer scores highest."""
+    """``DeepseekV4CSACompressor.forward``: a query sees the compressed keys with the highest indexer scores."""
     cache = layer_of(past_key_values, layer_idx)
     keys, _ = store(self, cache, hidden_states, position_ids, "compressed_sparse_attention", overlap=True)
     handover.selected = select(self.indexer, mode, cache, hidden_states, q_residual, position_ids)

@@ -1,4 +1,4 @@
-"""Compressed keys: made from windows of tokens that have ended, rotated, and stored with a cache."""
+"""Compressed keys: made from complete windows of tokens, rotated, and stored in the cache."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def new_entries(module: Any, cache: Any, name: str, hidden: Tensor, position_ids
     kv = kv.reshape(batch, count, rate, -1)
     gate = gate.reshape(batch, count, rate, -1) + module.position_bias
     if overlap:
-        # A window is compressed with the one before it: the first d channels speak for the next window, the others
-        # for their own. The very first window has nothing before it, which weighs nothing.
+        # A window is compressed together with the one before it: the first d channels of a token are for the next
+        # window, the others for its own. Before the first window the gates are -inf, so the values have weight 0.
         before = None, None
         if cache is not None:
             before = cache.update_overlap_state(name, kv, gate, d)
@@ -58,20 +58,20 @@ def new_entries(module: Any, cache: Any, name: str, hidden: Tensor, position_ids
 
 
 def _shifted(x: Tensor, before: Tensor | None, fill: float) -> Tensor:
-    """``[B, n, rate, d]`` moved one window on; ``before`` ``[B, rate, d]`` comes first."""
+    """``[B, n, rate, d]`` shifted by one window, with ``before`` ``[B, rate, d]`` as the first."""
     first = x.new_full((len(x), 1, *x.shape[2:]), fill) if before is None else before.unsqueeze(1).to(x.dtype)
     return torch.cat([first, x[:, :-1]], 1)
 
 
 def counts_of(position_ids: Tensor, rate: int, entries: int) -> Tensor:
-    """How many of ``entries`` each query may see: those of the windows that end at its place or before."""
+    """How many of ``entries`` each query may see: those of windows that end at or before its position."""
     return ((position_ids + 1) // rate).clamp_(max=entries).to(torch.int32)
 
 
 def store(
     module: nn.Module, cache: Any, hidden: Tensor, position_ids: Tensor, layer_type: str, *, overlap: bool
 ) -> tuple[Tensor, int]:
-    """Compress and store. Returns the keys ``[B, T, 512]`` to attend to (none where the pages are read) and T."""
+    """Compress and store. Returns the keys ``[B, T, 512]`` to attend to (none if the pages are read) and T."""
     entries = new_entries(module, cache, "compressor", hidden, position_ids, overlap=overlap)
     if cache is None:
         return entries, entries.shape[1]

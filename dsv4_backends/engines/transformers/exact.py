@@ -1,7 +1,7 @@
-"""Plain torch in the model's own dtype, where an op cannot serve: float32 models, and an indexer without FP8.
+"""Plain torch in the model's own dtype, for what no op serves: float32 models, and an indexer without FP8.
 
-The same signatures as the ops, as far as the integration uses them. They let the integration be compared with
-transformers' eager model to float32 accuracy; they are no providers, and ``stats()`` does not count them.
+The functions have the signatures of the ops, as far as the integration uses them. With them the tests compare the
+integration with transformers' eager model in float32. They are not providers, and ``stats()`` does not count them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def sparse_mla_prefill(
     topk_length: Tensor,
     out: Tensor,
 ) -> None:
-    """What ``ops.sparse_mla_prefill`` means, for any float dtype; writes to ``out``."""
+    """``ops.sparse_mla_prefill`` for any float dtype; writes to ``out``."""
     columns = torch.arange(indices.shape[1], device=q.device)
     for rows in chunks.row_chunks(q.shape[0], 4 * max(indices.shape[1], q.shape[1]) * q.shape[2]):
         index = indices[rows]
@@ -31,14 +31,14 @@ def sparse_mla_prefill(
         keys = kv[index.masked_fill(~valid, 0)].float().masked_fill_(~valid.unsqueeze(-1), 0.0)
         logits = matmul(q[rows].float(), keys.transpose(1, 2)) * sm_scale
         logits = logits.masked_fill_(~valid.unsqueeze(1), -torch.inf)
-        # The sink is one more column without a value; a row with nothing valid attends to it alone.
+        # The sink is one more column, whose value is 0. A row without valid entries attends to it only.
         sink = attn_sink.view(1, -1, 1).expand(len(logits), -1, 1)
         share = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
         out[rows] = matmul(share, keys).to(out.dtype)
 
 
 def hc_prenorm_gemm(x: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``ops.hc_prenorm_gemm`` means, for any float dtype."""
+    """``ops.hc_prenorm_gemm`` for any float dtype."""
     wide = x.float()
     return matmul(wide, fn.T), wide.square().sum(-1)
 

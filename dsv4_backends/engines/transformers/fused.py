@@ -1,4 +1,4 @@
-"""Where the small Triton kernels of ``kernels.py`` serve; everywhere else the plain torch beside each call does."""
+"""Whether the small Triton kernels of ``kernels.py`` run; if not, the plain torch beside each call does the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...contract import layouts
 
 @functools.cache
 def kernels_on(device: torch.device) -> Any:
-    """The module of small Triton kernels where they run on ``device``, else None."""
+    """The module of small Triton kernels if they run on ``device``, else None."""
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
             return None
@@ -28,7 +28,7 @@ def kernels_on(device: torch.device) -> Any:
 
 
 def kernels_for(x: Tensor, size: int) -> Any:
-    """The kernels where they run on x's device and take the size at hand, a power of two; else None."""
+    """The kernels if they run on x's device and ``size`` is a power of two; else None."""
     return kernels_on(x.device) if size.bit_count() == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""From the compressor and the cache to the attention: the call's window, and the keys that were selected."""
+"""Passes the call's window, the selected keys and the pages from compressor and cache to the attention."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .refusals import EngineError, refuse_autocast
 
 @dataclass(frozen=True)
 class Window:
-    """What stands in for the mask: where the queries are among the window keys, and which keys are padding.
+    """Replaces the mask: the positions of the queries and the window keys, and which keys are padding.
 
     Attributes:
         batch, q_length, kv_length: Sequences, queries, and window keys that this call sees.
-        q_offset, kv_offset: Place in the sequence of the first query and of the first window key.
+        q_offset, kv_offset: Position in the sequence of the first query and of the first window key.
         padding: bool ``[batch, places]``, False for padding, or None.
         memo: Lists that several layers share.
     """
@@ -47,9 +47,9 @@ class Selected:
 
     Attributes:
         count: int32 ``[batch or 1, S]``.
-        width: Most that a query can see.
-        entries: int32 ``[batch, S, width]``; None where entry j is j.
-        key: Names count and width among those of one call, for what layers share.
+        width: The largest possible count.
+        entries: int32 ``[batch, S, width]``; None: entry j is j.
+        key: Identifies count and width within a call, for what layers share.
     """
 
     count: Tensor
@@ -59,9 +59,12 @@ class Selected:
 
 
 class HandOver(threading.local):
-    """transformers hands neither the selection nor the cache to the attention function. Each is left here by the
-    module that runs just before it, and taken at once. The window of the call under way is found here by modules that
-    get no mask; only the call itself keeps it."""
+    """Arguments that transformers does not pass to the attention function.
+
+    Attributes:
+        selected, pages: Stored by the module that runs just before the attention, which takes them at once.
+        window: A weak reference to the current call's window, for modules that get no mask.
+    """
 
     selected: Selected | None = None
     pages: Any = None
@@ -81,11 +84,11 @@ def hand_over_pages(layer: Any) -> None:
 
 
 def once(key: Any, positions: Tensor, make: Callable[[], Any]) -> Any:
-    """``make()``, what follows from ``key`` and the call's positions: one for all layers that are given these."""
+    """``make()``, computed once a call for each ``key`` and tensor of positions."""
     window = None if handover.window is None else handover.window()
     if window is None:
         return make()
-    # By identity: a layer on another device has positions of its own. Kept, so that no other tensor takes their id.
+    # By id: layers on another device get another tensor. It is kept with the result, so that its id is not reused.
     return window.once((key, id(positions)), lambda: (make(), positions))[0]
 
 
@@ -101,8 +104,8 @@ def window_of(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Window:
-    """transformers' mask function: no mask, but what it would have said."""
-    handover.take()  # what a call that raised may have left
+    """transformers' mask function. Returns a ``Window`` and not a mask."""
+    handover.take()  # left over if an earlier call raised
     refuse_autocast(torch.device(device), dtype)
     if not allow_is_causal_skip:
         raise EngineError(

@@ -1,4 +1,4 @@
-"""The hyper-connections' forwards and their head's."""
+"""The forwards of the hyper-connections and of their head."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _mixes(streams: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(mixes: Tensor, squares: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """The norm, which the mixes come without."""
+    """The mixes times the factor of the norm, which ``_mixes`` does not apply."""
     return mixes * torch.rsqrt(squares / fn.shape[1] + eps).unsqueeze(-1)
 
 
 def _hyper_kernel(streams: Tensor) -> Any:
-    """The kernel for all that follows ``_mixes``, where it takes these streams."""
+    """The kernel for all steps after ``_mixes``; None if it does not take these streams."""
     kernels = kernels_for(streams, streams.shape[2]) if streams.dtype is torch.bfloat16 else None
     return None if kernels is None else kernels.hyper_connection
 
@@ -44,11 +44,11 @@ def _collapse(pre: Tensor, streams: Tensor) -> Tensor:
 
 
 def _doubly_stochastic(logits: Tensor, eps: float, iterations: int) -> Tensor:
-    """Rows of ``[..., n, n]`` to 1 by softmax, then columns and rows by turns, columns last.
+    """Normalise ``[..., n, n]``: rows by softmax, then columns and rows in turn, columns last.
 
-    transformers divides by each sum plus ``eps``, three kernels at a time, 39 times a module: most of what a decoding
-    step launches. After the first division no sum is far below 1 (each row and column has kept an entry that is not
-    small), so that ``eps`` no longer matters, and without it a division is a log-softmax: one kernel.
+    transformers divides by each sum plus ``eps``: three kernels for each division, 39 divisions a module, most launches of
+    a decode step. After the first division no sum is far below 1 (each row and column has an entry that is
+    not small), so ``eps`` does not matter. Without it a division is a log-softmax: one kernel.
     """
     comb = torch.softmax(logits, -1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
@@ -61,7 +61,7 @@ def _doubly_stochastic(logits: Tensor, eps: float, iterations: int) -> Tensor:
 
 
 def hyper_connection(self: Any, mode: Mode, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``DeepseekV4HyperConnection.forward``, with post and comb rounded to the streams' dtype, which the layer does."""
+    """``DeepseekV4HyperConnection.forward``, with post and comb rounded to the streams' dtype, as the layer does."""
     n, eps, iterations, streams = self.hc_mult, self.hc_eps, self.hc_sinkhorn_iters, hidden_streams.contiguous()
     mixes, squares = _mixes(streams, self.fn)
     if (kernel := _hyper_kernel(streams)) is not None:

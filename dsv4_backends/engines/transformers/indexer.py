@@ -20,7 +20,7 @@ from .replaced import Mode
 
 
 def select(indexer: Any, mode: Mode, cache: Any, hidden: Tensor, q_residual: Tensor, position_ids: Tensor) -> Selected:
-    """The ``index_topk`` best compressed keys of each query."""
+    """The ``index_topk`` compressed keys of each query with the highest scores."""
     batch, length, _ = hidden.shape
     keys = new_entries(indexer, cache, "indexer", hidden, position_ids, overlap=True)
     pages = None
@@ -38,7 +38,7 @@ def select(indexer: Any, mode: Mode, cache: Any, hidden: Tensor, q_residual: Ten
         return count.expand(batch, -1).contiguous(), count.clamp(max=topk)
 
     count, taken = once(key, position_ids, counts)
-    if total <= topk:  # no need to score what is all selected
+    if total <= topk:  # all keys are selected without scores
         return Selected(taken, total, None, key)
     score = _scorer(mode, cache, keys, pages, key, total, position_ids)
     positions = position_ids.expand(batch, -1)
@@ -53,7 +53,7 @@ def select(indexer: Any, mode: Mode, cache: Any, hidden: Tensor, q_residual: Ten
                 angles = angles_of(indexer, hidden, positions[here])
             q, weights = _queries(indexer, mode, cut(hidden, *here), cut(q_residual, *here), angles)
             scores = score(sequences, q, weights, cut(count, *here))
-            # Best first, so that -inf, which no count reaches, comes last.
+            # Sorted, so that -inf comes last, beyond every count.
             cut(entries, *here).copy_(scores.topk(topk, dim=-1).indices.view(together, -1, topk))
     return Selected(taken, topk, entries, key)
 
@@ -73,7 +73,7 @@ def _queries(
     if not mode.fp8:
         return q, weights
     values, scale = layouts.quantize_e4m3(q, q.shape[-1])
-    return values, weights * scale.squeeze(-1)  # the query's scale is positive, so it can go into the weight
+    return values, weights * scale.squeeze(-1)  # the query's scale is positive, so it is folded into the weight
 
 
 def _scorer(
@@ -121,7 +121,7 @@ def _scorer(
 
 
 def _quantised_keys(cache: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The indexer's keys in FP8, kept with a cache until it has more of them."""
+    """The indexer's keys in FP8, kept in the cache object until keys are added."""
     known = getattr(cache, "dsv4_indexer_keys", None)
     if known is None or known[0] is not keys:
         values, scale = quantise(keys, keys.shape[-1])

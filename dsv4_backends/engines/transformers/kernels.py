@@ -1,7 +1,7 @@
-"""Chains of small steps, one Triton kernel each: what a decode step costs is launching them one by one.
+"""Chains of small steps, one Triton kernel each, since the time of a decode step is the launches.
 
-For bf16 models on GPUs from compute capability 8.0 on; everywhere else the plain torch beside each call serves, and
-says what is meant. Nothing here waits for the GPU. Offsets are 64 bits wide, so any number of rows will do.
+For bf16 models on GPUs of compute capability 8.0 or newer. Otherwise the plain torch beside each call computes the same
+and defines the meaning. Nothing waits for the GPU. Offsets are 64 bits wide, so any number of rows is possible.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *arguments: Any, 
     """Launch on the device of ``where``."""
     try:
         with on_its_device(where) if elsewhere(where) else nullcontext():
-            # Said at every launch: Triton 3.9 warns where it is not, and 3.10 changes the default.
+            # Passed at every launch: Triton 3.9 warns without it, and 3.10 changes the default.
             kernel[grid](*arguments, **constants, enable_fp_fusion=True)
     except Exception as error:
         if (named := cache_error(error)) is not None:
@@ -47,7 +47,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *arguments: Any, 
 
 @triton.jit
 def _bf16(x):
-    """fp32 to bf16, to the nearest; by its bits, since the interpreter's own cast truncates."""
+    """fp32 to bf16, rounded to nearest by its bits, since the interpreter's own cast truncates."""
     bits = x.to(tl.int32, bitcast=True)
     nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return tl.where(x == x, nearest, x).to(tl.bfloat16)
@@ -55,11 +55,11 @@ def _bf16(x):
 
 @triton.jit
 def _e4m3(x):
-    """fp32 to the code of the nearest e4m3, what is larger than e4m3 can say to NaN; SM80 has no such type."""
+    """fp32 to the code of the nearest e4m3; larger values give NaN. By integer arithmetic, since SM80 has no e4m3."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x7F800000)
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # Added to 2^14, whose last bit is e4m3's least value, the sum rounds as e4m3's subnormals do.
+    # The last bit of 2^14 in fp32 is e4m3's least value, so the sum rounds as e4m3's subnormals do.
     subnormal = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - (141 << 23)
     code = tl.minimum(tl.where(magnitude < (121 << 23), subnormal, normal), 0x7F)
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
@@ -84,7 +84,7 @@ def _quantise_kernel(x, values, scales, rows, ROWS: tl.constexpr, BLOCK: tl.cons
 
 
 def quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """``layouts.quantize_e4m3``, to the bit.
+    """``layouts.quantize_e4m3``, bit for bit.
 
     Args:
         x: bf16 or fp32 ``[..., n]``, contiguous.
@@ -142,13 +142,13 @@ def _queries_kernel(
 
 
 def indexer_queries(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """The indexer's queries rotated and quantised, with each one's scale in its weight.
+    """The indexer's queries, rotated and quantised, with the scale of each folded into its weight.
 
     Args:
         q: bf16 ``[B, S, h, d]``, contiguous, d a power of two.
         cos, sin: ``[B or 1, S, r / 2]``, contiguous, for the last r of d.
         weights: ``[B, S, h]``, contiguous.
-        factor: What the weights are multiplied by besides.
+        factor: Another factor of the weights.
 
     Returns:
         e4m3 ``[B, S, h, d]`` and fp32 ``[B, S, h]``.
@@ -220,7 +220,7 @@ def _write_kernel(
 
 
 def write_tokens(cache: Tensor, x: Tensor, start: int, capacity: int, *, kv: bool) -> None:
-    """Quantise tokens into pages, of which sequence b of a batch owns ``j * batch + b``.
+    """Quantise tokens into pages; sequence b of a batch owns the pages ``j * batch + b``.
 
     Args:
         cache: uint8 ``[pages, page_size, bytes]``, KV pages or those of indexer keys.
@@ -270,7 +270,7 @@ def _hyper_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     norm = tl.rsqrt(tl.load(squares + row) / (N * D) + NORM_EPS)
-    # A head, which has no iterations, has the N mixes of the collapse only.
+    # The head has no iterations and only the N mixes of the collapse.
     mixes += row * (N if ITERATIONS == 0 else N * (N + 2))
     streams += row * (N * D)
     first = tl.load(scale).to(tl.float32)
@@ -308,7 +308,7 @@ def hyper_connection(
     eps: float,
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What follows ``hc_prenorm_gemm`` in a hyper-connection or, without iterations, in the head.
+    """The steps after ``hc_prenorm_gemm`` in a hyper-connection or, without iterations, in the head.
 
     Args:
         mixes: fp32 ``[m, n (n + 2)]``, for the head ``[m, n]``; contiguous.

@@ -1,4 +1,4 @@
-"""Put the integration into a model, and take it out."""
+"""Enable and disable the integration in a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = "dsv4_backends"
 
 @dataclass(frozen=True)
 class Part:
-    """What became of one part of a model.
+    """How one part of a model is served.
 
     Attributes:
         name: The part.
@@ -72,7 +72,7 @@ def register() -> None:
     """Make ``attn_implementation="dsv4_backends"`` known to transformers, for models that are loaded with it.
 
     Raises:
-        EngineError: a transformers that the integration does not know.
+        EngineError: an unsupported version of transformers.
     """
     if (reason := unknown()) is not None:
         raise EngineError(reason)
@@ -83,7 +83,7 @@ def register() -> None:
 
 
 def enable(model: Any, *, fp8: bool | None = None) -> tuple[Part, ...]:
-    """Let the ops serve a DeepSeek V4 model of transformers, in place.
+    """Run a DeepSeek V4 model of transformers on the ops, in place.
 
     Args:
         model: A ``DeepseekV4ForCausalLM`` or ``DeepseekV4Model`` in bfloat16, or in float32 (then no op serves it),
@@ -95,8 +95,8 @@ def enable(model: Any, *, fp8: bool | None = None) -> tuple[Part, ...]:
         What serves each part of the model, or why no op does.
 
     Raises:
-        EngineError: a transformers or model that the integration does not know, a model that is enabled already, a
-            module whose ``forward`` somebody else has replaced, or ``fp8`` for a float32 model.
+        EngineError: an unsupported version of transformers or model, a model that is enabled already, a module whose
+            ``forward`` is replaced already, or ``fp8`` for a float32 model.
     """
     _check_model(model)
     bf16 = _dtype(model) is torch.bfloat16
@@ -172,7 +172,7 @@ def _enabled(model: nn.Module) -> Mode | None:
 
 
 def disable(model: Any) -> None:
-    """Take the integration out of a model: it computes what it computed before, to the bit.
+    """Remove the integration from a model. It then computes bit for bit what it did before ``enable``.
 
     Raises:
         EngineError: the model is not enabled.
@@ -188,7 +188,7 @@ def packed_cache(model: Any) -> Any:
     """An empty cache of FP8 pages for an enabled model, to be passed as ``past_key_values``.
 
     Keys are stored as the contract's pages (584 bytes, indexer keys 132), and calls with up to 8 tokens read them by
-    ``sparse_mla_decode`` and ``paged_mqa_logits``. It can be filled and reset, neither reordered nor cropped.
+    ``sparse_mla_decode`` and ``paged_mqa_logits``. It can be filled and reset. It cannot be reordered or cropped.
 
     Raises:
         EngineError: the model is not enabled, or not with ``fp8``.

@@ -1,7 +1,7 @@
 """Pages of FP8 keys, in the byte layout of ``contract/layouts.py``.
 
 A *page* holds ``page_size`` tokens. Sequence b of a batch owns the pages ``j * batch + b``, so growing appends pages
-and moves none to another number.
+and renumbers none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ...contract.traffic import BLOCK
 from . import fused
 
 COMPRESSED_PAGE = {"compressed_sparse_attention": BLOCK // 4, "heavily_compressed_attention": BLOCK // 128}
-"""Keys in a page, as engines have them."""
+"""Keys in a page, as in engines."""
 
 
 class Pages:
@@ -47,7 +47,7 @@ class Pages:
         return self.cache.shape[0] * self.cache.stride(0)
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens of each sequence, at least doubling."""
+        """Grow to at least ``length`` tokens for each sequence, at least doubling."""
         if length > self.capacity:
             old, pages = self.cache, self.cache.shape[0]
             self.cache = self._allocate(max(length, 2 * self.capacity), old.device)
@@ -73,11 +73,11 @@ class Pages:
         return page.flatten(), (position % self.page_size).repeat(self.batch)
 
     def write_kv(self, start: int, kv: Tensor) -> None:
-        """Write bf16 keys ``[batch, n, 512]`` from a position on, at most the capacity, modulo which it counts."""
+        """Write at most ``capacity`` bf16 keys ``[batch, n, 512]`` from a position on, counted modulo the capacity."""
         if (kernels := fused.kernels_on(kv.device)) is not None:
             kernels.write_tokens(self.cache, kv, start, self.capacity, kv=True)
             return
-        # Not `layouts.write_kv`, which may skip slots and so has to wait for the GPU.
+        # Not `layouts.write_kv`: it may skip slots, so it waits for the GPU.
         data, scales = layouts.kv_page_views(self.cache)
         place = self._places(start, kv.shape[1])
         data[place], scales[place] = layouts.pack_kv(kv.flatten(0, 1))

@@ -1,4 +1,4 @@
-"""The grouped output projection's forward, over a weight that is quantised once."""
+"""The grouped output projection's forward, with a weight that is quantised once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def quantise_weight(module: Any) -> tuple[Tensor, Tensor]:
     """The weight as e4m3 ``[groups, d, r]`` with a scale for each 128 x 128, fp32 ``[groups, d / 128, r / 128]``."""
     weight = module.weight.detach().view(module.n_groups, -1, module.weight.shape[1])
     values, scales = [], []
-    for group in weight:  # one at a time, to bound what the copies need
+    for group in weight:  # one group at a time, to bound the memory of the copies
         d, r = group.shape
         padded = nn.functional.pad(group, (0, -r % 128, 0, -d % 128))
         blocks = padded.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2)  # [d / 128, r / 128, 128, 128]

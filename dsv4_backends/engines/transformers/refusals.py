@@ -25,7 +25,7 @@ def refuse_gradients(*values: Any) -> None:
 
 
 def refuse_autocast(device: torch.device, dtype: torch.dtype) -> None:
-    """Autocast casts in transformers' own layers: harmless to the model's own dtype, to another a mix of both."""
+    """Raise under autocast, except to bfloat16 for a bfloat16 model: transformers' own layers would mix dtypes."""
     if not torch.is_autocast_enabled(device.type):
         return
     if (target := torch.get_autocast_dtype(device.type)) is dtype is torch.bfloat16:

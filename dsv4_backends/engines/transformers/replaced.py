@@ -1,4 +1,4 @@
-"""A module's ``forward`` of ours, in the place of its class's."""
+"""Replace a module's ``forward`` on the instance, and restore its class's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Mode:
 
 
 class Replaced:
-    """An instance's ``forward``, found again by its type."""
+    """A ``forward`` set on an instance; its type shows that it is ours."""
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, mode: Mode, *state: Any) -> None:
         self.function, self.module, self.mode, self.state = function, module, mode, state

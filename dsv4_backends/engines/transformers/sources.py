@@ -1,4 +1,4 @@
-"""What the integration replaces or relies on in transformers is known by its source text; any other is refused."""
+"""Compares the source text of what the integration replaces or relies on in transformers with a known version."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _digest(module: str, name: str) -> str:
 
 @functools.cache
 def unknown() -> Reason | None:
-    """Why this transformers is not one that the integration knows."""
+    """Why the installed transformers is not supported."""
     try:
         import transformers
         from transformers.models import deepseek_v4  # noqa: F401
