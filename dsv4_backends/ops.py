@@ -105,7 +105,7 @@ def sparse_mla_decode(
         sm_scale: Softmax scale, for DeepSeek V4 512 ** -0.5.
         attn_sink: fp32 ``[h_q]``, natural-log units, in the denominator only; may be +inf or -inf.
         topk_length: int32 ``[b]``, shared by the ``s_q`` queries of a row.
-        extra_k_cache: The second scope's cache, with a page size of its own.
+        extra_k_cache: The second scope's cache, with its own page size.
         extra_indices: int32 ``[b, s_q, extra_topk]``; given exactly if ``extra_k_cache`` is.
         extra_topk_length: int32 ``[b]``.
         out: bf16 ``[b, s_q, h_q, 512]`` to write to.
@@ -585,8 +585,8 @@ def hc_prenorm_gemm(
         sqr_sum = sum over k of x ** 2
 
     in one pass over x, which holds the residual streams of a token side by side. No norm is applied. With
-    ``num_splits`` the results are partials over a leading dimension; where k is cut is the provider's business, only
-    the sums over that dimension are defined. A split that gets nothing is 0.
+    ``num_splits`` the results are partial sums over a leading dimension. The provider decides where k is split, so only
+    the sums over that dimension are defined. A split without elements is 0.
 
     At least TF32: x is exact in it, fn may be rounded or truncated to 10 bits of mantissa; sqr_sum is fp32.
 

@@ -183,8 +183,8 @@ def finish(
         width: Columns of the result.
         shifted: Key n belongs in column n of the result, and there is one start for each row; otherwise columns stay.
         out: fp32 ``[m, width]`` to write to.
-        table: int32 ``[b, blocks]``, one row for each group of equally many rows: the page of each column. Columns beyond
-            it and those of pages that the cache does not have are -inf.
+        table: int32 ``[b, blocks]``, one row for each group of equally many rows: the page of each column. Columns
+            beyond it and those of pages that the cache does not have are -inf.
         cache: The number of pages of the cache and of keys in a page (a power of two); only with a table.
     """
     rows = logits.shape[0]

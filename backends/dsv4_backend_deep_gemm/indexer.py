@@ -159,8 +159,8 @@ def paged_mqa_logits(
     """See ``dsv4_backends.contract.indexer``. Heads are padded to 32 or 64.
 
     Requests with a number of tokens that has no kernel are split into requests of one token. DeepGEMM's schedule is
-    made in every call, or once in a ``dsv4_backends.step()`` block. The kernel reads keys through a tensor map, which gives
-    zeros for a page that the cache does not have. Its logits are set to -inf together with those beyond the lengths.
+    made in every call, or once in a ``dsv4_backends.step()`` block. The kernel reads keys through a tensor map, which
+    gives zeros for a page that the cache does not have. Its logits are set to -inf with those beyond the lengths.
     """
     if elsewhere(q):
         with on_its_device(q):

@@ -1,5 +1,6 @@
-"""Time the providers on the shapes of a real deployment: the ``bench`` command and what is made from its results.
+"""Time the providers on the shapes of a real deployment: the ``bench`` command, and the uses of its results.
 
-``shapes`` says which rows are measured, ``inputs`` draws them on the device, ``timing`` times, ``run`` puts these
-together and judges every result first; ``report`` prints, ``compare`` finds what got slower, ``plot`` draws.
+``shapes`` lists the rows, ``inputs`` draws them on the device, ``timing`` times, ``run`` combines these and judges
+every result first. ``results`` has the result file, ``compare`` finds what got slower, ``plot`` draws, and ``tune``
+makes the table of the measured choice.
 """

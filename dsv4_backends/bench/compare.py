@@ -1,4 +1,4 @@
-"""What got slower between two results of ``bench``."""
+"""Compare two results of ``bench``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .results import Result, Timing
 
 NOISE = 0.03
-"""A change of the median below this is noise, whatever the quartiles say."""
+"""A smaller change of the median is noise, whatever the quartiles are."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Change:
 
     Attributes:
         op, row, provider: What was timed.
-        before, after: Median microseconds; None where there was no time.
-        verdict: ``slower``, ``faster``, ``same``, ``lost`` (measured again, and has no time now), ``absent`` (not
+        before, after: Median microseconds; None: no time.
+        verdict: ``slower``, ``faster``, ``same``, ``lost`` (measured again without a time), ``absent`` (not
             measured again), or ``new``.
         note: Why there is no time.
     """
@@ -39,8 +39,7 @@ class Change:
 def compare(before: Result, after: Result) -> list[Change]:
     """Every row and provider of either result, in the order of the first.
 
-    Slower means: the median is more than 3% higher, and the quarter of the samples that was slowest before is still
-    faster than the quarter that is fastest now.
+    Slower means: the median is more than 3% higher, and the first quartile now is above the third quartile before.
     """
     old, new = dict(_timings(before)), dict(_timings(after))
     return [_change(key, old.get(key), new.get(key)) for key in dict.fromkeys((*old, *new))]
@@ -66,5 +65,5 @@ def _change(key: tuple[str, str, str], old: Timing | None, new: Timing | None) -
 
 
 def passed(changes: list[Change]) -> bool:
-    """Whether something was compared and nothing got slower or lost its time."""
+    """Whether anything was compared, and nothing got slower or lost its time."""
     return any(c.before and c.after for c in changes) and not any(c.bad for c in changes)

@@ -18,7 +18,7 @@ MARKERS = ("o", "s", "^", "D", "v")
 
 
 def require(path: str | Path) -> None:
-    """Find out before an hour of measuring that there is nothing to draw with.
+    """Check that a figure can be drawn, before an hour of measuring.
 
     Raises:
         PolicyError: matplotlib does not import, or the suffix is not one of a format.
@@ -27,7 +27,7 @@ def require(path: str | Path) -> None:
         raise PolicyError(f"a plot is a file that ends with {', '.join(SUFFIXES)}, got {str(path)!r}")
     try:
         from matplotlib import pyplot  # noqa: F401
-    except Exception as error:  # built for another NumPy it raises whatever
+    except Exception as error:  # built for another NumPy it may raise anything
         found = f"{type(error).__name__}: {error}"
         raise PolicyError(f"a plot needs matplotlib (pip install matplotlib): {found}") from error
 
@@ -35,10 +35,9 @@ def require(path: str | Path) -> None:
 def plot(result: Result, path: str | Path) -> None:
     """Write a figure with a panel for each op; the suffix of ``path`` decides the format.
 
-    A panel is a roofline, unrolled: TFLOP/s across (logarithmic), a line of its own for each row, a mark for each
-    provider, and as a bar the roof at that row's arithmetic intensity. On a common axis of intensity the rows of one
-    op would hide each other, since a batch has the intensity of its requests. What lies between a mark and the bar can
-    still be won.
+    A panel has TFLOP/s across (logarithmic), a line for each row, a mark for each provider, and as a bar the roof at
+    the row's arithmetic intensity. The distance from a mark to the bar is the possible gain. There is no axis of
+    intensity: the rows of an op have similar intensities and would hide each other.
 
     Raises:
         PolicyError: matplotlib is not installed, another suffix, or no row has a time.
@@ -85,7 +84,7 @@ _NUMBERS = ("d", "height", "transform", "viewBox", "width", "x", "y")
 
 
 def _shrink(path: Path) -> None:
-    """Write matplotlib's SVG anew in a third of its bytes: a class for each style, no names, 1/100 of a point."""
+    """Rewrite matplotlib's SVG in a third of its bytes: a class for each style, no names, 1/100 of a point."""
     ElementTree.register_namespace("", _SVG[1:-1])
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.parse(path).getroot()
@@ -112,7 +111,7 @@ def _shrink(path: Path) -> None:
 
 
 def _flatten(parent: ElementTree.Element) -> None:
-    """Put what a group without attributes holds in the group's place."""
+    """Replace a group without attributes by its children."""
     children: list[ElementTree.Element] = []
     for child in parent:
         _flatten(child)

@@ -1,4 +1,4 @@
-"""What a result file says of how it was made: command, date, commit and machine."""
+"""How a result file was made: command, date, commit and machine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _git(root: Path, *words: str) -> str | None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit that the code under ``root`` is of, followed by ``-dirty`` where the code differs from it.
+    """The commit of the code under ``root``, followed by ``-dirty`` if the code differs from it.
 
-    An installed copy has no history: then what the variable ``GIT_COMMIT`` says; empty if nothing does.
+    An installed copy has no history: then the value of the variable ``GIT_COMMIT``, or empty.
     """
     tracked = _git(root, "ls-files", "--error-unmatch", f"{CODE[0]}/__init__.py") is not None
     head = _git(root, "rev-parse", "--short=12", "HEAD") if tracked else None
@@ -38,13 +38,13 @@ def commit(root: Path = ROOT) -> str:
 
 @dataclass(frozen=True)
 class Host:
-    """The machine that a result is of.
+    """The machine of a result.
 
     Attributes:
         python: Its version.
-        packages: The versions of what the numbers depend on.
+        packages: The versions of the packages that the numbers depend on.
         devices: One of each kind of GPU, or the CPU.
-        note: What the probe met; empty when all was well.
+        note: A problem of the probe; empty if there was none.
     """
 
     python: str
@@ -55,12 +55,12 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """How a file was made: what every kept file begins with.
+    """How a file was made. Every kept file begins with these fields.
 
     Attributes:
-        command: What makes it anew.
+        command: The command that makes it again.
         date: The day, UTC.
-        commit: Of the code; empty where it was not recorded.
+        commit: The commit of the code; empty if it was not recorded.
     """
 
     command: str
@@ -70,13 +70,13 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Made):
-    """What was made on a machine that its numbers depend on."""
+    """A file whose numbers depend on a machine."""
 
     machine: Host
 
 
 class Provenance(TypedDict):
-    """The fields of ``Measured``, to be given to a class that has more."""
+    """The fields of ``Measured``, for a subclass with more fields."""
 
     command: str
     date: str
@@ -85,10 +85,10 @@ class Provenance(TypedDict):
 
 
 def provenance(command: str, machine: Machine | None = None) -> Provenance:
-    """How what is made now is made.
+    """The provenance of a file that is made now.
 
     Args:
-        command: What makes it anew.
+        command: The command that makes it again.
         machine: Default: this one.
     """
     found = machine or probe()
@@ -102,5 +102,5 @@ def provenance(command: str, machine: Machine | None = None) -> Provenance:
 
 
 def said_commit(commit: str) -> str:
-    """A commit in words; files from before it was kept say nothing."""
+    """A commit in words; older files have none."""
     return f"commit {commit}" if commit else "commit not recorded"

@@ -1,4 +1,4 @@
-"""What a benchmark's result says: times, rates, and how good the automatic choice was. Its file, too."""
+"""A benchmark's result: times, rates, how good the automatic choice was, and the file of all this."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..selection.machine import Device
 from .provenance import Measured
 
 SCHEMA_VERSION = 2
-"""Of the files that ``bench --json`` writes; version 1 is read as well."""
+"""The schema version of the files that ``bench --json`` writes; version 1 is read too."""
 NEAR = 1.03
-"""A provider within this of the best is as good as the best."""
+"""A provider within this ratio of the best counts as the best."""
 WANTED_NEAR, WANTED_WORST = 0.95, 0.9
-"""The automatic choice should be as good as the best on this share of rows, and never below this part of the best."""
+"""The automatic choice should count as the best on this share of rows, and never be below this part of the best."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one provider did on one row.
+    """The times of one provider on one row.
 
     Attributes:
         provider: Its name.
-        us: Median of the microseconds of a call; None where there is no time.
+        us: Median microseconds of a call; None: no time.
         q1, q3: Their quartiles.
-        error: Why there is none: ``refused: ...``, or what went wrong.
+        error: Why there is no time: ``refused: ...``, or an error.
         simulated: The architecture whose code it ran, such as ``sm_80``; empty for this GPU's own.
     """
 
@@ -54,10 +54,10 @@ class Row:
     """One call that was measured.
 
     Attributes:
-        op, name: As ``shapes`` names them; runs are compared by both.
+        op, name: Those of the row in ``shapes``; runs are compared by both.
         params: Its sizes.
-        flops, bytes, math: Its cost, as the contract counts it.
-        auto: Who serves it when nobody says who should.
+        flops, bytes, math: Its cost by the contract.
+        auto: The provider that is chosen automatically.
         timings: One for each provider.
         error: Why the row was not measured.
     """
@@ -74,24 +74,24 @@ class Row:
 
     @property
     def timed(self) -> dict[str, float]:
-        """Microseconds by provider, for those that have a time."""
+        """Microseconds by provider, for those with a time."""
         return {timing.label: timing.us for timing in self.timings if timing.us is not None}
 
     @property
     def rivals(self) -> dict[str, float]:
-        """Those times that a choice can have: not of code for another architecture."""
+        """The times of providers that a choice can have, so without code for another architecture."""
         return {t.label: t.us for t in self.timings if t.us is not None and not t.simulated}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What the machine itself reaches, measured as calls are: floors are made from it.
+    """The machine's own rates, measured like calls. Floors are computed from them.
 
     Attributes:
-        bf16_tflops, fp8_tflops, tf32_tflops: PyTorch's matrix products; None: it has none on this GPU.
+        bf16_tflops, fp8_tflops, tf32_tflops: PyTorch's matrix products; None: not available on this GPU.
         copy_gbps: Bytes read and written by a kernel that copies.
-        read_gbps: Bytes read by one that sums; None in older results.
-        launch_us: The time of a graph that does next to nothing, as it is seen by the events.
+        read_gbps: Bytes read by a kernel that sums; None in older results.
+        launch_us: The time between the events of a graph that does almost nothing.
     """
 
     bf16_tflops: float
@@ -103,18 +103,18 @@ class Rates:
 
     @property
     def memory_gbps(self) -> float:
-        """The rate at which memory was seen to move: most ops mostly read."""
+        """The faster of copy and read, since most ops mostly read."""
         return max(self.copy_gbps, self.read_gbps or 0.0)
 
     def floor_us(self, flops: float, moved: float, math: str) -> float:
-        """The least time of a call. Without FP8 products the bf16 rate counts for FP8."""
+        """The least time of a call. If PyTorch has no FP8 products, the bf16 rate is used for FP8."""
         rate = {"fp8": self.fp8_tflops, "tf32": self.tf32_tflops}.get(math) or self.bf16_tflops
         return max(flops / rate / 1e6, moved / self.memory_gbps / 1e3)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What a time means: TFLOP/s, GB/s, and the share of the floor."""
+    """A time as TFLOP/s, GB/s, and the share of the floor."""
 
     tflops: float
     gbps: float
@@ -126,13 +126,13 @@ class Result(Measured):
     """What ``bench --json`` writes.
 
     Attributes:
-        device: Where it was measured.
-        providers: For each its versions of what it is made of.
-        absent: For each op and provider that was not measured, why.
-        order: For each op the providers as they rank without measurements.
-        rates: What the machine itself reached in the same run.
-        samples: How many times each time is the median of.
-        seconds: For all of it.
+        device: The device of the measurement.
+        providers: For each provider the versions of its packages.
+        absent: For each op and provider that was not measured, the reason.
+        order: For each op the providers in their rank without measurements.
+        rates: The machine's own rates, from the same run.
+        samples: The number of samples of each median.
+        seconds: The duration of the run.
         rows: One for each call.
     """
 
@@ -154,7 +154,7 @@ class Result(Measured):
 
     @property
     def failed(self) -> bool:
-        """Whether something went wrong: a row, or a provider on a row, without a refusal."""
+        """Whether a row failed, or a provider on a row failed without a refusal."""
         errors = [timing.error for row in self.rows for timing in row.timings]
         return any(row.error for row in self.rows) or any(e and not e.startswith("refused") for e in errors)
 
@@ -164,10 +164,10 @@ def write(result: Result, path: str | Path) -> None:
 
 
 def read(path: str | Path) -> Result:
-    """A file that ``bench --json`` wrote.
+    """Read a file that ``bench --json`` wrote.
 
     Raises:
-        PolicyError: it cannot be read or is something else.
+        PolicyError: it cannot be read, or is another kind of file.
     """
     content = records.load(path)
     expected = f"{path}: expected what dsv4-backends bench --json writes"
@@ -190,8 +190,8 @@ def read(path: str | Path) -> Result:
 
 
 def _from_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Version 1 has a row's name under ``row``, its timings under ``results``, each with its count of samples, labels
-    in place of names, and the floors."""
+    """Convert version 1. It has a row's name under ``row``, its timings under ``results``, each with its number of
+    samples, labels instead of names, and the floors."""
     rows = [
         {
             **row,
@@ -213,10 +213,10 @@ class Verdict:
     """How good the automatic choice is.
 
     Attributes:
-        rows: How many are judged: where it had a choice, and more than one provider has a time.
-        near: The share of them where it is within 3% of the best.
-        worst, worst_row: The least ratio of the best time to its time, and where.
-        not_timed: Rows where it chose a provider that has no time.
+        rows: How many rows are judged: those with a choice and with times of more than one provider.
+        near: The share of these rows on which the choice is within 3% of the best.
+        worst, worst_row: The smallest ratio of the best time to the time of the choice, and its row.
+        not_timed: Rows on which the chosen provider has no time.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""Measure rows by providers: judge the result on that very shape, then time."""
+"""Measure providers on rows: judge the result on the same shape, then time."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from .timing import Time
 
 CHECKED_ROWS = 256
-"""Rows of a result that are compared with the oracle, spread over all of them."""
+"""The number of rows of a result that are compared with the oracle, spread evenly."""
 
 
 class DeviceLost(Exception):
-    """The GPU answers no more (an illegal access, say): nothing can be measured in this process after it."""
+    """The CUDA context is broken, for example by an illegal access. Nothing more can be measured in this process."""
 
 
 def bench(
@@ -49,17 +49,17 @@ def bench(
     also_as: Sequence[str] = (),
     scales: str = shapes.SCALES[0],
 ) -> Result:
-    """Measure and return what ``--json`` writes.
+    """Measure, and return the result that ``--json`` writes.
 
     Args:
         wanted_ops: Op names.
-        providers: Provider names; empty: all that can run here but the reference, which is slow; on a CPU all.
+        providers: Provider names; empty: all that can run here except the slow reference; on a CPU all.
         models: See ``shapes.rows``.
         tp: Tensor parallel size.
         device: A torch device; None: the current GPU, or the CPU.
         progress: Gets a line of text for each row.
-        save: Gets the result so far after each row, so that a run that is cut off leaves what it has measured.
-        also_as: Architectures such as ``sm_80``: providers are measured once more for each, by the code that they
+        save: Gets the result so far after each row, so that an interrupted run keeps it.
+        also_as: Architectures such as ``sm_80``: providers are measured again for each, with the code that they
             would run there.
         scales: See ``shapes.rows``.
 
@@ -105,7 +105,7 @@ def bench(
         except DeviceLost as error:
             done = _unmeasured(row, f"not measured, the device was lost: {error}")
             lost = str(error)
-        except Exception as error:  # one row must not lose the others
+        except Exception as error:  # an error on one row must not lose the others
             done = _unmeasured(row, words(error))
         seconds = round(time.perf_counter() - started, 1)
         result = dataclasses.replace(result, rows=(*result.rows, done), seconds=seconds)
@@ -124,7 +124,7 @@ def _command(
     also_as: Sequence[str],
     scales: str,
 ) -> str:
-    """What to type to measure the same again, without where results are put."""
+    """The command that measures the same again, without output files."""
     ours = (name for name in sorted(os.environ) if name.startswith((policy.PREFIX, "TRITON_OVERRIDE_ARCH")))
     settings = [f"{name}={os.environ[name]}" for name in ours]
     words = [f"--op {op}" for op in wanted_ops] if tuple(wanted_ops) != OPS else []
@@ -141,7 +141,7 @@ def _specs() -> tuple[ProviderSpec, ...]:
 
 
 def _versions(spec: ProviderSpec) -> dict[str, str]:
-    """The versions of what a provider is made of."""
+    """The versions of a provider's packages."""
     from packaging.requirements import Requirement
 
     installed = machine.Installed()
@@ -153,14 +153,14 @@ def _versions(spec: ProviderSpec) -> dict[str, str]:
 
 
 def _order(op: str, where: Any) -> tuple[str, ...]:
-    """The providers that can serve ``op`` here, as the automatic choice ranks them without measurements."""
+    """The providers that can serve ``op`` here, in the rank of the automatic choice without measurements."""
     found = bind.resolution_under(policy.Policy(experimental=True), op, where)
     return tuple(dict.fromkeys(candidate.name for candidate in found.accepted))
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A provider to measure: as it serves here, or by its code for another architecture."""
+    """A provider to measure, with its code for this GPU or for another architecture."""
 
     subject: Any
     simulated: str = ""
@@ -186,7 +186,7 @@ class _Entry:
 
 @contextlib.contextmanager
 def _as(simulated: str) -> Iterator[None]:
-    """Within the block this machine's GPUs are of another architecture; without one, what they are."""
+    """A block in which this machine's GPUs count as another architecture; None: as their own."""
     if not simulated:
         yield
         return
@@ -205,7 +205,7 @@ def _as(simulated: str) -> Iterator[None]:
 def _subjects(
     wanted_ops: Sequence[str], providers: Sequence[str], where: Any, also_as: Sequence[str]
 ) -> tuple[dict[str, list[_Entry]], dict[str, dict[str, str]]]:
-    """What is measured for each op, and for each op and provider that is not, why."""
+    """The providers to measure for each op, and the reason for each one that is not measured."""
     from ..testing import checks
 
     subjects: dict[str, list[_Entry]] = {op: [] for op in wanted_ops}
@@ -281,7 +281,7 @@ def _row(row: shapes.Row, entries: Sequence[_Entry], timer: Any) -> Row:
 
 
 def _auto(op: str, arguments: dict[str, Any]) -> str | None:
-    """Who serves this call when nobody says who should."""
+    """The provider that the automatic choice gives for this call."""
     try:
         return bind.who_serves(op, arguments)
     except NoProviderError:
@@ -299,28 +299,28 @@ def _require_alive(timer: Any, after: str) -> None:
 
 
 class Judge:
-    """Compares what a replay gives with the oracle in fp64, over rows spread evenly over the batch."""
+    """Compares the results of a replay with the oracle in fp64, on rows spread evenly over the batch."""
 
     def __init__(self, op: str, arguments: dict[str, Any]) -> None:
         from ..testing import checks
 
         self.op, self.contract, self.arguments = op, CONTRACTS[op], arguments
         self.batch = len(arguments[self.contract.batch])
-        # An odd step meets every place within a tile; the last row is always among them.
+        # An odd step reaches every position within a tile. The last row is always included.
         step = -(-self.batch // CHECKED_ROWS) | 1
         self.rows = slice((self.batch - 1) % step, self.batch, step)
-        # What an op in place is to change, as it was before any call.
+        # The buffers of an op in place, as before any call.
         self.before = {name: arguments[name].clone() for name in self.contract.buffers if self.contract.in_place}
         self.sample = checks.select_rows(self.contract, arguments | self.before, self.rows)
         self.expected: tuple[Any, ...] | None = None
 
     def __call__(self, call: Any) -> str:
-        """What is wrong with the results of ``call``; empty where nothing is."""
+        """The error in the results of ``call``; empty if they are right."""
         from ..testing import numerics, oracle
 
         if self.expected is None:  # once for all providers
             self.expected = oracle.expected(self.op, self.sample)
-        if call.results is not None:  # a graph's own buffers: what it does not write shows
+        if call.results is not None:  # the graph's own buffers: elements that it does not write stay NaN
             for name, result in zip(self.contract.returns, call.results, strict=True):
                 if name in self.before:
                     result.copy_(self.before[name])
@@ -329,11 +329,11 @@ class Judge:
         call.replay()
         finished = oracle.finished(self.op, self.arguments, call.results)
         for name, result, reference in zip(self.contract.returns, finished, self.expected, strict=True):
-            if name in self.before:  # only what some of the rows write
+            if name in self.before:  # only elements that some of the rows write
                 (initial,) = oracle.finished(self.op, self.arguments, (self.before[name],))
                 written = (reference != initial) & ~(reference.isnan() & initial.isnan())
                 result, reference = result[written], reference[written]
-            elif result.shape[0] != self.batch:  # several rows of the result for each of the batch
+            elif result.shape[0] != self.batch:  # several rows of the result for each row of the batch
                 result = result.unflatten(0, (self.batch, -1))[self.rows].flatten(0, 1)
             else:
                 result = result[self.rows]

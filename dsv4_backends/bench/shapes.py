@@ -1,4 +1,4 @@
-"""The rows of a benchmark: calls that DeepSeek V4 makes in a deployment. Free of torch."""
+"""The rows of a benchmark: calls that DeepSeek V4 makes in a deployment. Does not import torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rows(models: Sequence[str], tp: int, ops: Sequence[str], scales: str = SCALE
 
 
 def tiny(ops: Iterable[str], scales: str = SCALES[0]) -> list[Row]:
-    """A row or two for each op that a CPU gets through at once."""
+    """One or two rows for each op that a CPU computes quickly."""
     return [row for op in ops for row in _with(scales, CONTRACTS[op].traffic.tiny)]
 
 

@@ -1,9 +1,9 @@
-"""Time calls against each other, and the machine's own rates in the same way.
+"""Time calls against each other, and measure the machine's own rates in the same way.
 
 On a GPU every call is captured once in a CUDA graph on its own tensors. Replays alternate, A B C A B C, so that a
-clock that drifts drifts for all. Before each replay a buffer larger than the L2 cache is read, and two events enclose
-the replay alone. Read, not written: the cache writes dirty lines back when others need the place, which would be inside
-the timed window. On a CPU the wall clock encloses the call.
+clock drift affects all calls. Before each replay a buffer larger than the L2 cache is read. It is not written, since
+the cache would then write dirty lines back during the timed replay. Two events enclose only the replay. On a CPU the
+wall clock encloses the call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLES = 50
 
 @dataclass(frozen=True)
 class Time:
-    """Microseconds of one call: median, and first and third quartile over ``samples`` of it."""
+    """Microseconds of one call: median, first and third quartile of ``samples`` measurements."""
 
     us: float
     q1: float
@@ -42,9 +42,9 @@ class Time:
 
 
 class Captured:
-    """A call that can be replayed: a CUDA graph on a GPU, the call itself elsewhere. ``results`` are the last ones.
+    """A call that can be replayed: a CUDA graph on a GPU, otherwise the call itself. ``results`` are those of the last.
 
-    A graph has the call as a later layer of a ``dsv4_backends.step()`` makes it.
+    A graph has the call of a later layer of a ``dsv4_backends.step()``, which reuses the step's schedule.
     """
 
     def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
@@ -56,7 +56,7 @@ class Captured:
 
             self.replay: Callable[[], None] = replay
             return
-        # What compiles or allocates on first use does it here, on a stream of its own as PyTorch asks.
+        # The first use compiles and allocates. PyTorch requires a separate stream for it before a capture.
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -65,7 +65,7 @@ class Captured:
         torch.cuda.current_stream(device).wait_stream(aside)
         torch.cuda.synchronize(device)
         with contextlib.ExitStack() as layers:
-            # The first layer of a step: what depends on lengths alone is made here, and lives as long as this graph.
+            # The first layer of a step makes everything that depends on lengths only; this graph keeps it.
             self.before = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.before):
                 layers.enter_context(step())
@@ -78,7 +78,7 @@ class Captured:
 
 
 class Timer:
-    """Times calls on one device; holds the buffer that flushes its cache."""
+    """Times calls on one device; has the buffer that flushes its cache."""
 
     def __init__(self, device: torch.device, samples: int | None = None) -> None:
         self.device = device
@@ -89,7 +89,7 @@ class Timer:
             self.flush = torch.zeros(max(4 * cache, FLUSH_BYTES) // 4, device=device)
 
     def interleaved(self, calls: Mapping[str, Captured]) -> dict[str, Time]:
-        """The time of each call, its samples taken in turn with the others'."""
+        """The time of each call, whose samples alternate with those of the others."""
         seen = self._on_gpu(calls) if self.on_gpu else self._on_cpu(calls)
         return {name: Time.of(values) for name, values in seen.items()}
 
@@ -122,7 +122,7 @@ class Timer:
 
 
 def rates(timer: Timer) -> Rates:
-    """What this machine reaches."""
+    """This machine's own rates."""
     device = timer.device
     n = 8192 if timer.on_gpu else 256
     words = (1 << 28) if timer.on_gpu else (1 << 20)
@@ -131,10 +131,10 @@ def rates(timer: Timer) -> Rates:
     a16, b16 = a.bfloat16(), b.bfloat16()
     one = torch.zeros(1, device=device)
     calls: dict[str, Callable[[], Any]] = {
-        # Not copy_(): a graph makes a memory copy of it, which reaches two thirds of what kernels do.
+        # Not copy_(): in a graph it becomes a memory copy, which reaches two thirds of the rate of a kernel.
         "copy_gbps": lambda: torch.neg(source, out=target),
         "read_gbps": source.sum,
-        # A CPU computes in fp32 whatever the operands are.
+        # A CPU computes in fp32 for any operands.
         "bf16_tflops": (lambda: a16 @ b16) if timer.on_gpu else (lambda: a @ b),
         "tf32_tflops": lambda: a @ b,
         "launch_us": one.zero_,
@@ -152,7 +152,7 @@ def rates(timer: Timer) -> Rates:
     captured = {}
     try:
         for name, call in calls.items():
-            # Not every GPU has FP8 products, and PyTorch says so when asked.
+            # PyTorch raises on a GPU without FP8 products.
             with contextlib.suppress(*([RuntimeError] if name == "fp8_tflops" else [])):
                 captured[name] = Captured(call, device)
         times = timer.interleaved(captured)

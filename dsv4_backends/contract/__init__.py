@@ -1,7 +1,7 @@
-"""What each op means. Providers depend on this package; it depends on none of them.
+"""The meaning of each op. Providers depend on this package; it depends on no provider.
 
-A folder a family of ops, with ``meaning.py``, ``cases.py`` and ``traffic.py``. Every table over op names is derived
-from here.
+Each family of ops has a folder with ``meaning.py``, ``cases.py`` and ``traffic.py``. Every table over op names is
+derived from this package.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FAMILIES = (
     "projection",
     "hyper_connection",
 )
-"""The folders, in the order in which people see their ops."""
+"""The folders, in the order in which ops are listed."""
 
 CONTRACTS: Mapping[str, OpContract] = MappingProxyType(
     {contract.name: contract for family in FAMILIES for contract in import_module(f".{family}", __name__).CONTRACTS}

@@ -1,4 +1,4 @@
-"""What an op's arguments may be: the table from which the check and the docs are made."""
+"""The table of an op's arguments, from which the check and the docs are made."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class TensorArg:
     """A tensor argument: its forms, its layout, and its meaning in a few words.
 
     Attributes:
-        forms: Tried in order; the first whose dtype, rank and ``when`` fit decides which sizes are expected.
+        forms: Tried in order; the first with a matching dtype, rank and ``when`` gives the expected sizes.
         layout: ``"last"``: the last dimension is contiguous, other strides are free. ``"page"``: within a page
             (dimension 0) the bytes are contiguous, the page stride is free. ``"any"``: no rule. ``"vector"``: no
-            rule for callers, ``"last"`` for providers: the check hands on a contiguous copy where it has to.
+            rule for callers, ``"last"`` for providers: the check passes a contiguous copy if it is not.
         about: For the docs.
     """
 
@@ -46,9 +46,11 @@ class TensorArg:
 
 @dataclass(frozen=True)
 class ScalarArg:
-    """A number: Python's, or what ``numbers`` counts as one (NumPy's scalars and arrays without dimensions too), of
-    which a Python number is made. No bool, and no tensor. A float is finite in fp32, an int is at most 2^31 - 1. Or a
-    bool: Python's or NumPy's.
+    """A number or a bool.
+
+    A number is Python's, or one of ``numbers`` (NumPy's scalars and arrays without dimensions too), which is converted
+    to Python's. It is not a bool and not a tensor. A float is finite in fp32, an int is at most 2^31 - 1. A bool is
+    Python's or NumPy's.
 
     Attributes:
         kind: ``"float"``, ``"int"`` or ``"bool"``.
@@ -71,7 +73,7 @@ def tensor(dtypes: str, shape: str, about: str, *, layout: str = "last") -> Tens
 
 @dataclass(frozen=True)
 class Rule:
-    """A relation between an argument and those before it. ``argument`` is the one that the error names."""
+    """A relation between an argument and those before it. The error names ``argument``."""
 
     argument: str
     expression: str
@@ -80,15 +82,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Values:
-    """The values that callers should give an argument that indexes, or says how much is read.
+    """The values that callers should pass in an argument with indices, lengths or bounds.
 
-    No other value faults either: the contract says what it then means. ``DSV4_BACKENDS_CHECK_VALUES=1`` looks for such
-    values (``contract/values.py``); nothing else does.
+    No other value faults: ``otherwise`` says what it means. ``DSV4_BACKENDS_CHECK_VALUES=1`` finds such values
+    (``contract/values.py``); without it they are not looked for.
 
     Attributes:
         low, high: Expressions over sizes and arguments, both included.
         otherwise: What any other value means.
-        used: How many entries of a row are looked at, an expression as well; empty, or an argument not given: all.
+        used: The number of entries of a row that are read, an expression too; empty, or an argument not given: all.
     """
 
     argument: str

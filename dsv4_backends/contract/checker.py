@@ -31,7 +31,7 @@ def check(contract: OpContract) -> Callable[..., torch.device]:
 
 
 def check_source(contract: OpContract) -> str:
-    """The text of ``OpContract.check``; what runs before a public call has the same lines."""
+    """The source of ``OpContract.check``; a public call runs the same lines."""
     return _Checker(contract, (), (_device(contract),), "").source
 
 
@@ -50,13 +50,13 @@ def checked_function(
 ) -> Callable[..., Any]:
     """A function with the contract's signature whose body is ``before``, the check, then ``after``.
 
-    The check stands before every call, where a function call of its own would cost as much as it does; hence
-    source lines. ``foreign`` is a line for calls with tensors of another class, or under a dispatch mode of
-    PyTorch's; without it they are checked like others. ``what`` the function is stands in stack traces.
+    ``before`` and ``after`` are source lines, since a function call would cost as much as the check. ``foreign`` is a
+    line for calls with tensors of another class, or under a dispatch mode of PyTorch; without it they are checked like
+    others. ``what`` is the function's name in stack traces.
 
-    ``after`` finds the arguments by name, as ``where`` a key for their device (the index of a GPU, else the
-    ``torch.device``), and as ``guard`` the matching guard, or None; calls with equal dtypes, shapes, strides, devices
-    and numbers share one.
+    ``after`` can use the arguments by name, and ``where`` and ``guard``. ``where`` is a key for the device: the index
+    of a GPU, else the ``torch.device``. ``guard`` is the matching guard, or None; calls with equal dtypes, shapes,
+    strides, devices and numbers share one.
     """
     import torch
 
@@ -88,7 +88,7 @@ def checked_function(
 
     source = _Checker(contract, before, after, foreign).source
     filename = f"<{what} of {contract.name}>"
-    # So that a traceback and a debugger can show the generated lines.
+    # A traceback and a debugger can then show the generated lines.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     scope: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "wrong": wrong, "broken": broken}
     seen = _Seen()
@@ -97,7 +97,7 @@ def checked_function(
     scope |= {"modes": _dispatch_modes(), "transforms": _transforms(), "forward_ad": forward_ad()}
     for ask in (is_foreign, not_nested, not_transformed, needs_no_grad, needs_no_tangent, own_memory):
         scope[ask.__name__] = functools.partial(ask, contract)
-    # Each stands for one argument that is None; no argument of any contract looks like them.
+    # Each replaces one argument that is None. Complex64 is a dtype of no contract.
     optional = [name for name in contract.args if contract.is_optional(name)]
     scope |= {f"no_{name}": torch.empty((), dtype=torch.complex64, device="cpu") for name in optional}
     scope["ceil"] = lambda a, b: -(-a // b)
@@ -108,16 +108,16 @@ def checked_function(
 
 
 class _Seen:
-    """The signatures of the calls that passed the check lately.
+    """The guards of recent calls that passed the check.
 
     A check is a pure function of the types, dtypes, shapes, strides and devices of a call's tensors, and of its
-    numbers. PyTorch compares the tensors in one call, a tenth of what reading them from Python costs: that is how
-    ``torch.compile`` finds that a compiled graph still fits. The class is PyTorch's own affair; where it is missing,
-    every call goes through the whole check.
+    numbers. PyTorch's ``TensorGuards`` compare the tensors in one call, at a tenth of the cost of reading them from
+    Python; ``torch.compile`` uses them to see that a compiled graph is valid for a call. The class is private to
+    PyTorch. If it is missing, every call runs the whole check.
     """
 
     SIZE = 4
-    """Layers of two or three kinds alternate in a model."""
+    """Guards kept: a model alternates between layers of two or three kinds."""
 
     def __init__(self) -> None:
         self.signatures: list[tuple[Callable[..., bool], tuple[Any, ...]]] = []
@@ -125,10 +125,10 @@ class _Seen:
         self.guards = _tensor_guards()
 
     def remember(self, numbers: tuple[Any, ...], *tensors: Any) -> Callable[..., bool] | None:
-        """After a call that passed. Making a guard is dear, so only for a shape that comes a second time."""
+        """Called after a call that passed. Making a guard is expensive, so it is made at the second call of a shape."""
         made = None
         shape = (numbers, *(tensor.shape for tensor in tensors))
-        # A guard never fits a call that passes one tensor twice.
+        # A guard never matches a call that passes one tensor twice.
         distinct = len({id(tensor) for tensor in tensors}) == len(tensors)
         if shape == self.last and distinct and self.guards is not None:
             sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
@@ -142,26 +142,26 @@ class _Seen:
 
 
 def _without_grad_mode(check: Callable[..., bool]) -> Callable[..., bool]:
-    """A guard compares what requires grad, not whether that means anything: a call with it is known where not."""
+    """A guard compares ``requires_grad`` but not grad mode: it may match only while grad mode is off."""
     import torch
 
     return lambda *tensors: not torch.is_grad_enabled() and check(*tensors)
 
 
 def _tensor_guards() -> Any:
-    """PyTorch's ``TensorGuards``, or None where it is missing or does not do what ``_Seen`` needs of it."""
+    """PyTorch's ``TensorGuards``, or None if it is missing or does not do what ``_Seen`` needs."""
     import torch
 
     try:
         guards: Any = importlib.import_module("torch._C._dynamo.guards").TensorGuards
-        # Whatever is set where this is first imported.
+        # The caller's settings must not change the trial.
         with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
             x, y = (torch.empty(2, 3, dtype=torch.float32) for _ in range(2))
             guard = guards(x, dynamic_dims_sizes=[[2, 3]], dynamic_dims_strides=[[3, 1]])
             others = (x.new_empty(3, 2), x.new_empty(3, 2).T, x.double(), x.to("meta"), x[0], None)
             usable = guard.check(y) and not any(guard.check(other) for other in others)
             usable = usable and not guard.check(y.requires_grad_())
-    except Exception:  # it is private: whatever another release makes of it, calls are then checked in full
+    except Exception:  # it is private and may change: calls are then checked in full
         return None
     return guards if usable else None
 
@@ -171,7 +171,7 @@ _FLOAT_MAX = (2 - 2.0**-23) * 2.0**127
 
 
 def _number(value: Any, kind: str) -> int | float | None:
-    """A Python number of a ``ScalarArg``'s kind; None where the value is not one."""
+    """The value as a Python number of a ``ScalarArg``'s kind; None if it is not one."""
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()  # a bool stays one
     if kind == "bool":
@@ -193,7 +193,7 @@ def _shown(value: object) -> str:
 
 @functools.cache
 def _usual() -> frozenset[type]:
-    """What an argument is as a rule. Exact types: another subclass may mean something else by every operation."""
+    """The common types of arguments, exactly: another subclass may redefine every operation."""
     import torch
 
     return frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)})
@@ -206,14 +206,14 @@ def _is_plain(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def _dispatch_modes() -> Callable[[], int]:
-    """Tells how many dispatch modes are active, such as FakeTensorMode."""
+    """A function that returns the number of active dispatch modes, such as FakeTensorMode."""
     import torch
 
     return getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def _transforms() -> Callable[[], Any]:
-    """Tells whether a transform of ``torch.func`` is active: None where none is."""
+    """A function that returns None if no transform of ``torch.func`` is active."""
     import torch
 
     return getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
@@ -232,22 +232,22 @@ def needs_no_grad(contract: OpContract, names: Mapping[str, Any]) -> None:
 
     for name in contract.args:
         if isinstance(value := names[name], torch.Tensor) and value.requires_grad:
-            told = "the op has no backward: call it under torch.no_grad() or torch.inference_mode(), or pass"
-            raise ContractError(f"{contract.name}: argument {name}: requires grad, and {told} {name}.detach()")
+            hint = "the op has no backward: call it under torch.no_grad() or torch.inference_mode(), or pass"
+            raise ContractError(f"{contract.name}: argument {name}: requires grad, and {hint} {name}.detach()")
 
 
 def forward_ad() -> Any:
-    """What has ``_current_level``, at least 0 within a ``dual_level`` of PyTorch's."""
+    """A namespace with ``_current_level``, which is at least 0 within a ``dual_level`` of PyTorch."""
     from torch.autograd import forward_ad
 
-    # It is private: where it is missing, every call is looked at.
+    # It is private: without it, every call is inspected.
     return forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
 
 
 def needs_no_tangent(contract: OpContract, names: Mapping[str, Any]) -> None:
     """Raise for the argument that is a dual tensor of forward-mode AD: its tangent would be dropped silently.
 
-    Its tangent is None where inference mode turns forward-mode AD off, as it turns grad mode off.
+    Inference mode turns forward-mode AD off: the tangent is then None.
     """
     import torch
     from torch.autograd.forward_ad import unpack_dual
@@ -257,9 +257,9 @@ def needs_no_tangent(contract: OpContract, names: Mapping[str, Any]) -> None:
         if not isinstance(value, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
             continue
         if unpack_dual(value).tangent is not None:
-            told = "the op has no derivative: call it under torch.inference_mode(), or pass"
+            hint = "the op has no derivative: call it under torch.inference_mode(), or pass"
             raise ContractError(
-                f"{contract.name}: argument {name}: is a dual tensor, and {told} forward_ad.unpack_dual({name}).primal"
+                f"{contract.name}: argument {name}: is a dual tensor, and {hint} forward_ad.unpack_dual({name}).primal"
             )
 
 
@@ -276,15 +276,14 @@ def not_transformed(contract: OpContract, names: Mapping[str, Any]) -> None:
 
 def transformed(contract: OpContract, argument: str, kind: str) -> str:
     outside = "outside, with the dimension as part of the batch" if kind == "vmap" else "outside the transform"
-    told = f"the op has no rule for it: call it {outside}"
-    return f"{contract.name}: argument {argument}: comes from {kind} of torch.func, and {told}"
+    hint = f"the op has no rule for it: call it {outside}"
+    return f"{contract.name}: argument {argument}: comes from {kind} of torch.func, and {hint}"
 
 
 def is_foreign(contract: OpContract, names: Mapping[str, Any]) -> bool:
-    """Whether others than this check have to see a call: a tensor is of a class of its own, or a dispatch mode is on.
+    """Whether PyTorch's dispatcher has to see a call: a tensor is of a subclass, or a dispatch mode is active.
 
-    Sizes may be symbols then, so that no more is checked than that there are tensors of the right ranks, and that a
-    FakeTensor is not among tensors with values.
+    Sizes may then be symbols. So only ranks are checked, and that FakeTensors are not mixed with tensors with values.
     """
     import torch
     from torch._subclasses import FakeTensor
@@ -300,13 +299,13 @@ def is_foreign(contract: OpContract, names: Mapping[str, Any]) -> bool:
         if not _may_be(contract, name, value):
             raise ContractError(_describe(contract, name, value, names))
         if mixed and value is not None and not isinstance(value, FakeTensor):
-            told = "expected a FakeTensor, as others of this call are"
-            raise ContractError(f"{contract.name}: argument {name}: {told}, got a tensor with values")
+            expected = "expected a FakeTensor, as others of this call are"
+            raise ContractError(f"{contract.name}: argument {name}: {expected}, got a tensor with values")
     return True
 
 
 def _may_be(contract: OpContract, argument: str, value: object) -> bool:
-    """Whether a value is a tensor that has one of an argument's ranks, or None where that may be."""
+    """Whether a value is a tensor with one of an argument's ranks, or None for an optional argument."""
     arg = contract.args[argument]
     assert isinstance(arg, TensorArg)
     if value is None:
@@ -315,7 +314,7 @@ def _may_be(contract: OpContract, argument: str, value: object) -> bool:
 
 
 def overlaps_itself(x: torch.Tensor) -> bool:
-    """Whether two elements of x may be in one place, by sizes and strides."""
+    """Whether two elements of x may share an address, by sizes and strides."""
     reach = 1
     for stride, size in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
         if stride < reach:
@@ -325,12 +324,12 @@ def overlaps_itself(x: torch.Tensor) -> bool:
 
 
 def own_memory(contract: OpContract, buffer: str, names: Mapping[str, Any]) -> None:
-    """Raise where a result buffer overlaps itself or, as far as can be told, another argument."""
+    """Raise if a result buffer overlaps itself or, as far as addresses show, another argument."""
     out = names[buffer]
     start = out.data_ptr() if type(out) in _usual() and not out.is_meta else 0
     if not (dense := out.is_contiguous()) and overlaps_itself(out):
-        told = f"expected rows that do not overlap, got {list(out.shape)} with strides {list(out.stride())}"
-        raise ContractError(f"{contract.name}: argument {buffer}: {told}")
+        hint = f"expected rows that do not overlap, got {list(out.shape)} with strides {list(out.stride())}"
+        raise ContractError(f"{contract.name}: argument {buffer}: {hint}")
     if start == 0:  # a tensor without memory
         return
     end = start + out.nbytes
@@ -338,7 +337,7 @@ def own_memory(contract: OpContract, buffer: str, names: Mapping[str, Any]) -> N
         other = names[name]
         if name == buffer or other is None or isinstance(arg, ScalarArg) or (there := other.data_ptr()) == 0:
             continue
-        # Tensors with gaps may lie in each other's.
+        # A tensor may lie in the gaps of another without overlapping it.
         if there == start or (dense and there < end and start < there + other.nbytes and other.is_contiguous()):
             raise ContractError(
                 f"{contract.name}: argument {buffer}: expected memory of its own, shares that of {name}"
@@ -365,35 +364,35 @@ class _Checker:
         self.bound: set[str] = set()
         self.lines: list[str] = []
         parameters = contract.signature.parameters.values()
-        # Annotations are dropped: they are strings that mean nothing in the generated namespace.
+        # Annotations are dropped: their names do not exist in the generated namespace.
         bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
         self.emit(0, f"def {contract.name}{bare}:")
         for line in before:
             self.emit(1, line)
         self.emit(1, "try:")
         first = next(name for name, arg in contract.args.items() if isinstance(arg, TensorArg))
-        # Numbers first: shapes may be expressed in them.
+        # Numbers first: shapes may depend on them.
         scalars = {name: arg for name, arg in contract.args.items() if isinstance(arg, ScalarArg)}
         for name, scalar in scalars.items():
             given = f"{name} is not None and " if contract.is_optional(name) else ""
             self.emit(2, f"if {given}type({name}) is not {scalar.kind}: {name} = number({name!r}, locals())")
-        # A CUDA index is cheaper to get, to compare and to look up than a device, and this stands before every call.
+        # A CUDA index is cheaper to read, compare and look up than a device, and every call does this.
         self.emit(2, f"on_gpu = {first}.is_cuda; where = {first}.get_device() if on_gpu else {first}.device")
-        # An int decides shapes too, and a provider may refuse any number: a call is known by its tensors and numbers.
+        # A guard goes with the numbers: an int may decide shapes, and a provider may refuse any number.
         tensors = {name: arg for name, arg in contract.args.items() if isinstance(arg, TensorArg)}
         passed = [f"{n} if {n} is not None else no_{n}" if contract.is_optional(n) else n for n in tensors]
         numbers = f"({', '.join(scalars)},)" if scalars else "()"
-        # A guard that is asked about a nested tensor ends the process.
+        # A guard that gets a nested tensor ends the process.
         nested = [
             f"({n} is not None and {n}.is_nested)" if contract.is_optional(n) else f"{n}.is_nested" for n in tensors
         ]
         self.emit(2, f"if {' or '.join(nested)}: not_nested(locals())")
-        # A guard lets dual tensors through. This look costs 0.03 us.
+        # A guard accepts dual tensors. This comparison costs 0.03 us.
         self.emit(2, "if forward_ad._current_level >= 0: needs_no_tangent(locals())")
         self.emit(2, "for guard, numbers in seen:")
         self.emit(3, f"if guard({', '.join(passed)})" + (f" and numbers == {numbers}: break" if scalars else ": break"))
         self.emit(2, "else:")
-        # From here on only for calls that are not known: what a guard does not let through costs a known call nothing.
+        # From here on only for calls that match no guard.
         for name, scalar in scalars.items():
             self.bounds(name, scalar, contract.is_optional(name))
         if foreign:
@@ -413,11 +412,11 @@ class _Checker:
             if isinstance(arg, TensorArg):
                 self.tensor(name, arg, contract.is_optional(name), is_first=name == first)
             for index, rule in enumerate(contract.rules):
-                if rule.argument == name:  # here, so that a wrong argument is named rather than those that follow it
+                if rule.argument == name:  # here, so that the error names this argument and not a later one
                     self.emit(3, f"if not ({rule.expression}): raise broken({index}, locals())")
         for name in contract.buffers:
             self.emit(3, f"if {name} is not None: own_memory({name!r}, locals())")
-        if vectors:  # again with the copies, which is then a known call as a rule
+        if vectors:  # again with the copies; that call usually matches a guard
             call = {name: name for name in contract.args}
             for name in vectors:
                 call[name] = f"{name}.contiguous()"
@@ -426,9 +425,9 @@ class _Checker:
             again = ", ".join(f"{n}={v}" if contract.is_keyword(n) else v for n, v in call.items())
             self.emit(3, f"if copy: on = True; return {contract.name}({again})")
         self.emit(3, f"guard = remember({numbers}, {', '.join(passed)})")
-        # A list, a None, a tensor of another rank: looking for them is dearer than waiting for what they break.
+        # A list, a None or a tensor of another rank raises one of these. Testing for each would cost more.
         self.emit(1, "except (AttributeError, ValueError, RuntimeError, TypeError) as error:")
-        self.emit(2, "if 'on' in locals(): raise")  # not of this check
+        self.emit(2, "if 'on' in locals(): raise")  # raised after the check
         self.emit(2, "raise explain(error, locals()) from None")
         for line in after:
             self.emit(1, line)
@@ -455,7 +454,7 @@ class _Checker:
         elsewhere = f"({name}.get_device() if on_gpu else {name}.device) != where"
         failure = f"raise wrong({name!r}, {name}, locals())"
         if len(arg.forms) == 1 and len(arg.forms[0].dims) == 1 and self._known(arg.forms[0]) and arg.layout == "vector":
-            # In one condition.
+            # One condition is enough.
             (size,) = arg.forms[0].dims
             others = " and ".join(f"{name}.dtype is not torch_{dtype}" for dtype in arg.forms[0].dtypes.split())
             test = f"{others} or {name}.shape != ({size},) or {elsewhere}"
@@ -466,13 +465,13 @@ class _Checker:
         self.emit(depth, f"_dtype = {name}.dtype; _shape = {name}.shape")
         new: set[str] = set()
         for index, form in enumerate(arg.forms):
-            # Sizes that are all known take part in the choice: forms of one rank differ in nothing else.
+            # If all sizes are bound, they select the form: forms of one rank differ in nothing else.
             dtypes = " or ".join(f"_dtype is torch_{dtype}" for dtype in form.dtypes.split())
             known = self._known(form)
             shape = self._comparison(form) if known else f"len(_shape) == {len(form.dims)}"
             condition = " and ".join(filter(None, (f"({dtypes})" if " or " in dtypes else dtypes, shape, form.when)))
             if len(arg.forms) == 1:
-                # A wrong rank shows when the sizes are unpacked.
+                # Unpacking the sizes finds a wrong rank.
                 self.emit(depth, f"if not ({condition if known else dtypes}): {failure}")
             else:
                 self.emit(depth, f"{'if' if index == 0 else 'elif'} {condition}:")
@@ -490,7 +489,7 @@ class _Checker:
         if arg.layout in ("last", "vector"):
             scattered = f"not {name}.is_contiguous() and {name}.stride()[-1] != 1 and _shape[-1] > 1"
             self.emit(depth, f"if {scattered}: {failure if arg.layout == 'last' else 'copy = True'}")
-        elif arg.layout == "page":  # pages are padded as a rule, so the strides are needed as a rule
+        elif arg.layout == "page":  # pages are usually padded, so the strides are needed
             self.emit(depth, f"_stride = {name}.stride()")
             scattered = "_stride[-1] != 1 or (_stride[1] != _shape[-1] and _shape[1] > 1)"
             self.emit(depth, f"if {scattered}: {failure}")
@@ -518,7 +517,7 @@ class _Checker:
             self.emit(depth, f"if {' or '.join(tests)}: {failure}")
         new |= seen
 
-    # `locals()` in the failures carries the sizes that were bound so far into the message.
+    # `locals()` in the failures passes the sizes that were bound so far to the message.
 
 
 def _describe(contract: OpContract, argument: str, value: object, names: Mapping[str, Any]) -> str:

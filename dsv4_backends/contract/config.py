@@ -1,4 +1,4 @@
-"""A model's ``config.json``: found, read, and judged field by field. Free of torch."""
+"""Find and read a model's ``config.json``, and check every field. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from .models import EXPERT_BYTES, MODELS, Model, Weights
 
 MAX_BYTES = 4 << 20
-"""A file of more bytes is no ``config.json``: the released ones have 3 KB."""
+"""Larger files are refused: the released ``config.json`` files have 3 KB."""
 _LIMIT = 2**31
 _RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 _ARCHITECTURES = {"deepseekv4forcausallm", "deepseekv4model", "deepseekv4forcausallmnextn", "deepseekv4mtpmodel"}
@@ -42,19 +42,19 @@ _ELSEWHERE = frozenset((
     "use_cache", "video_token_id",
 ))
 # fmt: on
-"""Fields that no op depends on: they are computed outside the ops, or not at all."""
+"""Fields that no op depends on."""
 _QUANT_ELSEWHERE = frozenset(("modules_to_not_convert", "ignored_layers", "ignore", "dequantize", "producer"))
 _QUANT_READ = frozenset(("quant_method", "config_groups", "_from"))
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A model as its configuration tells it.
+    """A model as described by its configuration.
 
     Attributes:
         model: Dimensions.
-        unsupported: Fields that the ops are not defined for, each with its value and what is expected.
-        notes: What else the reader should know: what was not looked at, what is unknown.
+        unsupported: Fields with a value that the ops do not support, each with the value and what is expected.
+        notes: Fields that were not looked at, and what is unknown.
     """
 
     model: Model
@@ -71,7 +71,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Configuration:
             ``config.json``.
 
     Raises:
-        ValueError: not a DeepSeek V4 configuration, or a field is missing or makes no sense; names the field.
+        ValueError: not a DeepSeek V4 configuration, or a field is missing or not valid; names the field.
         OSError: the file cannot be read.
     """
     if isinstance(source, Mapping):
@@ -83,10 +83,10 @@ def read(source: str | Path | Mapping[str, Any]) -> Configuration:
 
 
 def locate(source: str | Path) -> Path:
-    """The ``config.json`` that a path or the id of a model stands for.
+    """The path of the ``config.json`` for a path or the id of a model.
 
     Raises:
-        ValueError: no path, and no model that is in the hub's cache; says what to do.
+        ValueError: not a path, and not a model in the hub's cache; the message says what to do.
     """
     text = os.fspath(source)
     if not text or "\0" in text:
@@ -119,7 +119,7 @@ def locate(source: str | Path) -> Path:
 
 
 def _hub() -> Path:
-    """Where huggingface_hub keeps models, by its own rules."""
+    """The folder where huggingface_hub keeps models, by its rules."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if value := os.environ.get(name):
             return _home(value)
@@ -155,7 +155,7 @@ def _in_folder(folder: Path) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The contents of a ``config.json``; nothing but a regular file of its size is read.
+    """The contents of a ``config.json``. Only a regular file that is not too large is read.
 
     Raises:
         ValueError: not a regular file, too large, or not a JSON object.
@@ -190,7 +190,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _beside(folder: Path | None) -> Mapping[str, Any] | None:
-    """What ModelOpt or AutoGPTQ wrote beside a ``config.json``, as a ``quantization_config``."""
+    """The quantisation file of ModelOpt or AutoGPTQ beside a ``config.json``, as a ``quantization_config``."""
     for name, method in (("hf_quant_config.json", "modelopt"), ("quantize_config.json", "gptq")):
         if folder is not None and (file := folder / name).is_file():
             inner = load(file)
@@ -200,7 +200,7 @@ def _beside(folder: Path | None) -> Mapping[str, Any] | None:
 
 
 class _Reader:
-    """One configuration on its way to a ``Configuration``."""
+    """Reads one configuration into a ``Configuration``."""
 
     def __init__(self, name: str, config: Mapping[str, Any], folder: Path | None = None) -> None:
         self.name = name
@@ -223,7 +223,7 @@ class _Reader:
         return value
 
     def expect(self, key: str, value: Any, *expected: Any, why: str = "") -> None:
-        """Note a value that the ops are not defined for."""
+        """Note a value that the ops do not support."""
         if value not in expected or (isinstance(value, bool) and not any(value is one for one in expected)):
             given = [one for one in expected if one is not None]
             wanted = " or ".join(map(repr, given)) if given else "nothing"
@@ -276,7 +276,7 @@ class _Reader:
         return Configuration(model, (*model.unsupported, *self.unsupported), tuple(self.notes))
 
     def unwrap(self) -> None:
-        """A model of text and images has the text model's configuration inside its own."""
+        """The text model's configuration, which a model of text and images nests in its own."""
         inner = self.config.get("text_config")
         whole = self.config.get("model_type") == "deepseek_v4" and "num_hidden_layers" in self.config
         if not isinstance(inner, Mapping) or whole:
@@ -306,7 +306,7 @@ class _Reader:
         return sizes[0]
 
     def ratios(self, layers: int) -> tuple[int, ...]:
-        """The ratio of each layer; speculative layers, which follow, are not among them."""
+        """The ratio of each layer, without the speculative layers at the end."""
         ratios, types = self.get("compress_ratios"), self.strings("layer_types")
         unknown = sorted(set(types) - set(_RATIOS))
         if unknown:
@@ -425,7 +425,7 @@ class _Reader:
         return True
 
     def groups(self, key: str, groups: Any) -> None:
-        """The groups of layers of compressed-tensors and ModelOpt, each with a format of its own."""
+        """The groups of layers of compressed-tensors and ModelOpt, each with its own format."""
         if not isinstance(groups, Mapping):
             self.expect(key, groups, None)
             return
@@ -438,7 +438,7 @@ class _Reader:
             self.expect(_word(f"{key}.{name}.weights.type"), weights.get("type"), "float", None)
 
     def weights(self, quantized: bool) -> Weights | None:
-        """What decides the size of the weights; None, with a note, where the configuration does not tell."""
+        """What decides the size of the weights; None and a note if the configuration does not say it."""
         expert_dtype = self.get("expert_dtype")
         if expert_dtype is None:  # engines take FP4 then
             expert_dtype = "fp4" if quantized else "bf16"
@@ -463,7 +463,7 @@ class _Reader:
 
 
 def _short(value: object) -> str:
-    """A value for a message: one line, and not all of a long one."""
+    """A value for a message: one line, cut if it is long."""
     try:
         text = repr(value[:200] if isinstance(value, str | list) else value)
     except (RecursionError, ValueError):  # nested deeply, or an int of too many digits
@@ -472,7 +472,7 @@ def _short(value: object) -> str:
 
 
 def _word(value: object) -> str:
-    """A name from a file for a message; nothing where it is no name."""
+    """A name from a file for a message; empty if it is not a name."""
     if not isinstance(value, str):
         return ""
     return value if len(value) <= 200 and value.isprintable() else _short(value)
@@ -486,7 +486,7 @@ def from_config(source: str | Path | Mapping[str, Any]) -> Model:
             the folder it is in, the id of a model in the hub's cache, or the contents of a ``config.json``.
 
     Raises:
-        ValueError: not a DeepSeek V4 configuration, or one that the ops are not defined for; names the field.
+        ValueError: not a DeepSeek V4 configuration, or one that the ops do not support; names the field.
         OSError: the file cannot be read.
     """
     found = read(source)

@@ -1,6 +1,7 @@
-"""Random inputs. For the contracts' cases: drawn on the CPU from the case's seed, then moved. For ``bench``: ``Draw``.
+"""Random inputs. Those of the contracts' cases are drawn on the CPU from the case's seed, then moved. ``bench`` has
+``Draw``.
 
-What a caller may leave unwritten is poisoned with NaN in a case, so that a provider that reads it is found out.
+A case fills memory that a caller may leave unwritten with NaN, so that a provider that reads it fails.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tenso
 
 
 def powers(generator: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
-    """fp32 powers of two from 2^low up to and without 2^high."""
+    """fp32 powers of two, at least 2^low and below 2^high."""
     import torch
 
     return 2.0 ** torch.randint(low, high, shape, generator=generator).float()
@@ -37,7 +38,7 @@ def uniform(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def e4m3(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
-    """Standard normal values as e4m3, on ``device``: the CPU is slow at rounding many of them."""
+    """Standard normal values as e4m3, rounded on ``device``, since the CPU is slow at it."""
     import torch
 
     return normal(generator, *shape).to(device).to(torch.float8_e4m3fn)
@@ -54,7 +55,7 @@ def spread(x: Tensor) -> Tensor:
 
 
 def move(x: Tensor, device: torch.device) -> Tensor:
-    """x on ``device`` with its strides: ``Tensor.to`` would close the gaps."""
+    """x on ``device`` with its strides. ``Tensor.to`` would drop the gaps between rows."""
     import torch
 
     if device.type == "cpu":
@@ -97,7 +98,7 @@ def choices(generator: torch.Generator, rows: int, topk: int, pool: Tensor, size
     """int32 ``[rows, topk]`` drawn with repetition from ``pool``, some of them invalid.
 
     ``invalid`` is ``none``, ``tail`` (-1 at the end of each row, a different number in each), ``mixed`` (-1
-    anywhere), ``all``, or ``extreme`` (any value outside ``[0, size)`` anywhere, with one row that has nothing else).
+    anywhere), ``all``, or ``extreme`` (any value outside ``[0, size)`` anywhere, and one row of only such values).
     """
     import torch
 
@@ -154,14 +155,14 @@ def cos_sin(most: int, used: Tensor | None = None, *, quarters: bool = False) ->
 
 
 PIECE = 1 << 17
-"""Tokens that are quantised at a time by ``Draw``: half a GiB of temporaries."""
+"""Tokens that ``Draw`` quantises at a time: half a GiB of temporaries."""
 
 
 class Draw:
     """Random tensors made on the device that is timed.
 
-    The contracts' own cases are drawn on the CPU, so that they are the same on every machine; caches of gigabytes would
-    take minutes there. Here the seed is fixed but the values differ between kinds of device.
+    The contracts' cases are drawn on the CPU, so that they are the same on every machine. For caches of gigabytes that
+    would take minutes. Here the seed is fixed, but the values differ between kinds of device.
     """
 
     def __init__(self, generator: torch.Generator, device: torch.device) -> None:
@@ -182,7 +183,7 @@ class Draw:
         return 2.0 ** self.integers(-3, 4, *shape).float()
 
     def pages(self, count: int, each: int) -> Tensor:
-        """A table ``[count, each]`` that deals out shuffled pages."""
+        """A table ``[count, each]`` of all pages in random order."""
         import torch
 
         return torch.randperm(count * each, generator=self.generator, device=self.device).view(count, each)
@@ -193,7 +194,7 @@ class Draw:
         return torch.arange(stop, device=self.device)
 
     def full(self, value: int, *shape: int) -> Tensor:
-        """int32, one value everywhere."""
+        """int32, filled with one value."""
         import torch
 
         return torch.full(shape, value, dtype=torch.int32, device=self.device)

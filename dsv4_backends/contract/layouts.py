@@ -36,15 +36,15 @@ KV_SCALE_BYTES = 8
 KV_BYTES = KV_DATA_BYTES + KV_SCALE_BYTES
 INDEXER_SCALE_BYTES = 4
 PAGE_ALIGNMENT = 576
-"""Engines pad pages to a multiple of this many bytes; some libraries want it. The contract does not."""
+"""Engines pad pages to a multiple of this many bytes; some libraries need it. The contract does not."""
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
 
 
 def ceil_pow2(x: Tensor) -> Tensor:
-    """The least power of two that is not below x, for positive normal fp32 x, by its bits: exact everywhere."""
+    """The least power of two that is not below x, for positive normal fp32 x. Computed from the bits, so exact."""
     bits = x.float().contiguous().view(torch.int32)
-    return ((bits + 0x7FFFFF) & -0x800000).view(torch.float32)  # any mantissa carries into the exponent
+    return ((bits + 0x7FFFFF) & -0x800000).view(torch.float32)  # a mantissa above 0 carries into the exponent
 
 
 def e8m0_decode(codes: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def unpack_kv(data: Tensor, scales: Tensor) -> Tensor:
 
 
 def write_kv(cache: Tensor, slots: Tensor, kv: Tensor) -> None:
-    """Quantise ``kv`` (bf16 ``[n, 512]``) into the slots (int ``[n]``) of a KV cache; slots it lacks are skipped."""
+    """Quantise ``kv`` (bf16 ``[n, 512]``) into the slots (int ``[n]``) of a KV cache; slots outside it are skipped."""
     data, scales = kv_page_views(cache)
     keep = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
     page, offset = slots[keep] // cache.shape[1], slots[keep] % cache.shape[1]
@@ -191,7 +191,7 @@ def indexer_page_views(cache: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_indexer_keys(cache: Tensor, slots: Tensor, keys: Tensor) -> None:
-    """Quantise ``keys`` (``[n, d]``, one scale each) into the slots of an indexer cache; slots it lacks are skipped."""
+    """Quantise ``keys`` (``[n, d]``, one scale each) into slots of an indexer cache; slots outside it are skipped."""
     key_view, scale_view = indexer_page_views(cache)
     keep = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
     page, offset = slots[keep] // cache.shape[1], slots[keep] % cache.shape[1]

@@ -1,4 +1,4 @@
-"""DeepSeek V4's dimensions, and what tensor parallelism leaves of them on one rank. Free of torch."""
+"""DeepSeek V4's dimensions, and those of one tensor-parallel rank. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 HC_MULT = 4
 EXPERT_BYTES = {"fp4": 1 / 2 + 1 / 32, "fp8": 1 + 1 / 128**2, "bf16": 2.0, "bfloat16": 2.0}
-"""Bytes of a weight with its share of the scales."""
+"""Bytes of one weight, including its share of the scales."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What decides the size of a model's weights besides the dimensions of its ops.
+    """The numbers that decide the size of a model's weights, besides the dimensions of its ops.
 
     Attributes:
         vocab: Rows of the embedding and of the head.
@@ -20,7 +20,7 @@ class Weights:
         experts, shared_experts, expert_width, experts_per_token: The mixture of experts of a layer.
         hash_layers: Layers whose experts are looked up by token.
         linear_dtype, expert_dtype: Names in ``EXPERT_BYTES``.
-        tied: Embedding and head are one.
+        tied: Whether embedding and head share their weights.
     """
 
     vocab: int
@@ -40,7 +40,7 @@ class Model:
     """The dimensions that decide the shapes of the ops.
 
     Attributes:
-        name: For people.
+        name: Shown to people.
         hidden: Model width.
         heads: Query heads; there is one KV head.
         head_dim: 512 = 448 without and 64 with RoPE.
@@ -79,7 +79,7 @@ class Model:
 
     @property
     def unsupported(self) -> tuple[str, ...]:
-        """Dimensions that the ops are not defined for, each with what is expected."""
+        """Dimensions that the ops do not support, each with what is expected."""
         found = []
         if self.head_dim != 512:
             found.append(f"head_dim: expected 512, got {self.head_dim}: the ops and the cache are defined for 448 + 64")
@@ -89,10 +89,10 @@ class Model:
         return tuple(found)
 
     def rank(self, tp: int) -> Rank:
-        """What one of ``tp`` tensor-parallel ranks computes.
+        """The sizes of one of ``tp`` tensor-parallel ranks.
 
         Heads and output groups are divided; the indexer, the keys and the hyper-connections are whole on every rank.
-        Where there are more ranks than groups, each rank has one group with its heads, and several ranks have the same.
+        With more ranks than groups, each rank has one group with its heads, and several ranks have the same.
 
         Raises:
             ValueError: more ranks than heads, or heads or groups do not divide by ``tp``, nor ``tp`` by the groups.
@@ -113,7 +113,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of a model: the sizes that its ops see.
+    """One rank of a model: the sizes of its ops.
 
     The main attention has ``heads`` heads over ``topk`` indices in two scopes: the window, and the compressed keys
     (``index_topk`` of them in a ratio-4 layer).
@@ -124,7 +124,7 @@ class Rank:
 
     @property
     def replicas(self) -> int:
-        """Ranks that have the same heads and output groups: 1, or more where there are more ranks than groups."""
+        """Number of ranks with the same heads and output groups: more than 1 with more ranks than groups."""
         return max(1, self.tp // self.model.o_groups)
 
     @property

@@ -1,6 +1,6 @@
-"""What keeps PyTorch's settings from changing numbers.
+"""Keeps PyTorch's settings from changing results.
 
-Dtypes and devices are said at every allocation, so that neither default counts. The rest is here.
+Every allocation passes its dtype and device, so the defaults do not matter. The other settings are handled here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _as_it_is: AbstractContextManager[None] = nullcontext()
 
 
 def without_autocast() -> AbstractContextManager[None]:
-    """Within the block ``torch.autocast`` casts nothing, on any device: what an op means has its dtypes already."""
+    """A block in which ``torch.autocast`` casts nothing, on any device: the contract fixes an op's dtypes."""
     import torch
 
     kinds = [kind for kind in _LIBRARIES if torch.is_autocast_enabled(kind)]
@@ -43,7 +43,7 @@ def _rounds(device: torch.device) -> bool:
     import torch
 
     library = _LIBRARIES[device.type]
-    if library == "mkldnn":  # it has a setting of its own besides, which PyTorch does not tell
+    if library == "mkldnn":  # it also has its own setting, which PyTorch does not expose
         modes = (os.environ.get(f"{name}_DEFAULT_FPMATH_MODE", "STRICT") for name in ("ONEDNN", "DNNL"))
         if any(mode.upper() != "STRICT" for mode in modes):
             return True
@@ -53,8 +53,8 @@ def _rounds(device: torch.device) -> bool:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of fp32 tensors, in fp32 or better.
 
-    How exact an fp32 product is, is a setting of the whole process (``torch.set_float32_matmul_precision``,
-    ``torch.backends.cuda.matmul.allow_tf32``, ``fp32_precision``). To change it for a call would change it for other
-    threads, so the product is in fp64 while it says less than fp32.
+    The precision of fp32 products is a setting of the whole process (``torch.set_float32_matmul_precision``,
+    ``torch.backends.cuda.matmul.allow_tf32``, ``fp32_precision``). Changing it for a call would change it for other
+    threads. So the product is computed in fp64 while the setting allows less than fp32.
     """
     return (a.double() @ b.double()).float() if _rounds(a.device) else a @ b

@@ -1,8 +1,8 @@
-"""What an op's contract is made of.
+"""The parts of an op's contract.
 
 A contract is a documented Python function, whose signature is the op's signature, whose docstring is its meaning, and
-whose body is its fake: it allocates the outputs. Around it stand the table of arguments, from which the check before
-every call and the tables in the docs are made, the cases, the tolerances, the cost, and what serving asks of the op.
+whose body is its fake: it allocates the outputs. The contract also has the table of arguments, from which the check
+before every call and the tables in the docs are made, the cases, the tolerances, the cost, and the traffic.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LEVELS = ("smoke", "default", "full")
 class Tolerance:
     """How far one output may be from the oracle in fp64, with the reason for each number.
 
-    An element passes where ``|error| <= atol + atol_rms * rms(reference) + rtol * |reference|``, and all of them
-    together where ``calc_diff = 1 - 2<x, y> / (<x, x> + <y, y>)`` stays below its bound. Infinities and NaN must be
+    An element passes if ``|error| <= atol + atol_rms * rms(reference) + rtol * |reference|``. A result passes if all
+    elements do and ``calc_diff = 1 - 2<x, y> / (<x, x> + <y, y>)`` stays below its bound. Infinities and NaN must be
     in the same places.
     """
 
@@ -46,9 +46,9 @@ class Cost:
     """The least work of a call.
 
     Attributes:
-        flops: Multiply-adds count two.
-        bytes: Every input that is needed read once, every output written once.
-        math: Tensor-core type the flops can run in: ``"bf16"``, ``"fp8"`` or ``"tf32"``.
+        flops: A multiply-add counts as two.
+        bytes: Every needed input read once, every output written once.
+        math: Tensor-core type in which the flops can run: ``"bf16"``, ``"fp8"`` or ``"tf32"``.
     """
 
     flops: float
@@ -73,24 +73,24 @@ class Case:
 
 @dataclass(frozen=True)
 class OpContract:
-    """Everything that is promised about one op.
+    """Everything that is specified about one op.
 
     Attributes:
         function: Signature, meaning and fake (see the module's docstring).
         args: Every argument in the order of the signature.
         rules: Relations between arguments.
-        values: What callers should put into arguments that index, and what anything else means.
-        returns: Names of the results; a name that is also an argument is the caller's buffer where one is given. Where
+        values: The values that callers should pass in indices, lengths and bounds, and what other values mean.
+        returns: Names of the results; a name that is also an argument is the caller's buffer if one is passed. If
             that argument is required, the op writes in place: it changes the buffer and returns it.
         cases: Test inputs at three levels.
         make: ``make(device, generator, **params)`` builds a case's arguments.
         tolerances: By result name.
-        cost: ``cost(**arguments)``; reads shapes, and lengths where they decide the work.
+        cost: ``cost(**arguments)``; reads shapes, and lengths if the work depends on them.
         oracle: ``"package.module:function"`` that computes the results in fp64.
-        traffic: What serving asks of the op.
-        partials: The argument that, where it is given, makes the results partial sums over a leading dimension.
+        traffic: The calls that serving makes of the op.
+        partials: The argument that, if passed, makes the results partial sums over a leading dimension.
         read: ``"package.module:function"``: ``read(result_name, tensor)`` gives a result as the oracle does, in fp64,
-            for results whose bytes are no numbers. Empty: as they are.
+            for results whose bytes are not numbers. Empty: results are compared directly.
         strided: Results whose strides are part of the meaning, as the function's body makes them.
         batch: The argument whose first dimension counts the batch; empty: the first tensor.
     """
@@ -125,13 +125,13 @@ class OpContract:
         assert len({case.name for case in self.cases}) == len(self.cases), f"{self.name}: case names repeat"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled by name: another process has the same contracts."""
+        """Pickle by name: every process has the same contracts."""
         from . import CONTRACTS
 
         return (_by_name, (self.name,)) if CONTRACTS.get(self.name) is self else super().__reduce_ex__(protocol)
 
     def require_names(self, given: Collection[str]) -> None:
-        """Refuse a call that lacks an argument or has one that there is not.
+        """Raise if a call lacks an argument or has an unknown one.
 
         Raises:
             ContractError: naming op and arguments.
@@ -145,7 +145,7 @@ class OpContract:
 
     @property
     def family(self) -> str:
-        """The folder of ``contract/`` that the op is in."""
+        """The name of the op's folder in ``contract/``."""
         return self.function.__module__.split(".")[-2]
 
     @property
@@ -163,7 +163,7 @@ class OpContract:
 
     @cached_property
     def buffers(self) -> tuple[str, ...]:
-        """Arguments into which the caller may have results written; all of them or none."""
+        """The result buffers that the caller may pass; all of them or none."""
         return tuple(name for name in self.returns if name in self.args)
 
     @cached_property
@@ -173,7 +173,7 @@ class OpContract:
 
     @cached_property
     def forms(self) -> tuple[bool, ...]:
-        """The ``torch.library`` forms that there are: without result buffers (False), with them (True)."""
+        """The op's ``torch.library`` forms: without result buffers (False), with them (True)."""
         return (True,) if self.in_place else (False, True) if self.buffers else (False,)
 
     def library_name(self, *, with_buffers: bool) -> str:
@@ -181,7 +181,7 @@ class OpContract:
         return self.name + "_out" if with_buffers and not self.in_place else self.name
 
     def library_names(self, *, with_buffers: bool) -> tuple[str, ...]:
-        """The arguments of the ``torch.library`` form, in its order: result buffers before what has a default."""
+        """The arguments of the ``torch.library`` form, in its order: result buffers before arguments with a default."""
         names = [name for name in self.args if with_buffers or name not in self.buffers]
         names.sort(key=lambda name: self.is_optional(name) and name not in self.buffers)
         return tuple(names)
@@ -226,14 +226,14 @@ class OpContract:
 
         import torch
 
-        # Drawn on the CPU: the streams of CPU and GPU generators differ, and a case must not.
+        # Drawn on the CPU: CPU and GPU generators give different numbers, and a case must be the same on both.
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.name}/{case.name}/{variant}".encode()))
         with torch.device("cpu"), without_autocast():
             return self.make(torch.device(device), generator, **case.params)
 
     @cached_property
     def check(self) -> Callable[..., torch.device]:
-        """Check a call's arguments and return the device they are on. Everything but the values of tensors.
+        """Check everything but the values of a call's tensors, and return their device.
 
         Raises:
             ContractError: naming op, argument, what was expected and what came.

@@ -1,7 +1,7 @@
-"""What serving asks of the ops: a server's limits, and the form in which each op says what they mean for it.
+"""The calls that serving makes of the ops: a server's limits, and the type in which each op states its calls.
 
-Free of torch until a call is made. Shapes decide everything here, so tensors of the meta device are enough to ask who
-would serve a call, what it would compile, and how much memory it would take.
+Does not import torch until a call is made. Everything here depends on shapes only. So tensors of the meta device are
+enough to find which provider serves a call, what it compiles, and how much memory it takes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from .models import Model, Rank
 
 WINDOW_PAGE = 64
-"""Tokens in a page of the window's cache, and keys in one of the indexer's."""
+"""Tokens in a page of the window's cache, and keys in a page of the indexer's cache."""
 BLOCK = 256
-"""Tokens of context that one page of a compressed cache stands for: 64 keys at ratio 4, 2 at ratio 128."""
+"""Tokens of context for one page of a compressed cache: 64 keys at ratio 4, 2 at ratio 128."""
 INDEXER_RATIO = 4
 """Tokens per compressed key in a layer that has an indexer."""
 BENCH_CONTEXT = 65536
@@ -28,17 +28,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a server goes.
+    """A server's limits.
 
     Attributes:
         max_tokens: Query tokens of one step: the prefill chunk, or the tokens of a decode batch if that is more.
         max_requests: Requests of one decode step.
         max_context: Tokens of the longest context.
-        next_n: Most tokens of one request in a decode step: 1, or more with speculative decoding.
+        next_n: Largest number of tokens of one request in a decode step; more than 1 with speculative decoding.
         heads: Heads of an attention call; 0: the rank's own. vLLM pads them to 64 or 128.
 
     Raises:
-        ValueError: a limit that is no int, or below 1 (``heads``: below 0).
+        ValueError: a limit that is not an int, or below 1 (``heads``: below 0).
     """
 
     max_tokens: int = 8192
@@ -63,8 +63,8 @@ class Deployment:
 
     Attributes:
         rank: The model and its tensor parallelism.
-        limits: How far the server goes.
-        packed_scales: The engine packs the scales of the output projection.
+        limits: The server's limits.
+        packed_scales: Whether the engine packs the scales of the output projection.
     """
 
     rank: Rank
@@ -87,7 +87,7 @@ class Deployment:
 
     @property
     def tokens(self) -> list[int]:
-        """Token counts at which a launch configuration may change: the small ones, and both sides of round ones."""
+        """Token counts at which a launch configuration may change: small ones, and the neighbours of round ones."""
         most = self.limits.max_tokens
         edges = {*range(64, 1025, 16), *range(1152, most + 1, 128)}
         return sorted(n for n in {*range(1, 65), *edges, *(edge + 1 for edge in edges), most} if n <= most)
@@ -105,12 +105,12 @@ def packed_scales(capability: Any) -> bool:
 
 @dataclass(frozen=True)
 class Need:
-    """One op in one set of shapes.
+    """One op with one set of shapes.
 
     Attributes:
         op: The contract's name.
-        role: What asks for it, for people.
-        sizes: The dimensions that decide, by name.
+        role: The part of the model that calls it, for people.
+        sizes: The dimensions that matter, by name.
         arguments: Makes the call's arguments on the ``meta`` device.
     """
 
@@ -132,7 +132,7 @@ class Row:
         op: Contract name.
         name: Unique within the op, and the same in every run, so that runs can be compared.
         params: Keyword arguments of ``Traffic.draw``.
-        only: Options of ``bench`` with which the row is measured; with others it is left out.
+        only: Options of ``bench`` with which the row is measured. With other options it is left out.
     """
 
     op: str
@@ -143,12 +143,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Classes:
-    """How the shapes of one op are told apart by the measured choice.
+    """How the measured choice classifies the shapes of one op.
 
     Attributes:
-        tensors: Positions of the two arguments whose shapes are looked at.
-        load: What grows with the batch, for people.
-        read: Those shapes to the name of the class and the load.
+        tensors: Positions of the two arguments whose shapes are read.
+        load: The size that grows with the batch, as text for people.
+        read: From these shapes the name of the class and the load.
         of_row: The same shapes from the parameters of a row of ``bench``.
     """
 
@@ -160,17 +160,17 @@ class Classes:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What serving asks of one op.
+    """The calls that serving makes of one op.
 
     Attributes:
-        calls: Arguments of every call that differs in what could be compiled for it, on the ``meta`` device.
-        needs: The calls in their largest shapes, which ``check`` shows.
+        calls: Arguments of every call that may need another compiled kernel, on the ``meta`` device.
+        needs: The calls with their largest shapes, which ``check`` shows.
         classes: The classes of shapes of the measured choice.
         rows: The rows of ``bench`` for a model's label and a rank.
-        tiny: Rows that a CPU gets through at once.
+        tiny: Rows that a CPU computes quickly.
         draw: ``draw(inputs.Draw, **params)`` makes a row's arguments on the device that is timed: random, valid, and
-            in the layouts that an engine keeps.
-        held: Arguments that are the cache or weights; all others live for the call.
+            in an engine's layouts.
+        held: Arguments that are the cache or weights; all others exist for the call only.
     """
 
     calls: Callable[[Deployment], Iterator[Arguments]]

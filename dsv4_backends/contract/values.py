@@ -1,7 +1,7 @@
-"""A look at the values of arguments that index, on the device: ``DSV4_BACKENDS_CHECK_VALUES=1``, for debugging.
+"""The check of values of indices, lengths and bounds on the device: ``DSV4_BACKENDS_CHECK_VALUES=1``, for debugging.
 
-What values a caller should give is in each contract (``OpContract.values``), and what any other value means. This finds
-the others, and waits for the device to do so.
+Each contract says which values a caller should pass, and what other values mean (``OpContract.values``). This check
+finds other values. It waits for the device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _sizes(contract: OpContract, arguments: Mapping[str, Any]) -> dict[str, int]
 
 
 def _wrong(values: Values, value: Tensor, names: Mapping[str, Any]) -> tuple[Tensor, Any, Any]:
-    """Which entries are outside, and the bounds."""
+    """A mask of the entries out of bounds, and the bounds."""
     import torch
 
     low, high = (eval(bound, _FUNCTIONS, dict(names)) for bound in (values.low, values.high))
@@ -48,14 +48,14 @@ def _wrong(values: Values, value: Tensor, names: Mapping[str, Any]) -> tuple[Ten
 
 
 def check_values(contract: OpContract, arguments: Mapping[str, Any]) -> None:
-    """Look at the values of a call that fits the contract. Waits for the device.
+    """Check the values of a call that passed the contract's check. Waits for the device.
 
     Raises:
-        ContractError: a value that callers should not give; names op, argument, row and value.
+        ContractError: a value that callers should not pass; names op, argument, row and value.
     """
     import torch
 
-    # 64 bits wide: a bound may be beyond int32.
+    # 64 bits: a bound may exceed int32.
     looked_at = {values.argument for values in contract.values}
     names: dict[str, Any] = {**_sizes(contract, arguments), **{name: arguments.get(name) for name in contract.args}}
     names |= {name: names[name].long() for name in looked_at if names[name] is not None}
@@ -79,23 +79,22 @@ def check_values(contract: OpContract, arguments: Mapping[str, Any]) -> None:
 
 
 def checking(contract: OpContract, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` of the contract's signature, with ``check_values`` before each call.
+    """``function``, which has the contract's signature, with ``check_values`` before each call.
 
-    While a CUDA graph is captured nothing can be waited for: such a call is not checked, which is logged once for each
-    op. Calls before the capture are.
+    A call cannot wait while a CUDA graph is captured. It is then not checked, which is logged once for each op.
     """
     import torch
 
     if not contract.values:
         return function
-    told = False
+    logged = False
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal told
+        nonlocal logged
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            if not told:
-                told = True
+            if not logged:
+                logged = True
                 _log.warning("%s: values are not checked while a CUDA graph is captured", contract.name)
         else:
             given = dict(zip(contract.args, args, strict=False)) | kwargs

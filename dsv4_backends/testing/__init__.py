@@ -12,7 +12,7 @@ __all__ = ["CheckFailed", "ProviderConformance"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `verify` can use the oracle without pytest.
+    # Imported lazily, so that `verify` can use the oracle without pytest.
     if name == "CheckFailed":
         from .checks import CheckFailed
 

@@ -1,4 +1,4 @@
-"""The checks of the conformance suite, one function each, over one implementation and one case.
+"""The checks of the conformance suite: one function each, for one implementation and one case.
 
 A check returns None, or raises ``CheckFailed`` with its name. They run in the order of ``CHECKS``.
 """
@@ -61,14 +61,14 @@ class Subject:
 
 
 def subject(provider: str, op: str, device: torch.device | str, *, batch_invariant: bool | None = None) -> Subject:
-    """The implementation of ``op`` that ``provider`` would serve on ``device`` with.
+    """The implementation with which ``provider`` would serve ``op`` on ``device``.
 
     Args:
-        batch_invariant: In the batch-invariant mode; None: as the environment says.
+        batch_invariant: Whether in the batch-invariant mode; None: by the environment.
 
     Raises:
         PolicyError: an unknown op or provider, or no such device.
-        NoProviderError: it would not, with all reasons.
+        NoProviderError: it would not serve; has all reasons.
     """
     op, exact = policy.known_op(op), machine.torch_device(device)
     settings = policy.from_environment()
@@ -87,7 +87,7 @@ def subject(provider: str, op: str, device: torch.device | str, *, batch_invaria
 
 
 def default_device() -> torch.device:
-    """What ``DSV4_BACKENDS_TORCH_DEVICE`` names; without it the first GPU, or the CPU."""
+    """The device in ``DSV4_BACKENDS_TORCH_DEVICE``; without it the first GPU, or the CPU."""
     if named := os.environ.get("DSV4_BACKENDS_TORCH_DEVICE", "").strip():
         exact: torch.device = machine.torch_device(named, "DSV4_BACKENDS_TORCH_DEVICE")
         return exact
@@ -96,13 +96,13 @@ def default_device() -> torch.device:
 
 @functools.lru_cache(maxsize=4)
 def drawn(op: str, case_name: str, device: torch.device, variant: int) -> dict[str, Any]:
-    """A case's arguments, to be read only: a large case takes seconds to draw, and a dozen checks need it."""
+    """A case's arguments, cached, so read-only: a large case takes seconds to draw, and a dozen checks use it."""
     contract = CONTRACTS[op]
     return contract.inputs(next(case for case in contract.cases if case.name == case_name), device, variant)
 
 
 def _inputs(target: Subject, case: Case, variant: int = 0) -> dict[str, Any]:
-    """The arguments of a case in memory of their own, gaps between rows included."""
+    """A copy of a case's arguments, gaps between rows included."""
     found = drawn(target.contract.name, case.name, target.device, variant)
     own: dict[str, Any] = dict(found)
     for name, value in _tensors(found):
@@ -114,7 +114,7 @@ def _inputs(target: Subject, case: Case, variant: int = 0) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4)
 def _expected(op: str, case_name: str, device: torch.device, variant: int) -> tuple[Tensor, ...]:
-    # Several checks of one case need it, and it is the slowest thing here.
+    # Several checks of one case need it, and it is the slowest step.
     return oracle.expected(op, drawn(op, case_name, device, variant))
 
 
@@ -160,7 +160,7 @@ def _storage(x: Tensor) -> Tensor:
 
 
 def _buffers(target: Subject, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Result buffers, named as the contract's arguments: filled with NaN, or what an op in place is to change."""
+    """Result buffers, named as the contract's arguments: filled with NaN, or what an op in place changes."""
     if target.contract.in_place:
         return {name: arguments[name] for name in target.contract.buffers}
     fake = target.contract.function(**arguments)
@@ -175,7 +175,7 @@ def _overwrite(arguments: dict[str, Any], other: dict[str, Any]) -> None:
 
 @contextmanager
 def _poisoned_allocations() -> Iterator[None]:
-    """torch.empty gives NaN (or the largest integer), so that what a provider leaves unwritten shows."""
+    """A block in which torch.empty gives NaN (or the largest integer), so that unwritten elements are found."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
@@ -183,7 +183,7 @@ def _poisoned_allocations() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about kernels that have no deterministic form; not what is asked here
+            warnings.simplefilter("ignore")  # about kernels without a deterministic form, which is not tested here
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_before)
@@ -194,14 +194,14 @@ def _poisoned_allocations() -> Iterator[None]:
 
 
 def check_signature(target: Subject) -> None:
-    """The function (and its ``refuses``) has the contract's parameters."""
+    """The function and its ``refuses`` have the contract's parameters."""
     for function in filter(None, (target.function, target.refuses)):
         if (mismatch := signature_mismatch(target.contract, function)) is not None:
             raise CheckFailed("signature", str(mismatch))
 
 
 def check_coverage(target: Subject, cases: tuple[Case, ...]) -> None:
-    """``refuses`` lets at least one case with work in it through."""
+    """``refuses`` accepts at least one case with work in it."""
     if target.refuses is None:
         return
     for case in cases:
@@ -212,7 +212,7 @@ def check_coverage(target: Subject, cases: tuple[Case, ...]) -> None:
 
 
 def check_refusal(target: Subject, case: Case) -> None:
-    """``refuses`` gives a Reason or None, from shapes alone; and what it lets through runs."""
+    """``refuses`` returns a Reason or None from shapes alone, and a call that it accepts runs."""
     arguments = _inputs(target, case)
     answer = target.refusal(arguments)
     if answer is not None and not isinstance(answer, Reason):
@@ -239,7 +239,7 @@ def check_refusal(target: Subject, case: Case) -> None:
 
 
 def check_fake(target: Subject, case: Case) -> None:
-    """Shape, dtype and device of every result are what the contract's fake says."""
+    """Shape, dtype and device of every result are those of the contract's fake."""
     arguments = _inputs(target, case)
     fake = target.contract.function(**arguments)
     fakes = fake if isinstance(fake, tuple) else (fake,)
@@ -256,7 +256,7 @@ def check_fake(target: Subject, case: Case) -> None:
 
 
 def check_stride(target: Subject, case: Case) -> None:
-    """Every result has a contiguous last dimension, or the contract's strides, and no two elements in one place."""
+    """Every result has a contiguous last dimension, or the contract's strides, and no two elements share an address."""
     arguments = _inputs(target, case)
     fake = target.contract.function(**arguments)
     fakes = fake if isinstance(fake, tuple) else (fake,)
@@ -276,7 +276,7 @@ def check_stride(target: Subject, case: Case) -> None:
 
 
 def check_inputs(target: Subject, case: Case) -> None:
-    """No byte of any argument changes; in place a byte keeps its value, or gets one that does not depend on it."""
+    """No byte of an argument changes. In place, a byte keeps its value or gets one that does not depend on it."""
     arguments = _inputs(target, case)
     before = {name: _storage(value).clone() for name, value in _tensors(arguments)}
     target.run(arguments)
@@ -316,7 +316,7 @@ def check_written(target: Subject, case: Case) -> None:
 
 
 def check_fresh(target: Subject, case: Case) -> None:
-    """New values in the same tensors give new results, and leave the results of the call before alone."""
+    """New values in the same tensors give new results, and do not change the results of the call before."""
     arguments = _inputs(target, case)
     first = target.run(arguments)
     kept = [result.clone() for result in first]
@@ -329,7 +329,7 @@ def check_fresh(target: Subject, case: Case) -> None:
 
 
 def check_deterministic(target: Subject, case: Case) -> None:
-    """Where claimed: the same bits three times."""
+    """If claimed: three calls give the same bits."""
     if not target.implementation.deterministic:
         return
     first = target.run(_inputs(target, case))
@@ -340,7 +340,7 @@ def check_deterministic(target: Subject, case: Case) -> None:
 
 
 def select_rows(contract: OpContract, arguments: dict[str, Any], rows: slice | Tensor) -> dict[str, Any]:
-    """A call's arguments for some rows of its batch, by slice or by index."""
+    """A call's arguments for some rows of its batch, selected by slice or by index."""
     whole = contract.args[contract.batch]
     assert isinstance(whole, TensorArg)
     batch = whole.forms[0].dims[0]
@@ -358,7 +358,7 @@ def select_rows(contract: OpContract, arguments: dict[str, Any], rows: slice | T
 
 
 def check_batch_invariant(target: Subject, case: Case) -> None:
-    """Where claimed: a row alone has the bits that it has in the batch."""
+    """If claimed: a row alone has the same bits as in the batch."""
     contract = target.contract
     if not target.implementation.batch_invariant:
         return
@@ -372,7 +372,7 @@ def check_batch_invariant(target: Subject, case: Case) -> None:
         before = _inputs(target, case)
         cut = select_rows(contract, _inputs(target, case), slice(row, row + 1))
         for name, a, b in zip(contract.returns, whole, target.run(cut), strict=True):
-            if contract.in_place and len(a) == len(b):  # what the row alone changed
+            if contract.in_place and len(a) == len(b):  # the elements that the row alone changed
                 old, once, alone = _storage(before[name]), _storage(a), _storage(b)
                 same = bool(((alone == old) | (alone == once)).all())
             else:
@@ -387,10 +387,10 @@ def check_sync(target: Subject, case: Case) -> None:
     if target.device.type != "cuda":
         return
     arguments = _inputs(target, case)
-    target.run(arguments)  # what compiles, compiles here
+    target.run(arguments)  # compiles before the check
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
+        warnings.simplefilter("ignore")  # the warning that the mode is a prototype
         try:
             torch.cuda.set_sync_debug_mode("error")
             target.run(arguments)
@@ -401,7 +401,7 @@ def check_sync(target: Subject, case: Case) -> None:
 
 
 def check_graph(target: Subject, case: Case) -> None:
-    """On a GPU: the call can be captured, and a replay after the inputs changed gives the new results."""
+    """On a GPU: the call can be captured, and a replay with changed inputs gives the new results."""
     if target.device.type != "cuda":
         return
     arguments = _inputs(target, case)
@@ -413,15 +413,15 @@ def check_graph(target: Subject, case: Case) -> None:
     graph = torch.cuda.CUDAGraph()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # so it is, where there is no row
-            with torch.cuda.graph(graph, stream=stream):  # its own would be of the current device
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # a graph without rows is empty
+            with torch.cuda.graph(graph, stream=stream):  # the default stream would be that of the current device
                 results = target.run(arguments)
     except RuntimeError as error:
         raise CheckFailed("graph", f"{target.name}: {case.name}: cannot be captured: {error}") from error
     for result in results if not target.contract.in_place else ():
         result.fill_(float("nan") if result.is_floating_point() else -1)
     _overwrite(arguments, _inputs(target, case, 1))
-    graph.replay()  # on the current stream of the device that was captured
+    graph.replay()  # on the current stream of the captured device
     torch.cuda.synchronize(target.device)
     _judge("graph", target, case, arguments, results, variant=1, what=" (replay with new inputs)")
 
@@ -439,13 +439,13 @@ CHECKS: dict[str, Callable[[Subject, Case], None]] = {
     "sync": check_sync,
     "graph": check_graph,
 }
-"""Checks over one case, in the order in which they run. ``signature`` and ``coverage`` come before them."""
+"""The checks of one case, in the order in which they run. ``signature`` and ``coverage`` run before them."""
 
 NEEDS_GPU = frozenset({"sync", "graph"})
 
 
 def claimed(check: str, implementation: Implementation) -> bool:
-    """Whether the implementation claims what the check is about."""
+    """Whether the implementation claims what the check tests."""
     if check in ("deterministic", "batch_invariant"):
         return bool(getattr(implementation, check))
     return True

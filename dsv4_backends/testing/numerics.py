@@ -13,13 +13,13 @@ from ..contract import Tolerance
 
 @dataclass(frozen=True)
 class Error:
-    """How a result compares with the oracle.
+    """The comparison of a result with the oracle.
 
     Attributes:
-        ratio: Worst error as a share of what is allowed, over elements and over ``calc_diff``; above 1 fails.
+        ratio: Worst error as a share of the tolerance, over elements and ``calc_diff``; above 1 fails.
         calc_diff: ``1 - 2<x, y> / (<x, x> + <y, y>)`` over the finite elements.
         worst: Largest absolute error over the finite elements.
-        note: What is wrong beyond size, e.g. "NaN at [0, 3]"; such a result has an infinite ratio.
+        note: An error that is not a matter of size, e.g. "NaN at [0, 3]"; the ratio is then infinite.
     """
 
     ratio: float
@@ -45,12 +45,12 @@ def calc_diff(x: Tensor, y: Tensor) -> float:
     """DeepSeek's similarity distance in fp64; 0 for two zeros."""
     x, y = x.double(), y.double()
     norm = float((x * x + y * y).sum())
-    # From the difference, since 1 - 2<x, y>/norm cancels to 1e-16 of noise.
+    # Computed from the difference: 1 - 2<x, y>/norm cancels, which leaves noise of 1e-16.
     return float(((x - y) ** 2).sum()) / norm if norm else 0.0
 
 
 PIECE = 1 << 24
-"""Elements that are compared at a time: some ten temporaries of the largest results would not fit in memory."""
+"""Elements compared at a time: about ten temporaries of the largest results would not fit in memory."""
 
 
 def compare(result: Tensor, reference: Tensor, tolerance: Tolerance) -> Error:
@@ -62,7 +62,7 @@ def compare(result: Tensor, reference: Tensor, tolerance: Tolerance) -> Error:
     for index, (found, want) in enumerate(pairs):
         found = found.double()
         finite = torch.isfinite(want)
-        # Infinities and NaN must be the same in the same places.
+        # Infinities and NaN must be in the same places.
         same_special = (found == want) | (found.isnan() & want.isnan())
         bad = ~torch.where(finite, torch.isfinite(found), same_special)
         if bad.any():
@@ -81,7 +81,7 @@ def compare(result: Tensor, reference: Tensor, tolerance: Tolerance) -> Error:
     if not count:
         return Error(0.0, 0.0, 0.0)
     norm = result_squares + reference_squares
-    # As calc_diff has it.
+    # As in calc_diff.
     difference = difference_squares / norm if norm else 0.0
     floor = tolerance.atol + tolerance.atol_rms * math.sqrt(reference_squares / count)
     ratio, worst = difference / tolerance.calc_diff, 0.0
@@ -91,7 +91,7 @@ def compare(result: Tensor, reference: Tensor, tolerance: Tolerance) -> Error:
         if len(y) == 0:
             continue
         error = (found[finite].double() - y).abs()
-        # 0 allowed and 0 found is a pass.
+        # An error of 0 passes a tolerance of 0.
         shares = torch.where(error == 0, 0.0, error / (floor + tolerance.rtol * y.abs()))
         ratio, worst = max(ratio, float(shares.max())), max(worst, float(error.max()))
     return Error(ratio, difference, worst)

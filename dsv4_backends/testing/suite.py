@@ -18,28 +18,28 @@ from . import checks
 
 
 class ProviderConformance:
-    """Runs every check on every op that a provider claims, on the first GPU or else on the CPU::
+    """Runs every check on every op that a provider claims, on the first GPU, or on the CPU::
 
         from dsv4_backends.testing import ProviderConformance
 
         class TestAcme(ProviderConformance):
             provider = "acme"
 
-    The names and meanings of the attributes below are kept stable. New checks and cases may come with any release
-    and may make a provider fail that passed before.
+    The names and meanings of the attributes below are stable. A release may add checks and cases, so a provider that
+    passed before may fail.
 
     Attributes:
         provider: The name in the provider's ``ProviderSpec``; its plugin must be installed.
-        level: ``"smoke"``, ``"default"`` or ``"full"``; the environment variable ``DSV4_BACKENDS_LEVEL`` wins.
-        device: Such as ``"cpu"`` or ``"cuda:1"``; empty: what the environment variable ``DSV4_BACKENDS_TORCH_DEVICE``
-            names, else the first GPU, or the CPU. The current device stays what it is.
-        batch_invariant: Run what serves under ``DSV4_BACKENDS_BATCH_INVARIANT=1``.
-        must_serve: Whether it is a failure that the provider serves none of its ops here. Without it all tests are
-            skipped then, which reads as if the provider had passed.
-        known_failures: Patterns over test ids (``"numerics-mqa_logits-*"``) to the reason. Such a test must fail; a
-            pattern that matches nothing fails as well.
+        level: ``"smoke"``, ``"default"`` or ``"full"``; the environment variable ``DSV4_BACKENDS_LEVEL`` overrides it.
+        device: Such as ``"cpu"`` or ``"cuda:1"``; empty: the device in the environment variable
+            ``DSV4_BACKENDS_TORCH_DEVICE``, else the first GPU, or the CPU. The current device is not changed.
+        batch_invariant: Test the implementations that serve with ``DSV4_BACKENDS_BATCH_INVARIANT=1``.
+        must_serve: Whether the suite fails if the provider serves none of its ops here. If False, all tests are
+            then skipped, which looks as if the provider had passed.
+        known_failures: From patterns of test ids (``"numerics-mqa_logits-*"``) to reasons. A test that matches must
+            fail, and a pattern that matches no test is a failure.
 
-    Ops that the provider does not serve on this machine are skipped with its own reasons.
+    Ops that the provider does not serve on this machine are skipped with its reasons.
     """
 
     provider: str = ""
@@ -72,7 +72,7 @@ class ProviderConformance:
 
     @classmethod
     def _all_tests(cls) -> list[tuple[str, str, str]]:
-        """Check, op and case name of every test over a case."""
+        """Check, op and case name of every test of a case."""
         level = cls._level()
         implementations = cls._spec().implementations
         return [
@@ -117,7 +117,7 @@ class ProviderConformance:
             pytest.skip(str(error))
 
     def test_serves(self) -> None:
-        """Something runs here: a suite of which every test is skipped has tested nothing."""
+        """At least one op is served here: a suite that skips every test has tested nothing."""
         reasons = []
         for op in self._ops():
             try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Worst:
-    """The largest error of a result: its share of what is allowed, the worst ``calc_diff``, the case of the former."""
+    """The largest error of a result: its share of the tolerance and its case, and the worst ``calc_diff``."""
 
     share: float
     calc_diff: float
@@ -26,14 +26,14 @@ class Worst:
 
 @dataclass(frozen=True)
 class Row:
-    """What one provider did on one op.
+    """The results of one provider for one op.
 
     Attributes:
-        op, provider: Who.
+        op, provider: Their names.
         cases, refused: How many cases ran, and how many the provider refused by shape.
         failures: One line for each case that failed.
-        errors: By result, the worst over the cases.
-        seconds: For all of it, the oracle included.
+        errors: The worst over the cases, by result.
+        seconds: The duration, oracle included.
     """
 
     op: str
@@ -46,12 +46,12 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Whether a case ran and none failed."""
+        """Whether at least one case ran and none failed."""
         return not self.failures and self.cases > 0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while cases ran. ``rows`` has what they showed so far; the last one may lack cases."""
+    """Ctrl-C while cases ran. ``rows`` has the results so far; the last row may lack cases."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         super().__init__("interrupted")
@@ -70,7 +70,7 @@ def verify(
 
     Args:
         ops: Only these.
-        providers: These; empty: whichever is selected for each op.
+        providers: Only these; empty: the selected one for each op.
         level: ``"smoke"``, ``"default"`` or ``"full"``.
         device: A torch device; default: the current GPU, or the CPU.
         progress: Gets a line of text before each case.
@@ -80,7 +80,7 @@ def verify(
 
     Raises:
         PolicyError: an unknown op, provider or level, or no such device.
-        Interrupted: Ctrl-C; it is a ``KeyboardInterrupt`` with the rows so far.
+        Interrupted: Ctrl-C; a ``KeyboardInterrupt`` with the rows so far.
         NoProviderError: a provider was named and cannot run an op that it implements, or implements none of ``ops``.
     """
     from ..runtime import bind
@@ -136,7 +136,7 @@ def _one(subject: Any, level: str, progress: Callable[[str], None]) -> Row:
                 continue
             try:
                 found = checks.errors(subject, case, arguments, subject.run(arguments))
-            except Exception as raised:  # a provider's failure on one case must not hide the other cases
+            except Exception as raised:  # an error on one case must not hide the other cases
                 ran += 1
                 failures.append(f"{case.name}: {type(raised).__name__}: {raised}")
                 continue

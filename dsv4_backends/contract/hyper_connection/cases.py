@@ -1,4 +1,4 @@
-"""Seeded cases of the prenorm GEMM, how far results may be from the oracle, and the least work of a call."""
+"""Seeded cases of the prenorm GEMM, the tolerances of its results, and the cost of a call."""
 
 from __future__ import annotations
 

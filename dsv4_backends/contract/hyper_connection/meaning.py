@@ -24,8 +24,8 @@ def hc_prenorm_gemm(
         sqr_sum = sum over k of x ** 2
 
     in one pass over x, which holds the residual streams of a token side by side. No norm is applied. With
-    ``num_splits`` the results are partials over a leading dimension; where k is cut is the provider's business, only
-    the sums over that dimension are defined. A split that gets nothing is 0.
+    ``num_splits`` the results are partial sums over a leading dimension. The provider decides where k is split, so only
+    the sums over that dimension are defined. A split without elements is 0.
 
     At least TF32: x is exact in it, fn may be rounded or truncated to 10 bits of mantissa; sqr_sum is fp32.
 

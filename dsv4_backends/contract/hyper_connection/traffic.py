@@ -1,4 +1,4 @@
-"""What serving asks of the prenorm GEMM."""
+"""The calls that serving makes of the prenorm GEMM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def prenorm(tokens: int, k: int, n: int, num_splits: int | None = None) -> Argum
 
 
 def connections(rank: Rank) -> tuple[tuple[str, int, int], ...]:
-    """What asks for it, with its k and n."""
+    """The parts of the model that call it, with k and n."""
     streams, hidden = rank.hc_k, rank.model.hidden
     return (
         ("hyper-connections", streams, rank.hc_n),

@@ -1,4 +1,4 @@
-"""Seeded cases of the indexer, how far results may be from the oracle, and the least work of a call."""
+"""Seeded cases of the indexer, the tolerances of its results, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def make_mqa(
     elif ranges == "random":
         starts = torch.randint(0, n + 1, (m,), generator=generator)
         ends = starts + (draw.uniform(generator, m) * (n + 1 - starts)).long()
-    elif ranges == "batch":  # two requests side by side
+    elif ranges == "batch":  # two requests in one call
         half = torch.arange(m) >= m // 2
         starts = torch.where(half, n // 2, 0)
         ends = torch.where(half, n, n // 2)
@@ -176,13 +176,13 @@ def make_paged(
         lengths[:1] = context
         lengths[1:2] = 0
     blocks = -(-context // page_size)
-    pages = 2 * b * blocks + 1  # half of them unused, and page 0 among those
+    pages = 2 * b * blocks + 1  # half of the pages are unused, page 0 included
     stride = page_size * (d + layouts.INDEXER_SCALE_BYTES)
     stride += (-stride % layouts.PAGE_ALIGNMENT) if layout != "packed" else 0
     raw = torch.full((pages, stride), draw.POISON, dtype=torch.uint8)
     cache = raw.as_strided((pages, page_size, d + 4), (stride, d + 4, 1))
     table = (1 + torch.randperm(pages - 1, generator=generator)[: b * blocks]).view(b, blocks)
-    # Any length may be replaced by a longer one below: then every key is there.
+    # Lengths may be replaced by longer ones below, so every key exists.
     written = torch.full((b,), blocks * page_size) if lens == "any" else lengths
     used = torch.arange(blocks * page_size) < written.unsqueeze(-1)
     slots = (table.unsqueeze(-1) * page_size + torch.arange(page_size)).flatten(1)[used]
@@ -196,7 +196,7 @@ def make_paged(
         cache = cache.unsqueeze(2)
     elif layout == "strided":
         table = draw.spread(table)
-    # Rows of one request in a multi-token step see one key more each; the last sees all.
+    # Each row of a request in a multi-token step sees one key more than the row before; the last sees all.
     per_row = (lengths.unsqueeze(-1) - torch.arange(next_n - 1, -1, -1)).clamp(min=0).int()
     context_lens = lengths.int() if flat_lens else per_row
     if lens == "any":

@@ -1,4 +1,4 @@
-"""What serving asks of the indexer."""
+"""The calls that serving makes of the indexer."""
 
 from __future__ import annotations
 

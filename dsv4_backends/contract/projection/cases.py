@@ -1,6 +1,4 @@
-"""Seeded cases of the output projection and of what goes into it, how far results may be from the oracle, and the least
-work of a call.
-"""
+"""Seeded cases of the output projection and of the ops before it, the tolerances of results, and the cost of a call."""
 
 from __future__ import annotations
 

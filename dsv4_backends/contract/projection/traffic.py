@@ -1,4 +1,4 @@
-"""What serving asks of the output projection, and of what makes its activations."""
+"""The calls that serving makes of the output projection and of the ops before it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .meaning import HEAD_DIM
 TOKENS = (1, 8, 32, 128, 512, 4096)
 INVERSE_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192)
 SCALES = ("token-minor", "token-major")
-"""How the activation scales may lie: the tokens contiguous and padded to 4, as vLLM's quantiser leaves them; or
-``[tokens, groups, blocks]`` as it is written, which DeepGEMM transposes in each call."""
+"""Layouts of the activation scales: tokens contiguous and padded to 4, as from vLLM's quantiser; or contiguous
+``[tokens, groups, blocks]``, which DeepGEMM transposes in each call."""
 
 
 def einsum(rank: Rank, tokens: int, *, packed: bool = False, token_minor: bool = True) -> Arguments:

@@ -1,4 +1,4 @@
-"""Seeded cases of sparse MLA, how far results may be from the oracle, and the least work of a call."""
+"""Seeded cases of sparse MLA, the tolerances of its results, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def make_prefill(
 
     q = draw.normal(generator, s_q, h_q, HEAD_DIM).bfloat16()
     kv = draw.normal(generator, s_kv, HEAD_DIM).bfloat16()
-    # Half of the rows are never named.
+    # No index names half of the rows.
     pool = torch.randperm(s_kv, generator=generator)[: (s_kv + 1) // 2]
     indices = draw.choices(generator, s_q, topk, pool, s_kv, invalid)
     unnamed = torch.ones(s_kv, dtype=torch.bool)
     named = indices.long().flatten()
     unnamed[named[(named >= 0) & (named < s_kv)]] = False
     kv[unnamed] = float("nan")
-    if layout == "strided":  # what lies beside a row of indices is no index either
+    if layout == "strided":  # the gaps between rows of indices hold no valid index
         q, kv, indices = draw.spread(q), draw.spread(kv), draw.spread(indices)
     elif layout == "heads":
         kv, indices = kv.unsqueeze(1), indices.unsqueeze(1)
@@ -97,7 +97,7 @@ def _make_scope(
         per_row = lengths.repeat_interleave(rows // len(lengths)) if len(lengths) else lengths
         beyond = torch.arange(topk) >= per_row.unsqueeze(-1)
         used[beyond] = -1
-        # Beyond its length a row may hold anything, so it does.
+        # A row may hold anything beyond its length; here it does.
         indices[beyond] = 2**31 - 1
     slots = used.long().flatten().unique()
     slots = slots[slots < size]
@@ -144,7 +144,7 @@ def make_decode(
         made["extra_k_cache"] = cache
         made["extra_indices"] = indices.view(b, s_q, extra_topk)
         made["extra_topk_length"] = lens
-    if layout == "wide":  # what lies beside a row of indices is no index either
+    if layout == "wide":  # the gaps between rows of indices hold no valid index
         made |= {k: draw.spread(v) for k, v in made.items() if k.endswith("indices") and isinstance(v, torch.Tensor)}
     if layout == "heads":
         made |= {k: v.unsqueeze(2) for k, v in made.items() if k.endswith("k_cache") and isinstance(v, torch.Tensor)}

@@ -101,7 +101,7 @@ def sparse_mla_decode(
         sm_scale: Softmax scale, for DeepSeek V4 512 ** -0.5.
         attn_sink: fp32 ``[h_q]``, natural-log units, in the denominator only; may be +inf or -inf.
         topk_length: int32 ``[b]``, shared by the ``s_q`` queries of a row.
-        extra_k_cache: The second scope's cache, with a page size of its own.
+        extra_k_cache: The second scope's cache, with its own page size.
         extra_indices: int32 ``[b, s_q, extra_topk]``; given exactly if ``extra_k_cache`` is.
         extra_topk_length: int32 ``[b]``.
         out: bf16 ``[b, s_q, h_q, 512]`` to write to.

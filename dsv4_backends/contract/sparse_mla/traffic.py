@@ -1,4 +1,4 @@
-"""What serving asks of sparse MLA."""
+"""The calls that serving makes of sparse MLA."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TOPK_MULTIPLE = 128
 """Engines round the number of indices of a row up to this."""
 FEW_KEYS = 256
-"""Up to here a prefill row attends to little more than its window."""
+"""Up to this many keys a prefill row attends to little more than its window."""
 PREFILL_TOKENS = (512, 4096)
 GATHERS = ((1, 2048), (1, 8192), (1, 32768), (4, 2048), (4, 8192), (4, 32768))
 """Requests of a prefill chunk, and entries of the longest of them."""
@@ -87,7 +87,7 @@ def compressed_widths(rank: Rank, max_context: int) -> Iterator[tuple[int, int]]
     for ratio in (4, 128):
         if ratio in rank.model.compress_ratios and (scope := second_scope(rank, ratio, max_context)) is not None:
             most, page_size = scope
-            # With an indexer an engine takes all; of ratio 128 as many as the longest context of the step has.
+            # An engine takes all selected keys of ratio 4; of ratio 128 as many as the longest context of the step has.
             widths = range(most if ratio == INDEXER_RATIO else TOPK_MULTIPLE, most + 1, TOPK_MULTIPLE)
             yield from ((width, page_size) for width in widths)
 
@@ -144,7 +144,7 @@ def _decode_calls(server: Deployment) -> Iterator[Arguments]:
     limits = server.limits
     for extra in (None, *compressed_widths(server.rank, limits.max_context)):
         for s_q in range(1, limits.next_n + 1):
-            # An engine may give each token of a request a row of its own.
+            # An engine may pass each token of a request as a separate row.
             most = limits.max_requests * (limits.next_n if s_q == 1 else 1)
             for b in range(1, most + 1):
                 yield decode(server.heads, b, s_q, server.model.window, extra)

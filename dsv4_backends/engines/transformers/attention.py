@@ -94,8 +94,8 @@ def attention(
     window = attention_mask
     selected, pages = handover.take()
     if not isinstance(window, Window):
-        told = "a mask of the caller's own is not served" if window is not None else "no mask was made"
-        raise EngineError(Reason("engine-mode", told, "pass a mask [batch, places], or none"))
+        message = "a mask of the caller's own is not served" if window is not None else "no mask was made"
+        raise EngineError(Reason("engine-mode", message, "pass a mask [batch, places], or none"))
     if module.compressor is not None and selected is None:
         raise EngineError(Reason("engine-state", "the model's compressors are transformers' own", "enable(model)"))
     if dropout:

@@ -46,8 +46,8 @@ def _collapse(pre: Tensor, streams: Tensor) -> Tensor:
 def _doubly_stochastic(logits: Tensor, eps: float, iterations: int) -> Tensor:
     """Normalise ``[..., n, n]``: rows by softmax, then columns and rows in turn, columns last.
 
-    transformers divides by each sum plus ``eps``: three kernels for each division, 39 divisions a module, most launches of
-    a decode step. After the first division no sum is far below 1 (each row and column has an entry that is
+    transformers divides by each sum plus ``eps``: three kernels for each division, 39 divisions a module, most of the
+    launches of a decode step. After the first division no sum is far below 1 (each row and column has an entry that is
     not small), so ``eps`` does not matter. Without it a division is a log-softmax: one kernel.
     """
     comb = torch.softmax(logits, -1) + eps

@@ -195,8 +195,8 @@ def packed_cache(model: Any) -> Any:
     """
     mode = _enabled(model)
     if mode is None or not mode.fp8:
-        told = "is not enabled" if mode is None else "runs without FP8"
-        raise EngineError(Reason("engine-state", f"a packed cache needs an enabled model with fp8, this one {told}"))
+        message = "is not enabled" if mode is None else "runs without FP8"
+        raise EngineError(Reason("engine-state", f"a packed cache needs an enabled model with fp8, this one {message}"))
     from .cache import PackedCache
 
     return PackedCache(model.config, hand_over_pages)

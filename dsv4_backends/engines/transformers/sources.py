@@ -56,8 +56,8 @@ def unknown() -> Reason | None:
         name for module, names in _SOURCES.items() for name, known in names.items() if _digest(module, name) != known
     ]
     if changed:
-        told = f"transformers {transformers.__version__} is not known: its {', '.join(changed)} differ"
-        return Reason("engine-source", f"{told} from those of {TESTED}", hint())
+        message = f"transformers {transformers.__version__} is not known: its {', '.join(changed)} differ"
+        return Reason("engine-source", f"{message} from those of {TESTED}", hint())
     return None
 
 

@@ -1,7 +1,7 @@
-"""What every op means, written a second time: one row at a time, in fp64, straight from the formula.
+"""A second implementation of every op: one row at a time, in fp64, straight from the formula.
 
-These judge all providers, the torch reference included, so they share no code with any. Each contract names its own;
-they lie here, a file a family. Slow, and free to synchronise.
+It judges all providers, the torch reference included, so it shares no code with any. Each contract names its oracle;
+each family has a file here. An oracle is slow and may synchronise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def expected(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
 
     Raises:
         PolicyError: an unknown op.
-        ContractError: an argument is missing, or there is none of that name.
+        ContractError: an argument is missing or unknown.
     """
     oracle = of(op)
     CONTRACTS[op].require_names(arguments)
@@ -41,7 +41,7 @@ def expected(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def finished(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Results as the oracle gives them: partial sums added up, bytes read as numbers, in fp64."""
+    """Results in the oracle's form: partial sums added, bytes read as numbers, in fp64."""
     contract = CONTRACTS[op]
     if contract.read:
         read = load_target(contract.read)

@@ -11,7 +11,7 @@ from .codes import F64
 
 
 def hc_prenorm_gemm(x: Tensor, fn: Tensor, **others: Any) -> tuple[Tensor, ...]:
-    """The finished sums: partials are only defined by what they sum to."""
+    """The finished sums, since only the sum of the partials is defined."""
     mixes = torch.empty((x.shape[0], fn.shape[0]), dtype=F64, device=x.device)
     squares = torch.empty(x.shape[0], dtype=F64, device=x.device)
     for rows in torch.arange(x.shape[0], device=x.device).split(256):

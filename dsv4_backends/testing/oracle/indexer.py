@@ -78,7 +78,7 @@ def paged_mqa_logits(
         n = torch.arange(max(lengths), device=q.device)
         page = block_table[i][n // page_size].long()
         missing = (page < 0) | (page >= k_cache.shape[0])
-        if len(raw) == 0:  # a cache without pages has no key to stand in for those that are missing
+        if len(raw) == 0:  # a cache without pages has no key that could replace the missing ones
             continue
         base = torch.where(missing, 0, page) * stride
         offset = n % page_size
