@@ -1,7 +1,7 @@
 """Write the generated parts of the docs and of ``ops.py``: ``python tools/docs.py``. ``--check`` writes nothing.
 
-A part stands between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``, in Python after ``#``. It is made
-from the objects that the code itself uses, so that a page cannot promise what the code does not do.
+A generated part is between ``<!-- generated: NAME -->`` and ``<!-- end of generated -->``; in Python the marks are
+comments. It is made from the objects that the code uses, so that pages and code agree.
 """
 
 from __future__ import annotations
@@ -57,40 +57,40 @@ BENCH_CODE = "h200-bench-code-sm_80.json"
 ADVICE = {
     "capability": "Nothing, if another provider serves the op: `list` names it. Otherwise look for one that "
     "covers your GPU.",
-    "batch-variant": "Nothing, if the provider's results may depend on the batch; else install one that claims it.",
-    "slower-kernels": "Install a version of Triton whose names are those that the message misses.",
-    "cache-unusable": "Set TRITON_CACHE_DIR to a directory that can be written, with room.",
+    "batch-variant": "Nothing, if results may depend on the batch; else install one that claims batch invariance.",
+    "slower-kernels": "Install a version of Triton that has the names in the message.",
+    "cache-unusable": "Set TRITON_CACHE_DIR to a directory that can be written and has free space.",
     "notices-failed": "Report it to the provider's author.",
-    "device-type": "Nothing, unless you expected a GPU here: `doctor` says what the driver answered.",
+    "device-type": "Nothing, unless you expected a GPU: `doctor` shows the driver's answer.",
     "distribution-missing": "Install what the hint names.",
     "distribution-version": "Upgrade or pin the distribution that the message names.",
     "module-missing": "Reinstall the provider's package: its metadata is there and its code is not.",
-    "import-failed": "Read the message: it is the import's own. A usual cause is a CUDA or torch version "
+    "import-failed": "Read the message of the import. A usual cause is a CUDA or torch version "
     "that the library was not built for.",
     "signature": "Report it to the provider's author: the conformance suite finds it.",
-    "library-owners": "Uninstall all that the hint names, then install one of them.",
-    "library-kernels": "Install a build that has them: the hint names some.",
-    "library-load": "Read the message: it is the import's own. Usually the build was made for another torch, CUDA or "
-    "Python; install one that was made for yours.",
+    "library-owners": "Uninstall all distributions that the hint names, then install one of them.",
+    "library-kernels": "Install a build with these kernels: the hint names some.",
+    "library-load": "Read the message of the import. Usually the build was made for another torch, CUDA or Python; "
+    "install one that was made for yours.",
     "library-symbol": "Upgrade the library, or dsv4-backends.",
     "library-signature": "Upgrade dsv4-backends; if there is no newer one, report it with the message.",
     "compiler-missing": "Install the CUDA toolkit, and set `CUDA_HOME` if it is not in `/usr/local/cuda`.",
     "probe-failed": "Report it to the provider's author: the message has the cause.",
-    "untested": "Run `dsv4-backends verify --op OP --provider NAME`, then pin the op to it or leave it.",
+    "untested": "Run `dsv4-backends verify --op OP --provider NAME`. If it passes, pin the op to the provider.",
     "experimental": "Pin it, name it in the order, or set `DSV4_BACKENDS_EXPERIMENTAL=1`.",
     "denied": "Remove the name from `DSV4_BACKENDS_DENY`, or from `use_providers(deny=...)`.",
     "not-allowed": "Add the name to `DSV4_BACKENDS_ALLOW`, or unset it.",
-    "not-pinned": "Nothing: the pin asks for it.",
-    "device": "Run a process for each GPU, as engines do; other GPUs are served by the next provider.",
+    "not-pinned": "Nothing, or remove the pin.",
+    "device": "Run one process for each GPU, as engines do. The next provider serves the other GPUs.",
     "shape": "Nothing: the next provider serves the call. The log says once that this happens.",
     "refuses-failed": "Report it to the author of the provider.",
     "shape-unknown": "Run `check` on the machine with the GPU.",
     "no-provider": "Read the message: it has every provider's reason.",
     "engine-missing": "Install the engine in the same environment.",
     "engine-version": "Use a version that the message names, or set `DSV4_BACKENDS_ENGINE=force` and test.",
-    "engine-target": "Report it: a release of the engine has changed.",
+    "engine-target": "Report it: a release of the engine has changed this name.",
     "engine-arch": "Nothing: the engine's own function stays in place.",
-    "engine-reference": "Let a faster provider serve (the hint says what keeps it), or pin the reference to insist.",
+    "engine-reference": "Install a faster provider (the hint says what is missing), or pin the reference.",
     "engine-served": "Nothing.",
     "engine-failed": "Report it with the message.",
     "plugin-metadata": "Reinstall the distribution that the row names.",
@@ -104,7 +104,7 @@ ADVICE = {
     "engine-model": "Nothing: the engine's own code serves the model.",
     "engine-dtype": "Nothing, or use a bf16 model, and do not turn FP8 off.",
     "engine-mode": "Follow the hint, or disable the integration for that call.",
-    "engine-state": "Follow the hint. What else replaces a module's `forward` has to go first.",
+    "engine-state": "Follow the hint. First undo other replacements of a module's `forward`.",
 }
 """What a user does about each reason code."""
 
@@ -181,7 +181,7 @@ def _source(contract: OpContract) -> str:
 
 def ops() -> str:
     rows = [(f"[`{c.name}`](#{c.name})", _summary(c), _source(c)) for c in CONTRACTS.values()]
-    return table(("op", "what it computes", "native functions it stands for"), rows)
+    return table(("op", "what it computes", "native functions"), rows)
 
 
 def functions() -> str:
@@ -216,17 +216,17 @@ def _words(text: str) -> set[str]:
 def _argument(contract: OpContract, name: str) -> tuple[str, str, str, str]:
     arg = contract.args[name]
     parameter = contract.signature.parameters[name]
-    told = dict(entries(sections(contract.function.__doc__ or "")["Args"]))[name]
+    described = dict(entries(sections(contract.function.__doc__ or "")["Args"]))[name]
     # The form stands in its own column, so a text that begins with it is cut.
     shapes = r"(?:`\[[^`]*\]`(?:,? or )?)+"
     end = r"(?:,? to write [\w ]*to[;.] ?|[;,.] ?)"
-    told = re.sub(rf"^(?:\w+(?:, \w+)*(?: or \w+)? {shapes}(?:, or )?)+{end}", "", told).rstrip(".")
-    if told.startswith("or ") or _words(told) <= _words(arg.about):
-        told = ""
-    about = ", ".join(part for part in re.split("[;,] ", arg.about) if not _words(part) <= _words(told))
-    if isinstance(arg, ScalarArg) and told:
+    described = re.sub(rf"^(?:\w+(?:, \w+)*(?: or \w+)? {shapes}(?:, or )?)+{end}", "", described).rstrip(".")
+    if described.startswith("or ") or _words(described) <= _words(arg.about):
+        described = ""
+    about = ", ".join(part for part in re.split("[;,] ", arg.about) if not _words(part) <= _words(described))
+    if isinstance(arg, ScalarArg) and described:
         about = ""
-    meaning = "; ".join(filter(None, (about, told)))
+    meaning = "; ".join(filter(None, (about, described)))
     if isinstance(arg, ScalarArg):
         form = arg.kind + ("" if arg.minimum is None else f", at least {arg.minimum}")
         layout = ""
@@ -255,11 +255,11 @@ def _buffer(contract: OpContract, name: str) -> str:
 
 
 def _contract(contract: OpContract) -> str:
-    told = sections(contract.function.__doc__ or "")
-    meaning = re.sub(r"\nSource: .+\n", "\n", told[""])
-    results = dict(entries(told["Returns"]))
+    doc = sections(contract.function.__doc__ or "")
+    meaning = re.sub(r"\nSource: .+\n", "\n", doc[""])
+    results = dict(entries(doc["Returns"]))
     if not results:  # a single result has no name
-        text = " ".join(told["Returns"].partition("\n")[2].split())
+        text = " ".join(doc["Returns"].partition("\n")[2].split())
         results = {contract.returns[0]: text.replace("``", "`")}
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in contract.signature.parameters.values()]
     arguments = [_argument(contract, name) for name in contract.args]
@@ -389,7 +389,7 @@ def providers() -> str:
         some = [f"one of {', '.join(map(code, owners))}"] if owners else []
         needs = ", ".join([*map(code, spec.requires), *some]) or "-"
         rows.append((code(spec.name), spec.tier.label, count, ", ".join(sorted(where)), needs, spec.summary))
-    return table(("provider", "tier", "ops", "runs on", "needs", "in a few words"), rows)
+    return table(("provider", "tier", "ops", "runs on", "needs", "description"), rows)
 
 
 def listing() -> str:
@@ -410,7 +410,7 @@ def targets() -> str:
     from dsv4_backends.engines import vllm
 
     rows = ((code(t.key.replace(":", ".")), t.about, code(t.op)) for t in vllm.TARGETS)
-    return table(("replaced", "what it is to vLLM", "op"), rows)
+    return table(("replaced", "role in vLLM", "op"), rows)
 
 
 def compat() -> str:
@@ -552,14 +552,16 @@ def measured_choice() -> str:
     parts = []
     for path in sorted(measured.FOLDER.glob("*.json")):
         made = measured.read(path)
-        told = [
+        made_by = [
             f"{source.device}, {source.date}, {', '.join(f'{n} {v}' for n, v in source.packages.items())}, "
             f"{said_commit(source.commit)}: `{source.command}`"
             for source in made.sources
         ]
         rows = [(code(p.op), p.where.replace("<", "&lt;"), code(p.prefer), code(p.over), p.ratios) for p in made.named]
-        header = ("op", "where", "prefer", "over", "at least so many times as fast")
-        parts.append(f"Compute capability {made.capability}, measured on {'; '.join(told)}:\n\n{table(header, rows)}")
+        header = ("op", "where", "prefer", "over", "speed-up, at least")
+        parts.append(
+            f"Compute capability {made.capability}, measured on {'; '.join(made_by)}:\n\n{table(header, rows)}"
+        )
     return "\n\n".join(parts) or "No table comes with this version: the order of the tiers holds everywhere."
 
 
@@ -701,11 +703,11 @@ def transformers_bench() -> str:
             served = {name for counts in row.served.values() for name in counts}
             rows.append((row.side, row.row, *cells, ", ".join(map(code, sorted(served))) or "-"))
         names = ("side", "row", "ms", "extra memory at most, GiB", "waits of the host in a step", "providers")
-        told = f"The model: {result.model}. transformers {result.transformers}."
+        about = f"The model: {result.model}. transformers {result.transformers}."
         if not result.complete:
-            told += " The run is not complete."
+            about += " The run is not complete."
         parts.append(
-            f"{_measured_on(result)}\n\n{told}\n\n{table(names, rows)}\n\n{table(('figure', 'value'), figures)}"
+            f"{_measured_on(result)}\n\n{about}\n\n{table(names, rows)}\n\n{table(('figure', 'value'), figures)}"
         )
     return "\n\n".join(parts) or "Not measured yet."
 
@@ -751,8 +753,8 @@ def matrix_summary() -> str:
         "most stack, bytes a thread",
     )
     commands = " and ".join(sorted({f"`{made.command}`" for made in kept.matrices()}))
-    told = sorted({f"{made.date}, {said_commit(made.commit)}" for made in kept.matrices()})
-    return f"Compiled on {'; '.join(told)}. To redo it: {commands}.\n\n{table(header, rows)}"
+    dates = sorted({f"{made.date}, {said_commit(made.commit)}" for made in kept.matrices()})
+    return f"Compiled on {'; '.join(dates)}. To redo it: {commands}.\n\n{table(header, rows)}"
 
 
 def matrix_rows() -> str:
