@@ -323,8 +323,15 @@ def overlaps_itself(x: torch.Tensor) -> bool:
     return False
 
 
+def _is_paged(arg: TensorArg | ScalarArg | None) -> bool:
+    return isinstance(arg, TensorArg) and arg.layout == "page"
+
+
 def own_memory(contract: OpContract, buffer: str, names: Mapping[str, Any]) -> None:
-    """Raise if a result buffer overlaps itself or, as far as addresses show, another argument."""
+    """Raise if a result buffer overlaps itself or, as far as addresses show, another argument.
+
+    Paged arguments may share a pool: an engine keeps caches of several kinds in one, each with pages of its own.
+    """
     out = names[buffer]
     start = out.data_ptr() if type(out) in _usual() and not out.is_meta else 0
     if not (dense := out.is_contiguous()) and overlaps_itself(out):
@@ -336,6 +343,8 @@ def own_memory(contract: OpContract, buffer: str, names: Mapping[str, Any]) -> N
     for name, arg in contract.args.items():
         other = names[name]
         if name == buffer or other is None or isinstance(arg, ScalarArg) or (there := other.data_ptr()) == 0:
+            continue
+        if arg.layout == "page" and _is_paged(contract.args.get(buffer)):
             continue
         # A tensor may lie in the gaps of another without overlapping it.
         if there == start or (dense and there < end and start < there + other.nbytes and other.is_contiguous()):

@@ -413,6 +413,26 @@ def test_buffers_have_memory_of_their_own(op: str) -> None:
             CONTRACTS[op].check(**(made | {"sqr_sum": out.view(-1)[:3]}))
 
 
+@pytest.mark.parametrize(
+    "op", [op for op, contract in CONTRACTS.items() if contract.in_place and "state" in contract.args]
+)
+def test_caches_of_several_kinds_share_a_pool(op: str) -> None:
+    """Engines keep the state and the keys in one tensor, each in pages of its own; nothing else may lie there."""
+    made = arguments(op)
+    state, cache = made["state"], made["k_cache"]
+    pages, page_size, entry = len(state), cache.shape[1], cache.shape[-1]
+    stride = max(state[0].nbytes, page_size * entry) + -max(state[0].nbytes, page_size * entry) % 576
+    pool = torch.zeros(pages, stride, dtype=torch.uint8)
+    in_pool = pool.view(torch.float32).as_strided(state.shape, (stride // 4, state.stride(1), 1))
+    keys = pool.as_strided((pages, page_size, entry), (stride, entry, 1))
+    assert in_pool.data_ptr() == keys.data_ptr()
+    CONTRACTS[op].check(**made | {"state": in_pool, "k_cache": keys})
+    function = getattr(ops, op)
+    assert function(**made | {"state": in_pool, "k_cache": keys}) is keys
+    with pytest.raises(ContractError, match=r"argument k_cache: expected memory of its own, shares that of slots"):
+        function(**made | {"k_cache": keys, "slots": pool.view(torch.int64)[0, : len(made["slots"])]})
+
+
 def test_overlaps_itself() -> None:
     x = torch.zeros(100)
     for shape, stride, overlaps in (
