@@ -92,6 +92,7 @@ ADVICE = {
     "engine-arch": "Nothing: the engine's own function stays in place.",
     "engine-reference": "Install a faster provider (the hint says what is missing), or pin the reference.",
     "engine-served": "Nothing.",
+    "engine-option": "Nothing, or set the variable that the hint names.",
     "engine-failed": "Report it with the message.",
     "plugin-metadata": "Reinstall the distribution that the row names.",
     "plugin-import": "Read the message; repair or uninstall the package, or deny it.",
@@ -408,9 +409,17 @@ def listing() -> str:
 
 def targets() -> str:
     from dsv4_backends.engines import vllm
+    from dsv4_backends.engines.patching import Target
+    from dsv4_backends.selection.capability import describe
 
-    rows = ((code(t.key.replace(":", ".")), t.about, code(t.op)) for t in vllm.TARGETS)
-    return table(("replaced", "role in vLLM", "op"), rows)
+    def where(target: Target) -> str:
+        words = [describe(target.lacking)] if target.lacking else []
+        words += [f"without {code(target.without)}"] if target.without else []
+        words = [" or ".join(words)] if words else []
+        return ", ".join([*words, *([f"option {code(target.option)}"] if target.option else [])])
+
+    rows = ((code(t.key.replace(":", ".")), t.about, code(t.op), where(t)) for t in vllm.TARGETS)
+    return table(("replaced", "role in vLLM", "op", "only"), rows)
 
 
 def compat() -> str:

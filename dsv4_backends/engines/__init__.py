@@ -17,6 +17,13 @@ ENGINES: dict[str, str] = {
 }
 """Every engine by its name, and where its ``Engine`` is; imported when it is asked for."""
 
+OPTIONS: dict[str, str] = {
+    "wo_a_bf16": "vllm on 8.x: the output projection's weight becomes bf16 when it is loaded, for cuBLAS",
+    "flashmla_sm120": "vllm on 12.x with the attention backend FLASHMLA_SPARSE_DSV4: attention by these ops, "
+    "without FlashInfer",
+}
+"""What ``DSV4_BACKENDS_ENGINE_OPTIONS`` can turn on, by word: the engine, and what it does."""
+
 
 def load(name: str) -> Engine:
     """The engine of a name in ``ENGINES``."""
@@ -29,9 +36,10 @@ def asked() -> tuple[Engine, ...]:
     """The engines that ``DSV4_BACKENDS_ENGINE`` turns on: those that it names, or all that it can where it names none.
 
     Raises:
-        PolicyError: it cannot be understood, or names an engine that no variable turns on.
+        PolicyError: it cannot be understood, or names an engine that no variable turns on; or an unknown option.
     """
     words = policy.engines(known=ENGINES)
+    policy.engine_options(OPTIONS)
     if not words:
         return ()
     named = words if set(words) <= ENGINES.keys() else ()

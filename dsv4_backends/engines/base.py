@@ -22,12 +22,13 @@ from .. import compat
 from ..contract import OPS
 from ..errors import PolicyError
 from ..selection import machine, policy
+from ..selection.capability import Support, describe, support
 from ..selection.machine import Device
 from ..selection.provider import Reason
 from ..selection.requirements import version_of
 from ..selection.resolve import Resolution, Served
 from ..selection.survey import survey
-from . import ENGINES, hook, patching
+from . import ENGINES, OPTIONS, hook, patching
 from .patching import FAILED, NOT_NEEDED, PLANNED, REFUSED, REPLACED, UNDONE, Patches, Row, Target
 
 _log = logging.getLogger("dsv4_backends")
@@ -169,17 +170,20 @@ class Engine:
 
     def _plan(self, device: str | None, force: bool, load: bool) -> Plan:
         asked = self._asked()
+        policy.engine_options(OPTIONS)
         found = self.version()
         surveyed = survey(device, load=load)
         choices = [(where, {made.op: made for made in resolutions}) for where, resolutions in surveyed.resolutions]
         devices = tuple(where for where, _ in choices)
         standing = self._standing()
-        rows = standing or tuple(Row(target) for target in self.targets)
+        rows = standing or tuple(Row(target) for target in self.targets if not self._stands_in_for_nothing(target))
         if not standing:
             refusal = self._refusal(found, force or asked == "force", surveyed.machine.simulated)
             for row in rows:
                 if refusal is not None:
                     row.refuse(refusal)
+                elif (unasked := self._unasked(row.target, found)) is not None:
+                    row.refuse(unasked, state=NOT_NEEDED)
                 else:
                     self._judge(row, choices)
             follow(rows)
@@ -208,6 +212,20 @@ class Engine:
             return Reason("device-type", f"torch is built for ROCm (HIP {hip}), and no provider serves AMD GPUs")
         return None
 
+    def _stands_in_for_nothing(self, target: Target) -> bool:
+        """A target for a missing package that is there: people need not read of it."""
+        return bool(target.without) and not target.lacking and patching.source_of(target.without) is not None
+
+    def _unasked(self, target: Target, found: str | None) -> Reason | None:
+        """Why a target is not to be replaced on any GPU: another release, or an option that is off."""
+        released = bool(target.releases and found and _is_release(found))
+        if released and not SpecifierSet(target.releases).contains(found or "", prereleases=True):
+            return Reason("engine-served", f"{self.name} {target.releases} has it, and this is {found}")
+        if target.option and target.option not in policy.engine_options(OPTIONS):
+            hint = f"{target.option} in {policy.PREFIX}ENGINE_OPTIONS turns it on"
+            return Reason("engine-option", f"off by default: {OPTIONS[target.option]}", hint)
+        return None
+
     def _judge(self, row: Row, choices: _Choices) -> None:
         """Refuse a target by what its module looks like, or by what is to be said of it on any kind of GPU.
 
@@ -234,11 +252,25 @@ class Engine:
 
     def _verdict(self, target: Target, where: Device, choices: Mapping[str, Resolution]) -> Verdict:
         served = choices[target.op].serves() if target.op else None
+        if (reason := self._works(target, where, served)) is not None:
+            return Verdict(NOT_NEEDED, reason)
         if (verdict := self.judge(target, where, served)) is not None:
             return verdict
         if served is not None and served.candidate is None:
             return Verdict(REFUSED, Reason("no-provider", " ".join(choices[target.op].explain().split())))
         return Verdict(PLANNED, served=served)
+
+    def _works(self, target: Target, where: Device, served: Served | None) -> Reason | None:
+        """How the engine's own works on a device, so that nothing need be replaced there; None where it does not."""
+        if not (target.lacking or target.without) or (served is not None and served.by_user):
+            return None
+        if target.without and patching.source_of(target.without) is None:
+            return None
+        if where.capability is None or support(target.lacking, where.capability) is Support.SUPPORTED:
+            return None
+        return Reason(
+            "engine-served", f"{self.name}'s own serves; replaced on compute capability {describe(target.lacking)}"
+        )
 
 
 def follow(rows: Sequence[Row]) -> None:
@@ -343,12 +375,13 @@ class HookedEngine(Engine):
 
     def replace(self, row: Row, module: ModuleType) -> None:
         """Put ``Target.ours`` where the target stands, unless it does not take what is there."""
-        original = getattr(module, row.target.attribute)
+        original = patching.standing(module, row.target.attribute)
         if (verdict := self.look(row.target, original)) is not None and verdict.reason is not None:
             row.refuse(verdict.reason, state=verdict.state)
             return
         ours = row.target.function()
-        if (mismatch := patching.takes(original, ours)) is not None:
+        stands = functools.partial(ours, original) if row.target.around else ours
+        if (mismatch := patching.takes(original, stands)) is not None:
             row.refuse(mismatch)
             self._not_replaced(row)
             return
@@ -387,6 +420,13 @@ class HookedEngine(Engine):
                 row.passed_on += 1
             return native
 
+        if row.target.around:
+
+            def own(*args: Any, **kwargs: Any) -> Any:
+                row.passed_on += 1
+                return native(*args, **kwargs)  # type: ignore[misc]  # what is around something has it
+
+            ours = functools.partial(ours, own)
         call = compat.or_native(ours, pass_on, f"{self.name}'s {row.target.attribute}")
 
         @functools.wraps(ours)

@@ -32,13 +32,24 @@ class Target:
 
     Attributes:
         module: The module that looks it up when it is called.
-        attribute: The name.
+        attribute: The name; ``Class.method`` for a method.
         op: The op behind the replacement; empty where there is none.
         about: What it is to the engine, for people.
         ours: What stands there instead, as ``module:function``; imported when it is put there.
         goes_with: The attribute of the target beside which alone it makes sense.
         caller: A function of the module that calls it, and ``signatures``: the parameters it may have. A version of
             the engine whose caller has others is not guessed at.
+        around: Ours gets what stood there as its first argument, and calls it for what is not ours. Several targets
+            may then stand around one name.
+        releases: The engine's releases that have it, as specifiers; empty: all that are supported.
+        lacking: The compute capabilities on which the engine's own does not work, as a claim
+            (``selection/capability.py``); empty: on all. Elsewhere it is replaced only where the user wishes for a
+            provider of its op.
+        without: A package that the engine's own needs: where it is missing, the engine's own works nowhere. With
+            ``lacking`` empty, ours is for that alone.
+        option: The word of ``DSV4_BACKENDS_ENGINE_OPTIONS`` without which it is left alone.
+        kernels: The engine's own kernels, by class, that nothing calls once it is replaced: an engine that compiles
+            ahead need not compile them.
     """
 
     module: str
@@ -49,6 +60,12 @@ class Target:
     goes_with: str = ""
     caller: str = ""
     signatures: tuple[tuple[str, ...], ...] = ()
+    around: bool = False
+    releases: str = ""
+    lacking: tuple[str, ...] = ()
+    without: str = ""
+    option: str = ""
+    kernels: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -95,22 +112,45 @@ class Patches:
     done: list[tuple[ModuleType, str, Any, Any]] = field(default_factory=list)
 
     def replace(self, module: ModuleType, attribute: str, replacement: Any) -> None:
-        self.done.append((module, attribute, getattr(module, attribute), replacement))
-        setattr(module, attribute, replacement)
+        holder, name = held(module, attribute)
+        self.done.append((module, attribute, standing(module, attribute), replacement))
+        setattr(holder, name, replacement)
 
     def put_back(self, module: ModuleType, attribute: str) -> bool:
         """Put back what stood there; False where somebody else has replaced it since, and then it is left alone."""
-        index = next(i for i, done in enumerate(self.done) if done[0] is module and done[1] == attribute)
+        last = len(self.done) - 1
+        index = next(last - i for i, done in enumerate(reversed(self.done)) if done[:2] == (module, attribute))
         _, _, original, replacement = self.done.pop(index)
-        if getattr(module, attribute, None) is not replacement:
+        holder, name = held(module, attribute)
+        if vars(holder).get(name) is not replacement:
             return False
-        setattr(module, attribute, original)
+        setattr(holder, name, original)
         return True
 
     def undo(self) -> list[str]:
         """Put back everything; the names that somebody else has replaced since, which are left alone."""
         names = [(module, attribute) for module, attribute, _, _ in reversed(self.done)]
         return [f"{module.__name__}:{attribute}" for module, attribute in names if not self.put_back(module, attribute)]
+
+
+def held(module: ModuleType, attribute: str) -> tuple[Any, str]:
+    """What holds an attribute, the module or one of its classes, and the name that it has there."""
+    owner, _, name = attribute.rpartition(".")
+    return (getattr(module, owner) if owner else module), name
+
+
+def standing(module: ModuleType, attribute: str) -> Any:
+    """What stands there; of a method the function, as its class holds it.
+
+    Raises:
+        AttributeError: nothing does. A method that is only inherited stands in another class.
+    """
+    holder, name = held(module, attribute)
+    if not isinstance(holder, type):
+        return getattr(holder, name)
+    if name not in vars(holder):
+        raise AttributeError(f"{holder.__qualname__} has no {name} of its own")
+    return vars(holder)[name]
 
 
 def source_of(module: str) -> Path | None:
@@ -132,33 +172,35 @@ def source_of(module: str) -> Path | None:
 
 
 def structure(path: Path) -> dict[str, tuple[str, ...] | None]:
-    """The names that a module's source defines at its top level; for a function, its parameters.
+    """The names that a module's source defines at its top level, and its classes' methods; for a function, its
+    parameters.
 
     Read without running it, so it can be asked about an engine whose import would need a GPU.
     """
     names: dict[str, tuple[str, ...] | None] = {}
 
-    def visit(statements: list[ast.stmt]) -> None:
+    def visit(statements: list[ast.stmt], within: str = "") -> None:
         for statement in statements:
             if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 arguments = statement.args
                 parts = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
                 parts += [a for a in (arguments.vararg, arguments.kwarg) if a is not None]
-                names[statement.name] = tuple(a.arg for a in parts)
+                names[within + statement.name] = tuple(a.arg for a in parts)
             elif isinstance(statement, ast.ClassDef):
-                names[statement.name] = None
+                names[within + statement.name] = None
+                visit(statement.body, f"{within}{statement.name}.")
             elif isinstance(statement, (ast.Import, ast.ImportFrom)):
-                names.update(dict.fromkeys((a.asname or a.name.partition(".")[0]) for a in statement.names))
+                found = ((a.asname or a.name.partition(".")[0]) for a in statement.names)
+                names.update(dict.fromkeys(within + name for name in found))
             elif isinstance(statement, ast.Assign):
-                found = (t.id for t in statement.targets if isinstance(t, ast.Name))
-                names.update(dict.fromkeys(found))
+                names.update(dict.fromkeys(within + t.id for t in statement.targets if isinstance(t, ast.Name)))
             elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                names[statement.target.id] = None
+                names[within + statement.target.id] = None
             elif isinstance(statement, (ast.If, ast.Try)):
-                visit(statement.body)
-                visit(statement.orelse)
+                visit(statement.body, within)
+                visit(statement.orelse, within)
                 for handler in getattr(statement, "handlers", ()):
-                    visit(handler.body)
+                    visit(handler.body, within)
 
     visit(ast.parse(path.read_text(encoding="utf-8")).body)
     return names
@@ -190,6 +232,8 @@ def takes(function: Callable[..., Any], ours: Callable[..., Any]) -> Reason | No
         return None  # nothing to compare: its callers decide
     known = inspect.signature(ours).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if set(variadic) <= {p.kind for p in known.values()}:
+        return None
     unknown = [p.name for p in theirs if p.kind not in variadic and p.name not in known]
     if unknown:
         name = f"{function.__module__}.{function.__qualname__}"

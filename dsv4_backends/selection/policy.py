@@ -35,6 +35,7 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "and raises where one is outside; it waits for the device",
         "DSV4_BACKENDS_ENGINE": "1: the engine whose process this is runs over these ops; NAME,NAME: only these "
         "engines do; force: as 1, and with any version, untested",
+        "DSV4_BACKENDS_ENGINE_OPTIONS": "what engines' hooks leave off by default, by name: wo_a_bf16,flashmla_sm120",
         "DSV4_BACKENDS_TORCH_DEVICE": "the torch device that the conformance suite runs on: cuda:1",
         "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
     }
@@ -174,6 +175,21 @@ def engines(environ: Mapping[str, str] | None = None, known: Collection[str] | N
     if known is not None and (unknown := [w for w in words if w not in switches and w not in known]):
         raise PolicyError(f"{PREFIX}ENGINE: {_unknown('engine', unknown[0], known)}")
     return words
+
+
+def engine_options(known: Collection[str]) -> frozenset[str]:
+    """The words of ``DSV4_BACKENDS_ENGINE_OPTIONS``.
+
+    Args:
+        known: Those that there are.
+
+    Raises:
+        PolicyError: an unknown word.
+    """
+    words = [word.strip() for word in os.environ.get(PREFIX + "ENGINE_OPTIONS", "").split(",") if word.strip()]
+    if unknown := [word for word in words if word not in known]:
+        raise PolicyError(f"{PREFIX}ENGINE_OPTIONS: {_unknown('option', unknown[0], known)}")
+    return frozenset(words)
 
 
 _active: ContextVar[Policy | None] = ContextVar("dsv4_backends_policy", default=None)

@@ -73,6 +73,7 @@ REASONS: dict[str, str] = {
     "engine-arch": "On this architecture the engine asks for something that no op stands for.",
     "engine-reference": "Only the slow reference serves the op, and the engine's own library serves this GPU.",
     "engine-served": "Nothing to replace: the engine has what it needs. Not a refusal.",
+    "engine-option": "Off by default; a variable turns it on. Not a refusal.",
     "engine-failed": "Replacing it raised; the engine's own function stays.",
     "plugin-metadata": "The distribution's entry points, or the list of distributions, cannot be read.",
     "plugin-import": "The plugin's module raised while it was imported, or did not finish.",
