@@ -63,7 +63,8 @@ def text(plan: Plan, width: int = WIDTH) -> str:
             module = row.target.module
             rows.append((module, "", ""))
         served = f"{row.target.about}: {row.serves}" if row.serves else row.target.about
-        rows.append((f"  {row.target.attribute}", row.state, "\n".join((served, *map(str, row.reasons)))))
+        name = "  " + row.target.attribute.replace(".", ".\n    ")
+        rows.append((name, row.state, "\n".join((served, *map(str, row.reasons)))))
     parts.append(table((f"REPLACED IN {plan.engine.upper()}", "STATE", "FOR: PROVIDER, AND WHY NOT"), rows, width))
     if plan.left_out:
         parts.append(f"NOT LOADED: {plan.left_out}; add it to the variable")

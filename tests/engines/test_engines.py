@@ -24,12 +24,22 @@ from packaging.version import Version
 
 from dsv4_backends import PolicyError, engines
 from dsv4_backends.commands import cli
-from dsv4_backends.contract import OPS
 from dsv4_backends.engines import hook, patching
 from dsv4_backends.engines import vllm as engine
 from dsv4_backends.engines.vllm import rules
 from dsv4_backends.selection import machine, policy, preferences
 
+MODEL = """
+    def mhc_pre_tilelang(): ...
+    def mhc_pre_broadcast_tilelang(): ...
+    def mhc_fused_post_pre_tilelang(): ...
+    def mhc_post_tilelang(): ...
+    def hc_head_fused_kernel_tilelang(): ...
+    class DeepseekV4DecoderLayer:
+        def __init__(self): ...
+    class DeepseekV4Model:
+        def __init__(self): ...
+"""
 FILES = {
     "vllm/__init__.py": "",
     "vllm/utils/__init__.py": "",
@@ -83,6 +93,7 @@ FILES = {
         if True:
             def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, out=None): ...
         def flash_mla_with_kvcache(q, k_cache, *args, **kwargs): ...
+        def dequantize_and_gather_k_cache(out, k_cache): ...
     """,
     "vllm/v1/__init__.py": "",
     "vllm/v1/attention/__init__.py": "",
@@ -91,12 +102,42 @@ FILES = {
     "vllm/v1/attention/backends/mla/sparse_swa.py": """
         def _raise_flashmla_unavailable(*args, **kwargs): raise RuntimeError("not compiled")
         get_mla_metadata = _raise_flashmla_unavailable
+        class DeepseekSparseSWAMetadataBuilder:
+            def build_tile_scheduler(self, num_decode_tokens): ...
     """,
     "vllm/v1/attention/backends/mla/indexer.py": "def has_deep_gemm(): raise AssertionError('asked')\n",
     "vllm/model_executor/__init__.py": "",
     "vllm/model_executor/layers/__init__.py": "",
-    "vllm/model_executor/layers/sparse_attn_indexer.py": "def has_deep_gemm(): return False\n",
+    "vllm/model_executor/layers/sparse_attn_indexer.py": """
+        def has_deep_gemm(): return False
+        def pack_seq_triton(x, lengths, pad_value=0.0, block_t=64, block_d=64): return (x.dtype, pad_value)
+    """,
+    "vllm/models/deepseek_v4/attention.py": "def fused_indexer_q_rope_quant(positions, index_q): ...\n",
+    "vllm/models/deepseek_v4/compressor.py": """
+        def compress_norm_rope_store_triton(state_cache): ...
+        class DeepseekCompressor:
+            def _compress_norm_rope_store(self, state_metadata): ...
+    """,
+    "vllm/models/deepseek_v4/nvidia/ops/__init__.py": "",
+    "vllm/models/deepseek_v4/nvidia/ops/o_proj.py": "def fused_inv_rope_fp8_quant(o, positions): ...\n",
+    **{f"vllm/models/deepseek_v4/nvidia/{name}.py": MODEL for name in ("model", "mtp", "dspark")},
+    "vllm/model_executor/kernels/__init__.py": "",
+    "vllm/model_executor/kernels/linear/__init__.py": "",
+    "vllm/model_executor/kernels/linear/scaled_mm/__init__.py": "",
+    "vllm/model_executor/kernels/linear/scaled_mm/marlin.py": """
+        class MarlinFP8ScaledMMLinearKernel:
+            def process_weights_after_loading(self, layer): layer.repacked = True
+    """,
+    "vllm/model_executor/warmup/__init__.py": "",
+    "vllm/model_executor/warmup/jit_warmup.py": """
+        class JitWarmupRegistry:
+            def __init__(self): self.kernels = []
+            def _add(self, kernel, args, kwargs): self.kernels.append((type(kernel).__name__, kwargs))
+    """,
+    "vllm/v1/worker/__init__.py": "",
+    "vllm/v1/worker/gpu_worker.py": "def kernel_warmup(worker): return worker\n",
 }
+MODULES = len({target.module for target in engine.TARGETS})
 
 
 @pytest.fixture
@@ -119,7 +160,8 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 def states(plan: engine.Plan) -> dict[str, str]:
-    return {row.target.attribute: row.state for row in plan.rows}
+    """By name, without what an option turns on."""
+    return {row.target.attribute: row.state for row in plan.rows if not row.target.option}
 
 
 def arguments() -> tuple[Any, ...]:
@@ -265,8 +307,8 @@ def test_what_is_not_a_release_is_judged_by_its_code(
         shutil.rmtree(place / "vllm-0.0.dist-info")
     plan = engine.plan()
     assert plan.version == version
-    assert states(plan).pop("_fp8_einsum_impl") == patching.REFUSED
-    assert [row.target.attribute for row in plan.rows if row.state != patching.PLANNED] == ["_fp8_einsum_impl"]
+    assert states(plan)["_fp8_einsum_impl"] == patching.REFUSED
+    assert [name for name, state in states(plan).items() if state != patching.PLANNED] == ["_fp8_einsum_impl"]
     named = f"vllm {version}" if version else "vllm without a version"
     assert plan.notes[0].startswith(f"{named} is not a release")
     assert cli.main(["engine", "vllm"]) == 1
@@ -305,7 +347,9 @@ def test_vllms_own_list_of_plugins(
         assert told in line
     monkeypatch.delenv("VLLM_PLUGINS")
     assert cli.main(["doctor"]) == 0
-    assert "vllm 0.33.0: 10 of 10 names are replaced" in capsys.readouterr().out
+    assert (
+        f"vllm 0.33.0: {len(engine.TARGETS) - 1} of {len(engine.TARGETS)} names are replaced" in capsys.readouterr().out
+    )
     engine.apply()  # by hand: then it is loaded
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert engine.plan().ok
@@ -329,7 +373,7 @@ def test_several_kinds_of_gpu(fake_vllm: Callable[..., Path], monkeypatch: pytes
     for pair in (("12.0", "8.6"), ("8.6", "12.0")):
         found = plan(*pair)
         assert (found[attention].state, found[attention].provider) == (patching.PLANNED, "triton")
-        assert "compute capability 8.x" in engine.plan().notes[0]
+        assert found["dequantize_and_gather_k_cache"].state == patching.PLANNED
     for pair in (("9.0", "10.0"), ("10.0", "9.0")):
         found = plan(*pair)
         (reason,) = found["_fp8_fp4_mqa_logits_impl"].reasons
@@ -359,10 +403,10 @@ def test_the_plan_has_the_measured_choice(fake_vllm: Callable[..., Path], monkey
         preferences.Preference("hc_prenorm_gemm", shapes, 1, high, "torch", "triton", 1.1, "X") for shapes, high in rows
     )
     monkeypatch.setattr(preferences, "preferences", lambda device: known)
-    (row,) = [row for row in engine.plan("sm_86").rows if row.target.op == "hc_prenorm_gemm"]
+    (row,) = [row for row in engine.plan("sm_86").rows if row.target.attribute == "_tf32_hc_prenorm_gemm_impl"]
     assert (row.provider, row.serves) == ("torch", "torch (measured, else triton)")
     monkeypatch.setattr(preferences, "preferences", lambda device: known[1:2])
-    (row,) = [row for row in engine.plan("sm_86").rows if row.target.op == "hc_prenorm_gemm"]
+    (row,) = [row for row in engine.plan("sm_86").rows if row.target.attribute == "_tf32_hc_prenorm_gemm_impl"]
     assert (row.provider, row.serves) == ("triton", "triton (torch where measured)")
 
 
@@ -391,7 +435,8 @@ def test_by_architecture(fake_vllm: Callable[..., Path], monkeypatch: pytest.Mon
     for sm in ("sm_80", "sm_86", "sm_89"):
         plan = engine.plan(sm)
         assert plan.ok
-        assert "does not serve DeepSeek V4 on compute capability 8.x" in plan.notes[0]
+        assert not plan.notes
+        assert set(states(plan).values()) == {patching.PLANNED}
     monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
     slow = {row.target.attribute: [r.code for r in row.reasons] for row in engine.plan("sm_90").rows}
     assert slow["_fp8_einsum_impl"] == ["engine-reference"]
@@ -429,7 +474,7 @@ def test_from_register_to_undo(
     monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "1")
     engine.register()
     engine.register()
-    assert len(hook.waiting()) == 5
+    assert len(hook.waiting()) == MODULES
     assert "vllm" not in sys.modules
     dg = importlib.import_module("vllm.utils.deep_gemm")
     own = dg._lazy_init.__wrapped__
@@ -538,7 +583,7 @@ def test_the_variable(fake_vllm: Callable[..., Path], monkeypatch: pytest.Monkey
     monkeypatch.setenv("DSV4_BACKENDS_ENGINE", value)
     assert engine.plan().enabled is bool(asked)
     engine.register()
-    assert len(hook.waiting()) == (5 if asked else 0)
+    assert len(hook.waiting()) == (MODULES if asked else 0)
 
 
 def test_the_variable_names_another_engine(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,6 +657,26 @@ def test_importing_it_is_light(fake_vllm: Callable[..., Path]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
+def test_fp8_is_packed_as_bytes() -> None:
+    """Triton has no e4m3 on 8.0 and 8.6; what is not FP8 is packed as vLLM does it."""
+    import torch
+
+    attention = importlib.import_module("dsv4_backends.engines.vllm.attention")
+    got: list[tuple[Any, ...]] = []
+
+    def own(x: Any, lengths: Any, *rest: Any) -> Any:
+        got.append((x.dtype, *rest))
+        return x
+
+    x, lengths = torch.randn(5, 64, 128), torch.tensor([2, 3])
+    query = x.to(torch.float8_e4m3fn)
+    packed = attention.pack(own, query, lengths)
+    assert packed.dtype is torch.float8_e4m3fn
+    assert torch.equal(packed.view(torch.uint8), query.view(torch.uint8))
+    attention.pack(own, x, lengths, -1.0, 32)
+    assert got == [(torch.uint8, 0), (torch.float32, -1.0, 32)]
+
+
 def test_the_entry_point_is_declared() -> None:
     from importlib import metadata
 
@@ -641,8 +706,13 @@ def test_command(
     data = json.loads(capsys.readouterr().out)
     assert data["schema_version"] == 1
     assert data["devices"][0]["capability"] == "9.0"
-    assert {t["reasons"][0]["code"] for t in data["targets"] if t["op"]} == {"engine-reference"}
-    assert {t["state"] for t in data["targets"] if not t["op"]} == {"not needed"}
+    own = {target.attribute for target in engine.TARGETS if target.lacking and not target.without}
+    ops = {t["attribute"]: t["reasons"][0]["code"] for t in data["targets"] if t["op"]}
+    assert {code for name, code in ops.items() if name not in own} == {"engine-reference"}
+    assert {code for name, code in ops.items() if name in own} == {"engine-served"}
+    stand_ins = {"JitWarmupRegistry._add", "kernel_warmup"} | {t.attribute for t in engine.TARGETS if t.without}
+    others = {t["state"] for t in data["targets"] if not t["op"] and t["attribute"] not in stand_ins}
+    assert others == {"not needed"}
     assert len(data["targets"]) == len(engine.TARGETS)
     with pytest.raises(SystemExit):
         cli.main(["engine", "nonesuch"])
@@ -654,7 +724,8 @@ def test_command_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["engine", "transformers", "--device", "sm_86", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["engine"], data["enabled"]) == ("transformers", False)
-    assert {target["op"] for target in data["targets"]} == {*OPS, ""}
+    six = {"sparse_mla_prefill", "sparse_mla_decode", "mqa_logits", "paged_mqa_logits", "fp8_einsum", "hc_prenorm_gemm"}
+    assert {target["op"] for target in data["targets"]} == six | {""}
     assert {target["provider"] for target in data["targets"] if target["op"]} == {"triton"}
     assert cli.main(["engine", "transformers", "--device", "cpu"]) == 0
     assert "not enabled: call dsv4_backends.engines.transformers.enable(model)" in capsys.readouterr().out

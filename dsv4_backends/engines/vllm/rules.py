@@ -1,19 +1,19 @@
-"""What vLLM itself serves, and what it lacks: its rules for targets, its notes, and its list of plugins."""
+"""What vLLM itself serves, and what it lacks: its rules for targets, and its list of plugins."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from typing import Any
 
+from ...selection import policy
 from ...selection.machine import Device
 from ...selection.provider import Reason, Tier
 from ...selection.resolve import Served
-from .. import patching
+from .. import OPTIONS, patching
 from ..base import Verdict
 from ..patching import NOT_NEEDED, REFUSED, Target
-from .targets import DEEP_GEMM, FLASH_MLA
+from .targets import DEEP_GEMM, FLASH_MLA, SM120
 
 ENTRY_POINT = "dsv4_backends"
 """Our name in ``vllm.general_plugins``, and in vLLM's variable ``VLLM_PLUGINS``."""
@@ -22,7 +22,7 @@ ENTRY_POINT = "dsv4_backends"
 def judge(target: Target, where: Device, served: Served | None) -> Verdict | None:
     """Leave to vLLM what it serves better, or calls otherwise, on this kind of GPU."""
     major = where.capability.major if where.capability is not None else 0
-    if target.module == FLASH_MLA and major == 12:
+    if target.module == FLASH_MLA and major == 12 and SM120 not in policy.engine_options(OPTIONS):
         message = "on compute capability 12.x vLLM's attention layer calls FlashInfer instead"
         return Verdict(NOT_NEEDED, Reason("engine-served", message))
     if target.op in ("mqa_logits", "paged_mqa_logits") and major == 10 and mx_scaled():
@@ -42,18 +42,6 @@ def mx_scaled() -> bool:
     """Whether this vLLM can scale the indexer's operands in blocks."""
     path = patching.source_of(DEEP_GEMM)
     return path is not None and "mqa_logits_use_mx_scales" in patching.structure(path)
-
-
-def notes(devices: Sequence[Device]) -> list[str]:
-    """What vLLM itself lacks on these devices."""
-    if not any(where.capability is not None and where.capability.major == 8 for where in devices):
-        return []
-    lacks = (
-        "vLLM itself does not serve DeepSeek V4 on compute capability 8.x: its compressor, cache gather and indexer "
-        "query kernels need 8.9 or 9.0, its warm-up compiles them, and its Marlin path repacks wo_a. What is listed "
-        "here is replaced; those are not."
-    )
-    return [lacks]
 
 
 def left_out() -> str:
