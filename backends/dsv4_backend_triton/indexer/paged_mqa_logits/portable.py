@@ -30,9 +30,15 @@ from ..heads import Config, as_bytes, constants, fill, fitted, load_q, padded, r
 from .plan import Call, Shape
 from .schedule import FEW, MANY, count_places, item_of, part, share, tiles_of
 
+_REGISTERS = 65536  # of a multiprocessor
+
 
 def plan(shape: Shape) -> Config:
-    return fitted("paged_mqa_logits", shape.arch, shape.next_n, shape.h, shape.d)
+    config = fitted("paged_mqa_logits", shape.arch, shape.next_n, shape.h, shape.d)
+    # The table is for up to 64 heads: with more, S takes more registers. A thread has some 72 besides.
+    threads, columns = 32 * config.warps, config.rows * padded(shape.h, shape.d)[0]
+    most = _REGISTERS // (config.block_n * columns + 72 * threads)
+    return config._replace(waves=max(1, min(config.waves, most)))
 
 
 def launch(call: Call, config: Config) -> None:
@@ -46,7 +52,7 @@ def launch(call: Call, config: Config) -> None:
         k_mode, box = 2, [1, config.block_n, block_d]
         k_desc = TensorDescriptor(as_bytes(k_cache, arch), [pages, page_size, d], [page_stride, d, 1], box)
     # As many as run at once, which the registers must allow. More programs than places have nothing to do.
-    registers = 65536 // (32 * config.warps * config.waves) // 8 * 8
+    registers = _REGISTERS // (32 * config.warps * config.waves) // 8 * 8
     places = b * cdiv(next_n, config.rows) * (cdiv(columns, config.block_n) + config.visit)
     launch_kernel(
         _paged_mqa_logits_kernel, (min(config.waves * arch.sms, places),),
