@@ -1,6 +1,7 @@
 """Run a provider's suite on a GPU and keep what came of every test.
 
-Usage: python tools/conformance.py [--level full] [--jobs 8] [--only PROVIDER] [--torch-device DEVICE] [--json FILE]
+Usage: python tools/conformance.py [--level full] [--jobs 8] [--only PROVIDER] [--op OP] [--torch-device DEVICE]
+       [--json FILE]
 
 Needs a GPU and pytest; with --jobs also pytest-xdist. An interrupt (SIGINT) ends it early: the file then says that it
 is not complete.
@@ -22,7 +23,7 @@ from typing import Any
 import pytest
 from kept import Conformance, Failure
 
-from dsv4_backends import records
+from dsv4_backends import OPS, records
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.selection import builds, plugins
 
@@ -88,6 +89,7 @@ def main() -> int:
     parser.add_argument("--level", default="full")
     parser.add_argument("--jobs", type=int, default=0, help="processes; 0: this one")
     parser.add_argument("--only", choices=FILES, action="append", help="may be given twice; default: the native ones")
+    parser.add_argument("--op", choices=OPS, action="append", default=[], help="only tests of this op; may be repeated")
     parser.add_argument("--torch-device", default="", help="such as cuda:1; cuda:0 stays current (default: the first)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -100,6 +102,7 @@ def main() -> int:
     if code := os.environ.get("TRITON_OVERRIDE_ARCH"):  # Triton's: whose instructions it chooses
         words.append(f"TRITON_OVERRIDE_ARCH={code}")
     words += ["python tools/conformance.py", f"--level {arguments.level}", *(f"--only {n}" for n in names)]
+    words += [f"--op {op}" for op in arguments.op]
     if arguments.torch_device:
         words.append(f"--torch-device {arguments.torch_device}")
         os.environ["DSV4_BACKENDS_TORCH_DEVICE"] = arguments.torch_device
@@ -114,6 +117,8 @@ def main() -> int:
     options = ["-q", "-rfE", "-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
     if arguments.jobs:
         options += ["-n", str(arguments.jobs), "--dist", "worksteal"]
+    if arguments.op:
+        options += ["-k", " or ".join(arguments.op)]
     kept, start = Kept(result, arguments.json), time.monotonic()
     files = [FILES[name] for name in names]
     if arguments.torch_device:
