@@ -128,7 +128,7 @@ def _make(
 
     width = 4 * dim if overlap else 2 * dim
     gap = 3 if layout == "wide" else 1
-    raw = torch.full((state_pages * gap, state_page, width), float("nan"))
+    raw = torch.full((state_pages * gap, state_page, width), float("nan"), dtype=torch.float32)
     state = raw[::gap]
     row, channels = torch.searchsorted(used, block), torch.arange(dim)
     column = (torch.where(before, 0, width // 2 - dim).unsqueeze(1) + channels) if overlap else channels
