@@ -286,6 +286,7 @@ def test_no_wrong_size_passes(data: st.DataObject) -> None:
         else torch.zeros(shape).to(E4M3)
     )
     tied = symbol in "hd" and not (op.startswith("inverse") and shape[dim] % made["groups"] == 0)
+    tied = tied or symbol == "width"  # the compressor's state has one of two widths
     if symbol.isidentifier() and uses == 1 and not tied:
         contract.check(**(made | {name: grown}))
     else:
