@@ -154,10 +154,10 @@ def gather_dequant_kv(
 
         out[i, offset + j] = entry n - g + j    for 0 <= j < min(g, m - offset)
 
-    Every other row of ``out`` stays as it is. The first 448 elements of an entry are e4m3 times their E8M0 scale,
+    No other row of ``out`` is changed. The first 448 elements of an entry are e4m3 times their E8M0 scale,
     rounded once to bf16, which is exact wherever bf16 holds the product; the last 64 are copied bit for bit. E8M0 code
     c means 2^(c - 127); 0 means 2^-127 and 255 means NaN. An entry on a page that the cache does not have, outside
-    ``[0, pages)``, is 0. Pages that no entry is on, and ``block_table`` beyond the lengths, may hold anything.
+    ``[0, pages)``, is 0. Pages without entries, and ``block_table`` beyond the lengths, may hold anything.
 
     Args:
         k_cache: uint8, int8 or e4m3 ``[pages, page_size, 584]`` or ``[pages, page_size, 1, 584]``, page-split (see
@@ -165,7 +165,7 @@ def gather_dequant_kv(
         seq_lens: int32 ``[r]``, entries of each request.
         block_table: int32 ``[r, blocks]``; rows may have a stride.
         out: bf16 ``[r, m, 512]``, written in place; the last dimension contiguous, other strides free.
-        gather_lens: int32 ``[r]``, how many of them, from the end.
+        gather_lens: int32 ``[r]``, how many entries, counted from the end.
         offset: First row of ``out`` that is written, the same for each request.
 
     Returns:
@@ -199,7 +199,7 @@ def mqa_logits(
 
     for ``row_starts[i] <= n < row_ends[i]``; every other element is exactly -inf. Bounds are clamped to ``[0, n]``; a
     row whose end is not above its start is all -inf. Weights may be negative; relu is on the product alone. The query
-    has no scale of its own: callers fold it into ``weights``. Keys and scales outside every range may hold NaN.
+    has no separate scale: callers fold it into ``weights``. Keys and scales outside every range may hold NaN.
 
     With ``max_seqlen_k`` the result is compressed: column j of row i is key ``row_starts[i] + j``, and -inf where
     that is not below ``row_ends[i]``. Keys at and beyond ``max_seqlen_k`` columns are not returned.
@@ -287,16 +287,16 @@ def indexer_q_rope_quant(
 
         (a, b) -> (a * cos[p, i] - b * sin[p, i], a * sin[p, i] + b * cos[p, i])    for pair i = 0..31
 
-    in fp32, and rounded to bf16; the first 64 stay as they are. With ``hadamard`` the 128 are then transformed by the
+    in fp32, and rounded to bf16; the first 64 are not changed. With ``hadamard`` the 128 are then transformed by the
     Walsh-Hadamard matrix in Sylvester order times 128^-0.5, in fp32, and rounded to bf16 again. DeepSeek's own model
-    does this, and engines do not: keys and queries have to be treated alike. The 128 are quantised by the scale rule
+    does this, engines do not. Keys and queries must be treated alike. The 128 are quantised by the scale rule
     (``contract/layouts.py``): the scale is the least power of two not below max(amax, 1e-4) / 448, and the values are
     e4m3 of element / scale, to the nearest, ties to even. In fp32::
 
         weights_out[i, h] = weights[i, h] * scale of (i, h) * scale
 
-    Positions are clamped to the table. A NaN or an infinity spoils its head of its token, and nothing else. Rows of
-    ``cos_sin`` that no token is at may hold NaN.
+    Positions are clamped to the table. A NaN or an infinity changes only the results of its head and token. Rows of
+    ``cos_sin`` at positions of no token may hold NaN.
 
     Args:
         q: bf16 ``[t, h, 128]``; the last dimension contiguous, other strides free.
@@ -336,8 +336,8 @@ def compress_norm_rope_insert(
     """Write the compressed key of every window that one of the tokens completes into the packed FP8 cache.
 
     A token at position p of its request completes a window where ``p >= 0`` and ``(p + 1) % ratio == 0``. It writes
-    entry ``slots[i]`` of the cache, and only if that is in ``[0, pages * page_size)`` and ``requests[i]`` in
-    ``[0, r)``. No other byte of the cache changes. What an entry holds that several tokens write is unspecified.
+    entry ``slots[i]`` of the cache if that is in ``[0, pages * page_size)`` and ``requests[i]`` is in ``[0, r)``. No
+    other byte of the cache changes. If several tokens write one entry, its content is unspecified.
 
     **State.** A row for each token: the first half of its ``width`` channels are kv, the second half scores (with the
     positional bias added). Row q of a request is row ``q % state_page_size`` of page
@@ -362,7 +362,7 @@ def compress_norm_rope_insert(
     ``contract/layouts.py``, one E8M0 scale for 64, and written with the 64 bf16 as its KV page has them; the eighth
     scale byte is 0. Scores are finite or -inf, kv is finite; else the entry is unspecified.
 
-    DeepSeek's own model rounds to bf16 before the norm and after it too; engines do not, and neither does this.
+    DeepSeek's own model also rounds to bf16 before and after the norm. Engines do not, and this op does not.
 
     Args:
         positions: int64 or int32 ``[t]``, of each token in its request.
@@ -409,9 +409,9 @@ def indexer_compress_insert(
 ) -> Tensor:
     """Write the indexer's key of every window that one of the tokens completes into its paged cache.
 
-    Means what ``compress_norm_rope_insert`` means, with 128 channels in place of 512: which tokens write, which rows
-    are in a window (width 256 without overlap, 512 with it) and which of them are absent, softmax, norm, and the
-    rotation of the last 64 channels, in fp32. Then::
+    Like ``compress_norm_rope_insert``, with 128 channels instead of 512: which tokens write, which rows are in a window
+    (width 256 without overlap, 512 with it) and which of them are absent, softmax, norm, and the rotation of the last
+    64 channels, in fp32. Then::
 
         k = bf16(rotated n)                                all 128 channels, rounded once
         k = bf16(H k * 128 ** -0.5)                        if ``hadamard``: H the Walsh-Hadamard matrix in Sylvester
@@ -420,9 +420,8 @@ def indexer_compress_insert(
     and k is quantised to e4m3 by the scale rule of ``contract/layouts.py`` with one scale, a power of two, written as
     fp32 where the indexer's page has it.
 
-    DeepSeek's own model has the Hadamard step in keys and queries (and FP4 in place of e4m3); engines leave it out of
-    both. The logits without quantisation are the same, so what matters is that ``indexer_q_rope_quant`` has what the
-    keys have.
+    DeepSeek's own model has the Hadamard step in keys and queries (and FP4 instead of e4m3); engines omit it in both.
+    Without quantisation the logits are the same. So ``indexer_q_rope_quant`` must have the ``hadamard`` of the keys.
 
     Args:
         positions: int64 or int32 ``[t]``, of each token in its request.
@@ -518,8 +517,8 @@ def inverse_rope_quant(
     Values are laid out with the groups outermost, scales with the tokens innermost and padded to a multiple of 4 (T4),
     which ``fp8_einsum`` takes without a copy. The padding is not written.
 
-    Positions are clamped to the table. A NaN or an infinity spoils the 128 elements that it is among and their scale,
-    and nothing else. What lies between the rows of ``x`` (padded heads), and rows of ``cos_sin`` that no token is at,
+    Positions are clamped to the table. A NaN or an infinity changes only the results of its 128 elements and their
+    scale. What lies between the rows of ``x`` (padded heads), and rows of ``cos_sin`` that no token is at,
     may hold NaN.
 
     Args:

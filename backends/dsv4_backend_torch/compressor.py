@@ -1,6 +1,6 @@
-"""The compressor in fp32: the window of every token gathered, and the entries of those that complete one written.
+"""The compressor in fp32: gather the window of every token, and write the entries of tokens that complete one.
 
-Which tokens do is known on the device alone, so an entry is computed for each of them.
+Only the device knows which tokens do, so an entry is computed for every token.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def _entries(
     ratio: int,
     size: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Some tokens at a time: the slots and entries (bf16 ``[n, dim]``) to write, and whether there is any.
+    """Chunks of tokens: the slots and entries (bf16 ``[n, dim]``) to write, and whether there are any.
 
-    Tokens that write nothing repeat one that does.
+    Tokens that write nothing repeat a token that does.
     """
     dim, r = norm_weight.shape[0], block_table.shape[0]
     if r == 0 or size == 0:
@@ -83,7 +83,7 @@ def _entries(
 
 
 def _write(target: Tensor, slot: Tensor, rows: Tensor, there: Tensor) -> None:
-    """Rows ``[n, bytes]`` into slots of ``target [pages, page_size, bytes]``; if not ``there``, what they hold."""
+    """Write rows ``[n, bytes]`` into slots of ``target [pages, page_size, bytes]``; if not ``there``, the old bytes."""
     page, offset = slot // target.shape[1], slot % target.shape[1]
     target[page, offset] = torch.where(there, rows, target[page, offset])
 

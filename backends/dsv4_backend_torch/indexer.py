@@ -1,4 +1,4 @@
-"""The indexer's logits: one matrix product per chunk of rows, then a weighted sum over heads. And its queries."""
+"""The indexer's logits: one matrix product per chunk of rows, then a weighted sum over heads. Also its queries."""
 
 from __future__ import annotations
 

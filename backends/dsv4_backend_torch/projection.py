@@ -1,5 +1,5 @@
-"""The grouped FP8 projection: dequantise, then one fp32 matrix product per group and chunk of tokens. And what makes
-its activations.
+"""The grouped FP8 projection: dequantise, then one fp32 matrix product per group and chunk of tokens. Also the ops that
+make its activations.
 """
 
 from __future__ import annotations

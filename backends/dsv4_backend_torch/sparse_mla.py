@@ -140,7 +140,7 @@ def gather_dequant_kv(
     room = page_size * block_table.shape[1]
     lens = seq_lens.long().clamp(0, room)
     counts = lens if gather_lens is None else gather_lens.long().clamp(min=0).minimum(lens)
-    # No length is read on the host: every row that could be written is, those that stay with themselves.
+    # The host reads no length. Every row that could change is written; rows that do not change get their own values.
     for part in row_chunks(max(min(out.shape[1] - offset, room), 0), 4 * HEAD_DIM):
         row = torch.arange(part.start, part.stop, device=out.device)
         for request in range(out.shape[0]):

@@ -330,7 +330,7 @@ def _is_paged(arg: TensorArg | ScalarArg | None) -> bool:
 def own_memory(contract: OpContract, buffer: str, names: Mapping[str, Any]) -> None:
     """Raise if a result buffer overlaps itself or, as far as addresses show, another argument.
 
-    Paged arguments may share a pool: an engine keeps caches of several kinds in one, each with pages of its own.
+    Paged arguments may share a pool: an engine keeps caches of several kinds in one, each with its own pages.
     """
     out = names[buffer]
     start = out.data_ptr() if type(out) in _usual() and not out.is_meta else 0

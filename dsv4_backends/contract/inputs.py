@@ -122,7 +122,7 @@ def choices(generator: torch.Generator, rows: int, topk: int, pool: Tensor, size
 
 
 def positions(generator: torch.Generator, count: int, most: int, dtype: str = "int64", kind: str = "within") -> Tensor:
-    """Positions of tokens below ``most``, 0 and the last among them; ``any``: half of them out of the table."""
+    """Positions of tokens below ``most``, 0 and the last included; ``any``: half of them outside the table."""
     import torch
 
     drawn = torch.randint(0, most, (count,), generator=generator)
@@ -137,8 +137,8 @@ def positions(generator: torch.Generator, count: int, most: int, dtype: str = "i
 def cos_sin(most: int, used: Tensor | None = None, *, quarters: bool = False) -> Tensor:
     """The rotations at positions below ``most``, fp32 ``[most, 64]``: 32 cosines, then 32 sines.
 
-    Rows that none of the positions ``used``, clamped to the table, is at hold NaN. ``quarters``: right angles alone, so
-    that nothing is rounded.
+    Rows at none of the positions ``used`` (clamped to the table) hold NaN. ``quarters``: only right angles, so that
+    nothing is rounded.
     """
     import torch
 

@@ -27,7 +27,7 @@ LEVELS = ("smoke", "default", "full")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far one output may be from the oracle in fp64, with the reason for each number.
+    """The tolerance of one output against the oracle in fp64, with the reason for each number.
 
     An element passes if ``|error| <= atol + atol_rms * rms(reference) + rtol * |reference|``. A result passes if all
     elements do and ``calc_diff = 1 - 2<x, y> / (<x, x> + <y, y>)`` stays below its bound. Infinities and NaN must be

@@ -1,4 +1,4 @@
-"""Seeded cases of the compressor, how far results may be from the oracle, and the least work of a call."""
+"""Seeded cases of the compressor, the tolerances of its results, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _make(
     Args:
         kind: See ``_tokens``.
         scores: ``finite``, or ``masked``: some are -inf, and in some channels all.
-        hostile: Values of every kind outside of what they index.
+        hostile: Whether indices have all kinds of values out of range.
         layout: ``plain``: cache pages padded; ``packed``: not; ``wide``: pages of state and cache that lie far apart,
             as those of all layers of a model together, rows of the tables with gaps; ``heads``: a dimension of 1.
     """
@@ -104,7 +104,7 @@ def _make(
         complete = (positions >= 0) & (positions % ratio == ratio - 1)
     writes = complete & (requests >= 0) & (requests < r) & (slots >= 0) & (slots < pages * page_size)
 
-    # The rows that are read: for each window, the position of each and whether it is of the window before.
+    # The rows that are read: for each window their positions, and whether they belong to the window before.
     blocks = -(-context // state_page)
     at = positions[writes].unsqueeze(1) - torch.arange(rows - 1, -1, -1)
     before = (torch.arange(rows) < rows - ratio).expand_as(at)
@@ -112,7 +112,7 @@ def _make(
     there = (at >= 0) & (at < blocks * state_page)
     at, before, owner = at[there], before[there], owner[there]
 
-    # Pages for these alone, in any order; the rest of the table, which is wider than needed, names none.
+    # Pages only for these, in any order. The table is wider than needed; its other entries name no page.
     block = owner * blocks + at // state_page
     used = block.unique()
     most = min(max(r, 1) * blocks, t * (-(-rows // state_page) + 1))

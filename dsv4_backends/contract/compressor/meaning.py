@@ -29,8 +29,8 @@ def compress_norm_rope_insert(
     """Write the compressed key of every window that one of the tokens completes into the packed FP8 cache.
 
     A token at position p of its request completes a window where ``p >= 0`` and ``(p + 1) % ratio == 0``. It writes
-    entry ``slots[i]`` of the cache, and only if that is in ``[0, pages * page_size)`` and ``requests[i]`` in
-    ``[0, r)``. No other byte of the cache changes. What an entry holds that several tokens write is unspecified.
+    entry ``slots[i]`` of the cache if that is in ``[0, pages * page_size)`` and ``requests[i]`` is in ``[0, r)``. No
+    other byte of the cache changes. If several tokens write one entry, its content is unspecified.
 
     **State.** A row for each token: the first half of its ``width`` channels are kv, the second half scores (with the
     positional bias added). Row q of a request is row ``q % state_page_size`` of page
@@ -55,7 +55,7 @@ def compress_norm_rope_insert(
     ``contract/layouts.py``, one E8M0 scale for 64, and written with the 64 bf16 as its KV page has them; the eighth
     scale byte is 0. Scores are finite or -inf, kv is finite; else the entry is unspecified.
 
-    DeepSeek's own model rounds to bf16 before the norm and after it too; engines do not, and neither does this.
+    DeepSeek's own model also rounds to bf16 before and after the norm. Engines do not, and this op does not.
 
     Args:
         positions: int64 or int32 ``[t]``, of each token in its request.
@@ -97,9 +97,9 @@ def indexer_compress_insert(
 ) -> Tensor:
     """Write the indexer's key of every window that one of the tokens completes into its paged cache.
 
-    Means what ``compress_norm_rope_insert`` means, with 128 channels in place of 512: which tokens write, which rows
-    are in a window (width 256 without overlap, 512 with it) and which of them are absent, softmax, norm, and the
-    rotation of the last 64 channels, in fp32. Then::
+    Like ``compress_norm_rope_insert``, with 128 channels instead of 512: which tokens write, which rows are in a window
+    (width 256 without overlap, 512 with it) and which of them are absent, softmax, norm, and the rotation of the last
+    64 channels, in fp32. Then::
 
         k = bf16(rotated n)                                all 128 channels, rounded once
         k = bf16(H k * 128 ** -0.5)                        if ``hadamard``: H the Walsh-Hadamard matrix in Sylvester
@@ -108,9 +108,8 @@ def indexer_compress_insert(
     and k is quantised to e4m3 by the scale rule of ``contract/layouts.py`` with one scale, a power of two, written as
     fp32 where the indexer's page has it.
 
-    DeepSeek's own model has the Hadamard step in keys and queries (and FP4 in place of e4m3); engines leave it out of
-    both. The logits without quantisation are the same, so what matters is that ``indexer_q_rope_quant`` has what the
-    keys have.
+    DeepSeek's own model has the Hadamard step in keys and queries (and FP4 instead of e4m3); engines omit it in both.
+    Without quantisation the logits are the same. So ``indexer_q_rope_quant`` must have the ``hadamard`` of the keys.
 
     Args:
         positions: int64 or int32 ``[t]``, of each token in its request.

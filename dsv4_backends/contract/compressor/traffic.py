@@ -1,4 +1,4 @@
-"""What serving asks of the compressors."""
+"""The calls that serving makes of the compressors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..traffic import (
 from .meaning import HEAD_DIM, INDEX_DIM
 
 STATE_PAGES = {4: 4, 128: 8}
-"""Tokens in a page of the state, by ratio: engines make such a page as large as one of the compressed cache."""
+"""Tokens in a page of the state, by ratio: in engines such a page has the size of a page of the compressed cache."""
 BATCHES = (1, 8, 32, 128)
 CHUNKS = (1024, 4096, 8192)
 
@@ -62,7 +62,7 @@ def _entry(dim: int) -> int:
 
 
 def _layers(model: Model, op: str) -> Iterator[tuple[int, int, str]]:
-    """The ratios at which the model has such compressors, with the width of a key, and whose they are."""
+    """The ratios at which the model has such compressors, with the width of a key and the name of their users."""
     for ratio in (4, 128):
         if ratio in model.compress_ratios and op == "compress_norm_rope_insert":
             yield ratio, model.head_dim, f"ratio {ratio} layers"
@@ -105,7 +105,7 @@ def _shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
 
 
 def _rows(op: str, label: str, rank: Rank) -> Iterator[Row]:
-    """The models differ in nothing that these see."""
+    """All models have the same shapes here."""
     for ratio, dim, _ in _layers(rank.model, op):
         yield from (_row(op, f"decode t={t} ratio={ratio}", dim, ratio, t, t) for t in BATCHES)
         yield from (_row(op, f"chunk t={t} ratio={ratio}", dim, ratio, t, 1) for t in CHUNKS)
@@ -119,7 +119,7 @@ def _draw(draw: Draw, *, t: int, requests: int, ratio: int, dim: int) -> Argumen
     """A chunk of one request at the end of its context, or a token of each of many, at positions of which one in
     ``ratio`` (and one at least) completes a window.
 
-    Each request has pages for its tokens and the window before them: engines give older ones back.
+    Each request has pages for its tokens and the window before them: engines free older ones.
     """
     import torch
 

@@ -31,16 +31,16 @@ def indexer_q_rope_quant(
 
         (a, b) -> (a * cos[p, i] - b * sin[p, i], a * sin[p, i] + b * cos[p, i])    for pair i = 0..31
 
-    in fp32, and rounded to bf16; the first 64 stay as they are. With ``hadamard`` the 128 are then transformed by the
+    in fp32, and rounded to bf16; the first 64 are not changed. With ``hadamard`` the 128 are then transformed by the
     Walsh-Hadamard matrix in Sylvester order times 128^-0.5, in fp32, and rounded to bf16 again. DeepSeek's own model
-    does this, and engines do not: keys and queries have to be treated alike. The 128 are quantised by the scale rule
+    does this, engines do not. Keys and queries must be treated alike. The 128 are quantised by the scale rule
     (``contract/layouts.py``): the scale is the least power of two not below max(amax, 1e-4) / 448, and the values are
     e4m3 of element / scale, to the nearest, ties to even. In fp32::
 
         weights_out[i, h] = weights[i, h] * scale of (i, h) * scale
 
-    Positions are clamped to the table. A NaN or an infinity spoils its head of its token, and nothing else. Rows of
-    ``cos_sin`` that no token is at may hold NaN.
+    Positions are clamped to the table. A NaN or an infinity changes only the results of its head and token. Rows of
+    ``cos_sin`` at positions of no token may hold NaN.
 
     Args:
         q: bf16 ``[t, h, 128]``; the last dimension contiguous, other strides free.
@@ -82,7 +82,7 @@ def mqa_logits(
 
     for ``row_starts[i] <= n < row_ends[i]``; every other element is exactly -inf. Bounds are clamped to ``[0, n]``; a
     row whose end is not above its start is all -inf. Weights may be negative; relu is on the product alone. The query
-    has no scale of its own: callers fold it into ``weights``. Keys and scales outside every range may hold NaN.
+    has no separate scale: callers fold it into ``weights``. Keys and scales outside every range may hold NaN.
 
     With ``max_seqlen_k`` the result is compressed: column j of row i is key ``row_starts[i] + j``, and -inf where
     that is not below ``row_ends[i]``. Keys at and beyond ``max_seqlen_k`` columns are not returned.

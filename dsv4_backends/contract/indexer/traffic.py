@@ -32,7 +32,7 @@ CHUNKS = ((1, 4096), (37, 16384), (64, 4096), (512, 16384), (1024, 8192), (4096,
 BATCHES = ((1, 16384, 1), (32, 16384, 1), (48, 16384, 2), (128, 4096, 1), (64, 65536, 1))
 """Requests, compressed keys of each, and tokens of each."""
 WIDTH, WIDEST = 131072 // INDEXER_RATIO, 1048576 // INDEXER_RATIO
-"""Columns that an engine gives to every request: the compressed keys of its longest context."""
+"""Columns of every request in an engine: the compressed keys of its longest context."""
 SKEWED = (
     (1, WIDEST, 1, 3000, 1),
     (16, 131072, 1, 25000, 1),
@@ -43,11 +43,11 @@ SKEWED = (
     (256, 131072, 1, 9800, 1),
     (256, WIDEST, 1, 1500, 1),
 )
-"""Requests, columns, tokens of each, and the mean and the seed of the lengths, of which few are long."""
+"""Requests, columns, tokens of each, and the mean and the seed of the lengths. Few lengths are long."""
 
 
 def queries(rank: Rank, tokens: int, *, dtype: str = "int64", weights: str = "bfloat16") -> Arguments:
-    """The queries of a step, as the projections leave them."""
+    """The queries of a step, in the layout of the projections' output."""
     h, d = rank.model.index_heads, rank.model.index_dim
     return {
         "q": meta("bfloat16", tokens, h, d),
@@ -92,7 +92,7 @@ def _q_calls(server: Deployment) -> Iterator[Arguments]:
         for dtype in POSITIONS:
             for tokens in server.tokens:
                 yield queries(server.rank, tokens, dtype=dtype, weights=weights)
-    for tokens in server.tokens:  # as DeepSeek's own model has them
+    for tokens in server.tokens:  # as in DeepSeek's own model
         yield queries(server.rank, tokens) | {"hadamard": True}
 
 
@@ -198,7 +198,7 @@ def _draw_q(draw: Draw, *, t: int, h: int) -> Arguments:
 
 
 def _draw_mqa(draw: Draw, *, m: int, n: int, h: int, d: int, compressed: bool = False) -> Arguments:
-    """A chunk at the end of its context: a key stands for four tokens, and the last query sees them all."""
+    """A chunk at the end of its context: a key represents four tokens, and the last query sees them all."""
     k = draw.normal(n, d, dtype="float8_e4m3fn")
     ends = n - (m - 1 - draw.range(m)) // INDEXER_RATIO
     return {
@@ -213,7 +213,7 @@ def _draw_mqa(draw: Draw, *, m: int, n: int, h: int, d: int, compressed: bool = 
 
 
 def long_tailed(count: int, mean: int, most: int, seed: int) -> list[int]:
-    """Lengths of which few are long: a lognormal distribution with sigma 1, scaled to the mean and cut at ``most``."""
+    """Lengths with few long ones: a lognormal distribution with sigma 1, scaled to the mean and cut at ``most``."""
     drawn = random.Random(seed)
     sizes = [drawn.lognormvariate(0, 1) for _ in range(count)]
     return [min(max(round(size * mean * count / sum(sizes)), 1), most) for size in sizes]

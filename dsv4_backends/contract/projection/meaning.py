@@ -34,8 +34,8 @@ def inverse_rope_quant(
     Values are laid out with the groups outermost, scales with the tokens innermost and padded to a multiple of 4 (T4),
     which ``fp8_einsum`` takes without a copy. The padding is not written.
 
-    Positions are clamped to the table. A NaN or an infinity spoils the 128 elements that it is among and their scale,
-    and nothing else. What lies between the rows of ``x`` (padded heads), and rows of ``cos_sin`` that no token is at,
+    Positions are clamped to the table. A NaN or an infinity changes only the results of its 128 elements and their
+    scale. What lies between the rows of ``x`` (padded heads), and rows of ``cos_sin`` that no token is at,
     may hold NaN.
 
     Args:

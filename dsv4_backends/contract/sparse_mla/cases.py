@@ -173,7 +173,7 @@ def make_gather(
     values: str = "normal",
     layout: str = "plain",
 ) -> dict[str, Any]:
-    """``context``: entries that the block tables have room for, rounded up to pages; ``rows`` of ``out``: so many."""
+    """``context``: entries that fit the block tables, rounded up to pages; ``rows``: rows of ``out``."""
     import torch
 
     from .. import layouts
@@ -198,7 +198,7 @@ def make_gather(
         counts[-1:] = seq_lens[-1:] + 3 if gather == "larger" else 0
         counts[:1] = seq_lens[:1].clamp(max=context // 2)
     first = torch.zeros(r, dtype=torch.long) if counts is None else seq_lens - torch.minimum(counts, seq_lens)
-    if lens == "any":  # any of them may be replaced below
+    if lens == "any":  # some are replaced below
         first, last = torch.zeros(r, dtype=torch.long), torch.full((r,), room)
     else:
         last = seq_lens
@@ -207,13 +207,13 @@ def make_gather(
     slots = (table.unsqueeze(-1) * page_size + torch.arange(page_size)).flatten(1)[used]
     data, scales = layouts.kv_page_views(cache)
     for part in slots.split(1 << 16):
-        if values == "any":  # every code and every scale, NaN among both
+        if values == "any":  # every code and every scale, NaN included
             codes = torch.randint(0, 256, (len(part), layouts.KV_BYTES), generator=generator).to(torch.uint8)
             data[part // page_size, part % page_size] = codes[:, : layouts.KV_DATA_BYTES]
             scales[part // page_size, part % page_size] = codes[:, layouts.KV_DATA_BYTES :]
         else:
             layouts.write_kv(cache, part, draw.normal(generator, len(part), HEAD_DIM).bfloat16())
-    # Entries of the table that nothing needs may hold anything.
+    # Unused entries of the table may hold anything.
     needed = torch.arange(blocks) * page_size < last.unsqueeze(-1)
     table = torch.where(needed, table, 2**31 - 1).int()
     seq_lens = seq_lens.int()

@@ -141,10 +141,10 @@ def gather_dequant_kv(
 
         out[i, offset + j] = entry n - g + j    for 0 <= j < min(g, m - offset)
 
-    Every other row of ``out`` stays as it is. The first 448 elements of an entry are e4m3 times their E8M0 scale,
+    No other row of ``out`` is changed. The first 448 elements of an entry are e4m3 times their E8M0 scale,
     rounded once to bf16, which is exact wherever bf16 holds the product; the last 64 are copied bit for bit. E8M0 code
     c means 2^(c - 127); 0 means 2^-127 and 255 means NaN. An entry on a page that the cache does not have, outside
-    ``[0, pages)``, is 0. Pages that no entry is on, and ``block_table`` beyond the lengths, may hold anything.
+    ``[0, pages)``, is 0. Pages without entries, and ``block_table`` beyond the lengths, may hold anything.
 
     Args:
         k_cache: uint8, int8 or e4m3 ``[pages, page_size, 584]`` or ``[pages, page_size, 1, 584]``, page-split (see
@@ -152,7 +152,7 @@ def gather_dequant_kv(
         seq_lens: int32 ``[r]``, entries of each request.
         block_table: int32 ``[r, blocks]``; rows may have a stride.
         out: bf16 ``[r, m, 512]``, written in place; the last dimension contiguous, other strides free.
-        gather_lens: int32 ``[r]``, how many of them, from the end.
+        gather_lens: int32 ``[r]``, how many entries, counted from the end.
         offset: First row of ``out`` that is written, the same for each request.
 
     Returns:

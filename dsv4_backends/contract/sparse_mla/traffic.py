@@ -106,8 +106,8 @@ def gather(r: int, entries: int, rows: int, page_size: int, *, given: bool = Fal
 
 
 def _caches(server: Deployment) -> Iterator[tuple[str, int, int, bool]]:
-    """The caches that a prefill chunk gathers from: whose, their entries, their page size, and whether only the last
-    entries are wanted.
+    """The caches that a prefill chunk gathers from: their layers, entries and page size, and whether only the last
+    entries are gathered.
     """
     limits = server.limits
     yield "window", min(limits.max_tokens + server.model.window, limits.max_context), WINDOW_PAGE, True

@@ -37,7 +37,7 @@ def e8m0(codes: Tensor) -> Tensor:
 
 
 def nearest_e4m3(x: Tensor) -> Tensor:
-    """The e4m3 values nearest to fp64 x, of two equally near ones that with the even code, 448 beyond; in fp64."""
+    """The e4m3 values nearest to fp64 x, ties to the even code, at most 448; in fp64."""
     size = x.abs()
     _, exponent = torch.frexp(size)  # size is in [2^(exponent - 1), 2^exponent)
     step = torch.ldexp(torch.ones_like(size), exponent.clamp(min=-5) - 4)
@@ -46,7 +46,7 @@ def nearest_e4m3(x: Tensor) -> Tensor:
 
 def block_scale(amax: Tensor) -> Tensor:
     """The scale of blocks by their largest magnitudes: the least power of two not below max(amax, 1e-4) / 448, the
-    quotient rounded to fp32 as the definition has it; in fp64.
+    quotient rounded to fp32 as in the definition; in fp64.
     """
     largest = amax.to(torch.float32).clamp(min=1e-4)
     quotient = largest * torch.tensor(1 / 448, dtype=torch.float32, device=amax.device)

@@ -50,7 +50,7 @@ def _entries(
     ratio: int,
     size: int,
 ) -> tuple[Tensor, Tensor]:
-    """The slots that are written and what, before it is rounded: int64 ``[n]`` and fp64 ``[n, dim]``."""
+    """The slots that are written and their values before rounding: int64 ``[n]`` and fp64 ``[n, dim]``."""
     dim = norm_weight.shape[0]
     written, entries = [], []
     for token in zip(positions.tolist(), requests.tolist(), slots.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""The output projection, one block of 128 at a time, and what makes its activations."""
+"""The output projection, one block of 128 at a time, and the ops that make its activations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def inverse_rope_quant(x: Tensor, positions: Tensor, cos_sin: Tensor, groups: in
 
 
 def read(name: str, result: Tensor) -> Tensor:
-    """What ``inverse_rope_quant`` returns, as numbers."""
+    """The results of ``inverse_rope_quant`` as numbers."""
     if name == "x_fp8":
         return e4m3(result)
     return _scale(result, 4 * result.shape[-1] if result.dtype is torch.int32 else result.shape[-1])
