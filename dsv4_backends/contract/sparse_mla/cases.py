@@ -154,7 +154,7 @@ def make_decode(
 GATHER_TOLERANCES = {
     "out": Tolerance(
         atol=2**-126,
-        why="One rounding of an exact product, or a copy: exact. A CPU that flushes denormals gives 0 for what is below.",
+        why="One rounding of an exact product, or a copy: exact. A CPU that flushes denormals gives 0 below 2^-126.",
     )
 }
 
