@@ -65,6 +65,11 @@ with warnings.catch_warnings():
     model = importlib.import_module("vllm.models.deepseek_v4.nvidia.model")
     marlin = importlib.import_module("vllm.model_executor.kernels.linear.scaled_mm.marlin")
     jit_warmup = importlib.import_module("vllm.model_executor.warmup.jit_warmup")
+    if DEVICE.type == "cpu":
+        # Without Triton's driver vLLM has a stand-in for Triton, which this module cannot be imported with on Hopper.
+        mamba: Any = types.ModuleType("vllm.model_executor.layers.mamba.ops.ssd_chunk_scan")
+        mamba.__getattr__ = lambda name: None
+        sys.modules[mamba.__name__] = mamba
     for last in ("models.deepseek_v4.nvidia.mtp", "models.deepseek_v4.nvidia.dspark", "v1.worker.gpu_worker"):
         importlib.import_module(f"vllm.{last}")
 CUDA_STARTED = torch.cuda.is_initialized()
