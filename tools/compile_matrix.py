@@ -10,6 +10,7 @@ Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--op OP ...] [--ev
 from __future__ import annotations
 
 import argparse
+import collections
 import os
 import re
 import subprocess
@@ -72,20 +73,24 @@ def label(launch: Launch) -> str:
 
 
 class Asked(NamedTuple):
-    """A launch, and the op that asked for it first."""
+    """A launch, and the op that asked for it first. ``types``: of its arguments, where nothing else differs."""
 
     op: str
     launch: Launch
+    types: str = ""
 
     @property
     def label(self) -> str:
-        return f"{label(self.launch)} warps={self.launch.options['num_warps']}"
+        return f"{label(self.launch)} warps={self.launch.options['num_warps']}{self.types}"
+
+
+def _types(launch: Launch) -> list[str]:
+    return [str(getattr(value, "dtype", None) or type(value).__name__) for value in launch.arguments.values()]
 
 
 def _identity(launch: Launch) -> tuple[Any, ...]:
-    types = [str(getattr(value, "dtype", None) or type(value).__name__) for value in launch.arguments.values()]
     shapes = [getattr(value, "block_shape", None) for value in launch.arguments.values()]
-    return label(launch), str(launch.options), str(types), str(shapes)
+    return label(launch), str(launch.options), str(_types(launch)), str(shapes)
 
 
 @cache
@@ -99,7 +104,13 @@ def launches(capability: str, ops: tuple[str, ...] = OPS) -> tuple[Asked, ...]:
             for rank in RANKS:
                 for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch, home):
                     found.setdefault(_identity(launch), Asked(op, launch))
-    return tuple(found.values())
+    repeated = collections.Counter(asked.label for asked in found.values())
+    return tuple(
+        asked._replace(types=f" of {' '.join(t.removeprefix('torch.') for t in _types(asked.launch) if 'torch' in t)}")
+        if repeated[asked.label] > 1
+        else asked
+        for asked in found.values()
+    )
 
 
 def registers_and_stack(compiled: Any) -> tuple[int, int]:

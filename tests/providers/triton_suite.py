@@ -28,6 +28,7 @@ from dsv4_backend_triton.indexer.paged_mqa_logits.plan import Shape
 from dsv4_backend_triton.launch import launch
 from dsv4_backend_triton.lib import bits
 from extremes import check_extreme_scale_codes
+from forcing import forced
 from traffic import served
 
 from dsv4_backends import OPS, ops
@@ -196,7 +197,7 @@ def test_compressors_in_two_launches(splits: int) -> None:
     contract = CONTRACTS[op]
     for overlap in (False, True):
         made = contract.make(device, torch.Generator().manual_seed(splits), t=60, r=3, ratio=20, overlap=overlap)
-        with variants.forced(op, "portable", compressor.Config(4, splits, 1)):
+        with forced(op, "portable", compressor.Config(4, splits, 1)):
             results = checks.subject("triton", op, device).run(made)
         (want,), (found,) = oracle.expected(op, made), oracle.finished(op, made, results)
         assert numerics.compare(found, want, contract.tolerances["k_cache"]).ok
@@ -325,7 +326,7 @@ def test_few_programs_share_ragged_lengths(name: str, rows: int, monkeypatch: py
     out = torch.full((sizes["b"] * sizes.get("next_n", 1), made["max_context_len"]), torch.nan, device=device)
     few = arch_of(device)._replace(sms=5)
     monkeypatch.setattr(paged, "arch_of", lambda _: few)
-    with variants.forced("paged_mqa_logits", "portable", Config(rows, 64, 4, 2, False, 1, rows)):
+    with forced("paged_mqa_logits", "portable", Config(rows, 64, 4, 2, False, 1, rows)):
         paged.paged_mqa_logits(**made, out=out)
     (want,) = oracle.expected("paged_mqa_logits", made)
     error = numerics.compare(out, want, contract.tolerances["out"])
@@ -347,7 +348,7 @@ def test_every_variant_of_the_paged_logits(next_n: int, monkeypatch: pytest.Monk
         monkeypatch.setattr(paged, "arch_of", lambda _, arch=arch: arch)
         for name, config in variants.choices("paged_mqa_logits", Shape(arch, next_n, 64, 128)):
             out = torch.full((b * next_n, columns), torch.nan, device=device)
-            with variants.forced("paged_mqa_logits", name, config):
+            with forced("paged_mqa_logits", name, config):
                 paged.paged_mqa_logits(**made, out=out)
             error = numerics.compare(out, want, contract.tolerances["out"])
             assert error.ok, (name, arch.sms, error)
