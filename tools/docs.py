@@ -52,6 +52,8 @@ BENCH = "h200-bench.json"
 BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
+BENCH_PATH = "h200-bench-attention-path.json"
+FLOOR = "h200-launch-floor.json"
 """The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
 
 ADVICE = {
@@ -512,8 +514,6 @@ def performance() -> str:
         if versions
     )
     parts = [_measured_on(result), f"Measured in the same run: {rates}. Providers: {made_of or 'see above'}."]
-    if _kept(BENCH).with_suffix(".svg").exists():
-        parts.append(f"![What each row reaches, and its roof](results/{BENCH.removesuffix('.json')}.svg)")
     parts += _bench_tables(result)
     return "\n\n".join([*parts, f"{bench.verdict(result.rows)}."])
 
@@ -528,6 +528,23 @@ def performance_code() -> str:
     """What the kernels for SM80 take with SM80's own instructions."""
     result = bench.read(_kept(BENCH_CODE))
     return "\n\n".join([_measured_on(result), *_bench_tables(result)])
+
+
+def performance_path() -> str:
+    """The ops around attention next to vLLM's own kernels, as far as they are kept."""
+    result = bench.read(_kept(BENCH_PATH))
+    return "\n\n".join([_measured_on(result), *_bench_tables(result)])
+
+
+def launch_floor() -> str:
+    """Small calls next to empty kernels of the same grids."""
+    result = records.read(kept.Floor, _kept(FLOOR))
+    rows = [
+        (code(r.op), r.name, f"{r.us:.1f}", f"{r.empty_us:.1f}", f"{r.us - r.empty_us:.1f}", str(r.launches))
+        for r in result.rows
+    ]
+    header = ("op", "row", "call, µs", "empty, µs", "difference", "launches")
+    return f"{_measured_on(result)}\n\n{table(header, rows)}"
 
 
 def _bench_tables(result: bench.Result) -> list[str]:
@@ -814,6 +831,8 @@ PARTS: dict[str, Callable[[], str]] = {
         performance,
         performance_scales,
         performance_code,
+        performance_path,
+        launch_floor,
         provider_fields,
         providers,
         reasons,

@@ -51,7 +51,7 @@ for step in $steps; do
         "${ours[@]}" bench "${tp[@]}" --json "${results[-1]}" | tail -2
       done
       "${ours[@]}" tune "${results[@]}" --output "dsv4_backends/selection/tables/sm_$capability.json"
-      "${ours[@]}" bench --also-as sm_80 --also-as sm_89 --json "$out/$card-bench.json" --plot "$out/$card-bench.svg" | tail -2
+      "${ours[@]}" bench --also-as sm_80 --also-as sm_89 --json "$out/$card-bench.json" | tail -2
       "${ours[@]}" bench --op fp8_einsum --scales token-major --json "$out/$card-bench-token-major.json" | tail -2
       TRITON_OVERRIDE_ARCH=sm80 DSV4_BACKENDS_DEVICE=sm_80 \
         "${ours[@]}" bench --provider triton --json "$out/$card-bench-code-sm_80.json" | tail -2 ;;

@@ -64,7 +64,7 @@ class Row:
 
     op: str
     name: str
-    params: dict[str, int | str]
+    params: dict[str, bool | int | str]
     flops: float = 0.0
     bytes: float = 0.0
     math: str = ""
