@@ -144,13 +144,14 @@ def test_what_nothing_serves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     (row,) = (line for line in out.splitlines() if line.startswith("mqa_logits "))
     assert row.rstrip().endswith("none")
     assert "mqa_logits: triton: runs on an NVIDIA GPU, this is the CPU" in out
-    assert "NOT SERVED: 1 of 14" in out
+    assert re.search(r"NOT SERVED: 1 of \d+", out)
 
 
 def test_a_model_of_one_kind_of_layer() -> None:
     window = Model(**{**vars(FLASH), "compress_ratios": (0, 0)})
     ops = {need.op for need in check.needs(window.rank(1), Limits(4096, 1, 4096), machine.CPU)}
-    assert ops == set(OPS) - {"mqa_logits", "paged_mqa_logits"}
+    without = {"mqa_logits", "paged_mqa_logits", "indexer_q_rope_quant", "indexer_compress_insert"}
+    assert ops == set(OPS) - without - {"compress_norm_rope_insert"}
 
 
 def config(**change: Any) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def test_a_folder_with_a_config(
     assert code == 0
     words = " ".join(out.split())
     assert "4 heads, 1 output group and 32 index heads on a rank; contexts up to 8192 tokens, 256 sequences" in words
-    assert "warning: only the reference serves 16 of 16, which is slow" in out
+    assert re.search(r"warning: only the reference serves (\d+) of \1, which is slow", out)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
             {"num_attention_heads": 300},
             "NOT SERVED: sparse_mla_decode: argument q: expected 1 to 128 heads, got h_q 300",
         ),
-        ({"hidden_size": 2**31 - 1, "hc_mult": 2**31 - 1}, "NOT SERVED: 6 of 16"),
+        ({"hidden_size": 2**31 - 1, "hc_mult": 2**31 - 1}, "NOT SERVED: 6 of "),
         ({"qk_rope_head_dim": 128}, "NOT SERVED: qk_rope_head_dim: expected 64, got 128"),
         ({"head_dim": 576}, "NOT SERVED: head_dim: expected 512, got 576"),
         (
@@ -292,10 +293,17 @@ def test_a_model_without_a_configuration() -> None:
 
 def test_a_step_of_fewer_tokens() -> None:
     """An engine that splits the indexer's logits needs less."""
+    (usual,) = check.check("flash", device="sm_90")
     (found,) = check.check("flash", max_num_batched_tokens=512, device="sm_90")
     assert found.limits.max_tokens == 512
+    assert usual.memory is not None
     assert found.memory is not None
-    assert found.memory.call < 1.5 * 2**30
+    # What is left does not depend on it: the workspace that prefill gathers a long context's keys to.
+    assert (usual.memory.call_of.split(",")[0], found.memory.call_of.split(",")[0]) == (
+        "mqa_logits",
+        "gather_dequant_kv",
+    )
+    assert found.memory.call < usual.memory.call / 3
 
 
 def test_what_was_not_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -443,7 +451,7 @@ def draw_config(rng: random.Random) -> dict[str, Any]:
         o_groups=groups,
         o_lora_rank=rng.choice([32, 100, 128, 256]),
         index_n_heads=rng.choice([1, 3, 8, 64]),
-        index_head_dim=rng.choice([16, 64, 100, 128]),
+        index_head_dim=rng.choice([16, 100, 128, 128, 128]),
         index_topk=rng.choice([1, 8, 64, 500]),
         sliding_window=rng.choice([1, 16, 100, 128]),
         hc_mult=rng.choice([1, 2, 3, 4]),
@@ -485,6 +493,7 @@ def test_a_yes_is_kept(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         and "torch_dtype" not in drawn
         and set(drawn["compress_ratios"]) <= {0, 4, 128}
         and found.rank.heads <= 128
+        and (drawn["index_head_dim"] == 128 or 4 not in drawn["compress_ratios"])
     )
     assert found.ok == expected, (found.unsupported, found.broken)
     if not found.ok:

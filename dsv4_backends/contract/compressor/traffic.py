@@ -65,7 +65,7 @@ def _layers(model: Model, op: str) -> Iterator[tuple[int, int, str]]:
     """The ratios at which the model has such compressors, with the width of a key and the name of their users."""
     for ratio in (4, 128):
         if ratio in model.compress_ratios and op == "compress_norm_rope_insert":
-            yield ratio, model.head_dim, f"ratio {ratio} layers"
+            yield ratio, model.head_dim, f"ratio {ratio}"
         elif ratio in model.compress_ratios and ratio == INDEXER_RATIO:
             yield ratio, model.index_dim, "indexer"
 
@@ -92,7 +92,7 @@ def _needs(op: str, server: Deployment) -> Iterator[Need]:
         for ratio, dim, whose in _layers(server.model, op):
             sizes = {"t": tokens, "ratio": ratio, "page_size": BLOCK // ratio}
             make = functools.partial(_arguments, server, ratio, dim, tokens)
-            yield Need(op, f"compressor of the {whose}, {step}", sizes, make)
+            yield Need(op, f"compressor, {whose}, {step}", sizes, make)
 
 
 def _class(positions: Shape, state: Shape) -> tuple[str, int]:

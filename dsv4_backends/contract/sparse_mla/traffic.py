@@ -113,7 +113,7 @@ def _caches(server: Deployment) -> Iterator[tuple[str, int, int, bool]]:
     yield "window", min(limits.max_tokens + server.model.window, limits.max_context), WINDOW_PAGE, True
     for ratio in (INDEXER_RATIO, 128):
         if ratio in server.model.compress_ratios:
-            yield f"ratio {ratio} layers", -(-limits.max_context // ratio), BLOCK // ratio, False
+            yield f"ratio {ratio}", -(-limits.max_context // ratio), BLOCK // ratio, False
 
 
 def _workspace_rows(server: Deployment) -> int:
@@ -184,7 +184,7 @@ def _gather_needs(server: Deployment) -> Iterator[Need]:
     for keys, entries, page_size, given in _caches(server):
         sizes = {"r": r, "entries": entries, "m": rows, "page_size": page_size}
         make = functools.partial(gather, r, entries, rows, page_size, given=given)
-        yield Need("gather_dequant_kv", f"keys of the {keys}, prefill", sizes, make)
+        yield Need("gather_dequant_kv", f"keys, {keys}, prefill", sizes, make)
 
 
 def _gather_class(k_cache: Shape, out: Shape) -> tuple[str, int]:
