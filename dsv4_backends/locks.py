@@ -1,6 +1,6 @@
 """The locks of this package, in the order in which they may be taken, and what ``fork()`` does with them.
 
-A process may fork while another thread holds one. The child has no such thread, so nobody would let go; and what the
+A process may fork while another thread holds one. The child has no such thread, so it is never released; and what the
 lock guards, an import among it, would stay half done. So a fork waits for them, and the child gets them free.
 """
 
@@ -34,9 +34,9 @@ def _after() -> None:
 
 def _in_child() -> None:
     for lock in _ORDER:
-        if lock not in _forking.taken:  # whoever has it is not in this process
+        if lock not in _forking.taken:  # its owner is not in this process
             lock._at_fork_reinit()  # type: ignore[attr-defined]
-    _after()  # not anew: this thread may have forked while it had one
+    _after()  # not acquired again: this thread may have forked while it had one
 
 
 if hasattr(os, "register_at_fork"):

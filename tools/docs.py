@@ -857,7 +857,7 @@ def written() -> list[Path]:
 
 
 def render(text: str) -> str:
-    """A page's text with every generated part made anew."""
+    """A page's text with every generated part made again."""
     return MARK.sub(lambda m: f"{m[1]}\n{PARTS[m['name']]()}\n\n{m[3]}", text)
 
 

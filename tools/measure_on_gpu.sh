@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measurement that the docs show, anew on this GPU; then `python tools/docs.py` writes the pages.
+# Every measurement that the docs show, made again on this GPU; then `python tools/docs.py` writes the pages.
 # Usage: tools/measure_on_gpu.sh WHEELS OUT [STEP...]
 #   WHEELS  folder with a folder of wheels for each release line: tokenspeed, sgl, vllm (see tools/native_on_gpu.sh).
 #           bench and transformers are run with the first of them that is there.

@@ -1,7 +1,7 @@
 """What the adapters over DeepGEMM and FlashMLA add to calling the library directly, on a Hopper GPU.
 
 On the rows of ``bench``, of whichever library is installed. Ways of using it are compared like with like: ``call``,
-where everything is made anew in every call (directly: metadata in the call), and for the ops that plan from lengths
+where everything is made again in every call (directly: metadata in the call), and for the ops that plan from lengths
 also ``step``, where these are promised to stay (``dsv4_backends.step()``; directly: metadata made beforehand).
 
 GPU time: CUDA graphs of one and of nine calls, with the L2 flushed before each call; the difference between the two,
@@ -157,7 +157,7 @@ def measure(op: str, case: str, made: dict[str, Any], mode: str, flush: torch.Te
 
 
 def call_once(part: int, parts: int, rows: list[tuple[str, str]]) -> None:
-    """Make every ``parts``-th call once; what cannot be called is told when it is measured."""
+    """Make every ``parts``-th call once; what cannot be called is reported when it is measured."""
     for op, case in rows[part::parts]:
         with contextlib.suppress(Exception):
             made = as_engines_have_it(ROWS[op][case], torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""``dsv4-backends engine ENGINE``: what an engine's hook replaces, where, by whom, and why not."""
+"""``dsv4-backends engine ENGINE``: what an engine's hook replaces, where, by which provider, and why not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add(command: AddCommand) -> None:
-    engine = command("engine", run, "what an engine's hook replaces, where, by whom, and why not")
+    engine = command("engine", run, "what an engine's hook replaces, where, by which provider, and why not")
     engine.add_argument("engine", choices=tuple(ENGINES), metavar="ENGINE", help=", ".join(ENGINES))
     engine.add_argument("--device", **DEVICE)
 

@@ -25,7 +25,7 @@ FINDINGS = {
     "engine": "something is refused",
     "verify": "a case failed, or a named provider cannot run",
     "warmup": "an op without a provider, or a kernel that does not compile",
-    "bench": "a wrong result, a failure, or nobody to measure",
+    "bench": "a wrong result, a failure, or no provider to measure",
     "bench compare": "something got slower, or lost its time",
     "bench plot": "",
     "tune": "",

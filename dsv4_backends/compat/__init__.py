@@ -256,7 +256,7 @@ def install(*names: str) -> Installed:
 
 
 def uninstall(*names: str) -> None:
-    """Take back ``install()``: the names mean again what they meant before, unless somebody else has replaced them.
+    """Take back ``install()``: the names mean again what they meant before, unless other code has replaced them.
 
     Args:
         names: As for ``install``; default: both.

@@ -1,4 +1,4 @@
-"""Engines that reach the ops through their own door. Importing this package imports no engine and no torch."""
+"""Engines, each through its plugin mechanism. Importing this package imports no engine and no torch."""
 
 from __future__ import annotations
 

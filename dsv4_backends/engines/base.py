@@ -1,6 +1,6 @@
 """What every engine has: the version gate, the plan, and for those with hooks apply, undo, counters and log lines.
 
-An engine is data and a few functions of its own, as a provider is. ``Engine`` says what would be replaced and by whom.
+An engine is data and a few functions, like a provider. ``Engine`` says what would be replaced, and by which provider.
 ``HookedEngine`` replaces functions: in modules that have been imported at once, in the others when the engine imports
 them. Nothing of an engine is imported here, and CUDA is not started.
 """
@@ -142,7 +142,7 @@ class Engine:
         return None if patching.source_of(self.name) is None else version_of(self.name) or ""
 
     def plan(self, device: str | None = None, *, force: bool = False) -> Plan:
-        """What is replaced, where, and by whom; once that has been done, how it stands in this process.
+        """What is replaced, where, and by which provider; once that has been done, how it stands in this process.
 
         CUDA is not started.
 
@@ -340,7 +340,7 @@ class HookedEngine(Engine):
         """Take back ``apply()`` in this process, as far as what stands there is still ours.
 
         Returns:
-            The names that somebody else has replaced since; they are left alone.
+            The names that other code has replaced since; they are left alone.
         """
         hook.forget(self._on_import)
         others = self.patches.undo()

@@ -49,7 +49,7 @@ def forget(callback: Callback) -> None:
 
 
 def waiting() -> tuple[str, ...]:
-    """The modules that somebody waits for."""
+    """The modules that a hook waits for."""
     return tuple(_waiting)
 
 
@@ -74,7 +74,7 @@ def _loaded(module: ModuleType) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: it lets the other finders find a module that somebody waits for, and marks its loader."""
+    """Finds nothing itself: it lets the other finders find a module that a hook waits for, and marks its loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

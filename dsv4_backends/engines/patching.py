@@ -43,7 +43,7 @@ class Target:
             may then stand around one name.
         releases: The engine's releases that have it, as specifiers; empty: all that are supported.
         lacking: The compute capabilities on which the engine's own does not work, as a claim
-            (``selection/capability.py``); empty: on all. Elsewhere it is replaced only where the user wishes for a
+            (``selection/capability.py``); empty: on all. Elsewhere it is replaced only where the user asks for a
             provider of its op.
         without: A package that the engine's own needs: where it is missing, the engine's own works nowhere. With
             ``lacking`` empty, ours is for that alone.
@@ -117,7 +117,7 @@ class Patches:
         setattr(holder, name, replacement)
 
     def put_back(self, module: ModuleType, attribute: str) -> bool:
-        """Put back what stood there; False where somebody else has replaced it since, and then it is left alone."""
+        """Put back what stood there; False if other code has replaced it since; it is then left alone."""
         last = len(self.done) - 1
         index = next(last - i for i, done in enumerate(reversed(self.done)) if done[:2] == (module, attribute))
         _, _, original, replacement = self.done.pop(index)
@@ -128,7 +128,7 @@ class Patches:
         return True
 
     def undo(self) -> list[str]:
-        """Put back everything; the names that somebody else has replaced since, which are left alone."""
+        """Put back everything; the names that other code has replaced since are left alone."""
         names = [(module, attribute) for module, attribute, _, _ in reversed(self.done)]
         return [f"{module.__name__}:{attribute}" for module, attribute in names if not self.put_back(module, attribute)]
 

@@ -33,7 +33,7 @@ def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> in
     Raises:
         PolicyError: an unknown op, or no such device.
         ContractError: an argument breaks the contract.
-        NoProviderError: nobody would serve the call.
+        NoProviderError: no provider would serve the call.
     """
     contract, where = CONTRACTS[policy.known_op(op)], machine.torch_device(device)
     contract.require_names(arguments)

@@ -320,7 +320,7 @@ def is_default(bindings: Bindings) -> bool:
 
 
 def reset() -> None:
-    """Forget every binding, plugin and counter: the next call resolves anew, for a changed environment."""
+    """Forget every binding, plugin and counter: the next call resolves again, for a changed environment."""
     global _default, _last_scoped
     with lock:
         _default = _last_scoped = None
@@ -389,7 +389,7 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[.
 
     Raises:
         PolicyError: an unknown op, or no such device.
-        NoProviderError: nobody serves it.
+        NoProviderError: no provider serves it.
 
     For those who have checked their arguments and want the last microsecond, and for tools. Vectors have to be
     contiguous then, numbers Python's, and nothing may require grad. A function that refuses some shapes is returned all
@@ -417,7 +417,7 @@ def who_serves(op: str, arguments: Mapping[str, Any]) -> str:
     Raises:
         PolicyError: an unknown op.
         ContractError: an argument breaks the contract.
-        NoProviderError: nobody serves it.
+        NoProviderError: no provider serves it.
     """
     contract = CONTRACTS[policy.known_op(op)]
     contract.require_names(arguments)

@@ -4,8 +4,8 @@ Eager calls check the contract and go straight to the bound implementation. Unde
 other subclassed tensors) the same call is one ``torch.library`` op, ``torch.ops.dsv4_backends.<op>``, or
 ``<op>_out`` where the caller brings result buffers. An op that writes in place has one form, which mutates.
 
-The ops are for inference. Where grad mode is on and an argument requires grad, a call raises ``ContractError``, whoever
-would serve it: there is no backward, and nothing is detached silently. Results never require grad.
+The ops are for inference. Where grad mode is on and an argument requires grad, a call raises ``ContractError``,
+whichever provider would serve it: there is no backward, and nothing is detached silently. Results never require grad.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def step() -> Iterator[None]:
 
     Providers may then compute what depends on the lengths alone (a schedule) once instead of in every call. A length
     that is written to by PyTorch inside the block is noticed; one that is written to by other means is not. A block
-    around calls that a CUDA graph captures belongs inside the capture: then each replay computes the schedule anew.
+    around calls that a CUDA graph captures belongs inside the capture: then each replay computes the schedule again.
     """
     token = _current.set(_Step())
     try:

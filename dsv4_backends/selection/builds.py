@@ -94,7 +94,7 @@ def notices(implementation: Implementation) -> tuple[Reason, ...]:
 
 
 def forget() -> None:
-    """The next question looks anew."""
+    """The next question looks again."""
     _probe.cache_clear()
     _ask_child.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Other people's code and data: they may raise anything, print, hang, or be unreadable, and harm nobody but themselves.
+"""Other people's code and data: they may raise anything, print, hang, or be unreadable, and harm only themselves.
 
 What runs in this process cannot be stopped. So a command runs it in a thread and goes on after ``LIMIT`` seconds; a
 call of an op waits, as every import does.

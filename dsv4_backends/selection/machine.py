@@ -220,7 +220,7 @@ def device_of(torch_device: Any) -> Device:
 
 
 def torch_device(wanted: Any = None, name: str = "device") -> Any:
-    """The ``torch.device``, with its index, that somebody asks for by whatever PyTorch takes.
+    """The ``torch.device``, with its index, that a caller names by anything that PyTorch takes.
 
     Args:
         wanted: None: the current GPU, else the CPU.

@@ -77,7 +77,7 @@ def load(deny: frozenset[str] = frozenset(), strict: bool = False) -> Plugins:
         deny: Names of plugins whose module is not even imported.
         strict: Raise ``PluginError`` for the first broken plugin instead of recording it.
     """
-    with bindings:  # a fork waits, else the child would wait for an import that nobody ends
+    with bindings:  # a fork waits, else the child would wait for an import that never ends
         found = _load(deny)
     if strict and found.broken:
         plugin = found.broken[0]
@@ -87,7 +87,7 @@ def load(deny: frozenset[str] = frozenset(), strict: bool = False) -> Plugins:
 
 
 def forget() -> None:
-    """The next question loads anew."""
+    """The next question loads again."""
     _load.cache_clear()
 
 
@@ -142,7 +142,7 @@ def _entry_points() -> tuple[list[Plugin], list[EntryPoint]]:
                     raise ValueError(f"the header [{GROUP} has no closing bracket")
                 points += ours
             except Exception as error:
-                # What raised over the text of one has the bytes; a stranger's of another group are no business of ours.
+                # What raised over the text of one has the bytes; those of other groups do not matter here.
                 raw = error.object if isinstance(error, UnicodeDecodeError) else _raw(distribution)
                 if _HEADER.search(raw):
                     message = f"entry_points.txt cannot be read: {words(error)}"

@@ -218,7 +218,7 @@ def use_providers(
     Raises:
         PolicyError: an unknown op or provider, with the known ones; or an argument of another kind.
 
-    A block binds its ops anew on first use, so keep it around whole models rather than single calls.
+    A block binds its ops again on first use, so keep it around whole models rather than single calls.
     """
     from . import plugins
 

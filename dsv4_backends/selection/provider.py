@@ -58,7 +58,7 @@ REASONS: dict[str, str] = {
     "slower-kernels": "The installed compiler lacks what some kernels need; slower ones serve. Not a refusal.",
     "cache-unusable": "The compiler cannot keep its kernels on disk: the first call of each kernel will fail.",
     "notices-failed": "The provider's own look at what is worth knowing failed. Not a refusal.",
-    "experimental": "The provider is experimental and nobody asked for it.",
+    "experimental": "The provider is experimental and was not asked for.",
     "denied": "DSV4_BACKENDS_DENY (or use_providers(deny=...)) names the provider.",
     "not-allowed": "DSV4_BACKENDS_ALLOW (or use_providers(allow=...)) is set and does not name the provider.",
     "not-pinned": "The op is pinned to another provider.",
@@ -86,7 +86,7 @@ REASONS: dict[str, str] = {
     "engine-model": "The model is not one that the integration knows.",
     "engine-dtype": "No op takes this part of the model in its dtype, or with these settings.",
     "engine-mode": "The engine asks for something that the ops do not do.",
-    "engine-state": "The model is enabled already, or not yet, or somebody else has changed it.",
+    "engine-state": "The model is enabled already, or not yet, or other code has changed it.",
 }
 """Every reason code of the layer. A provider's own ``refuses`` function may use further codes."""
 
@@ -239,7 +239,7 @@ class ProviderSpec:
         tier: See ``Tier``.
         implementations: One per op and claim; several for one op are allowed where their claims differ.
         requires: PEP 508 requirements, all of which must be installed, e.g. ``("triton>=3.6",)``.
-        hint: The next step for somebody who lacks what ``requires`` names, e.g. ``"pip install triton"``.
+        hint: The next step for a user who lacks what ``requires`` names, e.g. ``"pip install triton"``.
         probe: Optional ``"package.module:function"`` for a library that comes in several distributions or builds.
             ``function(load)`` returns a ``Build`` for each op. Without ``load`` it reads metadata and files only; with
             it, it imports the library last and looks at its functions.

@@ -65,8 +65,8 @@ class Served:
 
     Attributes:
         resolution: The choice, its candidates in the order in which a call asks them, with what they answered.
-        by: What decided: ``"pin"``, ``"measured"``, ``"order"`` (the user's) or ``"rank"``; empty where nobody serves.
-        unless: Where somebody else serves; nothing for given shapes.
+        by: What decided: ``"pin"``, ``"measured"``, ``"order"`` (the user's) or ``"rank"``; empty if none serves.
+        unless: Where another provider serves; nothing for given shapes.
     """
 
     resolution: Resolution
@@ -79,7 +79,7 @@ class Served:
 
     @property
     def provider(self) -> str:
-        """The provider's name; empty where nobody serves."""
+        """The provider's name; empty where no provider serves."""
         return "" if (candidate := self.candidate) is None else candidate.name
 
     @property
@@ -176,7 +176,7 @@ class Resolution:
         Args:
             shapes: Those of the two tensors of a call that ``preferences.CLASSES`` names. None: in general, which is
                 the first in rank, or the one that measurements put before it on most classes of shapes.
-            ask: See ``Served.asked``; None: nobody is asked.
+            ask: See ``Served.asked``; None: no provider is asked.
         """
         accepted = self.accepted
         first = accepted[0] if accepted else None
@@ -195,7 +195,7 @@ class Resolution:
         unless: tuple[Unless, ...] = ()
         if shapes is None and holding:
             unless = tuple(Unless(*found) for found in measured.elsewhere(holding, prefer))
-        # The order is decided: to ask the result again may not decide it anew.
+        # The order is decided: to ask the result again may not decide it again.
         resolution = replace(self, candidates=tuple(candidates), measured=())
         served = Served(resolution, "measured" if prefer else self.origin_of(first), unless)
         return served if ask is None else served.asked(ask)
@@ -302,7 +302,7 @@ def _in_mode(op: str, provider: ProviderSpec, policy: Policy) -> list[Implementa
 def _changes(preference: Preference, ranked: Iterable[Candidate], policy: Policy) -> bool:
     """Whether the provider that would be called was measured to be slower than another, and the user set neither.
 
-    Where a third comes first, the user's or a stranger's, nothing was measured against it.
+    Where a third comes first, the user's or a third party's, nothing was measured against it.
     """
     accepted = [c for c in ranked if c.accepted]
     free = [c.name for c in accepted if c.warning is None and c.name not in policy.order]

@@ -32,7 +32,7 @@ class Survey:
 
     @property
     def uncovered(self) -> list[str]:
-        """The ops that nobody serves."""
+        """The ops that no provider serves."""
         return [r.op for _, resolutions in self.resolutions for r in resolutions if r.serves().candidate is None]
 
 

@@ -124,7 +124,7 @@ def enable(model: Any, *, fp8: bool | None = None) -> tuple[Part, ...]:
     for plan in plans:
         if "forward" in vars(plan.module):
             kind = type(plan.module).__name__
-            raise EngineError(Reason("engine-state", f"the forward of a {kind} has been replaced by somebody else"))
+            raise EngineError(Reason("engine-state", f"the forward of a {kind} has been replaced by other code"))
     for plan in plans:
         plan.module.forward = plan
     model.set_attn_implementation(NAME)

@@ -1,4 +1,4 @@
-"""vLLM, by its own door: the entry point ``vllm.general_plugins``, which vLLM calls in every process it starts.
+"""vLLM, through the entry point ``vllm.general_plugins``, which vLLM calls in every process it starts.
 
 ``plan()`` says what would be replaced, ``apply()`` replaces it as the modules are imported, ``undo()`` takes it back.
 ``register()`` is what vLLM calls; it does nothing unless ``DSV4_BACKENDS_ENGINE`` asks. Nothing of vLLM is imported
