@@ -144,6 +144,24 @@ class Floor(Measured):
     rows: tuple[FloorRow, ...]
 
 
+@dataclass(frozen=True)
+class SameBytesRow:
+    """Of ``result``, how many bytes were written, and how many of them vLLM's kernel writes otherwise."""
+
+    op: str
+    name: str
+    result: str
+    written: int
+    differ: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SameBytes(Measured):
+    """Of tools/vllm_kernels/compare_bytes.py."""
+
+    rows: tuple[SameBytesRow, ...]
+
+
 # -------------------------------------------------------------------------------------------------- suites
 
 

@@ -12,6 +12,15 @@ from typing import Any
 
 from dsv4_backends import Implementation, ProviderSpec, Reason, Tier, hookimpl
 
+OPS = (
+    "compress_norm_rope_insert",
+    "indexer_compress_insert",
+    "indexer_q_rope_quant",
+    "gather_dequant_kv",
+    "inverse_rope_quant",
+    "inverse_rope",
+)
+
 
 @hookimpl
 def dsv4_providers() -> Any:
@@ -19,19 +28,11 @@ def dsv4_providers() -> Any:
         refuses = f"vllm_kernels:refuses_{op}" if f"refuses_{op}" in globals() else None
         return Implementation(op=op, target=f"vllm_kernels:{op}", refuses=refuses, capability=(">=8.9",))
 
-    ops = (
-        "compress_norm_rope_insert",
-        "indexer_compress_insert",
-        "indexer_q_rope_quant",
-        "gather_dequant_kv",
-        "inverse_rope_quant",
-        "inverse_rope",
-    )
     yield ProviderSpec(
         name="vllm_kernels",
         summary="vLLM's own Triton kernels, for comparison",
         tier=Tier.EXPERIMENTAL,
-        implementations=tuple(map(implementation, ops)),
+        implementations=tuple(map(implementation, OPS)),
     )
 
 
