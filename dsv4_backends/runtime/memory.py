@@ -124,12 +124,16 @@ def cache(rank: Rank, *, next_n: int) -> tuple[int, int]:
 
 
 def call(op: str, arguments: Mapping[str, Any]) -> int:
-    """Bytes that exist for a call only: its arguments but cache and weights, and its results. Nothing is allocated."""
+    """Bytes that exist for a call only: its arguments but cache and weights, and its results. Nothing is allocated.
+
+    An argument that the op writes into and returns is counted once, and not at all where it is cache.
+    """
     import torch
 
     contract = CONTRACTS[op]
     made = contract.function(**arguments)
     results = made if isinstance(made, tuple) else (made,)
+    results = tuple(result for result in results if all(result is not value for value in arguments.values()))
     given = [value for name, value in arguments.items() if name not in contract.traffic.held]
     return sum(_bytes(value) for value in (*given, *results) if isinstance(value, torch.Tensor))
 
