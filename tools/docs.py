@@ -662,8 +662,9 @@ def _conformance(which: str) -> str:
         label = ", ".join(result.libraries.values()) or simulated
         if "--torch-device" in result.command:
             label += "; tensors on cuda:1, cuda:0 current"
-        rows.append((label, result.level, *map(str, cells)))
-    names = ("builds", "level", "passed", "failed", "refused by shape", "skipped otherwise")
+        ops = ", ".join(code(op) for op in re.findall(r"--op (\w+)", result.command)) or "all of that commit"
+        rows.append((label, ops, said_commit(result.commit), result.level, *map(str, cells)))
+    names = ("builds", "ops", "commit", "level", "passed", "failed", "refused by shape", "skipped otherwise")
     return f"{header}{table(names, rows)}" if rows else "Not run yet."
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsv4_backends import CONTRACTS
 from dsv4_backends.contract import inputs, layouts
 from dsv4_backends.testing import checks, numerics, oracle
 
@@ -147,3 +148,30 @@ def test_paged_mqa_logits(
         "max_context_len": columns,
     }
     agrees("paged_mqa_logits", made)
+
+
+OTHERS = [op for op, contract in CONTRACTS.items() if contract.values and f"test_{op}" not in globals()]
+"""Ops without a test of their own above."""
+
+
+@pytest.mark.parametrize("op", OTHERS)
+@fuzz
+@given(st.data())
+def test_any_values(op: str, data: Any) -> None:
+    """The smoke cases, with any value in what indexes, and numbers where they have NaN that no index leads to."""
+    contract = CONTRACTS[op]
+    made = contract.inputs(data.draw(st.sampled_from(contract.at_level("smoke"))), "cpu")
+    for name, value in made.items():
+        wide = isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() > 1
+        if wide and name not in contract.buffers:
+            value.nan_to_num_(0.25)
+    for name in {each.argument for each in contract.values}:
+        if made.get(name) is not None and data.draw(st.booleans()):
+            given_values = made[name]
+            drawn = values(data.draw, max(map(int, given_values.shape), default=0), *given_values.shape)
+            if name == "slots":  # two entries in one slot mean nothing
+                drawn[[int(value) in drawn[:i].tolist() for i, value in enumerate(drawn)]] = -1
+            made[name] = (
+                inputs.spread(drawn.to(given_values.dtype)) if drawn.dim() > 1 else drawn.to(given_values.dtype)
+            )
+    agrees(op, made)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import native_calls
 import native_overhead
 import pytest
 import torch
+from paths import ROOT
 
 from dsv4_backends import CONTRACTS
 from dsv4_backends.bench import shapes
+from dsv4_backends.runtime.bind import signature_mismatch
 from dsv4_backends.selection import plugins
 from dsv4_backends.selection.provider import Tier
 
@@ -23,6 +26,21 @@ def test_every_op_of_a_native_provider_has_a_direct_call() -> None:
         for implementation in provider.implementations
     }
     assert claimed == native_overhead.PROVIDERS
+
+
+def test_the_provider_of_vllms_kernels_has_the_contracts_signatures() -> None:
+    """Its functions import vLLM when they are called, so that they can be looked at without it."""
+    spec = importlib.util.spec_from_file_location("vllm_kernels", ROOT / "tools/vllm_kernels/vllm_kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (provider,) = module.dsv4_providers()
+    assert provider.implementations
+    for implementation in provider.implementations:
+        for target in filter(None, (implementation.target, implementation.refuses)):
+            function = getattr(module, target.partition(":")[2])
+            assert signature_mismatch(CONTRACTS[implementation.op], function) is None, target
 
 
 @pytest.mark.parametrize("op", native_calls.NATIVE)

@@ -1,9 +1,8 @@
 """A vLLM general plugin for tools/serve_on_gpu.sh: what a bundle without TileLang and the CuTe DSL, and without a
 checkpoint, needs.
 
-- Where TileLang is missing, vLLM's hyper-connections run in plain PyTorch (slow); where the CuTe DSL is missing, its
-  head-512 compressor is vLLM's own Triton kernels. Both are the baseline's: our hook replaces the compressor where it
-  takes over, and the prenorm GEMM in either.
+- With our hook off: without TileLang, vLLM's hyper-connections run in plain PyTorch (slow); without the CuTe DSL, its
+  head-512 compressor is vLLM's own Triton kernel. Our hook replaces both by itself.
 - Dummy weights get the variance of trained ones: the standard +-0.001 makes attention and logits flat.
 - SERVE_CAPABILITY=8.0 makes vLLM see that compute capability.
 """
@@ -78,84 +77,32 @@ EXPERTS = int(os.environ.get("SERVE_EXPERTS", "256"))
 # ---------------------------------------------------------------------------- hyper-connections without TileLang
 
 
-def _mixes(x: Tensor, fn: Tensor, numel: int, hc: int, scale: Tensor, base: Tensor, rms_eps: float, pre_eps: float,
-           sink_eps: float, post_mult: float, repeat: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from vllm.utils.deep_gemm import tf32_hc_prenorm_gemm  # ours where the hook is on
+def vllms_gemm(x: Tensor, fn: Tensor) -> tuple[Tensor, Tensor]:
+    """``ops.hc_prenorm_gemm`` by what vLLM calls for it; DeepGEMM's takes multiples of 8 rows."""
+    from vllm.utils.deep_gemm import tf32_hc_prenorm_gemm
 
+    if fn.shape[0] % 8:
+        wide = x.float()
+        return wide @ fn.T, wide.square().sum(-1)
     product = torch.empty(1, x.shape[0], fn.shape[0], dtype=torch.float32, device=x.device)
     squares = torch.empty(1, x.shape[0], dtype=torch.float32, device=x.device)
     tf32_hc_prenorm_gemm(x, fn, product, squares, 1)
-    mix = product[0] * torch.rsqrt(squares[0] / numel + rms_eps).unsqueeze(-1)
-    pre = torch.sigmoid(mix[:, :hc] * scale[0] + base[:hc]) + pre_eps
-    post = torch.sigmoid(mix[:, hc : 2 * hc] * scale[1] + base[hc : 2 * hc]) * post_mult
-    comb = mix[:, 2 * hc :].view(-1, hc, hc) * scale[2] + base[2 * hc :].view(1, hc, hc)
-    comb = torch.softmax(comb, -1) + sink_eps
-    comb = comb / (comb.sum(-2, keepdim=True) + sink_eps)
-    for _ in range(repeat - 1):
-        comb = comb / (comb.sum(-1, keepdim=True) + sink_eps)
-        comb = comb / (comb.sum(-2, keepdim=True) + sink_eps)
-    return pre, post, comb
+    return product[0], squares[0]
 
 
-def _norm(y: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    if weight is None:
-        return y.to(torch.bfloat16)
-    rsqrt = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y.to(torch.bfloat16).float() * rsqrt * weight.float()).to(torch.bfloat16)
+def hyper_connections() -> dict[str, Any]:
+    """Those of our hook, by vLLM's names and over vLLM's GEMM."""
+    from dsv4_backends.engines.vllm import hyper_connections as ours
 
+    ours.ops = types.SimpleNamespace(hc_prenorm_gemm=vllms_gemm)  # type: ignore[assignment]
+    return {
+        "mhc_pre_tilelang": ours.pre,
+        "mhc_pre_broadcast_tilelang": ours.pre_broadcast,
+        "mhc_post_tilelang": ours.post,
+        "mhc_fused_post_pre_tilelang": ours.fused_post_pre,
+        "hc_head_fused_kernel_tilelang": ours.head,
+    }
 
-def mhc_pre_tilelang(residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value,
-                     sinkhorn_repeat, n_splits=1, norm_weight=None, norm_eps=1e-6):  # fmt: skip
-    *outer, hc, hidden = residual.shape
-    flat = residual.view(-1, hc, hidden)
-    eps = (rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat)
-    pre, post, comb = _mixes(flat.view(-1, hc * hidden), fn, hc * hidden, hc, hc_scale, hc_base, *eps)
-    y = (pre.unsqueeze(-1) * flat.float()).sum(1)
-    return post.view(*outer, hc, 1), comb.view(*outer, hc, hc), _norm(y, norm_weight, norm_eps).view(*outer, hidden)
-
-
-def mhc_pre_broadcast_tilelang(residual, fn, hc_scale, hc_base, rms_eps, hc_pre_eps, hc_sinkhorn_eps,
-                               hc_post_mult_value, sinkhorn_repeat, n_splits=1, norm_weight=None, norm_eps=1e-6,
-                               fn_broadcast=None):  # fmt: skip
-    hidden = residual.shape[-1]
-    hc = fn.shape[1] // hidden
-    eps = (rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat)
-    pre, post, comb = _mixes(residual, fn_broadcast, hidden, hc, hc_scale, hc_base, *eps)
-    y = pre.sum(-1, keepdim=True) * residual.float()
-    streams = residual.unsqueeze(1).expand(-1, hc, -1).contiguous()
-    return streams, post.unsqueeze(-1), comb, _norm(y, norm_weight, norm_eps)
-
-
-def mhc_post_tilelang(x, residual, post_layer_mix, comb_res_mix):
-    post = post_layer_mix if post_layer_mix.dim() == residual.dim() else post_layer_mix.unsqueeze(-1)
-    mixed = torch.einsum("...ij,...ih->...jh", comb_res_mix.float(), residual.float())
-    return (mixed + post.float() * x.unsqueeze(-2).float()).to(residual.dtype)
-
-
-def mhc_fused_post_pre_tilelang(x, residual, post_layer_mix, comb_res_mix, fn, hc_scale, hc_base, rms_eps, hc_pre_eps,
-                                hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat, n_splits=1, tile_n=1,
-                                norm_weight=None, norm_eps=1e-6):  # fmt: skip
-    streams = mhc_post_tilelang(x, residual, post_layer_mix, comb_res_mix)
-    eps = (rms_eps, hc_pre_eps, hc_sinkhorn_eps, hc_post_mult_value, sinkhorn_repeat)
-    norm = {"norm_weight": norm_weight, "norm_eps": norm_eps}
-    return (streams, *mhc_pre_tilelang(streams, fn, hc_scale, hc_base, *eps, **norm))
-
-
-def hc_head_fused_kernel_tilelang(hs_flat, fn, hc_scale, hc_base, rms_eps, hc_eps):
-    n, hc, hidden = hs_flat.shape
-    x = hs_flat.reshape(n, hc * hidden).float()
-    mix = (x @ fn.T) * torch.rsqrt(x.square().mean(-1, keepdim=True) + rms_eps)
-    pre = torch.sigmoid(mix * hc_scale[0] + hc_base) + hc_eps
-    return (pre.unsqueeze(-1) * hs_flat.float()).sum(1).to(torch.bfloat16)
-
-
-HYPER_CONNECTIONS = (
-    mhc_pre_tilelang,
-    mhc_pre_broadcast_tilelang,
-    mhc_post_tilelang,
-    mhc_fused_post_pre_tilelang,
-    hc_head_fused_kernel_tilelang,
-)
 
 # -------------------------------------------------------------------------------- compressor without the CuTe DSL
 
@@ -199,9 +146,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: types.ModuleType) -> None:
             execute(module)
-            for function in HYPER_CONNECTIONS:
-                if hasattr(module, function.__name__):
-                    setattr(module, function.__name__, function)
+            for function, stand_in in hyper_connections().items():
+                if hasattr(module, function):
+                    setattr(module, function, stand_in)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -236,6 +183,8 @@ def register() -> None:
     DummyModelLoader.load_weights = load_weights
     if capability := os.environ.get("SERVE_CAPABILITY"):
         _report(capability)
+    if os.environ.get("DSV4_BACKENDS_ENGINE"):
+        return
     if importlib.util.find_spec("cutlass") is None:
         module = _compressor_module()
         sys.modules.setdefault(module.__name__, module)

@@ -10,16 +10,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from dsv4_backends import Implementation, ProviderSpec, Reason, Tier, hookimpl
-
-OPS = (
-    "compress_norm_rope_insert",
-    "indexer_compress_insert",
-    "indexer_q_rope_quant",
-    "gather_dequant_kv",
-    "inverse_rope_quant",
-    "inverse_rope",
-)
+from dsv4_backends import OPS, Implementation, ProviderSpec, Reason, Tier, hookimpl
 
 
 @hookimpl
@@ -32,7 +23,7 @@ def dsv4_providers() -> Any:
         name="vllm_kernels",
         summary="vLLM's own Triton kernels, for comparison",
         tier=Tier.EXPERIMENTAL,
-        implementations=tuple(map(implementation, OPS)),
+        implementations=tuple(implementation(op) for op in OPS if op in globals()),
     )
 
 
