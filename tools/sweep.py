@@ -145,6 +145,7 @@ def call_once(part: int, parts: int, rows: list[Row], device: torch.device) -> N
 
 def measure(row: Row, made: dict[str, Any], tried: dict[str, Candidate], timer: timing.Timer) -> dict[str, Any]:
     ours = checks.subject("triton", row.op, timer.device).function
+    judge = run.Judge(row.op, made)  # before any call: some ops write into their arguments
     named = {PRESENT: ours}
     for name in natives(row.op):
         with contextlib.suppress(NoProviderError):
@@ -171,7 +172,6 @@ def measure(row: Row, made: dict[str, Any], tried: dict[str, Candidate], timer: 
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     times = {name: taken.us for name, taken in timer.interleaved(captured).items()}
-    judge = run.Judge(row.op, made)
     errors |= {name: wrong for name in sorted(set(times) - set(named)) if (wrong := judge(captured[name]))}
     best = min((name for name in times if name in tried and name not in errors), key=times.__getitem__, default=None)
     return {"op": row.op, "row": row.name, "best": best, "us": times, "errors": errors}

@@ -28,6 +28,8 @@ _CARDS = {
     "12.1": (99, 48),
 }
 _UNKNOWN = (99, 100)
+_INTERPRETED = 12
+"""Multiprocessors in the interpreter, where programs run one after the other."""
 _FP8 = (">=8.9",)
 """From here on Triton compiles e4m3 operands."""
 
@@ -88,7 +90,7 @@ def arch_from_capability(capability: Version, sms: int = 0, *, interpret: bool =
     return Arch(
         major=capability.major,
         minor=capability.minor,
-        sms=sms or typical,
+        sms=sms or (_INTERPRETED if interpret else typical),
         smem=kib * 1024,
         native_fp8=support(_FP8, capability) is Support.SUPPORTED and not interpret,
         interpret=interpret,

@@ -6,7 +6,7 @@ enough to find which provider serves a call, what it compiles, and how much memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,11 +86,21 @@ class Deployment:
         return -(-self.limits.max_context // INDEXER_RATIO)
 
     @property
-    def tokens(self) -> list[int]:
+    def tokens(self) -> Sequence[int]:
         """Token counts at which a launch configuration may change: small ones, and the neighbours of round ones."""
         most = self.limits.max_tokens
         edges = {*range(64, 1025, 16), *range(1152, most + 1, 128)}
         return sorted(n for n in {*range(1, 65), *edges, *(edge + 1 for edge in edges), most} if n <= most)
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """Requests of a decode step."""
+        return range(1, self.limits.max_requests + 1)
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Rows of a decode step in which an engine passes each token of a request as a row."""
+        return range(1, self.limits.max_requests * self.limits.next_n + 1)
 
     @property
     def steps(self) -> tuple[tuple[str, int], ...]:

@@ -97,6 +97,7 @@ def test_the_fastest_that_is_right_is_the_best(monkeypatch: pytest.MonkeyPatch, 
 
     def function(**made: Any) -> Any:
         """What the table says it is."""
+        order.append("call")
         config = sweep.configurations.table("hc_prenorm_gemm")["rows"][0]["config"]
         if config.get("kind") == "broken":
             raise ValueError("does not fit")
@@ -111,6 +112,14 @@ def test_the_fastest_that_is_right_is_the_best(monkeypatch: pytest.MonkeyPatch, 
     taken = {"wrong": 1.0, "right": 2.0, "slow": 3.0, sweep.PRESENT: 4.0, "deep_gemm": 5.0}
     timer = sweep.timing.Timer(torch.device("cpu"))
     monkeypatch.setattr(sweep.checks, "subject", lambda *_: Present())
+    order = []
+    judge = sweep.run.Judge
+
+    def judged(*given: Any) -> Any:
+        order.append("judge")
+        return judge(*given)
+
+    monkeypatch.setattr(sweep.run, "Judge", judged)
 
     def interleaved(calls: dict[str, Any]) -> dict[str, Any]:
         for call in calls.values():
@@ -121,6 +130,7 @@ def test_the_fastest_that_is_right_is_the_best(monkeypatch: pytest.MonkeyPatch, 
     tried = {kind: sweep.Candidate(0, {"kind": kind}) for kind in ("right", "slow", "wrong", "broken")}
     result = sweep.measure(row, made, tried, timer)
     assert (result["best"], result["us"]) == ("right", taken)
+    assert order[0] == "judge", "an op in place changes what the judge has to see"
     assert set(result["errors"]) == {"wrong", "broken"}
     assert result["errors"]["broken"] == "ValueError: does not fit"
     text = sweep.shown(result)

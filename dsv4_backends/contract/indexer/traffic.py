@@ -104,7 +104,7 @@ def _mqa_calls(server: Deployment) -> Iterator[Arguments]:
 
 def _paged_calls(server: Deployment) -> Iterator[Arguments]:
     for next_n in range(1, server.limits.next_n + 1):
-        for b in range(1, server.limits.max_requests + 1):
+        for b in server.batches:
             yield paged(server.rank, b, next_n, server.compressed_keys)
 
 

@@ -123,7 +123,7 @@ def _workspace_rows(server: Deployment) -> int:
 def _gather_calls(server: Deployment) -> Iterator[Arguments]:
     for _, entries, page_size, _ in _caches(server):
         for given in (False, True):
-            for r in range(1, server.limits.max_requests + 1):
+            for r in server.batches:
                 made = gather(r, entries, _workspace_rows(server), page_size, given=given)
                 yield made
                 yield made | {"offset": entries}
@@ -144,9 +144,7 @@ def _decode_calls(server: Deployment) -> Iterator[Arguments]:
     limits = server.limits
     for extra in (None, *compressed_widths(server.rank, limits.max_context)):
         for s_q in range(1, limits.next_n + 1):
-            # An engine may pass each token of a request as a separate row.
-            most = limits.max_requests * (limits.next_n if s_q == 1 else 1)
-            for b in range(1, most + 1):
+            for b in server.rows if s_q == 1 else server.batches:
                 yield decode(server.heads, b, s_q, server.model.window, extra)
 
 
