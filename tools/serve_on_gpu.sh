@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Serve DeepSeek V4 Flash's dimensions with random weights by the real vLLM, with and without our ops.
 # Usage: tools/serve_on_gpu.sh BUNDLE OUT STEP...
-#   BUNDLE  what tools/serve_bundle.sh made, or the folder that it was unpacked to
+#   BUNDLE  what tools/serve_bundle.sh made, or the folder that it was unpacked to (TileLang's archive: into its deps)
 #   OUT     folder for the results
-#   STEP    logprobs:RUN or speed:RUN; a RUN is native, triton, auto, sm_80, sm_86 or sm_89. Several steps that are
-#           joined by commas run at a time, on one GPU.
-# Environment: LOGPROBS and SPEED, more arguments of tools/serve/serve.py; STEP_S, seconds for a step (280).
+#   STEP    WHAT:RUN; WHAT is logprobs, speed, mtp or long, and RUN is native, chunks (native, with prefill chunks of
+#           64 tokens), triton, auto, sm_80, sm_86 or sm_89. Several steps that are joined by commas run at a time, on one
+#           GPU.
+# Environment: LOGPROBS, SPEED, MTP and LONG, more arguments of tools/serve/serve.py; STEP_S, seconds for a step (280).
 # An architecture's run pins Triton, and vLLM sees its compute capability; Triton compiles its instructions.
 set -uo pipefail
 out=$(realpath -m "$2")
@@ -33,7 +34,7 @@ export CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v 
 step() { # WHAT RUN
   local settings=()
   case $2 in
-    native) ;;
+    native | chunks) ;;
     auto) settings=(DSV4_BACKENDS_ENGINE=vllm) ;;
     triton) settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN='*=triton') ;;
     sm_*)
@@ -43,11 +44,10 @@ step() { # WHAT RUN
       ;;
     *) echo "unknown run $2" >&2 && return 2 ;;
   esac
-  local more=${SPEED:-}
-  if [ "$1" = logprobs ]; then
-    more=${LOGPROBS:-}
-    settings+=(VLLM_ENABLE_V1_MULTIPROCESSING=0)
-  fi
+  local name=${1^^}
+  local more=${!name:-}
+  if [ "$1" != speed ]; then settings+=(VLLM_ENABLE_V1_MULTIPROCESSING=0); fi
+  if [ "$2" = chunks ]; then more="$more --chunk 64"; fi
   # shellcheck disable=SC2086
   timeout -k 10 "${STEP_S:-280}" env "${settings[@]}" python3 tools/serve/serve.py "$1" "$out/$1-$2.json" $more > "$out/$1-$2.log" 2>&1
   echo "$1 $2: exit $? at $(date +%T)"

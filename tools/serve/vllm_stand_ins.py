@@ -167,6 +167,13 @@ def _report(capability: str) -> None:
     for platform in (platforms.NvmlCudaPlatform, platforms.NonNvmlCudaPlatform):
         platform.get_device_capability = classmethod(lambda cls, device_id=0: reported)
         platform.has_device_capability = classmethod(at_least)
+    # What modules have kept of the real one: whether CUTLASS's FP8 GEMMs run.
+    from vllm.model_executor.layers.quantization.utils import w8a8_utils
+
+    for module in list(sys.modules.values()):
+        for kept in ("CUTLASS_FP8_SUPPORTED", "CUTLASS_BLOCK_FP8_SUPPORTED"):
+            if kept in vars(module):
+                setattr(module, kept, getattr(w8a8_utils, kept.lower())())
 
 
 _registered = False
