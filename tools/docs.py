@@ -31,6 +31,7 @@ from dsv4_backends.commands import list as list_command
 from dsv4_backends.commands import verify as verify_command
 from dsv4_backends.contract import CONTRACTS, LEVELS, OpContract, Tolerance
 from dsv4_backends.contract.arguments import Form, ScalarArg
+from dsv4_backends.runtime import check
 from dsv4_backends.selection import machine, plugins, policy, provider, resolve
 from dsv4_backends.selection import preferences as measured
 from dsv4_backends.selection.capability import describe, sm
@@ -55,6 +56,23 @@ BENCH_CODE = "h200-bench-code-sm_80.json"
 BENCH_PATH = "h200-bench-attention-path.json"
 FLOOR = "h200-launch-floor.json"
 """The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
+
+SERVED_LOGPROBS = "h200-served-logprobs.json"
+SERVED_SPEED = "h200-served-speed.json"
+SERVED_ONCE = "h200-served-once.json"
+FIRST_FALLBACK = {1: 52, 4: 166, 8: 277, 16: 400, 32: 538}
+"""Published output tokens a second of vLLM's first Triton fallback (PR #40929), by requests at a time."""
+BAR = 1.5
+"""Times vLLM's own noise that a run may be from native's."""
+FLASH_ON = (
+    ("8x A100", "8.0", 8, 80, 0.92, 131072),
+    ("8x 3090", "8.6", 8, 24, 0.95, 32768),
+    ("4x 4090", "8.9", 4, 24, 0.92, 32768),
+    ("2x RTX PRO 6000", "12.0", 2, 96, 0.92, 131072),
+    ("4x H100", "9.0", 4, 80, 0.92, 131072),
+    ("2x H100", "9.0", 2, 80, 0.92, 131072),
+)
+"""Machines that serve Flash: capability, ranks, GiB of a GPU, the share of it that vLLM takes, longest context."""
 
 ADVICE = {
     "capability": "Nothing, if another provider serves the op: `list` names it. Otherwise look for one that "
@@ -714,6 +732,103 @@ def vllm_runs() -> str:
     return "\n\n".join(parts) or "Not run yet."
 
 
+def flash_on() -> str:
+    """What Flash's weights take on a rank of each machine, and what is left."""
+    rows = []
+    for name, capability, tp, gib, share, context in FLASH_ON:
+        (made,) = check.check("flash", tp=tp, max_model_len=context, device=f"sm_{capability.replace('.', '')}")
+        assert made.memory is not None
+        weights, taken = (made.memory.weights or 0) / 2**30, share * gib
+        left = f"{taken - weights:.1f} GiB" if taken - weights >= 0.05 else f"none: {weights - taken:.1f} GiB too much"
+        one = f"{made.memory.sequence / 2**30:.2f} GiB for {context}"
+        rows.append((name, capability, str(tp), f"{weights:.1f} GiB", f"{taken:.1f} of {gib} GiB ({share})", left, one))
+    header = (
+        "machine",
+        "capability",
+        "TP",
+        "weights of a rank",
+        "vLLM takes of a GPU",
+        "left",
+        "cache of one sequence",
+    )
+    return table(header, rows)
+
+
+def _served(name: str, cls: type[T]) -> T | None:
+    return records.read(cls, _kept(name)) if _kept(name).exists() else None
+
+
+def _model(result: kept.Served) -> str:
+    """What was served, and on what."""
+    what = f"vLLM {result.vllm}, {result.layers} layers, {result.experts} experts in {result.weights}"
+    return f"{_measured_on(result)} {what}"
+
+
+def _distance(found: kept.Distance) -> tuple[str, str, str]:
+    return f"{found.mean:.4f}", f"{found.max:.2f}", f"{found.top1:.2%}"
+
+
+def served_logprobs() -> str:
+    """How far each run's logprobs are from native's, beside native's distance from itself."""
+    result = _served(SERVED_LOGPROBS, kept.ServedLogprobs)
+    if result is None:
+        return "Not measured."
+    rows = [("native", "each from each", *_distance(result.noise), "1")]
+    rows += [(code(p.run), p.composition, *_distance(p), f"{p.ratio:.2f}") for p in result.pairs]
+    over = sorted({p.run for p in result.pairs if p.ratio > BAR})
+    verdict = f"Above {BAR} times: {', '.join(map(code, over))}." if over else f"None is above {BAR} times."
+    header = ("run", "composition", "mean", "max", "top-1 agreement", "mean / native's own")
+    lengths = ", ".join(map(str, result.lengths))
+    return f"{_model(result)}, prompts of {lengths} tokens.\n\n{table(header, rows)}\n\n{verdict}"
+
+
+def served_speed() -> str:
+    """Output tokens a second and time to first token of each run, and whether anything was compiled meanwhile."""
+    result = _served(SERVED_SPEED, kept.ServedSpeed)
+    if result is None:
+        return "Not measured."
+    by_run = {run.run: {row.requests: row for row in run.rows} for run in result.runs}
+    native = by_run.get("native", {})
+    rows = []
+    for count in sorted({count for found in by_run.values() for count in found}):
+        cells = []
+        for run, found in by_run.items():
+            row, base = found.get(count), native.get(count)
+            if row is None:
+                cells.append("-")
+                continue
+            share = f" ({row.tokens_a_second / base.tokens_a_second:.2f})" if base and run != "native" else ""
+            cells.append(f"{row.tokens_a_second:.1f}{share}, {row.first_token_ms:.0f} ms")
+        rows.append((str(count), *cells, str(FIRST_FALLBACK.get(count, "-"))))
+    header = ("requests", *map(code, by_run), "first fallback, two RTX PRO 6000")
+    compiled = []
+    for run in result.runs:
+        reported = "" if run.reported is None else f", {run.reported} reported by vLLM's monitor"
+        odd = f", {' and '.join(map(str, run.odd))} requests served too" if run.odd else ""
+        compiled.append(f"- {code(run.run)}: up in {run.start_s:.0f} s, {run.compiled_while_serving} kernels compiled "
+                        f"while serving{reported}{odd}.")  # fmt: skip
+    made = f"TP {result.tp}, {result.input} tokens in, {result.output} out"
+    return f"{_model(result)}, {made}.\n\n{table(header, rows)}\n\n" + "\n".join(compiled)
+
+
+def served_once() -> str:
+    """What was tried once: speculative decoding, and a long prompt."""
+    result = _served(SERVED_ONCE, kept.ServedOnce)
+    if result is None:
+        return "Not measured."
+    lines = [
+        f"- MTP with one speculative token, {code(run.run)}: {run.requests} requests, {run.tokens} tokens each, "
+        f"in {run.seconds:.1f} s."
+        for run in result.mtp
+    ]
+    lines += [
+        f"- One prompt of {run.prompt:,} tokens, {code(run.run)}: first token after {run.first_token_s:.1f} s, at most "
+        f"{run.peak_mib:.0f} MiB beyond weights and caches."
+        for run in result.long
+    ]
+    return f"{_model(result)}.\n\n" + "\n".join(lines)
+
+
 def transformers_bench() -> str:
     """A model of transformers with and without the integration; the figures first, which compare two rows each."""
     parts = []
@@ -815,6 +930,7 @@ PARTS: dict[str, Callable[[], str]] = {
         compat,
         contracts,
         environment,
+        flash_on,
         functions,
         exit_codes,
         implementation_fields,
@@ -837,6 +953,9 @@ PARTS: dict[str, Callable[[], str]] = {
         provider_fields,
         providers,
         reasons,
+        served_logprobs,
+        served_once,
+        served_speed,
         targets,
         tiers,
         transformers_bench,

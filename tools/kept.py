@@ -227,6 +227,129 @@ class VllmRuns(Measured):
     runs: dict[str, VllmRun]
 
 
+# -------------------------------------------------------------------------------------------------- served by vLLM
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of two runs over the same tokens.
+
+    Attributes:
+        mean, max: Of the absolute differences of the tokens' logprobs.
+        top1: At which share of the tokens both find the same one likeliest.
+    """
+
+    mean: float
+    max: float
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedDistance(Distance):
+    """Of a run from native's, in the same composition of its batches; ``ratio``: its mean by the noise's."""
+
+    run: str
+    composition: str
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Measured):
+    """What tools/serve/serve.py served: Flash's dimensions, but for these, with random weights.
+
+    Attributes:
+        layers, experts, weights: How many, and the experts' format.
+        vllm: Its version.
+    """
+
+    layers: int
+    experts: int
+    weights: str
+    vllm: str = "0.33.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedLogprobs(Served):
+    """Of ``serve.py logprobs`` and tools/serve/compare.py.
+
+    Attributes:
+        lengths: Of the prompts.
+        noise: The distance of native from itself, where its batches are composed otherwise: the mean over all pairs.
+        pairs: Of every other run from native's.
+    """
+
+    lengths: tuple[int, ...]
+    noise: Distance
+    pairs: tuple[ServedDistance, ...]
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """So many requests at a time; the better of two."""
+
+    requests: int
+    tokens_a_second: float
+    first_token_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRun:
+    """One choice of providers.
+
+    Attributes:
+        run: ``native``, ``triton`` or ``auto``.
+        start_s: Until the engine was up.
+        compiled_while_serving: Kernels that Triton compiled after the warm-up.
+        reported: Compilations that vLLM's own monitor reported while serving; None: it was not on.
+        odd: Numbers of requests that fill no CUDA graph, served besides.
+    """
+
+    run: str
+    start_s: float
+    compiled_while_serving: int
+    rows: tuple[SpeedRow, ...]
+    reported: int | None = None
+    odd: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedSpeed(Served):
+    """Of ``serve.py speed``: ``input`` tokens in and ``output`` out, on ``tp`` GPUs."""
+
+    tp: int
+    input: int
+    output: int
+    runs: tuple[SpeedRun, ...]
+
+
+@dataclass(frozen=True)
+class MtpRun:
+    """Requests with one speculative token each; ``tokens``: how many each got."""
+
+    run: str
+    requests: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LongRun:
+    """One prompt of so many tokens; ``peak_mib``: allocated at most beyond weights and caches."""
+
+    run: str
+    prompt: int
+    first_token_s: float
+    peak_mib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedOnce(Served):
+    """Of ``serve.py mtp`` and ``serve.py long``."""
+
+    mtp: tuple[MtpRun, ...] = ()
+    long: tuple[LongRun, ...] = ()
+
+
 # -------------------------------------------------------------------------------------------------- transformers
 
 

@@ -98,6 +98,68 @@ def test_performance_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.M
     assert "within 3% of the best provider on 100% of 1 rows" in made
 
 
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: dict[str, Any]) -> None:
+    """Keep a file of what was served, on the machine of the last bench."""
+    machine = records.load(ROOT / "docs" / "results" / docs.BENCH)["machine"]
+    made = {"command": "tools/serve_on_gpu.sh", "date": "2026-11-29", "commit": "abc", "machine": machine}
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    records.write(made | {"layers": 6, "experts": 16, "weights": "fp8"} | content, tmp_path / "docs" / "results" / name)
+
+
+@pytest.mark.parametrize("part", ["served_logprobs", "served_speed", "served_once"])
+def test_what_was_not_served_is_said(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert docs.PARTS[part]() == "Not measured."
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.5, "None is above 1.5 times."), (1.51, "Above 1.5 times: `sm_80`.")])
+def test_logprobs_are_what_the_file_says(
+    ratio: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [
+        {"run": run, "composition": "usual", "mean": 0.02, "max": 1.25, "top1": 0.97, "ratio": share}
+        for run, share in (("triton", 1.0), ("sm_80", ratio))
+    ]
+    noise = {"mean": 0.02, "max": 1.5, "top1": 0.96}
+    content = {"lengths": [2000, 3000], "noise": noise, "pairs": pairs}
+    served(tmp_path, monkeypatch, docs.SERVED_LOGPROBS, content)
+    made = docs.served_logprobs()
+    assert "6 layers, 16 experts in fp8, prompts of 2000, 3000 tokens" in made
+    assert "| native | each from each | 0.0200 | 1.50 | 96.00% | 1 |" in made
+    assert "| `triton` | usual | 0.0200 | 1.25 | 97.00% | 1.00 |" in made
+    assert made.endswith(verdict)
+
+
+def test_speed_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str, compiled: int, *speeds: float, **more: object) -> dict[str, object]:
+        rows = [
+            {"requests": count, "tokens_a_second": speed, "first_token_ms": 80.0}
+            for count, speed in zip((1, 4), speeds, strict=False)
+        ]
+        return {"run": name, "start_s": 65.2, "compiled_while_serving": compiled, "rows": rows, **more}
+
+    runs = [run("native", 3, 50.0, 100.0), run("auto", 0, 55.0, reported=0, odd=[3, 7])]
+    served(tmp_path, monkeypatch, docs.SERVED_SPEED, {"tp": 2, "input": 1024, "output": 64, "runs": runs})
+    made = docs.served_speed()
+    assert "TP 2, 1024 tokens in, 64 out" in made
+    assert "| 1 | 50.0, 80 ms | 55.0 (1.10), 80 ms | 52 |" in made
+    assert "| 4 | 100.0, 80 ms | - | 166 |" in made
+    assert "- `native`: up in 65 s, 3 kernels compiled while serving." in made
+    assert (
+        "- `auto`: up in 65 s, 0 kernels compiled while serving, 0 reported by vLLM's monitor, 3 and 7 requests" in made
+    )
+
+
+def test_what_was_served_once_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mtp = [{"run": "triton", "requests": 5, "tokens": 16, "seconds": 1.25}]
+    long = [{"run": "auto", "prompt": 200000, "first_token_s": 12.0, "peak_mib": 1800.0}]
+    served(tmp_path, monkeypatch, docs.SERVED_ONCE, {"mtp": mtp, "long": long})
+    made = docs.served_once()
+    assert "`triton`: 5 requests, 16 tokens each, in 1.2 s" in made
+    assert "200,000 tokens, `auto`: first token after 12.0 s, at most 1800 MiB" in made
+
+
 # ----------------------------------------------------------------------------------------------- completeness
 
 
