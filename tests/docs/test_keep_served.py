@@ -1,0 +1,76 @@
+"""tools/keep_served.py: results of serve.py and compare.py become the files that the page is made from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import keep_served
+import kept
+import pytest
+from paths import ROOT
+
+import docs
+from dsv4_backends import records
+
+GIVEN = {"layers": 6, "experts": 16, "weights": "fp8", "tp": 2, "input": 1024, "output": 64, "lengths": [2000, 3000]}
+ROWS = [{"requests": 1, "tokens_a_second": 50.0, "first_token_ms": 80.0, "seconds": [1.3, 1.28]}]
+RAW: dict[str, dict[str, Any]] = {
+    "speed-auto": {"start_s": 65.2, "rows": ROWS, "odd": {"3": [[1]], "7": [[1]]}, "compiled_while_serving": 0},
+    "speed-native": {"start_s": 60.0, "rows": ROWS, "compiled_while_serving": 2},
+    "logprobs-native": {"usual": []},
+    "mtp-triton": {"seconds": 1.25, "tokens": [[5] * 16] * 5},
+    "long-auto": {"prompt": 200000, "first_token_s": 12.0, "seconds": 13.0, "peak_mib": 1800},
+}
+COMPARED = {
+    "noise": {"mean": 0.02, "max": 1.5, "top1": 0.96},
+    "pairs": [],
+    "rows": [{"run": "triton", "composition": "usual", "mean": 0.02, "max": 1.0, "top1": 0.97, "ratio": 1.0}],
+}
+LOG = """compiled during inference: before the monitor
+Kernel JIT monitor activated; monitored JIT compilations during inference will use mode=warn.
+Triton kernel JIT compilation during inference: a. This causes a latency spike
+warm 70.1
+Triton kernel JIT compilation during inference: b. This causes a latency spike
+"""
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of results; the kept files' folder is beside it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    machine = str(ROOT / "docs" / "results" / docs.BENCH)
+    arguments = ["keep_served.py", str(tmp_path / "out"), str(tmp_path / "docs" / "results"), "--machine", machine]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    return tmp_path / "out"
+
+
+def test_files_and_page(out: Path) -> None:
+    for name, content in RAW.items():
+        (out / f"{name}.json").write_text(json.dumps(content | {"arguments": GIVEN}))
+    (out / "compare.json").write_text(json.dumps(COMPARED))
+    (out / "speed-auto.log").write_text(LOG)
+    assert keep_served.main() == 0
+    speed = records.read(kept.ServedSpeed, docs.ROOT / "docs" / "results" / docs.SERVED_SPEED)
+    assert speed.command == "tools/serve_on_gpu.sh BUNDLE OUT speed:native speed:auto"
+    assert speed.machine.devices[0].name == "NVIDIA H200"
+    assert [(run.run, run.compiled_while_serving, run.reported, run.odd) for run in speed.runs] == [
+        ("native", 2, None, ()),
+        ("auto", 0, 1, (3, 7)),
+    ]
+    assert "| 1 | 50.0, 80 ms | 50.0 (1.00), 80 ms | 52 |" in docs.served_speed()
+    assert "prompts of 2000, 3000 tokens" in docs.served_logprobs()
+    assert "| `triton` | usual | 0.0200 | 1.00 | 97.00% | 1.00 |" in docs.served_logprobs()
+    once = docs.served_once()
+    assert "`tools/serve_on_gpu.sh BUNDLE OUT mtp:triton long:auto`" in once
+    assert "`triton`: 5 requests, 16 tokens each" in once
+    assert "200,000 tokens, `auto`" in once
+
+
+def test_nothing_to_keep(out: Path) -> None:
+    assert keep_served.main() == 1
+    assert docs.served_speed() == docs.served_logprobs() == docs.served_once() == "Not measured."
