@@ -805,8 +805,8 @@ def served_speed() -> str:
     for run in result.runs:
         reported = "" if run.reported is None else f", {run.reported} reported by vLLM's monitor"
         odd = f", {' and '.join(map(str, run.odd))} requests served too" if run.odd else ""
-        compiled.append(f"- {code(run.run)}: up in {run.start_s:.0f} s, {run.compiled_while_serving} kernels compiled "
-                        f"while serving{reported}{odd}.")  # fmt: skip
+        count = f"{run.compiled_while_serving} kernels compiled by Triton while serving"
+        compiled.append(f"- {code(run.run)}: up in {run.start_s:.0f} s, {count}{reported}{odd}.")
     made = f"TP {result.tp}, {result.input} tokens in, {result.output} out"
     return f"{_model(result)}, {made}.\n\n{table(header, rows)}\n\n" + "\n".join(compiled)
 

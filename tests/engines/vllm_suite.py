@@ -12,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import types
@@ -23,6 +24,7 @@ from typing import Any
 import fake_cuda
 import pytest
 import torch
+from paths import ROOT
 from torch import Tensor
 
 from dsv4_backends import UnsupportedError
@@ -142,6 +144,24 @@ def test_every_target_is_replaced() -> None:
     assert set(states.values()) == {patching.REPLACED}
     assert dg._lazy_init.__module__ == dg.__name__
     assert not hasattr(dg._lazy_init, "__wrapped__")
+
+
+def test_the_pages_flags_are_vllms() -> None:
+    """Every ``vllm serve`` of the page, and every flag and variable that its text names."""
+    arguments = importlib.import_module("vllm.engine.arg_utils").AsyncEngineArgs
+    parser = arguments.add_cli_args(importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser())
+    known = {option for action in parser._actions for option in action.option_strings}
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    served = [line.split()[2:] for line in page.splitlines() if line.startswith("vllm serve ")]
+    assert len(served) > 5
+    named = [quoted.split() for quoted in re.findall(r"`(--[a-z][^`]*)`", page)]
+    own = ("--tp", "--device", "--next-n", "--memory")  # of the command check
+    for words in (*(line[1:] for line in served), *(words for words in named if words[0] not in own)):
+        assert {word for word in words if word.startswith("--")} <= known, words
+        if len(words) > 1:
+            parser.parse_args(words)
+    variables = importlib.import_module("vllm.envs").environment_variables
+    assert set(re.findall(r"\bVLLM_\w+", page)) <= variables.keys()
 
 
 def test_registering_again_changes_nothing() -> None:
