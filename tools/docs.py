@@ -428,7 +428,15 @@ def listing() -> str:
 
 
 def targets() -> str:
-    from dsv4_backends.engines import vllm
+    return _targets("vllm", "vLLM")
+
+
+def sglang_targets() -> str:
+    return _targets("sglang", "SGLang")
+
+
+def _targets(name: str, title: str) -> str:
+    from dsv4_backends.engines import load
     from dsv4_backends.engines.patching import Target
     from dsv4_backends.selection.capability import describe
 
@@ -438,8 +446,8 @@ def targets() -> str:
         words = [" or ".join(words)] if words else []
         return ", ".join([*words, *([f"option {code(target.option)}"] if target.option else [])])
 
-    rows = ((code(t.key.replace(":", ".")), t.about, code(t.op), where(t)) for t in vllm.TARGETS)
-    return table(("replaced", "role in vLLM", "op", "only"), rows)
+    rows = ((code(t.key.replace(":", ".")), t.about, code(t.op), where(t)) for t in load(name).targets)
+    return table(("replaced", f"role in {title}", "op", "only"), rows)
 
 
 def compat() -> str:
@@ -957,6 +965,7 @@ PARTS: dict[str, Callable[[], str]] = {
         served_once,
         served_speed,
         targets,
+        sglang_targets,
         tiers,
         transformers_bench,
         vllm_runs,

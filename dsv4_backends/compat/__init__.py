@@ -51,6 +51,8 @@ _before: dict[str, ModuleType | None] = {}
 """What ``sys.modules`` held for the names that are installed."""
 _native: dict[str, ModuleType] = {}
 """The libraries that were imported past an installed front."""
+_fronts: dict[str, _Front] = {}
+"""Every front that has been made. A name gets the same one again: modules that imported it keep it."""
 _logged: set[tuple[str, str]] = set()
 
 
@@ -134,9 +136,14 @@ def _search_locations(name: str) -> list[str]:
 class _Front(ModuleType):
     """A module with our functions, if any, that has every other attribute of the library behind it."""
 
-    def __init__(self, name: str, locations: list[str]) -> None:
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+
+    def fill(self, locations: list[str]) -> None:
+        """Put our functions here, and say where the library has its modules."""
+        name = self.__name__
         ours = importlib.import_module(f"{__name__}.{_FRONTS[name]}") if name in _FRONTS else None
-        super().__init__(name, ours.__doc__ if ours else None)
+        self.__doc__ = ours.__doc__ if ours else None
         is_package = any(other.startswith(f"{name}.") for other in (*_FRONTS, *IMPORTED)) or "." not in name
         spec = importlib.machinery.ModuleSpec(name, None, origin=__name__, is_package=is_package)
         if is_package:
@@ -148,8 +155,13 @@ class _Front(ModuleType):
         for public in ours.__all__ if ours else ():
             value = getattr(ours, public)
             if ours and not isinstance(value, type):
-                value = or_native(value, functools.partial(_own, ours, name, public), name)
+                value = or_native(value, functools.partial(own, name, public), name)
             setattr(self, public, value)
+
+    def empty(self) -> None:
+        """Take our functions away: to whoever keeps this module it is the library."""
+        for public in [public for public in vars(self) if not public.startswith("__")]:
+            delattr(self, public)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__version__":
@@ -188,8 +200,14 @@ def _unserved(name: str, why: str) -> Callable[..., Any]:
     return call
 
 
-def _own(ours: ModuleType, name: str, public: str) -> Callable[..., Any] | None:
-    """The library's function for what ours cannot serve, prepared for metadata of ours; None without a library."""
+def own(name: str, public: str) -> Callable[..., Any] | None:
+    """The library's function for what ours cannot serve, prepared for metadata of ours; None without a library.
+
+    Args:
+        name: ``"deep_gemm"`` or ``"flash_mla"``.
+        public: The function's name.
+    """
+    ours = importlib.import_module(f"{__name__}.{_FRONTS[name]}")
     try:
         library = native(name)
     except Exception as error:
@@ -216,6 +234,11 @@ class Installed:
         uninstall(*self.names)
 
 
+def installed(name: str) -> bool:
+    """Whether ``install()`` has put our functions behind ``import`` of this name."""
+    return isinstance(sys.modules.get(name), _Front)
+
+
 def install(*names: str) -> Installed:
     """Put our functions behind ``import deep_gemm`` and ``import flash_mla``.
 
@@ -238,7 +261,7 @@ def install(*names: str) -> Installed:
     done = []
     with _lock:
         for package in names or LIBRARIES:
-            if isinstance(sys.modules.get(package), _Front):
+            if installed(package):
                 continue
             locations = _search_locations(package)
             # A package that is installed brings its own modules; the import system finds them by the locations.
@@ -247,16 +270,19 @@ def install(*names: str) -> Installed:
                 _before[front] = sys.modules.get(front)
                 if (module := _before[front]) is not None:
                     _native[front] = module
-                sys.modules[front] = _Front(front, locations)
+                made = sys.modules[front] = _fronts.setdefault(front, _Front(front))
+                made.fill(locations)
                 if "." in front:
                     parent, _, last = front.rpartition(".")
-                    setattr(sys.modules[parent], last, sys.modules[front])
+                    setattr(sys.modules[parent], last, made)
             done.append(package)
     return Installed(tuple(done))
 
 
 def uninstall(*names: str) -> None:
     """Take back ``install()``: the names mean again what they meant before, unless other code has replaced them.
+
+    To code that has imported one of our modules meanwhile, that module is the library from now on.
 
     Args:
         names: As for ``install``; default: both.
@@ -266,6 +292,7 @@ def uninstall(*names: str) -> None:
             for front in [name for name in _before if name.partition(".")[0] == package]:
                 module = _before.pop(front)
                 library = _native.pop(front, None) or module
+                _fronts[front].empty()
                 if not isinstance(sys.modules.get(front), _Front):
                     continue
                 del sys.modules[front]

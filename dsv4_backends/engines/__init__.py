@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ENGINES: dict[str, str] = {
     "vllm": "dsv4_backends.engines.vllm:ENGINE",
+    "sglang": "dsv4_backends.engines.sglang:ENGINE",
     "transformers": "dsv4_backends.engines.transformers:ENGINE",
 }
 """Every engine by its name, and where its ``Engine`` is; imported when it is asked for."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -24,7 +26,7 @@ from ..errors import PolicyError
 from ..selection import machine, policy
 from ..selection.capability import Support, describe, support
 from ..selection.machine import Device
-from ..selection.provider import Reason
+from ..selection.provider import Reason, Tier
 from ..selection.requirements import version_of
 from ..selection.resolve import Resolution, Served
 from ..selection.survey import survey
@@ -32,6 +34,8 @@ from . import ENGINES, OPTIONS, hook, patching
 from .patching import FAILED, NOT_NEEDED, PLANNED, REFUSED, REPLACED, UNDONE, Patches, Row, Target
 
 _log = logging.getLogger("dsv4_backends")
+ENTRY_POINT = "dsv4_backends"
+"""Our name in every engine's group of entry points, and in the engine's own list of plugins."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,31 @@ class Engine:
         )
 
 
+def keeps_library(engine: str, target: Target, where: Device, served: Served | None) -> Verdict | None:
+    """A rule that engines share: the reference does not stand for a native library that is made for this GPU."""
+    major = where.capability.major if where.capability is not None else 0
+    if served is None or served.candidate is None or served.by_user or major not in (9, 10, 12):
+        return None
+    if served.candidate.provider.tier is not Tier.REFERENCE:
+        return None
+    message = f"only the reference serves {target.op}, and {engine}'s own library serves this GPU"
+    better = "; ".join(f"{c.name}: {r}" for c in served.passed_over for r in c.reasons)
+    return Verdict(REFUSED, Reason("engine-reference", message, better), served)
+
+
+def unlisted(engine: str, variable: str, read: Callable[[str], Sequence[str] | None]) -> str:
+    """Why an engine does not load this plugin, where its own variable lists those that it may; empty where it does.
+
+    Args:
+        read: The names in the variable's text, as the engine reads it; None where it then loads all.
+    """
+    text = os.environ.get(variable)
+    names = None if text is None else read(text)
+    if names is None or ENTRY_POINT in names:
+        return ""
+    return f"{variable}={text} does not name {ENTRY_POINT}, so {engine} does not load it and nothing is replaced"
+
+
 def follow(rows: Sequence[Row]) -> None:
     """Leave alone what goes with a target that is not replaced."""
     by_name = {row.target.attribute: row for row in rows}
@@ -305,6 +334,7 @@ class HookedEngine(Engine):
     rows: tuple[Row, ...] = field(default=(), init=False)
     patches: Patches = field(default_factory=Patches, init=False)
     _announced: bool = field(default=False, init=False)
+    _fronts: list[str] = field(default_factory=list, init=False)
     by_variable: ClassVar[bool] = True
 
     def _standing(self) -> tuple[Row, ...]:
@@ -316,7 +346,7 @@ class HookedEngine(Engine):
     def apply(self, *, force: bool = False) -> Plan:
         """Replace what the plan says: at once in modules that have been imported, in the others when they are.
 
-        A second call changes nothing.
+        A second call changes nothing. On an error what has been replaced is put back, and its rows say so.
 
         Args:
             force: As for ``plan``.
@@ -332,9 +362,38 @@ class HookedEngine(Engine):
         for row in made.rows:
             if row.state == REFUSED:
                 self._not_replaced(row)
-        for module in dict.fromkeys(row.target.module for row in made.rows if row.state == PLANNED):
-            hook.when_imported(module, self._on_import)
+        planned = [row.target for row in made.rows if row.state == PLANNED]
+        try:
+            for library in dict.fromkeys(target.module for target in planned if target.within):
+                self._put_front(library)
+            for module in dict.fromkeys(target.module for target in planned):
+                hook.when_imported(module, self._on_import)
+        except Exception as error:
+            self._put_back()
+            for row in self.rows:
+                if row.state in (PLANNED, REPLACED):
+                    self._fail(row, error)
+            raise
         return made
+
+    def _put_front(self, library: str) -> None:
+        """Have ``import`` of a native library give ours, for the targets that are to be replaced; the others are its
+        own."""
+        if compat.installed(library):
+            return
+        compat.install(library)
+        self._fronts.append(library)
+        for row in self.rows:
+            if row.target.module == library and row.state != PLANNED:
+                vars(sys.modules[library]).pop(row.target.attribute, None)
+
+    def _put_back(self) -> list[str]:
+        hook.forget(self._on_import)
+        others = self.patches.undo()
+        if self._fronts:  # without names it would be all
+            compat.uninstall(*self._fronts)
+            self._fronts.clear()
+        return others
 
     def undo(self) -> list[str]:
         """Take back ``apply()`` in this process, as far as what stands there is still ours.
@@ -342,8 +401,7 @@ class HookedEngine(Engine):
         Returns:
             The names that other code has replaced since; they are left alone.
         """
-        hook.forget(self._on_import)
-        others = self.patches.undo()
+        others = self._put_back()
         for row in self.rows:
             if row.state in (PLANNED, REPLACED):
                 row.state = UNDONE
@@ -385,11 +443,23 @@ class HookedEngine(Engine):
             row.refuse(mismatch)
             self._not_replaced(row)
             return
-        self.put(row, module, ours, original)
+        if row.target.within:
+            self.put(row, module, ours, None, functools.partial(compat.own, module.__name__, row.target.attribute))
+        else:
+            self.put(row, module, ours, original)
 
-    def put(self, row: Row, module: ModuleType, ours: Callable[..., Any], native: Callable[..., Any] | None) -> None:
-        """Put ours where a target stands, counted. ``native`` gets the calls that no op stands for."""
-        self.patches.replace(module, row.target.attribute, self._counted(row, ours, native))
+    def put(
+        self,
+        row: Row,
+        module: ModuleType,
+        ours: Callable[..., Any],
+        native: Callable[..., Any] | None,
+        find: Callable[[], Callable[..., Any] | None] | None = None,
+    ) -> None:
+        """Put ours where a target stands, counted. ``native`` gets the calls that no op stands for; ``find`` looks for
+        it at such a call."""
+        find = find or (lambda: native)
+        self.patches.replace(module, row.target.attribute, self._counted(row, ours, native, find))
         row.state = REPLACED
 
     def _on_import(self, module: ModuleType) -> None:
@@ -412,13 +482,19 @@ class HookedEngine(Engine):
     def _not_replaced(self, row: Row) -> None:
         _log.error("%s: %s is not replaced: %s", self.name, row.target.key, "; ".join(map(str, row.reasons)))
 
-    def _counted(self, row: Row, ours: Callable[..., Any], native: Callable[..., Any] | None) -> Callable[..., Any]:
+    def _counted(
+        self,
+        row: Row,
+        ours: Callable[..., Any],
+        native: Callable[..., Any] | None,
+        find: Callable[[], Callable[..., Any] | None],
+    ) -> Callable[..., Any]:
         """Ours, counted; and the engine's own for a call that no op stands for, counted too."""
 
         def pass_on() -> Callable[..., Any] | None:
-            if native is not None:
+            if (found := find()) is not None:
                 row.passed_on += 1
-            return native
+            return found
 
         if row.target.around:
 
@@ -454,4 +530,4 @@ class HookedEngine(Engine):
         _log.warning("%s runs over dsv4_backends: %s%s", name, ", ".join(parts) or "no op", tail)
 
 
-__all__ = ["Engine", "HookedEngine", "Plan", "Verdict", "follow"]
+__all__ = ["Engine", "HookedEngine", "Plan", "Verdict", "follow", "keeps_library", "unlisted"]

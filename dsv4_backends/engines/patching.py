@@ -39,6 +39,9 @@ class Target:
         goes_with: The attribute of the target beside which alone it makes sense.
         caller: A function of the module that calls it, and ``signatures``: the parameters it may have. A version of
             the engine whose caller has others is not guessed at.
+        within: The engine's module that imports ``module`` when it calls it, where that is a native library
+            (``compat.LIBRARIES``): ours goes in front of the library, which need not be installed. ``caller`` is in
+            this module.
         around: Ours gets what stood there as its first argument, and calls it for what is not ours. Several targets
             may then stand around one name.
         releases: The engine's releases that have it, as specifiers; empty: all that are supported.
@@ -66,6 +69,7 @@ class Target:
     without: str = ""
     option: str = ""
     kernels: tuple[str, ...] = ()
+    within: str = ""
 
     @property
     def key(self) -> str:
@@ -208,11 +212,12 @@ def structure(path: Path) -> dict[str, tuple[str, ...] | None]:
 
 def misfit(target: Target) -> Reason | None:
     """Why a target cannot be where it is expected, by the source of its module; None where it can."""
-    path = source_of(target.module)
+    module = target.within or target.module
+    path = source_of(module)
     if path is None:
-        return Reason("engine-target", f"there is no module {target.module}")
+        return Reason("engine-target", f"there is no module {module}")
     names = structure(path)
-    if target.attribute not in names:
+    if not target.within and target.attribute not in names:
         return Reason("engine-target", f"{target.module} has no {target.attribute}")
     if not target.caller:
         return None
@@ -220,7 +225,7 @@ def misfit(target: Target) -> Reason | None:
     if parameters is None or parameters not in target.signatures:
         known = " or ".join("(" + ", ".join(signature) + ")" for signature in target.signatures)
         got = "no such function" if parameters is None else "(" + ", ".join(parameters) + ")"
-        return Reason("engine-target", f"{target.module}.{target.caller}: expected {known}, got {got}")
+        return Reason("engine-target", f"{module}.{target.caller}: expected {known}, got {got}")
     return None
 
 

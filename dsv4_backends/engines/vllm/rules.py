@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 from ...selection import policy
 from ...selection.machine import Device
-from ...selection.provider import Reason, Tier
+from ...selection.provider import Reason
 from ...selection.resolve import Served
 from .. import OPTIONS, patching
-from ..base import Verdict
+from ..base import Verdict, keeps_library, unlisted
 from ..patching import NOT_NEEDED, REFUSED, Target
 from .targets import DEEP_GEMM, FLASH_MLA, SM120
-
-ENTRY_POINT = "dsv4_backends"
-"""Our name in ``vllm.general_plugins``, and in vLLM's variable ``VLLM_PLUGINS``."""
 
 
 def judge(target: Target, where: Device, served: Served | None) -> Verdict | None:
@@ -28,13 +24,7 @@ def judge(target: Target, where: Device, served: Served | None) -> Verdict | Non
     if target.op in ("mqa_logits", "paged_mqa_logits") and major == 10 and mx_scaled():
         message = "on compute capability 10.x this vLLM scales the indexer's queries and keys in blocks (MXFP8)"
         return Verdict(REFUSED, Reason("engine-arch", message, "vLLM's own DeepGEMM stays in place there"))
-    if served is None or served.candidate is None or served.by_user or major not in (9, 10, 12):
-        return None
-    if served.candidate.provider.tier is Tier.REFERENCE:
-        message = f"only the reference serves {target.op}, and vLLM's own library serves this GPU"
-        better = "; ".join(f"{c.name}: {r}" for c in served.passed_over for r in c.reasons)
-        return Verdict(REFUSED, Reason("engine-reference", message, better), served)
-    return None
+    return keeps_library("vLLM", target, where, served)
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,10 +36,7 @@ def mx_scaled() -> bool:
 
 def left_out() -> str:
     """Why vLLM does not load this plugin: its own list of those that it may load."""
-    names = os.environ.get("VLLM_PLUGINS")
-    if names is None or ENTRY_POINT in names.split(","):
-        return ""
-    return f"VLLM_PLUGINS={names} does not name {ENTRY_POINT}, so vLLM does not load it and nothing is replaced"
+    return unlisted("vLLM", "VLLM_PLUGINS", lambda text: text.split(","))
 
 
 def look(target: Target, original: Any) -> Verdict | None:

@@ -1,0 +1,22 @@
+"""Other defaults for SGLang's settings. A setting in the environment counts as before."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import ModuleType
+
+from ..base import HookedEngine
+from ..patching import REPLACED, Row, standing
+
+
+def arm(engine: HookedEngine, module: ModuleType) -> None:
+    """Turn the planned settings off by default."""
+    engine.attempt(module, functools.partial(_turn_off, engine))
+
+
+def _turn_off(engine: HookedEngine, row: Row, module: ModuleType) -> None:
+    field = copy.copy(standing(module, row.target.attribute))
+    field.default = False
+    engine.patches.replace(module, row.target.attribute, field)
+    row.state = REPLACED

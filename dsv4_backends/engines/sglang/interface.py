@@ -1,0 +1,23 @@
+"""SGLang's module around FlashMLA: ours in the place of its functions, and these for what no op stands for."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType, SimpleNamespace
+
+from ... import compat
+from ..base import HookedEngine
+from ..patching import Row
+
+_NAMES = ("flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata")
+
+
+def arm(engine: HookedEngine, module: ModuleType) -> None:
+    """Replace the planned functions. A schedule of ours never reaches SGLang's own: it gets one of its own."""
+    library = SimpleNamespace(**{name: getattr(module, name) for name in _NAMES})
+    engine.attempt(module, functools.partial(_replace, engine, library))
+
+
+def _replace(engine: HookedEngine, library: SimpleNamespace, row: Row, module: ModuleType) -> None:
+    name = row.target.attribute
+    engine.put(row, module, row.target.function(), compat.flash_mla.own(library, name))

@@ -1,0 +1,24 @@
+"""What SGLang itself serves: its rules for targets, and its list of plugins."""
+
+from __future__ import annotations
+
+from ...selection.machine import Device
+from ...selection.provider import Reason
+from ...selection.resolve import Served
+from ..base import Verdict, keeps_library, unlisted
+from ..patching import NOT_NEEDED, Target
+
+
+def judge(target: Target, where: Device, served: Served | None) -> Verdict | None:
+    """Leave to SGLang what it calls otherwise on this kind of GPU."""
+    if where.capability is not None and where.capability.major == 12:
+        message = "on compute capability 12.x SGLang calls kernels of its own instead"
+        return Verdict(NOT_NEEDED, Reason("engine-served", message))
+    return keeps_library("SGLang", target, where, served)
+
+
+def left_out() -> str:
+    """Why SGLang does not load this plugin: its own list of those that it may load. An empty one is none."""
+    return unlisted(
+        "SGLang", "SGLANG_PLUGINS", lambda text: [name.strip() for name in text.split(",")] if text else None
+    )
