@@ -760,3 +760,21 @@ def test_importing_it_is_light() -> None:
         "assert compat.flash_mla.flash_mla_sparse_fwd"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_whoever_keeps_a_front_has_the_library_after_uninstall(libraries: Path) -> None:
+    """And ours again once it is installed again: there is one front for a name."""
+    with compat.install():
+        front: Any = importlib.import_module("deep_gemm")
+        interface: Any = importlib.import_module("flash_mla.flash_mla_interface")
+        ours = front.fp8_einsum
+        assert compat.installed("deep_gemm")
+    library = importlib.import_module("deep_gemm")
+    assert not compat.installed("deep_gemm")
+    assert front is not library
+    assert front.fp8_einsum is library.fp8_einsum
+    assert interface.flash_mla_sparse_fwd is compat.native("flash_mla.flash_mla_interface").flash_mla_sparse_fwd
+    with compat.install():
+        assert importlib.import_module("deep_gemm") is front
+        assert front.fp8_einsum.__doc__ == ours.__doc__
+        assert front.fp8_einsum is not library.fp8_einsum

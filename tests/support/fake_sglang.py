@@ -45,21 +45,30 @@ class _Finder:
     def exec_module(self, module: types.ModuleType) -> None: ...
 
 
-def install() -> None:
-    """Before SGLang is imported. transformers comes first: it asks whether torchvision is installed."""
-    import torch
+def install(*, gpu: bool) -> None:
+    """Before SGLang is imported. transformers comes first: it asks whether torchvision is installed.
+
+    Args:
+        gpu: Whether a GPU is made up, and Triton's kernels are run in its interpreter.
+    """
     import transformers  # noqa: F401
 
-    major, minor = map(int, os.environ["FAKE_SM"].split("."))
     sys.meta_path.append(_Finder())  # type: ignore[arg-type]
-    gpu = types.SimpleNamespace(
+    if not gpu:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    major, minor = map(int, os.environ["FAKE_SM"].split("."))
+    made_up = types.SimpleNamespace(
         name=f"fake {major}.{minor}", major=major, minor=minor, multi_processor_count=108, total_memory=80 << 30
     )
     cuda: Any = torch.cuda
     torch.version.cuda = "13.0"
     cuda.is_available = lambda: True
     cuda.device_count = lambda: 1
+    cuda.current_device = lambda: 0
     cuda.get_device_capability = lambda *_: (major, minor)
-    cuda.get_device_properties = lambda *_: gpu
-    cuda.get_device_name = lambda *_: gpu.name
+    cuda.get_device_properties = lambda *_: made_up
+    cuda.get_device_name = lambda *_: made_up.name
     cuda.is_current_stream_capturing = lambda: False
