@@ -268,6 +268,96 @@ def paged_mqa_logits(
     return _paged_mqa_logits(q, k_cache, weights, context_lens, block_table, max_context_len, out=out)
 
 
+_indexer_topk = _define(CONTRACTS["indexer_topk"])
+
+
+def indexer_topk(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    topk: int,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The keys with the ``topk`` largest logits of each row, without a tensor of all logits.
+
+    The logits are those of ``mqa_logits`` with the same arguments. Index j of row i is key ``row_starts[i] + j``, the
+    column of the compressed form: indices count from the row's start (clamped to ``[0, n]``), as in vLLM's
+    ``top_k_per_row_prefill``. A row with fewer than ``topk`` keys has all of them, then -1; a row without keys is all
+    -1. No index repeats, and no index follows a -1. Their order is not specified, nor is the choice among equal logits.
+
+    A logit of -inf is never selected. NaN is above every number. With ``max_seqlen_k`` only the first ``max_seqlen_k``
+    keys of a row count. The workspace of our providers has at most 256 MiB (the reference: 1 GiB) up to 2^25 columns.
+
+    Args:
+        q: e4m3 ``[m, h, d]``.
+        k: e4m3 ``[n, d]``.
+        k_scale: fp32 ``[n]``.
+        weights: fp32 ``[m, h]``.
+        row_starts: int32 ``[m]``, inclusive.
+        row_ends: int32 ``[m]``, exclusive.
+        topk: Keys to select for a row, up to 2048.
+        max_seqlen_k: The most keys of a row, where that is known: less workspace and time; None for n.
+        out: int32 ``[m, topk]`` to write to; rows may have a stride.
+
+    Returns:
+        int32 ``[m, topk]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``fp8_fp4_mqa_logits`` followed by ``top_k_per_row_prefill``.
+    """
+    return _indexer_topk(q, k, k_scale, weights, row_starts, row_ends, topk, max_seqlen_k=max_seqlen_k, out=out)
+
+
+_paged_indexer_topk = _define(CONTRACTS["paged_indexer_topk"])
+
+
+def paged_indexer_topk(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    topk: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The keys with the ``topk`` largest logits of each row over a paged key cache, without a tensor of all logits.
+
+    The logits are those of ``paged_mqa_logits`` with the same arguments, and what is selected is as in
+    ``indexer_topk``. Index n of a row is key n of its request. Lengths are clamped to
+    ``[0, min(max_context_len, page_size * blocks)]``. The keys of a page that the cache does not have have logits of
+    -inf, so they are not selected.
+
+    Args:
+        q: e4m3 ``[b, next_n, h, d]``; next_n counts the tokens of one request in this step.
+        k_cache: uint8 ``[pages, page_size, d + 4]`` or ``[pages, page_size, 1, d + 4]``; page-split (see
+            ``contract/layouts.py``), bytes contiguous within a page, page stride free, a multiple of 4.
+        weights: fp32 ``[b * next_n, h]``.
+        context_lens: int32 ``[b, next_n]`` or ``[b]``.
+        block_table: int32 ``[b, blocks]``; rows may have a stride.
+        max_context_len: The most keys of a row.
+        topk: Keys to select for a row, up to 2048.
+        out: int32 ``[b * next_n, topk]`` to write to; rows may have a stride.
+
+    Returns:
+        int32 ``[b * next_n, topk]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``fp8_fp4_paged_mqa_logits`` followed by ``top_k_per_row_decode``.
+    """
+    return _paged_indexer_topk(q, k_cache, weights, context_lens, block_table, max_context_len, topk, out=out)
+
+
 _indexer_q_rope_quant = _define(CONTRACTS["indexer_q_rope_quant"])
 
 

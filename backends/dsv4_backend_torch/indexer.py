@@ -1,4 +1,5 @@
-"""The indexer's logits: one matrix product per chunk of rows, then a weighted sum over heads. Also its queries."""
+"""The indexer's logits: one matrix product per chunk of rows, then a weighted sum over heads. Also its queries, and its
+selection: the logits of some rows at a time, then ``torch.topk``."""
 
 from __future__ import annotations
 
@@ -118,4 +119,57 @@ def paged_mqa_logits(
                 out[rows, part] = torch.where(inside, logits, -torch.inf)
             else:
                 out[rows, part] = -torch.inf
+    return out
+
+
+def _select(logits: Tensor, topk: int) -> Tensor:
+    """The columns of the largest logits of each row, -1 where there is none above -inf."""
+    found = logits.topk(min(topk, logits.shape[1]))  # largest first, so -inf is last; NaN is above every number
+    columns = torch.where(found.values == -torch.inf, -1, found.indices).int()
+    return torch.nn.functional.pad(columns, (0, topk - columns.shape[1]), value=-1)
+
+
+@under_any_setting
+def indexer_topk(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    topk: int,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See ``dsv4_backends.ops.indexer_topk``."""
+    m, width = q.shape[0], k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    if out is None:
+        out = torch.empty((m, topk), dtype=torch.int32, device=q.device)
+    for rows in row_chunks(m, 12 * max(width, topk)):  # a value and an index
+        given = (row_starts[rows], row_ends[rows])
+        out[rows] = _select(mqa_logits(q[rows], k, k_scale, weights[rows], *given, max_seqlen_k=width), topk)
+    return out
+
+
+@under_any_setting
+def paged_indexer_topk(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    topk: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See ``dsv4_backends.ops.paged_indexer_topk``."""
+    b, next_n = q.shape[:2]
+    if out is None:
+        out = torch.empty((b * next_n, topk), dtype=torch.int32, device=q.device)
+    for part in row_chunks(b, 12 * next_n * max(max_context_len, topk)):
+        rows = slice(part.start * next_n, part.stop * next_n)
+        given = (weights[rows], context_lens[part], block_table[part], max_context_len)
+        out[rows] = _select(paged_mqa_logits(q[part], k_cache, *given), topk)
     return out

@@ -76,6 +76,8 @@ OPS = {
     "gather_dequant_kv": Op("sparse_mla.gather", (_PORTABLE,), batch_invariant=True),
     "mqa_logits": Op("indexer.mqa_logits", (Variant("wgmma", _SM_90), _PORTABLE)),
     "paged_mqa_logits": Op("indexer.paged_mqa_logits", (_PORTABLE,), batch_invariant=True),
+    "indexer_topk": Op("indexer.indexer_topk", (_PORTABLE,)),
+    "paged_indexer_topk": Op("indexer.paged_indexer_topk", (_PORTABLE,)),
     "indexer_q_rope_quant": Op("indexer.indexer_q_rope_quant", (_PORTABLE,), batch_invariant=True),
     "compress_norm_rope_insert": Op("compressor", (_PORTABLE,), batch_invariant=True),
     "indexer_compress_insert": Op("compressor", (_PORTABLE,), batch_invariant=True),

@@ -89,8 +89,9 @@ class OpContract:
         oracle: ``"package.module:function"`` that computes the results in fp64.
         traffic: The calls that serving makes of the op.
         partials: The argument that, if passed, makes the results partial sums over a leading dimension.
-        read: ``"package.module:function"``: ``read(result_name, tensor)`` gives a result as the oracle does, in fp64,
-            for results whose bytes are not numbers. Empty: results are compared directly.
+        read: ``"package.module:function"``: ``read(result_name, tensor, arguments)`` gives a result as the oracle does,
+            in fp64, for results that are not numbers to compare, such as bytes or indices. Empty: results are compared
+            directly.
         strided: Results whose strides are part of the meaning, as the function's body makes them.
         batch: The argument whose first dimension counts the batch; empty: the first tensor.
     """

@@ -160,12 +160,18 @@ def _storage(x: Tensor) -> Tensor:
 
 
 def _buffers(target: Subject, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Result buffers, named as the contract's arguments: filled with NaN, or what an op in place changes."""
+    """Result buffers, named as the contract's arguments: filled with NaN (integers: their largest), or what an op in
+    place changes."""
     if target.contract.in_place:
         return {name: arguments[name] for name in target.contract.buffers}
     fake = target.contract.function(**arguments)
     results = dict(zip(target.contract.returns, fake if isinstance(fake, tuple) else (fake,), strict=True))
-    return {name: results[name].fill_(float("nan")) for name in target.contract.buffers}
+    return {name: spoilt(results[name]) for name in target.contract.buffers}
+
+
+def spoilt(x: Tensor) -> Tensor:
+    """x, filled with NaN or the largest integer."""
+    return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
 
 def _overwrite(arguments: dict[str, Any], other: dict[str, Any]) -> None:
@@ -419,7 +425,7 @@ def check_graph(target: Subject, case: Case) -> None:
     except RuntimeError as error:
         raise CheckFailed("graph", f"{target.name}: {case.name}: cannot be captured: {error}") from error
     for result in results if not target.contract.in_place else ():
-        result.fill_(float("nan") if result.is_floating_point() else -1)
+        spoilt(result)
     _overwrite(arguments, _inputs(target, case, 1))
     graph.replay()  # on the current stream of the captured device
     torch.cuda.synchronize(target.device)

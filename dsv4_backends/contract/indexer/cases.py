@@ -24,6 +24,17 @@ TOLERANCES = {
 }
 
 
+TOPK_TOLERANCES = {
+    "out": Tolerance(
+        rtol=2e-3,
+        atol_rms=2e-2,
+        calc_diff=5e-6,
+        why="the error is the distance between the logit of a wrongly selected, or wrongly left, key and the least "
+        "selected logit, as a share of the logits: of two keys each may be off by the tolerance of mqa_logits.",
+    )
+}
+
+
 Q_TOLERANCES = {
     "q_fp8": Tolerance(
         rtol=2**-3,
@@ -214,6 +225,36 @@ def make_paged(
     return moved | {"max_context_len": context if columns is None else columns}
 
 
+def make_topk(
+    device: torch.device,
+    generator: torch.Generator,
+    *,
+    topk: int,
+    scores: str = "normal",
+    **params: Any,
+) -> dict[str, Any]:
+    """``scores``: ``equal`` has one logit for all keys of a row, ``few`` three of them, ``special`` some that are NaN
+    or infinite."""
+    import torch
+
+    made = make_mqa(device, generator, **params) | {"topk": topk}
+    if scores in ("equal", "few"):
+        made["q"][:] = 1.0
+        made["k"].view(torch.uint8)[:] = torch.ones(1, device=device).to(torch.float8_e4m3fn).view(torch.uint8)
+        made["k_scale"][:] = 1.0
+        if scores == "few":
+            made["k_scale"][1::3], made["k_scale"][2::3] = 0.5, 0.25
+    elif scores == "special":
+        made["k_scale"][1::5], made["k_scale"][2::7], made["k_scale"][3::4] = float("nan"), float("inf"), 0.0
+    return made
+
+
+def make_paged_topk(
+    device: torch.device, generator: torch.Generator, *, topk: int, **params: Any
+) -> dict[str, Any]:
+    return make_paged(device, generator, **params) | {"topk": topk}
+
+
 def cost_mqa(
     q: Tensor,
     k: Tensor,
@@ -250,6 +291,43 @@ def cost_paged(
     keys = float(lens.amax(-1).sum()) if b else 0.0
     moved = keys * (d + 4) + float(b * next_n * (h * d + 4 * h + 4 * max_context_len))
     return Cost(flops=2.0 * pairs * h * d, bytes=moved, math="fp8")
+
+
+def cost_topk(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    topk: int,
+    *,
+    max_seqlen_k: int | None = None,
+    **optional: Any,
+) -> Cost:
+    """The logits in registers: only keys are read and indices written."""
+    m, h, d = q.shape
+    n = k.shape[0]
+    width = n if max_seqlen_k is None else max_seqlen_k
+    keys = (row_ends.clamp(0, n).long() - row_starts.clamp(0, n)).clamp(0, width)
+    moved = float(m * h * d + n * (d + 4) + 4 * m * (h + 2 + topk))
+    return Cost(flops=2.0 * float(keys.sum()) * h * d, bytes=moved, math="fp8")
+
+
+def cost_paged_topk(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    topk: int,
+    **optional: Any,
+) -> Cost:
+    """As ``cost_topk``, over the paged cache."""
+    logits = cost_paged(q, k_cache, weights, context_lens, block_table, max_context_len)
+    rows = q.shape[0] * q.shape[1]
+    return Cost(flops=logits.flops, bytes=logits.bytes + 4.0 * rows * (topk - max_context_len), math="fp8")
 
 
 def _case(name: str, level: str, **params: Any) -> Case:
@@ -330,4 +408,62 @@ PAGED = (
     _case("v4 b=1 16k", "full", b=1, context=16384, lens="full"),
     _case("v4 b=32 16k", "full", b=32, context=16384),
     _case("v4 b=128 4k", "full", b=128, context=4096, next_n=2),
+)
+TOPK = (
+    _case("small", "smoke", m=3, n=37, h=8, d=32, topk=8),
+    _case("no rows", "smoke", m=0, n=37, topk=8),
+    _case("no keys", "smoke", m=3, n=0, ranges="beyond", topk=4),
+    _case("one of each", "smoke", m=1, n=1, h=1, d=16, topk=1),
+    _case("the best key", "smoke", m=2, n=300, h=8, d=32, topk=1),
+    _case("more than there are", "smoke", m=4, n=40, h=8, d=32, ranges="random", topk=100),
+    _case("random ranges", "smoke", m=5, n=150, h=32, d=64, ranges="random", topk=17),
+    _case("empty ranges", "smoke", m=3, n=70, h=16, ranges="empty", topk=7),
+    _case("ends beyond the keys", "smoke", m=4, n=65, h=32, ranges="beyond", topk=20),
+    _case("compressed", "smoke", m=5, n=150, h=16, d=64, ranges="random", compressed=150, topk=17),
+    _case("compressed and cut", "smoke", m=5, n=150, h=16, d=64, ranges="random", compressed=40, topk=17),
+    _case("strided", "smoke", m=3, n=65, h=8, d=64, ranges="random", layout="strided", topk=16),
+    _case("hostile values", "smoke", m=8, n=65, h=8, d=64, ranges="any", topk=9),
+    _case("hostile values compressed", "smoke", m=8, n=65, h=8, d=64, ranges="any", compressed=90, topk=9),
+    _case("equal logits", "smoke", m=1, n=6000, h=2, d=16, scores="equal", topk=40),
+    _case("few logits", "smoke", m=1, n=3000, h=2, d=16, scores="few", topk=40),
+    _case("NaN and infinity", "smoke", m=2, n=300, h=8, d=32, scores="special", topk=150),
+    _case("v4", "default", m=9, n=3000, topk=512),
+    _case("v4 pro", "default", m=4, n=5000, topk=1024),
+    _case("v4 batch", "default", m=12, n=1000, ranges="batch", topk=512),
+    _case("v4 batch compressed", "default", m=12, n=1000, ranges="batch", compressed=500, topk=512),
+    _case("v4 one row", "default", m=1, n=9001, topk=512),
+    _case("the largest k", "default", m=2, n=9001, h=8, topk=2048),
+    _case("v4 random", "default", m=20, n=2777, ranges="random", topk=512),
+    _case("odd heads", "default", m=9, n=900, h=7, d=48, topk=300),
+    _case("v4 hostile values", "default", m=20, n=777, ranges="any", topk=512),
+    _case("v4 1k x 8k", "full", m=1024, n=8192, topk=512),
+    _case("v4 1k x 8k compressed", "full", m=1024, n=8192, ranges="batch", compressed=4096, topk=1024),
+    _case("v4 700 x 64k", "full", m=700, n=65536, topk=512),
+    _case("v4 equal logits 32k", "full", m=64, n=32768, h=8, scores="equal", topk=512),
+)
+PAGED_TOPK = (
+    _case("small", "smoke", b=3, context=37, h=8, d=32, page_size=4, topk=8),
+    _case("no requests", "smoke", b=0, context=64, topk=8),
+    _case("no context", "smoke", b=2, context=0, h=8, topk=8),
+    _case("one of each", "smoke", b=1, context=1, h=1, d=16, page_size=1, topk=1),
+    _case("zero lengths", "smoke", b=3, context=65, h=16, lens="zero", topk=5),
+    _case("more than there are", "smoke", b=3, context=65, h=16, topk=100),
+    _case("two tokens", "smoke", b=2, context=150, next_n=2, h=16, d=64, topk=20),
+    _case("flat lengths", "smoke", b=3, context=150, next_n=2, h=16, d=64, flat_lens=True, topk=20),
+    _case("head dimension", "smoke", b=2, context=130, h=8, layout="heads", topk=33),
+    _case("strided table", "smoke", b=4, context=130, h=8, d=64, page_size=16, layout="strided", topk=33),
+    _case("packed pages", "smoke", b=2, context=40, h=8, d=64, page_size=8, layout="packed", topk=9),
+    _case("hostile values", "smoke", b=5, context=120, h=8, d=64, page_size=16, lens="any", columns=300, topk=30),
+    _case("hostile values two tokens", "smoke", b=3, context=128, next_n=2, h=8, lens="any", columns=1024, topk=40),
+    _case("v4", "default", b=4, context=1000, topk=512),
+    _case("v4 pro", "default", b=2, context=4096, lens="full", topk=1024),
+    _case("v4 two tokens", "default", b=3, context=1777, next_n=2, topk=512),
+    _case("v4 four tokens", "default", b=2, context=900, next_n=4, topk=512),
+    _case("v4 page 32", "default", b=3, context=900, page_size=32, topk=512),
+    _case("32 heads", "default", b=3, context=900, h=32, topk=512),
+    _case("odd", "default", b=3, context=333, h=7, d=48, page_size=61, next_n=3, topk=101),
+    _case("v4 hostile values", "default", b=9, context=1000, lens="any", columns=9000, topk=512),
+    _case("v4 b=1 16k", "full", b=1, context=16384, lens="full", topk=512),
+    _case("v4 b=32 16k", "full", b=32, context=16384, topk=1024),
+    _case("v4 b=128 4k", "full", b=128, context=4096, next_n=2, topk=512),
 )

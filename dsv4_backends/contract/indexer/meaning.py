@@ -1,5 +1,5 @@
-"""The lightning indexer: its queries, quantised, and its logits over contiguous keys (prefill) and over the paged key
-cache (decode).
+"""The lightning indexer: its queries, quantised, its logits over contiguous keys (prefill) and over the paged key cache
+(decode), and the keys with the largest logits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 INDEX_DIM = 128
 """Dimensions of a query that is rotated and quantised."""
+MOST_TOPK = 2048
+"""Keys that can be selected for a query."""
 
 
 def indexer_q_rope_quant(
@@ -158,6 +160,95 @@ def paged_mqa_logits(
     return torch.empty((rows, max_context_len), dtype=torch.float32, device=q.device)
 
 
+def indexer_topk(
+    q: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    weights: Tensor,
+    row_starts: Tensor,
+    row_ends: Tensor,
+    topk: int,
+    *,
+    max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The keys with the ``topk`` largest logits of each row, without a tensor of all logits.
+
+    The logits are those of ``mqa_logits`` with the same arguments. Index j of row i is key ``row_starts[i] + j``, the
+    column of the compressed form: indices count from the row's start (clamped to ``[0, n]``), as in vLLM's
+    ``top_k_per_row_prefill``. A row with fewer than ``topk`` keys has all of them, then -1; a row without keys is all
+    -1. No index repeats, and no index follows a -1. Their order is not specified, nor is the choice among equal logits.
+
+    A logit of -inf is never selected. NaN is above every number. With ``max_seqlen_k`` only the first ``max_seqlen_k``
+    keys of a row count. The workspace of our providers has at most 256 MiB (the reference: 1 GiB) up to 2^25 columns.
+
+    Args:
+        q: e4m3 ``[m, h, d]``.
+        k: e4m3 ``[n, d]``.
+        k_scale: fp32 ``[n]``.
+        weights: fp32 ``[m, h]``.
+        row_starts: int32 ``[m]``, inclusive.
+        row_ends: int32 ``[m]``, exclusive.
+        topk: Keys to select for a row, up to 2048.
+        max_seqlen_k: The most keys of a row, where that is known: less workspace and time; None for n.
+        out: int32 ``[m, topk]`` to write to; rows may have a stride.
+
+    Returns:
+        int32 ``[m, topk]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``fp8_fp4_mqa_logits`` followed by ``top_k_per_row_prefill``.
+    """
+    import torch
+
+    return torch.empty((q.shape[0], topk), dtype=torch.int32, device=q.device) if out is None else out
+
+
+def paged_indexer_topk(
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    max_context_len: int,
+    topk: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The keys with the ``topk`` largest logits of each row over a paged key cache, without a tensor of all logits.
+
+    The logits are those of ``paged_mqa_logits`` with the same arguments, and what is selected is as in
+    ``indexer_topk``. Index n of a row is key n of its request. Lengths are clamped to
+    ``[0, min(max_context_len, page_size * blocks)]``. The keys of a page that the cache does not have have logits of
+    -inf, so they are not selected.
+
+    Args:
+        q: e4m3 ``[b, next_n, h, d]``; next_n counts the tokens of one request in this step.
+        k_cache: uint8 ``[pages, page_size, d + 4]`` or ``[pages, page_size, 1, d + 4]``; page-split (see
+            ``contract/layouts.py``), bytes contiguous within a page, page stride free, a multiple of 4.
+        weights: fp32 ``[b * next_n, h]``.
+        context_lens: int32 ``[b, next_n]`` or ``[b]``.
+        block_table: int32 ``[b, blocks]``; rows may have a stride.
+        max_context_len: The most keys of a row.
+        topk: Keys to select for a row, up to 2048.
+        out: int32 ``[b * next_n, topk]`` to write to; rows may have a stride.
+
+    Returns:
+        int32 ``[b * next_n, topk]``.
+
+    Raises:
+        ContractError: an argument breaks the above.
+
+    Source: vLLM ``fp8_fp4_paged_mqa_logits`` followed by ``top_k_per_row_decode``.
+    """
+    import torch
+
+    rows = q.shape[0] * q.shape[1]
+    return torch.empty((rows, topk), dtype=torch.int32, device=q.device) if out is None else out
+
+
 Q_ARGS: Args = {
     "q": tensor("bfloat16", "t, h, 128", "queries"),
     "positions": tensor("int64 int32", "t", "position of each token", layout="vector"),
@@ -218,3 +309,19 @@ PAGED_VALUES = (
     Values("context_lens", "0", "min(max_context_len, page_size * blocks)", "clamped"),
     Values("block_table", "0", "pages - 1", "keys of -inf", used="ceil(context_lens, page_size)"),
 )
+
+_TOPK = ScalarArg("int", 1, about="keys to select for a row")
+_TOPK_RULE = Rule("topk", f"topk <= {MOST_TOPK}", f"at most {MOST_TOPK}")
+TOPK_ARGS: Args = {
+    **{name: arg for name, arg in MQA_ARGS.items() if name not in ("max_seqlen_k", "out")},
+    "topk": _TOPK,
+    "max_seqlen_k": ScalarArg("int", 0, about="the most keys of a row"),
+    "out": tensor("int32", "m, topk", "result buffer"),
+}
+TOPK_RULES = (*MQA_RULES, _TOPK_RULE)
+PAGED_TOPK_ARGS: Args = {
+    **{name: arg for name, arg in PAGED_ARGS.items() if name != "out"},
+    "topk": _TOPK,
+    "out": tensor("int32", "b * next_n, topk", "result buffer"),
+}
+PAGED_TOPK_RULES = (*PAGED_RULES, _TOPK_RULE)

@@ -45,6 +45,17 @@ SKEWED = (
 )
 """Requests, columns, tokens of each, and the mean and the seed of the lengths. Few lengths are long."""
 
+TOPK_CHUNKS = (
+    (1, 32768), (64, 32768), (1024, 32768), (8192, 32768), (1, 65536), (64, 65536), (2048, 65536),
+    (1, WIDEST), (16, WIDEST), (256, WIDEST), (8192, WIDEST),
+)  # fmt: skip
+"""Queries of a chunk at the end of its context, and compressed keys, of which some are selected."""
+TOPK_BATCHES = (
+    (1, WIDTH, 0), (8, WIDTH, 0), (64, WIDTH, 0), (1, 65536, 0), (16, 65536, 0), (64, 65536, 0),
+    (1, WIDEST, 0), (8, WIDEST, 0), (64, WIDEST, 0), (64, WIDTH, 7300), (64, WIDEST, 20000),
+)  # fmt: skip
+"""Requests, columns, and the mean of long-tailed lengths; 0: all are full."""
+
 
 def queries(rank: Rank, tokens: int, *, dtype: str = "int64", weights: str = "bfloat16") -> Arguments:
     """The queries of a step, in the layout of the projections' output."""
@@ -87,6 +98,16 @@ def paged(rank: Rank, b: int, next_n: int, keys: int) -> Arguments:
     }
 
 
+def topk(rank: Rank, tokens: int, keys: int, *, compressed: bool = True) -> Arguments:
+    """As ``mqa``, with the number of keys to select."""
+    return mqa(rank, tokens, keys, compressed=compressed) | {"topk": rank.model.index_topk}
+
+
+def paged_topk(rank: Rank, b: int, next_n: int, keys: int) -> Arguments:
+    """As ``paged``, with the number of keys to select."""
+    return paged(rank, b, next_n, keys) | {"topk": rank.model.index_topk}
+
+
 def _q_calls(server: Deployment) -> Iterator[Arguments]:
     for weights in ("bfloat16", "float32"):
         for dtype in POSITIONS:
@@ -106,6 +127,16 @@ def _paged_calls(server: Deployment) -> Iterator[Arguments]:
     for next_n in range(1, server.limits.next_n + 1):
         for b in server.batches:
             yield paged(server.rank, b, next_n, server.compressed_keys)
+
+
+def _topk_calls(server: Deployment) -> Iterator[Arguments]:
+    for call in _mqa_calls(server):
+        yield call | {"topk": server.model.index_topk}
+
+
+def _paged_topk_calls(server: Deployment) -> Iterator[Arguments]:
+    for call in _paged_calls(server):
+        yield call | {"topk": server.model.index_topk}
 
 
 def _sizes(server: Deployment) -> dict[str, int]:
@@ -133,6 +164,22 @@ def _paged_needs(server: Deployment) -> Iterator[Need]:
         sizes = {"b": b, "next_n": next_n, **_sizes(server), "page_size": WINDOW_PAGE}
         make = functools.partial(paged, server.rank, b, next_n, server.compressed_keys)
         yield Need("paged_mqa_logits", "indexer, decode", sizes, make)
+
+
+def _topk_needs(server: Deployment) -> Iterator[Need]:
+    if INDEXER_RATIO in server.model.compress_ratios:
+        tokens = server.limits.max_tokens
+        make = functools.partial(topk, server.rank, tokens, server.compressed_keys)
+        sizes = {"m": tokens, **_sizes(server), "topk": server.model.index_topk}
+        yield Need("indexer_topk", "indexer selection, prefill", sizes, make)
+
+
+def _paged_topk_needs(server: Deployment) -> Iterator[Need]:
+    if INDEXER_RATIO in server.model.compress_ratios:
+        b, next_n = server.limits.max_requests, server.limits.next_n
+        sizes = {"b": b, "next_n": next_n, **_sizes(server), "page_size": WINDOW_PAGE, "topk": server.model.index_topk}
+        make = functools.partial(paged_topk, server.rank, b, next_n, server.compressed_keys)
+        yield Need("paged_indexer_topk", "indexer selection, decode", sizes, make)
 
 
 def _q_class(q: Shape, positions: Shape) -> tuple[str, int]:
@@ -184,6 +231,20 @@ def _paged_rows(label: str, rank: Rank) -> Iterator[Row]:
         params = {"b": b, "next_n": next_n, "keys": columns, "mean": mean, "seed": seed, "h": h, "d": d}
         name = f"b={b} next_n={next_n} max_context_len={columns} lengths={lengths} h={h} d={d}"
         yield Row("paged_mqa_logits", name, params)
+
+
+def _topk_rows(label: str, rank: Rank) -> Iterator[Row]:
+    h, d, topk = rank.model.index_heads, rank.model.index_dim, rank.model.index_topk
+    for m, n in TOPK_CHUNKS:
+        yield Row("indexer_topk", f"m={m} n={n} h={h} d={d} topk={topk}", {"m": m, "n": n, "h": h, "d": d, "topk": topk})
+
+
+def _paged_topk_rows(label: str, rank: Rank) -> Iterator[Row]:
+    h, d, topk = rank.model.index_heads, rank.model.index_dim, rank.model.index_topk
+    for b, keys, mean in TOPK_BATCHES:
+        params = {"b": b, "keys": keys, "h": h, "d": d, "topk": topk} | ({"mean": mean, "seed": 1} if mean else {})
+        lengths = f"max_context_len={keys} lengths=lognormal mean {mean} seed 1" if mean else f"keys={keys}"
+        yield Row("paged_indexer_topk", f"b={b} {lengths} h={h} d={d} topk={topk}", params)
 
 
 def _draw_q(draw: Draw, *, t: int, h: int) -> Arguments:
@@ -249,6 +310,14 @@ def _draw_paged(
     }
 
 
+def _draw_topk(draw: Draw, *, topk: int, **params: Any) -> Arguments:
+    return _draw_mqa(draw, **params) | {"topk": topk}
+
+
+def _draw_paged_topk(draw: Draw, *, topk: int, **params: Any) -> Arguments:
+    return _draw_paged(draw, **params) | {"topk": topk}
+
+
 MQA = Traffic(
     calls=_mqa_calls,
     needs=_mqa_needs,
@@ -272,6 +341,25 @@ PAGED = Traffic(
         ),
     ),
     draw=_draw_paged,
+    held=("k_cache",),
+)
+
+TOPK = Traffic(
+    calls=_topk_calls,
+    needs=_topk_needs,
+    classes=Classes((0, 1), "m * n", _mqa_class, _mqa_shapes),
+    rows=_topk_rows,
+    tiny=(Row("indexer_topk", "tiny m=8 n=96 topk=16", {"m": 8, "n": 96, "h": 8, "d": 64, "topk": 16}),),
+    draw=_draw_topk,
+)
+
+PAGED_TOPK = Traffic(
+    calls=_paged_topk_calls,
+    needs=_paged_topk_needs,
+    classes=Classes((0, 1), "b * next_n", _paged_class, _paged_shapes),
+    rows=_paged_topk_rows,
+    tiny=(Row("paged_indexer_topk", "tiny b=2 keys=100 topk=16", {"b": 2, "keys": 100, "h": 8, "d": 64, "topk": 16}),),
+    draw=_draw_paged_topk,
     held=("k_cache",),
 )
 

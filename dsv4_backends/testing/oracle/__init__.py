@@ -41,11 +41,11 @@ def expected(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def finished(op: str, arguments: dict[str, Any], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Results in the oracle's form: partial sums added, bytes read as numbers, in fp64."""
+    """Results in the oracle's form: partial sums added, bytes and indices read as numbers, in fp64."""
     contract = CONTRACTS[op]
     if contract.read:
         read = load_target(contract.read)
-        return tuple(read(name, result) for name, result in zip(contract.returns, results, strict=True))
+        return tuple(read(name, result, arguments) for name, result in zip(contract.returns, results, strict=True))
     if arguments.get(contract.partials) is not None:
         return tuple(result.to(torch.float64).sum(0) for result in results)
     return results

@@ -101,7 +101,7 @@ def _raw(cache: Tensor, data: int, tail: int) -> tuple[Tensor, Tensor]:
     return raw[first], raw[second]
 
 
-def read_kv(name: str, cache: Tensor) -> Tensor:
+def read_kv(name: str, cache: Tensor, arguments: Any = None) -> Tensor:
     """A KV cache as fp64 ``[pages * page_size, 513]``: the values of each entry, and its eighth scale byte / 256."""
     data, scales = _raw(cache, 576, 8)
     nope = e4m3(data[:, :448]).unflatten(1, (7, 64)) * e8m0(scales[:, :7]).unsqueeze(-1)
@@ -109,7 +109,7 @@ def read_kv(name: str, cache: Tensor) -> Tensor:
     return torch.cat([nope.flatten(1), rope, scales[:, 7:].to(F64) / 256], 1)
 
 
-def read_keys(name: str, cache: Tensor) -> Tensor:
+def read_keys(name: str, cache: Tensor, arguments: Any = None) -> Tensor:
     """An indexer cache as fp64 ``[pages * page_size, 129]``: the values of each entry, and 0 if its scale is a power of
     two."""
     data, scales = _raw(cache, 128, 4)

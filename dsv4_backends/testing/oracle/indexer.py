@@ -1,4 +1,4 @@
-"""The indexer's logits, one row at a time, with pages addressed by byte arithmetic; and its queries."""
+"""The indexer's logits, one row at a time, with pages addressed by byte arithmetic; its selection; and its queries."""
 
 from __future__ import annotations
 
@@ -90,3 +90,55 @@ def paged_mqa_logits(
             found = _logits_row(q[i, j], keys[:length], scale[:length], weights[row])
             out[row, :length] = torch.where(missing[:length], -math.inf, found)
     return (out,)
+
+
+def _with_faults(scores: Tensor, faults: Tensor) -> Tensor:
+    """Scores, and in a last column infinity for each row with faults."""
+    return torch.cat([scores, torch.where(faults, math.inf, 0.0).to(F64).unsqueeze(1)], 1)
+
+
+def indexer_topk(topk: int, max_seqlen_k: int | None = None, **others: Any) -> tuple[Tensor, ...]:
+    """The logits of all keys of each row from its start on, and a column of zeros."""
+    others["max_seqlen_k"] = len(others["k"]) if max_seqlen_k is None else max_seqlen_k
+    (scores,) = mqa_logits(**others)
+    return (_with_faults(scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)),)
+
+
+def paged_indexer_topk(topk: int, **others: Any) -> tuple[Tensor, ...]:
+    """As ``indexer_topk``, over the paged cache."""
+    (scores,) = paged_mqa_logits(**others)
+    return (_with_faults(scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)),)
+
+
+def read_topk(name: str, result: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """A selection in the oracle's form: the logits of all keys. A key that should be selected and is not, or is and
+    should not be, has the least selected logit T in place of its own, so that its error is its distance from T. The
+    last column has infinity for a row with an index that is no key of -inf, repeats or follows a -1, or with too few."""
+    return _selected(result, indexer_topk(**arguments)[0][:, :-1])
+
+
+def read_paged_topk(name: str, result: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """As ``read_topk``, over the paged cache."""
+    return _selected(result, paged_indexer_topk(**arguments)[0][:, :-1])
+
+
+def _selected(indices: Tensor, scores: Tensor) -> Tensor:
+    rows, columns = scores.shape
+    indices = indices.long()
+    inside = (indices >= 0) & (indices < columns)
+    named = torch.zeros((rows, columns + 1), dtype=torch.long, device=scores.device)
+    named.scatter_add_(1, torch.where(inside, indices, columns), torch.ones_like(indices))
+    count = named[:, :-1]
+    selectable = scores != -math.inf
+    best = selectable.sum(1).clamp(max=indices.shape[1])
+    faults = ((count > 1) | ((count > 0) & ~selectable)).any(1) | (inside.sum(1) != best)
+    faults |= (inside != (torch.arange(indices.shape[1], device=scores.device) < best[:, None])).any(1)
+    faults |= (~inside & (indices != -1)).any(1)
+    # NaN is above every number.
+    order = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    ranked = order.sort(1, descending=True).values
+    if columns:
+        least = ranked.gather(1, (best - 1).clamp(min=0)[:, None])
+        wrong = torch.where(count > 0, order < least, order > least) & (best > 0)[:, None]
+        scores = torch.where(wrong, least, scores)
+    return _with_faults(scores, faults)

@@ -32,7 +32,7 @@ def inverse_rope_quant(x: Tensor, positions: Tensor, cos_sin: Tensor, groups: in
     return nearest_e4m3(blocks / scale.unsqueeze(-1)).flatten(-2), scale
 
 
-def read(name: str, result: Tensor) -> Tensor:
+def read(name: str, result: Tensor, arguments: Any = None) -> Tensor:
     """The results of ``inverse_rope_quant`` as numbers."""
     if name == "x_fp8":
         return e4m3(result)
