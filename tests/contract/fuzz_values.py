@@ -101,11 +101,9 @@ def test_sparse_mla_decode(data: Any, b: int, s_q: int, scopes: list[tuple[int, 
     agrees("sparse_mla_decode", made)
 
 
-@fuzz
-@given(st.data(), st.integers(1, 4), st.integers(0, 70), st.none() | st.integers(0, 80))
-def test_mqa_logits(data: Any, m: int, n: int, compressed: int | None) -> None:
+def mqa(data: Any, m: int, n: int, compressed: int | None) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(n)
-    made: dict[str, Any] = {
+    return {
         "q": inputs.normal(generator, m, 2, 32).to(torch.float8_e4m3fn),
         "k": inputs.normal(generator, n, 32).to(torch.float8_e4m3fn),
         "k_scale": torch.ones(n),
@@ -114,23 +112,26 @@ def test_mqa_logits(data: Any, m: int, n: int, compressed: int | None) -> None:
         "row_ends": values(data.draw, n, m),
         "max_seqlen_k": compressed,
     }
-    agrees("mqa_logits", made)
+
+
+CONTIGUOUS = (st.data(), st.integers(1, 4), st.integers(0, 70), st.none() | st.integers(0, 80))
 
 
 @fuzz
-@given(
-    st.data(),
-    st.integers(1, 2),
-    st.integers(1, 2),
-    st.sampled_from([4, 64]),
-    st.integers(0, 3),
-    st.integers(0, 3),
-    st.integers(0, 300),
-    st.booleans(),
-)
-def test_paged_mqa_logits(
+@given(*CONTIGUOUS)
+def test_mqa_logits(data: Any, m: int, n: int, compressed: int | None) -> None:
+    agrees("mqa_logits", mqa(data, m, n, compressed))
+
+
+@fuzz
+@given(*CONTIGUOUS, st.integers(1, 100))
+def test_indexer_topk(data: Any, m: int, n: int, compressed: int | None, topk: int) -> None:
+    agrees("indexer_topk", mqa(data, m, n, compressed) | {"topk": topk})
+
+
+def paged(
     data: Any, b: int, next_n: int, page_size: int, pages: int, blocks: int, columns: int, flat: bool
-) -> None:
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(columns)
     stride = page_size * 36
     raw = torch.full((pages, stride + 16 - stride % 16), inputs.POISON, dtype=torch.uint8)
@@ -139,7 +140,7 @@ def test_paged_mqa_logits(
         layouts.write_indexer_keys(
             keys, torch.arange(pages * page_size), inputs.normal(generator, pages * page_size, 32)
         )
-    made: dict[str, Any] = {
+    return {
         "q": inputs.normal(generator, b, next_n, 2, 32).to(torch.float8_e4m3fn),
         "k_cache": keys,
         "weights": inputs.normal(generator, b * next_n, 2),
@@ -147,7 +148,29 @@ def test_paged_mqa_logits(
         "block_table": beside(values(data.draw, pages, b, blocks)),
         "max_context_len": columns,
     }
-    agrees("paged_mqa_logits", made)
+
+
+PAGED = st.tuples(
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.sampled_from([4, 64]),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.integers(0, 300),
+    st.booleans(),
+)
+
+
+@fuzz
+@given(st.data(), PAGED)
+def test_paged_mqa_logits(data: Any, sizes: Any) -> None:
+    agrees("paged_mqa_logits", paged(data, *sizes))
+
+
+@fuzz
+@given(st.data(), PAGED, st.integers(1, 100))
+def test_paged_indexer_topk(data: Any, sizes: Any, topk: int) -> None:
+    agrees("paged_indexer_topk", paged(data, *sizes) | {"topk": topk})
 
 
 OTHERS = [op for op, contract in CONTRACTS.items() if contract.values and f"test_{op}" not in globals()]

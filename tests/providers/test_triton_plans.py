@@ -12,7 +12,7 @@ import pytest
 import torch
 import traffic as serving
 from dsv4_backend_triton import ahead, variants
-from dsv4_backend_triton.arch import arch_from_capability
+from dsv4_backend_triton.arch import arch_from_capability, simulating
 from dsv4_backend_triton.launch import Launch
 from dsv4_backend_triton.sparse_mla.decode.plan import MOST_SPLITS
 from packaging.version import Version
@@ -123,6 +123,17 @@ def covered(op: str, call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     elif op == "paged_mqa_logits":  # programs share the work by the lengths: see the tests of the schedule
         yield from (len(grid) == 1, grid[0] >= 1, taken["max_len"] == call["max_context_len"])
         yield (taken["B"], taken["next_n"]) == tuple(call["q"].shape[:2])
+    elif op in ("indexer_topk", "paged_indexer_topk"):  # logits, maxima, candidates, selection: some rows at a time
+        names = ["_maxima_kernel", "_candidates_kernel", "_select_kernel"]
+        selects = launches[3::4]
+        yield sum(one.grid[0] for one in selects) == call["q"].shape[:-2].numel()
+        for first in range(0, len(launches), 4):
+            maxima, candidates, select = own = launches[first + 1 : first + 4]
+            yield [one.kernel.__name__ for one in own] == names
+            yield maxima.grid == candidates.grid == (*select.grid, select.arguments["splits"])
+            tile, groups, keep = (candidates.arguments[name] for name in ("TILE", "GROUPS", "KEEP"))
+            yield tile * maxima.grid[1] == groups >= 2 * call["topk"] <= keep
+            yield all(one.arguments["KEEP"] == keep for one in own)
     elif op == "indexer_q_rope_quant":
         yield from (grid == (len(call["q"]) * taken["tiles"],), once(taken["tiles"], taken["ROWS"], call["q"].shape[1]))
     elif op in ("inverse_rope", "inverse_rope_quant"):
@@ -173,6 +184,22 @@ def reads_wide(launch: Launch) -> bool:
     tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1]
     wide = [t for t in tensors if t.dtype in (torch.bfloat16, torch.uint8, torch.float8_e4m3fn)]
     return all(stride * t.element_size() % 16 == 0 for t in wide for stride in t.stride()[:-1])
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+@pytest.mark.parametrize("columns", [1, 2048, 262144, 2**25])
+@pytest.mark.parametrize("topk", [1, 512, 2048])
+def test_the_workspace_of_a_selection_is_bounded(topk: int, columns: int, capability: str) -> None:
+    """Whatever the context and the number of rows."""
+    arch, rank = arch_from_capability(Version(capability)), FLASH.rank(1)
+    for m in (1, 200) if columns > 2048 else (1, 9000):
+        for op, call in (
+            ("indexer_topk", serving.mqa(rank, m, columns)),
+            ("paged_indexer_topk", serving.paged(rank, m, 2, min(columns, 2**24))),
+        ):
+            call["topk"] = topk
+            with simulating(arch):
+                assert ahead.workspace(op, call, torch.device("meta")) <= 256 * 2**20
 
 
 @pytest.mark.parametrize("op", variants.OPS)

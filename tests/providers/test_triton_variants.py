@@ -36,6 +36,7 @@ GONE = {
 }
 """By the file of a variant in Gluon, its kernels."""
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
+SELECTION = {"_maxima_kernel", "_candidates_kernel", "_select_kernel"}
 PLAIN = {
     "sparse_mla_prefill": {"_prefill_kernel"},
     # Staged, it attends as prefill does.
@@ -55,6 +56,8 @@ PLAIN = {
     "inverse_rope": {"_inverse_rope_kernel"},
     "mqa_logits": {"_mqa_logits_kernel"},
     "paged_mqa_logits": {"_paged_mqa_logits_kernel"},
+    "indexer_topk": {"_mqa_logits_kernel", "_mqa_logits_wgmma_kernel", *SELECTION},
+    "paged_indexer_topk": {"_paged_mqa_logits_kernel", *SELECTION},
     "fp8_einsum": {"_einsum_kernel"},
     "hc_prenorm_gemm": {"_hc_kernel", "_hc_reduce_kernel"},
 }
@@ -201,8 +204,9 @@ def test_a_missing_name_costs_what_uses_it(name: str, found: dict[str, Any]) -> 
     for op in OPS:
         own = {f"{KERNELS[op].folder}.{variant.name}" for variant in gluon(op)} & lost
         assert len(without["notices"][op]) == len(own)
-        # Staged decode attends as prefill does.
-        touched = own or (op == "sparse_mla_decode" and any("prefill" in file for file in lost))
+        # Staged decode attends as prefill does, and a selection has the kernels of its logits.
+        touched = bool(own) or (op == "sparse_mla_decode" and any("prefill" in file for file in lost))
+        touched |= op == "indexer_topk" and "indexer.mqa_logits.wgmma" in lost
         for capability in CAPABILITIES:
             before, after = (set(f["launched"][f"{op} {capability}"]) for f in (whole, without))
             if not touched:

@@ -249,9 +249,7 @@ def make_topk(
     return made
 
 
-def make_paged_topk(
-    device: torch.device, generator: torch.Generator, *, topk: int, **params: Any
-) -> dict[str, Any]:
+def make_paged_topk(device: torch.device, generator: torch.Generator, *, topk: int, **params: Any) -> dict[str, Any]:
     return make_paged(device, generator, **params) | {"topk": topk}
 
 

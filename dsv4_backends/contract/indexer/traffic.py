@@ -236,7 +236,9 @@ def _paged_rows(label: str, rank: Rank) -> Iterator[Row]:
 def _topk_rows(label: str, rank: Rank) -> Iterator[Row]:
     h, d, topk = rank.model.index_heads, rank.model.index_dim, rank.model.index_topk
     for m, n in TOPK_CHUNKS:
-        yield Row("indexer_topk", f"m={m} n={n} h={h} d={d} topk={topk}", {"m": m, "n": n, "h": h, "d": d, "topk": topk})
+        yield Row(
+            "indexer_topk", f"m={m} n={n} h={h} d={d} topk={topk}", {"m": m, "n": n, "h": h, "d": d, "topk": topk}
+        )
 
 
 def _paged_topk_rows(label: str, rank: Rank) -> Iterator[Row]:

@@ -113,7 +113,8 @@ def paged_indexer_topk(topk: int, **others: Any) -> tuple[Tensor, ...]:
 def read_topk(name: str, result: Tensor, arguments: dict[str, Any]) -> Tensor:
     """A selection in the oracle's form: the logits of all keys. A key that should be selected and is not, or is and
     should not be, has the least selected logit T in place of its own, so that its error is its distance from T. The
-    last column has infinity for a row with an index that is no key of -inf, repeats or follows a -1, or with too few."""
+    last column has infinity for a row with an index that is no key, that repeats or that follows a -1, or with another
+    number of keys than there should be."""
     return _selected(result, indexer_topk(**arguments)[0][:, :-1])
 
 

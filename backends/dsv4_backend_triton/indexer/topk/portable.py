@@ -1,4 +1,5 @@
-"""The selection of both top-k ops: the columns of the largest logits in each row of a buffer, in three launches.
+"""Both top-k ops in plain Triton: for some rows at a time the kernels of the logits, into a buffer, and the columns of
+the largest logits in each of its rows, in three launches.
 
     grid            does
     rows x splits   the maxima of GROUPS / splits groups of a split's logits
@@ -6,9 +7,10 @@
                     logits that reach it
     rows            of these, a few more than topk, the topk largest
 
-A group is every GROUPS-th column, so that neighbours are in different groups; a split has TILE neighbouring groups. Where the logits are in any order, 8 groups for each selected key leave 1.07 topk logits. A row of
-which more than KEEP reach its bound, as when many are equal, is searched as a whole by the last launch; of a row with
-up to KEEP keys all are candidates.
+A group is every GROUPS-th column, so that neighbours are in different groups; a split has TILE neighbouring groups.
+Where the logits are in any order, 8 groups for each selected key leave 1.07 topk logits. A row of which more than KEEP
+reach its bound, as when many are equal, is searched as a whole by the last launch. Of a row with up to KEEP keys all
+are candidates.
 
 Logits are compared by their image: int32 that sorts as they do, with NaN above all and -inf at the end. Nothing of -inf
 is selected. What is selected and its order follow from the logits and the splits alone.
@@ -16,38 +18,19 @@ is selected. What is selected and its order follow from the logits and the split
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..arch import Arch, arch_of
-from ..configurations import configured
-from ..launch import launch
-from ..lib.sizes import cdiv, pow2
+from ...configurations import configured
+from ...launch import launch as launch_kernel
+from ...lib.sizes import cdiv, pow2
+from .op import Call, Shape
 
 _LEAST = 64
 """Groups of a split, at least."""
-
-
-class Shape(NamedTuple):
-    """All that a plan follows from. ``rows``, ``columns`` and ``topk``: rounded up to powers of two. In the
-    batch-invariant mode a row is searched as one alone is."""
-
-    arch: Arch
-    rows: int
-    columns: int
-    topk: int
-    batch_invariant: bool
-
-
-def shape_of(out: Tensor, columns: int, batch_invariant: bool) -> Shape:
-    """Of a call with so many columns of logits."""
-    rows, topk = out.shape
-    return Shape(arch_of(out.device), pow2(rows), pow2(columns), pow2(topk, 32), batch_invariant)
 
 
 class Config(NamedTuple):
@@ -72,12 +55,12 @@ class Plan(NamedTuple):
     keep: int
 
 
-def planned(op: str, shape: Shape) -> Plan:
+def plan(shape: Shape) -> Plan:
     """The plan for calls of a shape. What is compiled for it follows from the rows at a time and ``topk`` alone, and
     calls with few rows, which warm-up makes, have every number of splits."""
-    config = Config(**configured(op, "portable", shape.arch))
+    config = Config(**configured(shape.op, "portable", shape.arch))
     groups, keep = min(max(config.groups * shape.topk, 2048), 8192), min(4 * shape.topk, 8192)
-    space, each = config.mib * 2**18, shape.columns + groups  # elements
+    space, each = min(config.mib, 255) * 2**18, max(shape.columns, 64) + groups  # elements
     rows = max(1, min(shape.rows, space // (each + 2 * keep)))
     blocks = 2 if shape.arch.interpret else config.waves * shape.arch.sms  # the interpreter has one at a time
     wanted = cdiv(blocks, 1 if shape.batch_invariant else rows)
@@ -85,50 +68,34 @@ def planned(op: str, shape: Shape) -> Plan:
     return Plan(config, max(1, min(rows, space // (each + splits * 2 * keep))), splits, groups, keep)
 
 
-class Rows(NamedTuple):
-    """Where the keys of each row are: row ``i * next_n + j`` of a call has those from ``starts[i]`` (None: 0) to
-    ``ends[i, j]``, both clamped to ``limit``. In the compressed form they begin at column 0."""
-
-    starts: Tensor | None
-    ends: Tensor
-    next_n: int
-    stride_i: int
-    stride_j: int
-    limit: int
-    compressed: bool
-
-
-def in_chunks(
-    plan: Plan, count: int, columns: int, rows: Rows, topk: int, out: Tensor, write: Callable[[slice, Tensor], None]
-) -> None:
-    """Select in some rows at a time. ``write`` puts the logits of some of ``count`` items, of ``next_n`` rows each, into
-    a buffer of so many columns. What it leaves there beyond a row's keys is not looked at."""
-    config, next_n, device = plan.config, rows.next_n, out.device
-    stride = cdiv(columns, 64) * 64  # the last columns of a row are read four at a time
-    items = cdiv(count, cdiv(count, max(1, plan.rows // next_n)))  # as many in each chunk
+def launch(call: Call, config: Plan) -> None:
+    tile, rows, out = config.config, call.rows, call.out
+    count, next_n, topk, device = call.items, rows.next_n, out.shape[1], out.device
+    stride = cdiv(call.columns, 64) * 64  # the last columns of a row are read four at a time
+    items = cdiv(count, cdiv(count, max(1, config.rows // next_n)))  # as many in each chunk
     most = items * next_n
     logits = torch.empty((most, stride), dtype=torch.float32, device=device)
-    maxima = torch.empty((most, plan.groups), dtype=torch.int32, device=device)
-    images = torch.empty((most, plan.splits, plan.keep), dtype=torch.int32, device=device)
-    indices = torch.empty((most, plan.splits, plan.keep), dtype=torch.int32, device=device)
-    counts = torch.empty((most, plan.splits), dtype=torch.int32, device=device)
+    maxima = torch.empty((most, config.groups), dtype=torch.int32, device=device)
+    images = torch.empty((most, config.splits, config.keep), dtype=torch.int32, device=device)
+    indices = torch.empty((most, config.splits, config.keep), dtype=torch.int32, device=device)
+    counts = torch.empty((most, config.splits), dtype=torch.int32, device=device)
     bounds = torch.empty((most,), dtype=torch.int32, device=device)
-    split = {"TILE": plan.groups // plan.splits, "BLOCK": config.block, "KEEP": plan.keep}
+    split = {"TILE": config.groups // config.splits, "BLOCK": tile.block, "KEEP": config.keep}
     for first in range(0, count, items):
         part = slice(first, min(first + items, count))
         here = (part.stop - first) * next_n
-        write(part, logits[:here, :columns])
+        call.write(part, logits[:here, : call.columns])
         starts = None if rows.starts is None else rows.starts[part]
         spans = (starts, rows.ends[part], next_n, rows.stride_i, rows.stride_j, rows.limit, int(rows.compressed))
-        given = (*spans, columns, stride)
-        launch(_maxima_kernel, (here, plan.splits), logits, maxima, *given, **split, num_warps=config.warps)
-        launch(
-            _candidates_kernel, (here, plan.splits), logits, maxima, images, indices, counts, bounds, *given, topk,
-            **split, GROUPS=plan.groups, num_warps=config.warps,
+        given = (*spans, call.columns, stride)
+        launch_kernel(_maxima_kernel, (here, config.splits), logits, maxima, *given, **split, num_warps=tile.warps)
+        launch_kernel(
+            _candidates_kernel, (here, config.splits), logits, maxima, images, indices, counts, bounds, *given, topk,
+            **split, GROUPS=config.groups, num_warps=tile.warps,
         )  # fmt: skip
-        launch(
+        launch_kernel(
             _select_kernel, (here,), logits, images, indices, counts, bounds, out[first * next_n :], *given, topk,
-            plan.splits, out.stride(0), BLOCK=config.block, KEEP=plan.keep, num_warps=config.warps,
+            config.splits, out.stride(0), BLOCK=tile.block, KEEP=config.keep, num_warps=tile.warps,
         )  # fmt: skip
 
 
