@@ -150,7 +150,8 @@ def test_what_nothing_serves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_a_model_of_one_kind_of_layer() -> None:
     window = Model(**{**vars(FLASH), "compress_ratios": (0, 0)})
     ops = {need.op for need in check.needs(window.rank(1), Limits(4096, 1, 4096), machine.CPU)}
-    without = {"mqa_logits", "paged_mqa_logits", "indexer_q_rope_quant", "indexer_compress_insert"}
+    without = {"mqa_logits", "paged_mqa_logits", "indexer_topk", "paged_indexer_topk"}
+    without |= {"indexer_q_rope_quant", "indexer_compress_insert"}
     assert ops == set(OPS) - without - {"compress_norm_rope_insert"}
 
 

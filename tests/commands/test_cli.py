@@ -165,6 +165,8 @@ gather_dequant_kv          triton             portable  -
 mqa_logits                 deep_gemm          native    -
 paged_mqa_logits           triton (measured)  portable  otherwise deep_gemm: sizes that were not
                                                           measured
+indexer_topk               triton             portable  -
+paged_indexer_topk         triton             portable  -
 indexer_q_rope_quant       triton             portable  -
 compress_norm_rope_insert  triton             portable  -
 indexer_compress_insert    triton             portable  -

@@ -95,7 +95,7 @@ def launch(call: Call, config: Plan) -> None:
         )  # fmt: skip
         launch_kernel(
             _select_kernel, (here,), logits, images, indices, counts, bounds, out[first * next_n :], *given, topk,
-            config.splits, out.stride(0), BLOCK=tile.block, KEEP=config.keep, num_warps=tile.warps,
+            config.splits, out.stride(0), BLOCK=min(tile.block, 2048), KEEP=config.keep, num_warps=tile.warps,
         )  # fmt: skip
 
 
@@ -185,13 +185,13 @@ def _candidates_kernel(
     if count > KEEP:
         maxima = tl.load(maxima_ptr + row.to(tl.int64) * GROUPS + tl.arange(0, GROUPS))
         bound = tl.maximum(bound, bound_of(maxima, topk))
-    WIDE: tl.constexpr = BLOCK if BLOCK > TILE else TILE
+    UNIT: tl.constexpr = TILE if TILE < BLOCK else BLOCK
     splits = tl.num_programs(1)
-    lane = tl.arange(0, WIDE)
-    inner = (lane // TILE * splits + split) * TILE + lane % TILE
+    lane = tl.arange(0, BLOCK)
+    inner = (lane // UNIT * splits + split) * UNIT + lane % UNIT
     at = row.to(tl.int64) * splits + split
     found = 0
-    for j in range(begin // 4 * 4, end, splits * WIDE):
+    for j in range(begin // 4 * 4, end, splits * BLOCK):
         column = tl.multiple_of(j, 4) + inner
         image = images(row_ptr, column, begin, end)
         taken = (image >= bound).to(tl.int32)
