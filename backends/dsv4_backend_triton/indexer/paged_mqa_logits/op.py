@@ -29,11 +29,25 @@ def paged_mqa_logits(
     the cache does not have. Keys are read once for all ``next_n`` rows. No
     workspace.
     """
-    b, next_n, h, d = q.shape
     if out is None:
-        out = torch.empty((b * next_n, max_context_len), dtype=torch.float32, device=q.device)
-    if out.numel():
-        arch = arch_of(q.device)
-        call = Call(Shape(arch, next_n, h, d), as_bytes(q, arch), k_cache, weights, context_lens, block_table, out)
-        variants.run("paged_mqa_logits", call)
+        out = torch.empty((q.shape[0] * q.shape[1], max_context_len), dtype=torch.float32, device=q.device)
+    write_logits(q, k_cache, weights, context_lens, block_table, out)
     return out
+
+
+def write_logits(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    fill: bool = True,
+) -> None:
+    """The logits of each row, and with ``fill`` -inf at and beyond its length, which is otherwise left as it is."""
+    if out.numel():
+        arch, (_, next_n, h, d) = arch_of(q.device), q.shape
+        shape = Shape(arch, next_n, h, d)
+        call = Call(shape, as_bytes(q, arch), k_cache, weights, context_lens, block_table, out, fill)
+        variants.run("paged_mqa_logits", call)

@@ -19,7 +19,7 @@ class Shape(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, its result allocated; ``q`` in the kernels' element type."""
+    """A call, its result allocated; ``q`` in the kernels' element type. ``fill``: -inf beyond the lengths."""
 
     shape: Shape
     q: Tensor
@@ -28,3 +28,4 @@ class Call(NamedTuple):
     lens: Tensor
     table: Tensor
     out: Tensor
+    fill: bool

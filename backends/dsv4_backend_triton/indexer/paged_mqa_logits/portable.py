@@ -57,7 +57,8 @@ def launch(call: Call, config: Config) -> None:
     launch_kernel(
         _paged_mqa_logits_kernel, (min(config.waves * arch.sms, places),),
         *(q, k_cache, k_desc, call.weights, lens, call.table, out),
-        *(b, next_n, columns, min(columns, page_size * call.table.shape[1]), pages), *q.stride()[:3],
+        *(b, next_n, columns, columns if call.fill else 0, min(columns, page_size * call.table.shape[1]), pages),
+        *q.stride()[:3],
         *(page_stride, call.weights.stride(0), lens.stride(0), lens.stride(1) if lens.dim() == 2 else 0),
         *(call.table.stride(0), out.stride(0)), **constants(config, arch, h, d), PAGE=page_size, K_MODE=k_mode,
         ALIGNED=aligned, SCAN=FEW if b <= FEW else MANY, VISIT=config.visit, num_warps=config.warps,
@@ -66,7 +67,7 @@ def launch(call: Call, config: Config) -> None:
 
 
 _SIZES = (
-    "B next_n max_len limit pages q_stride_b q_stride_n q_stride_h page_stride w_stride "
+    "B next_n max_len filled limit pages q_stride_b q_stride_n q_stride_h page_stride w_stride "
     "len_stride_b len_stride_n table_stride out_stride"
 ).split()
 _ANY_ALIGNMENT = ["w_ptr", "lens_ptr", "table_ptr", "out_ptr"]
@@ -75,7 +76,9 @@ _ANY_ALIGNMENT = ["w_ptr", "lens_ptr", "table_ptr", "out_ptr"]
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _paged_mqa_logits_kernel(
     q_ptr, cache_ptr, k_desc, w_ptr, lens_ptr, table_ptr, out_ptr,
-    B, next_n, max_len, limit, pages,
+    B, next_n,
+    max_len, filled,  # columns; filled up to which
+    limit, pages,
     q_stride_b, q_stride_n, q_stride_h,  # in elements
     page_stride,  # in bytes
     w_stride, len_stride_b, len_stride_n, table_stride, out_stride,  # in elements
@@ -89,7 +92,7 @@ def _paged_mqa_logits_kernel(
         q_stride_h = tl.multiple_of(q_stride_h.to(tl.int64), 16)
         page_stride = tl.multiple_of(page_stride.to(tl.int64), 16)
     ends, total = count_places(lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT)
-    all_tiles = (max_len + BLOCK_N - 1) // BLOCK_N
+    all_tiles = (filled + BLOCK_N - 1) // BLOCK_N
     item, place, count = share(
         ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT,
         FILL=False,

@@ -13,7 +13,7 @@ from ...arch import Arch, arch_of
 from ...batch_invariant import has_mode
 from ...lib.sizes import pow2
 from ..mqa_logits.op import mqa_logits
-from ..paged_mqa_logits.op import paged_mqa_logits
+from ..paged_mqa_logits.op import write_logits
 
 
 class Shape(NamedTuple):
@@ -118,8 +118,8 @@ def paged_indexer_topk(
         out = torch.empty((b * next_n, topk), dtype=torch.int32, device=q.device)
 
     def write(part: slice, logits: Tensor) -> None:
-        given = (weights[part.start * next_n : part.stop * next_n], context_lens[part], block_table[part], columns)
-        paged_mqa_logits(q[part], k_cache, *given, out=logits)
+        own = weights[part.start * next_n : part.stop * next_n]
+        write_logits(q[part], k_cache, own, context_lens[part], block_table[part], logits, fill=False)
 
     strides = (context_lens.stride(0), context_lens.stride(1) if context_lens.dim() == 2 else 0)
     rows = Rows(None, context_lens, next_n, *strides, columns, compressed=True)
