@@ -35,7 +35,7 @@ _LEAST = 64
 
 class Config(NamedTuple):
     """Launch configuration. ``mib``: of the workspace, which has the logits of some rows. ``waves``: blocks per
-    multiprocessor from which on rows are not split further. ``splits``: at most. ``groups``: for each selected key."""
+    multiprocessor, up to which rows are split. ``splits``: at most. ``groups``: for each selected key."""
 
     mib: int
     block: int
@@ -63,8 +63,8 @@ def plan(shape: Shape) -> Plan:
     space, each = min(config.mib, 255) * 2**18, max(shape.columns, 64) + groups  # elements
     rows = max(1, min(shape.rows, space // (each + 2 * keep)))
     blocks = 2 if shape.arch.interpret else config.waves * shape.arch.sms  # the interpreter has one at a time
-    wanted = cdiv(blocks, 1 if shape.batch_invariant else rows)
-    splits = min(pow2(wanted), config.splits, groups // _LEAST)
+    wanted = max(1, blocks // (1 if shape.batch_invariant else rows))
+    splits = min(pow2(wanted + 1) // 2, config.splits, groups // _LEAST)  # rounded down to a power of two
     return Plan(config, max(1, min(rows, space // (each + splits * 2 * keep))), splits, groups, keep)
 
 
