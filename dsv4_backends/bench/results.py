@@ -129,7 +129,7 @@ class Result(Measured):
         device: The device of the measurement.
         providers: For each provider the versions of its packages.
         absent: For each op and provider that was not measured, the reason.
-        order: For each op the providers in their rank without measurements.
+        order: For each op the providers in their order without measurements.
         rates: The machine's own rates, from the same run.
         samples: The number of samples of each median.
         seconds: The duration of the run.

@@ -153,7 +153,7 @@ def _versions(spec: ProviderSpec) -> dict[str, str]:
 
 
 def _order(op: str, where: Any) -> tuple[str, ...]:
-    """The providers that can serve ``op`` here, in the rank of the automatic choice without measurements."""
+    """The providers that can serve ``op`` here, in the order of the automatic choice without measurements."""
     found = bind.resolution_under(policy.Policy(experimental=True), op, where)
     return tuple(dict.fromkeys(candidate.name for candidate in found.accepted))
 

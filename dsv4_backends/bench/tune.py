@@ -20,7 +20,7 @@ MARGIN = 1.03
 def tune(results: Sequence[Result]) -> Table:
     """The table for the architecture on which all ``results`` were measured.
 
-    For each class of shapes and each measured load, the provider that loses least is preferred over the one that ranks
+    For each class of shapes and each measured load, the provider that loses least is preferred over the one that comes
     first without measurements: rows of one load differ in values, lengths for one, which a choice never looks at. Of a
     row, a provider loses the ratio of its time to the best one; over the rows, the most counts. It is preferred if the
     other loses at least 3% more, and is slower at both quartiles on the row where that loses most: the providers take
@@ -80,7 +80,7 @@ def tune(results: Sequence[Result]) -> Table:
 
 @dataclass(frozen=True)
 class _Found:
-    """A row, the place of the result that it is from, and how the providers rank without measurements."""
+    """A row, the place of the result that it is from, and the providers' order without measurements."""
 
     source: int
     row: Row
@@ -100,11 +100,11 @@ class _Decision:
 
 def _decide(rows: Sequence[_Found]) -> _Decision | None:
     """Who loses least over the rows of one load, or None where the tiers' order stays."""
-    ranked = [[name for name in found.order if name in found.row.timed] for found in rows]
-    if not all(ranked) or len({names[0] for names in ranked}) > 1:
+    ordered = [[name for name in found.order if name in found.row.timed] for found in rows]
+    if not all(ordered) or len({names[0] for names in ordered}) > 1:
         return None
-    over = ranked[0][0]
-    common = [name for name in ranked[0] if all(name in names for names in ranked)]
+    over = ordered[0][0]
+    common = [name for name in ordered[0] if all(name in names for names in ordered)]
 
     def loss(name: str, found: _Found) -> float:
         us = found.row.timed

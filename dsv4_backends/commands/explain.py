@@ -1,4 +1,4 @@
-"""``dsv4-backends explain OP``: every candidate, ranked, with all reasons."""
+"""``dsv4-backends explain OP``: every candidate, the preferred first, with all reasons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 
 def add(command: AddCommand) -> None:
-    explain = command("explain", run, "every candidate for one op, ranked, with all reasons")
+    explain = command("explain", run, "every candidate for one op, the preferred first, with all reasons")
     explain.add_argument("op", choices=OPS, metavar="OP", help=", ".join(OPS))
     explain.add_argument("--device", **DEVICE)
 

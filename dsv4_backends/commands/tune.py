@@ -32,5 +32,5 @@ def text(table: preferences.Table) -> str:
     """The table's preferences, a line each."""
     rows = [(p.op, p.where, p.prefer, p.over, p.ratios) for p in table.named]
     if not rows:
-        return "nothing to prefer: on every row the provider that ranks first is the fastest, or near it"
+        return "nothing to prefer: on every row the provider that comes first is the fastest, or near it"
     return render.table(("OP", "WHERE", "PREFER", "OVER", "AT LEAST"), rows)

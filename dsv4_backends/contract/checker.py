@@ -434,7 +434,7 @@ class _Checker:
             again = ", ".join(f"{n}={v}" if contract.is_keyword(n) else v for n, v in call.items())
             self.emit(3, f"if copy: on = True; return {contract.name}({again})")
         self.emit(3, f"guard = remember({numbers}, {', '.join(passed)})")
-        # A list, a None or a tensor of another rank raises one of these. Testing for each would cost more.
+        # A list, a None or a tensor of other dimensions raises one of these. Testing for each would cost more.
         self.emit(1, "except (AttributeError, ValueError, RuntimeError, TypeError) as error:")
         self.emit(2, "if 'on' in locals(): raise")  # raised after the check
         self.emit(2, "raise explain(error, locals()) from None")
@@ -480,7 +480,7 @@ class _Checker:
             shape = self._comparison(form) if known else f"len(_shape) == {len(form.dims)}"
             condition = " and ".join(filter(None, (f"({dtypes})" if " or " in dtypes else dtypes, shape, form.when)))
             if len(arg.forms) == 1:
-                # Unpacking the sizes finds a wrong rank.
+                # Unpacking the sizes finds a wrong number of dimensions.
                 self.emit(depth, f"if not ({condition if known else dtypes}): {failure}")
             else:
                 self.emit(depth, f"{'if' if index == 0 else 'elif'} {condition}:")

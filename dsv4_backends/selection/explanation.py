@@ -30,7 +30,7 @@ def _batch_invariance(candidate: Candidate) -> str:
 
 
 def explanation(resolution: Resolution) -> str:
-    """Every candidate of one op, ranked, with everything that speaks for and against it."""
+    """Every candidate of one op, the preferred first, with everything that speaks for and against it."""
     served = resolution.serves()
     selected = served.candidate
     lines = [f"{resolution.op} on {resolution.device.label}"]

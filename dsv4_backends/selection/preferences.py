@@ -1,4 +1,4 @@
-"""The measured choice: where a provider of a lower rank was measured to be faster, on which shapes, and by how much.
+"""The measured choice: where a provider that comes later was measured to be faster, on which shapes, and by how much.
 
 A table for each architecture lies in ``tables/`` and is written by ``dsv4-backends tune``. It names classes of
 shapes, by what decides a kernel's speed: a few sizes of the model, and a *load* that grows with the batch. Reading a

@@ -22,7 +22,7 @@ API_VERSION = 1
 
 
 class Tier(enum.IntEnum):
-    """The first key of the ranking; lower comes first."""
+    """The first key of the order of candidates; lower comes first."""
 
     NATIVE = 0
     """A library hand-written for an architecture (DeepGEMM, FlashMLA)."""
@@ -53,7 +53,7 @@ REASONS: dict[str, str] = {
     "library-signature": "A function of the library has parameters that the adapter does not know.",
     "compiler-missing": "The library compiles its kernels when they are first used, and there is no nvcc.",
     "probe-failed": "The provider's own look at its library failed.",
-    "untested": "The GPU is a newer part of a family that the implementation names. Not a refusal: it ranks last.",
+    "untested": "The GPU is a newer part of a family that the implementation names. Not a refusal: it comes last.",
     "batch-variant": "DSV4_BACKENDS_BATCH_INVARIANT=1, and the implementation does not claim it. Not a refusal.",
     "slower-kernels": "The installed compiler lacks what some kernels need; slower ones serve. Not a refusal.",
     "cache-unusable": "The compiler cannot keep its kernels on disk: the first call of each kernel will fail.",

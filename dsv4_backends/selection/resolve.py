@@ -51,7 +51,7 @@ class Unless:
     Attributes:
         provider: That provider.
         where: On which shapes, in words.
-        measured: Measurements put it there; otherwise its rank does.
+        measured: Measurements put it there; otherwise the default order does.
     """
 
     provider: str
@@ -65,7 +65,7 @@ class Served:
 
     Attributes:
         resolution: The choice, its candidates in the order in which a call asks them, with what they answered.
-        by: What decided: ``"pin"``, ``"measured"``, ``"order"`` (the user's) or ``"rank"``; empty if none serves.
+        by: What decided: ``"pin"``, ``"measured"``, ``"order"`` (the user's) or ``"default"``; empty if none serves.
         unless: Where another provider serves; nothing for given shapes.
     """
 
@@ -175,7 +175,7 @@ class Resolution:
 
         Args:
             shapes: Those of the two tensors of a call that ``preferences.CLASSES`` names. None: in general, which is
-                the first in rank, or the one that measurements put before it on most classes of shapes.
+                the first by default, or the one that measurements put before it on most classes of shapes.
             ask: See ``Served.asked``; None: no provider is asked.
         """
         accepted = self.accepted
@@ -204,7 +204,7 @@ class Resolution:
         """What put a candidate there, measurements aside; see ``Served.by``."""
         if candidate is None:
             return ""
-        return "pin" if self.pinned is not None else "order" if candidate.name in self.order else "rank"
+        return "pin" if self.pinned is not None else "order" if candidate.name in self.order else "default"
 
     @property
     def pin_text(self) -> str:
@@ -254,14 +254,14 @@ def resolve(
     absent: Mapping[str, tuple[Reason, ...]] | None = None,
     findable: Callable[[str], bool] = _findable,
 ) -> Resolution:
-    """Judge and rank every implementation of ``op``.
+    """Judge every implementation and put them in order of ``op``.
 
     ``builds`` is what the providers' probes found, by provider and op; a provider that is not in it is judged by its
     own claims alone. ``absent`` has the plugins that gave no provider.
 
     Rank: the user's order, tested before untested, tier, priority, name. In the batch-invariant mode, what does not
-    claim it ranks as untested. A pin removes all other candidates. Of ``preferences``, those are kept that change this
-    ranking and nothing that the user set.
+    claim it counts as untested. A pin removes all other candidates. Of ``preferences``, those are kept that change this
+    order and nothing that the user set.
     """
     pinned = policy.pins.get(op)
     judged = []
@@ -271,7 +271,7 @@ def resolve(
             reasons, warning = _judge(provider, implementation, build, device, installed, policy, pinned, findable)
             judged.append(Candidate(provider, implementation, reasons, warning, build))
 
-    def rank(candidate: Candidate) -> tuple[int, bool, int, int, str, str]:
+    def place(candidate: Candidate) -> tuple[int, bool, int, int, str, str]:
         order = policy.order
         place = order.index(candidate.name) if candidate.name in order else len(order)
         implementation = candidate.implementation
@@ -284,11 +284,11 @@ def resolve(
             implementation.target,
         )
 
-    ranked = tuple(sorted(judged, key=rank))
+    ordered = tuple(sorted(judged, key=place))
     # Batch invariance ends where the size of the batch chooses the kernel.
     wanted = policy.measured and not policy.batch_invariant and pinned is None
-    kept = tuple(p for p in preferences if p.op == op and _changes(p, ranked, policy)) if wanted else ()
-    return Resolution(op, device, ranked, pinned, kept, policy.order, tuple((absent or {}).items()))
+    kept = tuple(p for p in preferences if p.op == op and _changes(p, ordered, policy)) if wanted else ()
+    return Resolution(op, device, ordered, pinned, kept, policy.order, tuple((absent or {}).items()))
 
 
 def _in_mode(op: str, provider: ProviderSpec, policy: Policy) -> list[Implementation]:
@@ -299,12 +299,12 @@ def _in_mode(op: str, provider: ProviderSpec, policy: Policy) -> list[Implementa
     return [i for i in found if i.batch_invariant] or found
 
 
-def _changes(preference: Preference, ranked: Iterable[Candidate], policy: Policy) -> bool:
+def _changes(preference: Preference, ordered: Iterable[Candidate], policy: Policy) -> bool:
     """Whether the provider that would be called was measured to be slower than another, and the user set neither.
 
     Where a third comes first, the user's or a third party's, nothing was measured against it.
     """
-    accepted = [c for c in ranked if c.accepted]
+    accepted = [c for c in ordered if c.accepted]
     free = [c.name for c in accepted if c.warning is None and c.name not in policy.order]
     first = accepted[0].name if accepted else ""
     return first == preference.over and {first, preference.prefer} <= set(free)

@@ -48,7 +48,7 @@ def wrong(q, k):
 
 
 def plugin(target: str, refuses: str | None = None, name: str = "acme") -> str:
-    """Native in rank, with one of these kernels."""
+    """Of tier native, with one of these kernels."""
     of_op = {"target": f"{name}_plugin:{target}", "refuses": refuses and f"{name}_plugin:{refuses}"}
     return provider({"mqa_logits": {"devices": ("cpu", "cuda"), **of_op}}, name=name, code=KERNELS)
 

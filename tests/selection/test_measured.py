@@ -264,7 +264,7 @@ def test_a_preference_needs_both_tested_and_to_change_something() -> None:
     assert not kept(SPECS, prefer="a", over="b")  # that is the order anyway
     assert not kept(SPECS, op="mqa_logits")
     assert not kept(SPECS[1:])
-    assert not kept((spec("acme", Tier.NATIVE, priority=1), *SPECS))  # ranks first, and nobody measured it
+    assert not kept((spec("acme", Tier.NATIVE, priority=1), *SPECS))  # comes first, and nobody measured it
     assert kept((*SPECS, spec("zeta", Tier.NATIVE)))  # would not have been called anyway
     newer = Device("cuda", 0, "GPU Y", Version("9.1"))
     untested = (spec("a", Tier.NATIVE), spec("b", Tier.PORTABLE, "==9.0"))
@@ -327,11 +327,11 @@ def test_the_answer_is_that_of_a_call(two: Callable[..., Callable[[int], str]]) 
     """What ``Resolution.serves`` says of shapes is whom a call of these shapes reaches."""
     serves = two()
     resolution = bind.resolution("hc_prenorm_gemm", "cpu")
-    assert (resolution.serves().provider, resolution.serves().by) == ("a", "rank")
+    assert (resolution.serves().provider, resolution.serves().by) == ("a", "default")
     for m in (1, 8, 9, 100):
         served = resolution.serves(((m, 512), (24, 512)))
         assert served.provider == serves(m)
-        assert served.by == ("measured" if m <= 8 else "rank")
+        assert served.by == ("measured" if m <= 8 else "default")
         assert served.unless == ()
     no = (Reason("shape", "no"),)
     refused = resolution.serves(((1, 512), (24, 512)), lambda c: dataclasses.replace(c, reasons=no))

@@ -90,7 +90,7 @@ def test_reason_has_rule_value_and_no_doubt() -> None:
     assert reason.message == "needs compute capability 9.0 or 10.0, not 8.6"
 
 
-def test_untested_ranks_last_and_warns() -> None:
+def test_untested_comes_last_and_warns() -> None:
     resolution = choose(gpu("10.3"))
     assert order(resolution)[-1] == "native"
     candidate = resolution.candidates[-1]
@@ -103,7 +103,7 @@ def test_untested_ranks_last_and_warns() -> None:
     assert selected(choose(gpu("10.3"), Policy(pins={OP: "native"}))) == "native"
 
 
-def test_rank_is_tier_then_priority_then_name() -> None:
+def test_order_is_tier_then_priority_then_name() -> None:
     low = provider("aaa", Tier.PORTABLE)
     high = provider("zzz", Tier.PORTABLE, priority=1)
     same = provider("bbb", Tier.PORTABLE)

@@ -137,9 +137,9 @@ def _selected(indices: Tensor, scores: Tensor) -> Tensor:
     faults |= (~inside & (indices != -1)).any(1)
     # NaN is above every number.
     order = scores.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    ranked = order.sort(1, descending=True).values
+    ordered = order.sort(1, descending=True).values
     if columns:
-        least = ranked.gather(1, (best - 1).clamp(min=0)[:, None])
+        least = ordered.gather(1, (best - 1).clamp(min=0)[:, None])
         wrong = torch.where(count > 0, order < least, order > least) & (best > 0)[:, None]
         scores = torch.where(wrong, least, scores)
     return _with_faults(scores, faults)
