@@ -149,7 +149,7 @@ def covered(op: str, call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     elif op == "fp8_einsum":
         (b, h, _), d = call["x"].shape, call["w"].shape[1]
         if variant_of(op, main) == "wgmma_few":
-            yield from (b <= taken["BLOCK_B"], grid[0] == h * -(-d // tile_of(main, "OUTPUTS")))
+            yield grid[0] == h * -(-d // tile_of(main, "OUTPUTS")) * -(-b // taken["BLOCK_B"])
         elif variant_of(op, main) == "wgmma":
             tiles = h * -(-d // taken["BLOCK_D"]) * -(-b // (2 * tile_of(main, "TOKENS")))
             yield 1 <= grid[0] <= tiles

@@ -52,15 +52,16 @@ class Config(NamedTuple):
 
 
 def plan(shape: Shape) -> Config | None:
-    """The 128-wide tile where it fills 75 % of the multiprocessors, else the narrow one up to ``NARROW_TOKENS``. Fewer
-    than ``FEWEST_TOKENS`` are the N of wgmma in ``wgmma_few.py``."""
-    b, h, d = shape.b, shape.h, shape.d
-    if shape.w_rows or shape.batch_invariant or b < FEWEST_TOKENS:
+    """The narrow tile where every block has a multiprocessor of its own, else the 128-wide one where it fills 75 % of
+    them; the narrow one for up to ``NARROW_TOKENS`` in any case. Fewer than ``FEWEST_TOKENS`` are the N of wgmma in
+    ``wgmma_few.py``."""
+    if shape.w_rows or shape.batch_invariant or shape.b < FEWEST_TOKENS:
         return None
-    wide = cdiv(d, 128) * cdiv(b, 128) * h > 0.75 * shape.arch.sms
-    if not wide and b > NARROW_TOKENS:
+    narrow, wide = (cdiv(shape.d, width) * cdiv(shape.b, 128) * shape.h for width in (64, 128))
+    role = "narrow" if narrow <= shape.arch.sms else "wide" if wide > 0.75 * shape.arch.sms else ""
+    if not role and shape.b > NARROW_TOKENS:
         return None
-    return Config(**configured("fp8_einsum", "wgmma", shape.arch, role="wide" if wide else "narrow"))
+    return Config(**configured("fp8_einsum", "wgmma", shape.arch, role=role or "narrow"))
 
 
 def launch(call: Call, config: Config) -> None:

@@ -36,11 +36,13 @@ from .op import Call, Shape
 
 OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens are the N
 LINE = gl.constexpr(32)  # the least scales of a box: its place is a multiple of 128 bytes
-TOKENS = range(17, 65)
+FEWEST_TOKENS, MOST_TOKENS = 17, 64
+"""Of a call that has no more blocks than multiprocessors, more than the most."""
 
 
 class Config(NamedTuple):
-    """Tiles of ``block_b`` tokens x 64 outputs. ``stages_alone``: where every block has a multiprocessor of its own."""
+    """Tiles of ``block_b`` tokens or fewer x 64 outputs. ``stages_alone``: where every block has a multiprocessor of its
+    own."""
 
     block_b: int
     stages: int
@@ -48,17 +50,28 @@ class Config(NamedTuple):
 
 
 def plan(shape: Shape) -> Config | None:
-    if shape.w_rows or shape.batch_invariant or shape.b not in TOKENS:
+    """The fewest tokens a tile, 16 at least, with which every block has a multiprocessor of its own: a block's time is
+    that of streaming w, and the more of them read, the more bytes are in flight."""
+    if shape.w_rows or shape.batch_invariant or shape.b < FEWEST_TOKENS:
         return None
-    config = Config(**configured("fp8_einsum", "wgmma_few", shape.arch, size=shape.b))
-    return config._replace(stages=config.stages_alone) if shape.alone else config
+    config = Config(**configured("fp8_einsum", "wgmma_few", shape.arch, size=min(shape.b, MOST_TOKENS)))
+
+    def alone(tokens: int) -> bool:
+        return cdiv(shape.d, OUTPUTS.value) * shape.h * cdiv(shape.b, tokens) <= shape.arch.sms
+
+    if not alone(config.block_b):
+        return config if shape.b <= MOST_TOKENS else None
+    while config.block_b > 16 and alone(config.block_b // 2):
+        config = config._replace(block_b=config.block_b // 2)
+    return config._replace(stages=config.stages_alone)
 
 
 def launch(call: Call, config: Config) -> None:
-    grid, scales = cdiv(call.shape.d, 64) * call.shape.h, max(config.block_b, LINE.value)
+    grid = cdiv(call.shape.d, OUTPUTS.value) * call.shape.h * cdiv(call.shape.b, config.block_b)
     constants = dict(BLOCK_B=config.block_b, STAGES=config.stages)
     # 128 registers a thread: two blocks share a multiprocessor
     options = dict(num_warps=4, maxnreg=128)
+    scales = max(config.block_b, LINE.value)
     launch_boxes(_einsum_wgmma_few_kernel, grid, call, config.block_b, 64, scales, **constants, **options)
 
 
@@ -67,16 +80,16 @@ def _producer(descs, smem, bars, n_k, at, BLOCK_B: gl.constexpr, STAGES: gl.cons
     x_desc, w_desc, xs_desc = descs
     x_smem, w_smem, xs_smem = smem
     full, empty = bars
-    x_row, x_col, w_row, xs_row = at
+    x_row, x_col, w_row, xs_row, b0 = at
     for kb in range(n_k):
         stage = kb % STAGES
         mbarrier.wait(empty.index(stage), ring.phase(kb, STAGES) ^ 1)
         bar = full.index(stage)
         mbarrier.expect(bar, (BLOCK_B + OUTPUTS) * 128 + (max(BLOCK_B, LINE) * 4 if SCALE_BOX else 0))
         if SCALE_BOX:
-            load_box(xs_desc, [xs_row + kb, 0], bar, xs_smem.index(stage))
+            load_box(xs_desc, [xs_row + kb, b0], bar, xs_smem.index(stage))
         load_box(w_desc, [w_row, kb * 128], bar, w_smem.index(stage))
-        load_box(x_desc, [x_row, x_col + kb * 128], bar, x_smem.index(stage))
+        load_box(x_desc, [x_row + b0, x_col + kb * 128], bar, x_smem.index(stage))
 
 
 @gluon.jit
@@ -89,13 +102,13 @@ def _consumer(
     xs, ws, out_ptr = tensors
     x_smem, w_smem, xs_smem = smem
     full, empty = bars
-    d0, B, N = sizes
+    d0, b0, B, N = sizes
     xs_stride_b, xs_stride_k, ws_stride_k, o_stride_b = strides
     zeros = gl.zeros([OUTPUTS, BLOCK_B], gl.float32, mma)
     acc = zeros
     w_scale = gl.load(ws)
     if not SCALE_BOX:
-        xs += gl.minimum(gl.arange(0, BLOCK_B, tokens), B - 1).to(gl.int64) * xs_stride_b
+        xs += gl.minimum(b0 + gl.arange(0, BLOCK_B, tokens), B - 1).to(gl.int64) * xs_stride_b
         x_scale = gl.load(xs)
     for kb in range(n_k):
         stage = kb % STAGES
@@ -116,7 +129,7 @@ def _consumer(
             x_scale = x_next
     tile = gl.convert_layout(acc.to(gl.bfloat16), store)
     col = d0 + gl.arange(0, OUTPUTS, gl.SliceLayout(1, store))
-    token = gl.arange(0, BLOCK_B, gl.SliceLayout(0, store))
+    token = b0 + gl.arange(0, BLOCK_B, gl.SliceLayout(0, store))
     ptr = out_ptr + token.to(gl.int64)[None, :] * o_stride_b + col[:, None]
     gl.store(ptr, tile, mask=(token < B)[None, :] & (col < N)[:, None])
 
@@ -140,8 +153,10 @@ def _einsum_wgmma_few_kernel(
     bars = ring.barriers(STAGES, 1, 1)
     n_tiles = gl.cdiv(N, OUTPUTS)
     index = gl.program_id(0)
-    h = index // n_tiles
+    b_tiles = gl.cdiv(B, BLOCK_B)
+    h = index // (n_tiles * b_tiles)
     d0 = (index % n_tiles) * OUTPUTS
+    b0 = (index // n_tiles) % b_tiles * BLOCK_B
     h64 = h.to(gl.int64)
     o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
     o_stride_h = gl.multiple_of(o_stride_h.to(gl.int64), 8)
@@ -151,9 +166,9 @@ def _einsum_wgmma_few_kernel(
         ws_ptr + h64 * ws_stride_h + (d0 // 128).to(gl.int64) * ws_stride_d,
         out_ptr + h64 * o_stride_h,
     )
-    sizes = (d0, B, gl.multiple_of(N.to(gl.int64), 8))
+    sizes = (d0, b0, B, gl.multiple_of(N.to(gl.int64), 8))
     strides = (xs_stride_b, xs_stride_k, ws_stride_k, o_stride_b)
-    at = (h * x_row_h, h * x_col_h, d0 + h * w_row_h, h * xs_row_h)
+    at = (h * x_row_h, h * x_col_h, d0 + h * w_row_h, h * xs_row_h, b0)
     gl.warp_specialize(
         [
             (_consumer, (tensors, smem, bars, sizes, strides, n_k, BLOCK_B, STAGES, SCALE_BOX)),
