@@ -84,7 +84,10 @@ OPS = {
     "fp8_einsum": Op("projection.fp8_einsum", (Variant("wgmma_few", _SM_90), Variant("wgmma", _SM_90), _PORTABLE)),
     "inverse_rope_quant": Op("projection.inverse_rope_quant", (_PORTABLE,), batch_invariant=True),
     "inverse_rope": Op("projection.inverse_rope", (_PORTABLE,), batch_invariant=True),
-    "hc_prenorm_gemm": Op("hyper_connection.hc_prenorm_gemm", (Variant("wgmma", _SM_90), _PORTABLE)),
+    "hc_prenorm_gemm": Op(
+        "hyper_connection.hc_prenorm_gemm",
+        (Variant("wgmma", _SM_90), Variant("mma_sync", ("==8.*", "==12.*")), _PORTABLE),
+    ),
 }
 
 _log = logging.getLogger("dsv4_backends")

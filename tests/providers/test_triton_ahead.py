@@ -123,8 +123,8 @@ def _most(op: str, arguments: Arguments) -> int:
         indices = arguments["indices"].shape[2] + (0 if extra is None else extra.shape[2])
         partials = MOST_SPLITS * rows * heads * (512 + 1) * 4
         return max(rows * (indices * 1028 + 4 + 4 * heads), partials)
-    if op == "hc_prenorm_gemm":  # as many partials as keep the machine busy, whatever the batch
-        return 2 << 20
+    if op == "hc_prenorm_gemm":  # as many partials as keep the machine busy, whatever the batch: two blocks of 128 rows
+        return 5 << 20
     if op == "compress_norm_rope_insert" and arguments["ratio"] == 128:  # the sums of a window that a token completes
         return 4 * 512 * len(arguments["positions"])
     return 0

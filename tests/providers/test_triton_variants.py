@@ -33,6 +33,7 @@ GONE = {
     "projection.fp8_einsum.wgmma": {"_einsum_wgmma_kernel"},
     "projection.fp8_einsum.wgmma_few": {"_einsum_wgmma_few_kernel"},
     "hyper_connection.hc_prenorm_gemm.wgmma": {"_hc_wgmma_kernel"},
+    "hyper_connection.hc_prenorm_gemm.mma_sync": {"_hc_mma_sync_kernel"},
 }
 """By the file of a variant in Gluon, its kernels."""
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")

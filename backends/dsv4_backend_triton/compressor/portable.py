@@ -1,5 +1,5 @@
-"""The compressors in plain Triton: a block looks at ``group`` tokens and makes the entries of those that complete a
-window, one after the other.
+"""The compressors in plain Triton: a block looks at one token or, for long windows, at ``group``, and makes the entries
+of those that complete a window, one after the other.
 
     role   does
     all    the window's rows, all loaded at once: softmax and sum for each channel; norm, rotation, quantisation, store
@@ -43,8 +43,8 @@ from .plan import Call, Shape
 
 
 class Config(NamedTuple):
-    """``splits``: of the channels; 1 is for 16 rows or fewer. ``blocks``: for each multiprocessor, from where on one
-    looks at several tokens."""
+    """``splits``: of the channels; 1 is for 16 rows or fewer. ``blocks``: for each multiprocessor, from where on a block
+    looks at several tokens, if channels are split."""
 
     warps: int
     splits: int
@@ -60,7 +60,7 @@ def launch(call: Call, config: Config) -> None:
     arch, _, dim, ratio, overlap, hadamard = call.shape
     tokens, pages, splits = len(positions), cache.shape[0], config.splits
     # No more than one window of a request's tokens, which lie one after the other.
-    group = max(1, min(ratio, tokens * splits // (arch.sms * config.blocks)))
+    group = 1 if splits == 1 else max(1, min(ratio, tokens * splits // (arch.sms * config.blocks)))
     sums = state if splits == 1 else torch.empty((tokens, dim), dtype=torch.float32, device=state.device)
     pdl = splits > 1 and arch.pdl
     # Rows of a window that surely lie on one page, from a multiple of their number on: a power of two.
@@ -74,7 +74,7 @@ def launch(call: Call, config: Config) -> None:
             eps, tokens, group, state.shape[0], table.shape[0], table.shape[1], cos_sin.shape[0], pages,
             state.stride(0), table.stride(0), cos_sin.stride(0), cache.stride(0),
             HEAD=dim, DIM=channels, RATIO=ratio, OVERLAP=overlap, STATE_PAGE=state.shape[1], PAGE=cache.shape[1],
-            GROUP=1 if group == 1 else pow2(ratio), RUN=run, HADAMARD=hadamard, PHASE=number, PDL=pdl,
+            GROUP=1 if splits == 1 else pow2(ratio), RUN=run, HADAMARD=hadamard, PHASE=number, PDL=pdl,
             STATE_ALIGNED=state.stride(0) % 4 == 0, ALIGNED=cache.stride(0) % 16 == 0 and cache.data_ptr() % 16 == 0,
             NATIVE=arch.native_fp8, OPERAND=arch.bf16, num_warps=warps, **options,
         )  # fmt: skip

@@ -52,13 +52,13 @@ class Config(NamedTuple):
 
 
 def plan(shape: Shape) -> Config | None:
-    """The narrow tile where every block has a multiprocessor of its own, else the 128-wide one where it fills 75 % of
+    """The narrow tile where every block has a multiprocessor of its own, else the 128-wide one where it fills 70 % of
     them; the narrow one for up to ``NARROW_TOKENS`` in any case. Fewer than ``FEWEST_TOKENS`` are the N of wgmma in
     ``wgmma_few.py``."""
     if shape.w_rows or shape.batch_invariant or shape.b < FEWEST_TOKENS:
         return None
     narrow, wide = (cdiv(shape.d, width) * cdiv(shape.b, 128) * shape.h for width in (64, 128))
-    role = "narrow" if narrow <= shape.arch.sms else "wide" if wide > 0.75 * shape.arch.sms else ""
+    role = "narrow" if narrow <= shape.arch.sms else "wide" if wide > 0.7 * shape.arch.sms else ""
     if not role and shape.b > NARROW_TOKENS:
         return None
     return Config(**configured("fp8_einsum", "wgmma", shape.arch, role=role or "narrow"))

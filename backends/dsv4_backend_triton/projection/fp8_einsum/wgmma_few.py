@@ -36,13 +36,13 @@ from .op import Call, Shape
 
 OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens are the N
 LINE = gl.constexpr(32)  # the least scales of a box: its place is a multiple of 128 bytes
-FEWEST_TOKENS, MOST_TOKENS = 17, 64
-"""Of a call that has no more blocks than multiprocessors, more than the most."""
+FEWEST_TOKENS, MOST_TOKENS = 17, 64  # of a call; more where blocks are few
+_BLOCKS = {16: 1.0, 32: 1.5, 64: 1.0}
+"""How many blocks for each multiprocessor a tile of so many tokens is faster with than the next larger one."""
 
 
 class Config(NamedTuple):
-    """Tiles of ``block_b`` tokens or fewer x 64 outputs. ``stages_alone``: where every block has a multiprocessor of its
-    own."""
+    """Tiles of ``block_b`` tokens x 64 outputs. ``stages_alone``: where every block has a multiprocessor of its own."""
 
     block_b: int
     stages: int
@@ -50,20 +50,22 @@ class Config(NamedTuple):
 
 
 def plan(shape: Shape) -> Config | None:
-    """The fewest tokens a tile, 16 at least, with which every block has a multiprocessor of its own: a block's time is
-    that of streaming w, and the more of them read, the more bytes are in flight."""
+    """A block takes the time of streaming its rows of w; the more multiprocessors read, the shorter that is. So few
+    groups get narrower tiles than their tokens need."""
     if shape.w_rows or shape.batch_invariant or shape.b < FEWEST_TOKENS:
         return None
+
+    def blocks(tokens: int) -> int:
+        return cdiv(shape.d, OUTPUTS.value) * shape.h * cdiv(shape.b, tokens)
+
     config = Config(**configured("fp8_einsum", "wgmma_few", shape.arch, size=min(shape.b, MOST_TOKENS)))
-
-    def alone(tokens: int) -> bool:
-        return cdiv(shape.d, OUTPUTS.value) * shape.h * cdiv(shape.b, tokens) <= shape.arch.sms
-
-    if not alone(config.block_b):
-        return config if shape.b <= MOST_TOKENS else None
-    while config.block_b > 16 and alone(config.block_b // 2):
-        config = config._replace(block_b=config.block_b // 2)
-    return config._replace(stages=config.stages_alone)
+    narrow = [tokens for tokens, most in _BLOCKS.items() if blocks(tokens) <= most * shape.arch.sms]
+    if narrow:
+        config = config._replace(block_b=min(narrow))
+    elif shape.b > MOST_TOKENS:
+        return None
+    alone = blocks(config.block_b) <= shape.arch.sms
+    return config._replace(stages=config.stages_alone) if alone else config
 
 
 def launch(call: Call, config: Config) -> None:
