@@ -43,8 +43,8 @@ from .plan import Call, Shape
 
 
 class Config(NamedTuple):
-    """``splits``: of the channels; 1 is for 16 rows or fewer. ``blocks``: for each multiprocessor, from where on a block
-    looks at several tokens, if channels are split."""
+    """``splits``: of the channels; 1 is for 16 rows or fewer. ``blocks``: for each multiprocessor, from where on
+    one looks at several tokens, if channels are split."""
 
     warps: int
     splits: int
