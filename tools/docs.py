@@ -54,6 +54,9 @@ BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
 BENCH_PATH = "h200-bench-attention-path.json"
+BENCH_PATH_CODE = "h200-bench-attention-path-code-sm_80.json"
+SAME_BYTES = "h200-same-bytes.json"
+TOPK = "h200-topk.json"
 FLOOR = "h200-launch-floor.json"
 """The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
 
@@ -558,18 +561,46 @@ def performance_code() -> str:
 
 def performance_path() -> str:
     """The ops around attention next to vLLM's own kernels, as far as they are kept."""
-    result = bench.read(_kept(BENCH_PATH))
-    return "\n\n".join([_measured_on(result), *_bench_tables(result)])
+    parts = []
+    for name, of in ((BENCH_PATH, "As itself"), (BENCH_PATH_CODE, "With SM80's instructions")):
+        result = bench.read(_kept(name))
+        parts += [f"**{of}.** {_measured_on(result)}", *_bench_tables(result)]
+    return "\n\n".join(parts)
+
+
+def same_bytes() -> str:
+    """How many bytes of our results are not those of vLLM's kernels, by op and result."""
+    result = records.read(kept.SameBytes, _kept(SAME_BYTES))
+    rows = [(code(r.op), code(r.result), str(r.calls), f"{r.written:,}", str(r.differ)) for r in result.rows]
+    return f"{_measured_on(result)}\n\n{table(('op', 'result', 'calls', 'bytes written', 'that differ'), rows)}"
+
+
+def topk_times() -> str:
+    """The top-k ops next to the two calls that they replace."""
+    result = records.read(kept.Topk, _kept(TOPK))
+    rows = [
+        (code(r.op), r.name, f"{r.us:.1f}", f"{r.two_calls_us:.1f}", f"{r.two_calls_us / r.us:.2f}")
+        for r in result.rows
+    ]
+    header = ("op", "row", "`triton`, µs", "logits and `torch.topk`, µs", "speed-up")
+    return f"{_measured_on(result)}\n\n{table(header, rows)}"
 
 
 def launch_floor() -> str:
-    """Small calls next to empty kernels of the same grids."""
+    """Small calls next to empty kernels of the same grids, and to such with dependent reads."""
     result = records.read(kept.Floor, _kept(FLOOR))
+
     rows = [
-        (code(r.op), r.name, f"{r.us:.1f}", f"{r.empty_us:.1f}", f"{r.us - r.empty_us:.1f}", str(r.launches))
+        (
+            code(r.op),
+            r.name,
+            f"{r.call:.1f}",
+            *(f"{r.call - us:+.1f}" for us in (r.empty, r.two, r.three)),
+            str(r.launches),
+        )
         for r in result.rows
     ]
-    header = ("op", "row", "call, µs", "empty, µs", "difference", "launches")
+    header = ("op", "row", "call, µs", "over empty kernels", "over two reads", "over three reads", "launches")
     return f"{_measured_on(result)}\n\n{table(header, rows)}"
 
 
@@ -958,6 +989,8 @@ PARTS: dict[str, Callable[[], str]] = {
         performance_code,
         performance_path,
         launch_floor,
+        same_bytes,
+        topk_times,
         provider_fields,
         providers,
         reasons,

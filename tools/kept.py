@@ -128,12 +128,15 @@ class NativeOverhead(Measured):
 
 @dataclass(frozen=True)
 class FloorRow:
-    """Microseconds of a call, and of ``launches`` empty kernels of the same grids."""
+    """Microseconds of a call of ``launches`` kernels, of empty ones of the same grids, and of such with two or three
+    dependent reads."""
 
     op: str
     name: str
-    us: float
-    empty_us: float
+    call: float
+    empty: float
+    two: float
+    three: float
     launches: int = 1
 
 
@@ -145,12 +148,29 @@ class Floor(Measured):
 
 
 @dataclass(frozen=True)
-class SameBytesRow:
-    """Of ``result``, how many bytes were written, and how many of them vLLM's kernel writes otherwise."""
+class TopkRow:
+    """Microseconds of a top-k op, and of the logits followed by ``torch.topk``."""
 
     op: str
     name: str
+    us: float
+    two_calls_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topk(Measured):
+    """Of tools/topk_baseline.py."""
+
+    rows: tuple[TopkRow, ...]
+
+
+@dataclass(frozen=True)
+class SameBytesRow:
+    """Of ``result``, over so many calls: bytes that were written, and those that vLLM's kernel writes otherwise."""
+
+    op: str
     result: str
+    calls: int
     written: int
     differ: int
 

@@ -1,7 +1,8 @@
-"""How far small calls of the Triton kernels are from an empty kernel of the same grid.
+"""How far small calls of the Triton kernels are from what a launch and dependent reads take.
 
-Takes the rows of ``bench`` whose batch is at most 128. Graph replays alternate between the call and, for each of its
-launches, a kernel without a body that has the launch's grid and warps.
+Takes the rows of ``bench`` whose batch is at most 128. Graph replays alternate between the call and kernels that have
+the grids and warps of its launches: without a body, and with two or three reads of which each needs the one before it,
+as a position leads to a table and the table to a page. All with a cold L2 cache.
 Usage, on a GPU: python tools/launch_floor.py [--op OP]... [--json FILE]
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from dsv4_backend_triton.arch import arch_of
 from dsv4_backend_triton.launch import Launch, recording
 from kept import Floor, FloorRow
@@ -27,11 +29,22 @@ from dsv4_backends.testing import checks
 
 MOST = 128
 """Rows of the batch."""
+LINKS = 1 << 22
 
 
 @triton.jit
 def empty(x):
     pass
+
+
+@triton.jit
+def chained(links, out, reads: tl.constexpr):
+    """``reads`` of them, each from where the one before it says."""
+    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    at = program.to(tl.int64)
+    for _ in tl.static_range(reads):
+        at = tl.load(links + at)
+    tl.store(out + program, at)
 
 
 def recorded(subject: checks.Subject, arguments: dict[str, Any]) -> list[Launch]:
@@ -53,6 +66,12 @@ def hollow(launches: list[Launch], x: torch.Tensor) -> None:
         empty[launch.grid](x, num_warps=launch.options.get("num_warps", 4))
 
 
+def reading(launches: list[Launch], reads: int, links: torch.Tensor, out: torch.Tensor) -> None:
+    """``reads`` dependent reads in the first launch, and one in each that follows, of what that has left."""
+    for i, launch in enumerate(launches):
+        chained[launch.grid](links, out, 1 if i else reads, num_warps=launch.options.get("num_warps", 4))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated")
@@ -60,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     device = torch.device("cuda", 0)
     timer, x = Timer(device), torch.zeros(1, device=device)
+    links = torch.randperm(LINKS, device=device)
+    out = torch.empty_like(links)
     rows = []
     for row in shapes.rows(tuple(MODELS), 1, given.op or OPS):
         arguments = inputs.draw(row, device)
@@ -70,10 +91,12 @@ def main(argv: list[str] | None = None) -> int:
         calls = {
             "call": Captured(functools.partial(subject.run, arguments), device),
             "empty": Captured(functools.partial(hollow, launches, x), device),
+            "two": Captured(functools.partial(reading, launches, 2, links, out), device),
+            "three": Captured(functools.partial(reading, launches, 3, links, out), device),
         }
-        taken = timer.interleaved(calls)
-        rows.append(FloorRow(row.op, row.name, taken["call"].us, taken["empty"].us, len(launches)))
-        print(f"{row.name:60} {taken['call'].us:7.2f} us, empty {taken['empty'].us:6.2f}", flush=True)
+        us = {name: taken.us for name, taken in timer.interleaved(calls).items()}
+        rows.append(FloorRow(row.op, row.name, **us, launches=len(launches)))
+        print(f"{row.op} {row.name}", *(f"{name} {value:.2f}" for name, value in us.items()), sep="  ", flush=True)
     if given.json:
         command = "python tools/launch_floor.py" + "".join(f" --op {op}" for op in given.op or ())
         records.write(Floor(**provenance(command), rows=tuple(rows)), given.json)

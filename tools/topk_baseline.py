@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import Topk, TopkRow
 
 from dsv4_backends import ops, records
 from dsv4_backends.bench import inputs, run, shapes, timing
@@ -41,7 +42,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda")
-    timer, rows, started = timing.Timer(device, SAMPLES), [], time.perf_counter()
+    timer, started = timing.Timer(device, SAMPLES), time.perf_counter()
+    rows: list[TopkRow] = []
     for row in shapes.rows((), 1, args.op):
         if args.only not in row.name or time.perf_counter() - started > args.seconds:
             continue
@@ -52,14 +54,15 @@ def main() -> None:
         judge = run.Judge(row.op, made)
         wrong = {name: judge(call) for name, call in calls.items()}
         us = {name: taken.us for name, taken in timer.interleaved(calls).items()}
-        rows.append({"op": row.op, "row": row.name, "us": us, "wrong": wrong})
-        told = "  ".join(f"{name}: {text}" for name, text in wrong.items() if text)
+        if not any(wrong.values()):
+            rows.append(TopkRow(row.op, row.name, us["triton"], us["two calls"]))
+        errors = "  ".join(f"{name}: {text}" for name, text in wrong.items() if text)
         ratio = us["two calls"] / us["triton"]
         print(
-            f"{row.op:18} {row.name:75} {us['triton']:10.1f} {us['two calls']:10.1f} {ratio:6.2f}  {told}", flush=True
+            f"{row.op:18} {row.name:75} {us['triton']:10.1f} {us['two calls']:10.1f} {ratio:6.2f}  {errors}", flush=True
         )
         if args.json:
-            records.write({**provenance("python tools/topk_baseline.py"), "rows": rows}, args.json)
+            records.write(Topk(**provenance("python tools/topk_baseline.py"), rows=tuple(rows)), args.json)
         del made, one_call, wanted, calls, judge
         torch.cuda.empty_cache()
 

@@ -47,6 +47,8 @@ os.environ.update(SETTINGS)
 if ON_GPU:  # a kernel that SGLang compiles with nvcc, for a schedule
     os.environ.setdefault("SGLANG_OPT_USE_JIT_INDEXER_METADATA", "0")
 fake_sglang.install(gpu=not ON_GPU)
+SERVED: dict[str, dict[str, int]] = {}
+"""Calls over all tests, by op and provider: ``bind.stats()`` starts anew where a test changes the settings."""
 LIBRARIES = tuple(name for name in compat.LIBRARIES if importlib.util.find_spec(name) is not None)
 
 with warnings.catch_warnings():
@@ -164,6 +166,17 @@ assert not {'deep_gemm', 'flash_mla'} & sys.modules.keys()
 """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(policy.PREFIX)}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True, timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def count() -> Iterator[None]:
+    before = bind.stats()
+    yield
+    for op, calls_of in bind.stats().items():
+        for provider, after in calls_of.items():
+            earlier = before.get(op, {}).get(provider, 0)
+            per_op = SERVED.setdefault(op, {})
+            per_op[provider] = per_op.get(provider, 0) + (after - earlier if after >= earlier else after)
 
 
 # ------------------------------------------------------------------------------ SGLang's names reach the ops
@@ -754,7 +767,7 @@ def test_an_error_puts_everything_back(monkeypatch: pytest.MonkeyPatch, caplog: 
 
 def test_who_served(record_property: Callable[[str, object], None]) -> None:
     """Every op behind a target has been called, by the pinned provider where there is one."""
-    served = bind.stats()
+    served = SERVED
     record_property("served", json.dumps(served))
     for op in {target.op for target in engine.TARGETS if target.op}:
         if ON_GPU and op == "gather_dequant_kv" and not WISHES:

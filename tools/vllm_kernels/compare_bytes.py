@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     given = parser.parse_args(argv)
     device = torch.device("cuda", 0)
-    rows = []
+    sums: dict[tuple[str, str], tuple[int, int, int]] = {}
     for row in shapes.rows(tuple(MODELS), 1, [op for op in CONTRACTS if hasattr(vllm_kernels, op)]):
         arguments = inputs.draw(row, device)
         before = [arguments[name].view(torch.uint8) for name in CONTRACTS[row.op].buffers]
@@ -44,11 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         for index, (name, a, b) in enumerate(zip(CONTRACTS[row.op].returns, ours, theirs, strict=True)):
             written = a != before[index] if before else torch.ones_like(a, dtype=torch.bool)
             count, differ = int(written.sum()), int((a != b).sum())
-            rows.append(SameBytesRow(row.op, row.name, name, count, differ))
+            so_far = sums.get((row.op, name), (0, 0, 0))
+            sums[row.op, name] = (so_far[0] + 1, so_far[1] + count, so_far[2] + differ)
             print(f"{row.op:28} {row.name:30} {name:10} {count:12} bytes, {differ} differ", flush=True)
     if given.json:
         command = "python tools/vllm_kernels/compare_bytes.py"
-        records.write(SameBytes(**provenance(command), rows=tuple(rows)), given.json)
+        rows = tuple(SameBytesRow(op, name, *of) for (op, name), of in sums.items())
+        records.write(SameBytes(**provenance(command), rows=rows), given.json)
     return 0
 
 
