@@ -2,7 +2,7 @@
 
 A file has a line for each field of the outermost dataclass, and a line for each entry of a field that holds several
 dataclasses, so that a diff shows what changed. A field at its default is left out. Fractions have 6 significant digits:
-more than a clock tells, and enough for what is made of the file to stay the same. Keys that the dataclass lacks are
+more than a clock resolves, and enough for what is made of the file to stay the same. Keys that the dataclass lacks are
 ignored.
 """
 

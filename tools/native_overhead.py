@@ -2,7 +2,7 @@
 
 On the rows of ``bench``, of whichever library is installed. Ways of using it are compared like with like: ``call``,
 where everything is made again in every call (directly: metadata in the call), and for the ops that plan from lengths
-also ``step``, where these are promised to stay (``dsv4_backends.step()``; directly: metadata made beforehand).
+also ``step``, where these keep their values (``dsv4_backends.step()``; directly: metadata made beforehand).
 
 GPU time: CUDA graphs of one and of nine calls, with the L2 flushed before each call; the difference between the two,
 over eight, without the flush. The flush reads: what it wrote would be written back while a call is timed. Host time:

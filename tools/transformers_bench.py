@@ -55,7 +55,7 @@ WANTED = [f"{side}/{row}" for side, rows in ROWS.items() for row in rows]
 MODEL = "six layers (ratios 0, 0, 4, 128, 4, 128), Flash dimensions, 8 experts of width 512, random weights"
 CHILD_SECONDS = 150
 PREFILL_REPEATS = 3
-GO_ON = 3  # exit code: a row failed and was told, but it may have broken CUDA for this process
+GO_ON = 3  # exit code: a row failed and was printed, but it may have broken CUDA for this process
 
 
 def make_config(small: bool) -> Any:
@@ -312,14 +312,14 @@ class Bench:
         if self.device.type != "cuda":
             return 0
         self.synchronise()
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.torch.cuda.set_sync_debug_mode("warn")
             try:
                 function()
             finally:
                 self.torch.cuda.set_sync_debug_mode("default")
-        return sum("called a synchronizing" in str(warning.message) for warning in told)
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
     def row(self, name: str) -> dict[str, Any]:
         kind, _, value = name.partition(" ")
@@ -340,8 +340,8 @@ def child(side: str, rows: list[str], small: bool) -> None:
 
     start = time.perf_counter()
     bench = Bench(side, small)
-    told = {"start": side, "build_seconds": time.perf_counter() - start, "parts": [str(p) for p in bench.parts]}
-    print(json.dumps(told), flush=True)
+    started = {"start": side, "build_seconds": time.perf_counter() - start, "parts": [str(p) for p in bench.parts]}
+    print(json.dumps(started), flush=True)
     for name in rows:
         before = stats()
         start = time.perf_counter()

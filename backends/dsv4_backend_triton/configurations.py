@@ -1,7 +1,7 @@
 """Launch configurations: ``tables/OP.json``, measured by tools/sweep.py, or derived where nothing was measured.
 
 A table's ``sources`` say where its rows come from. A row is for a variant of the op and for some compute capabilities,
-and either for calls up to a size or for a role that the variant's ``plan`` knows by name. The first that fits counts.
+and either for calls up to a size or for a role that the variant's ``plan`` names. The first that fits counts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DeepGEMM's functions for DeepSeek V4, over the ops.
 
 The signatures are the union of what the release lines take. Where two lines put different things in one place (2.6:
-``clean_logits``; 2.8: ``max_seqlen_k``), the type of what comes tells them apart.
+``clean_logits``; 2.8: ``max_seqlen_k``), the type of the argument distinguishes them.
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ def get_pdl() -> bool:
 
 
 def set_pdl(enable: bool) -> None:
-    """Whether kernels may start early: told to the library where that is loaded; other providers do not ask."""
+    """Whether kernels may start early: passed to the library where that is loaded; other providers do not use it."""
     global _pdl
     _pdl = bool(enable)
     if (library := loaded("deep_gemm")) is not None:

@@ -1,7 +1,7 @@
 """FlashMLA's functions for DeepSeek V4, over the ops.
 
 The signatures are the union of what the release lines take. Where two lines put different things in one place (vLLM's
-copy: ``out``; SGLang's: a switch), the type of what comes tells them apart.
+copy: ``out``; SGLang's: a switch), the type of the argument distinguishes them.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ FORMATS = {
     288: "DeepSeek V4.1 FP4",
     352: "DeepSeek V3.2 NVFP4",
 }
-"""Bytes a token of the cache formats that the library knows and no op stands for."""
+"""Bytes a token of the cache formats that the library has and no op has."""
 
 
 @dataclasses.dataclass
 class FlashMLASchedMeta:
     """The object that a caller makes once and hands to every decode call of the same shapes.
 
-    Providers plan for themselves. The object remembers the shapes of its first call, and a call with others is an
+    Providers plan for themselves. The object keeps the shapes of its first call, and a call with others is an
     error, as it is in the library.
     """
 

@@ -139,7 +139,7 @@ class Engine:
         for name in self.distributions or (self.name,):
             try:
                 found: str | None = metadata.version(name)
-            except Exception:  # not installed, or metadata that cannot be read: then its source tells
+            except Exception:  # not installed, or metadata that cannot be read: then its source decides
                 continue
             if found:  # importlib.metadata returns None for a directory without metadata
                 return found

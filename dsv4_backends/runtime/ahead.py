@@ -28,7 +28,7 @@ def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> in
         arguments: The call's arguments; tensors may be on any device, ``meta`` included.
 
     Returns:
-        Bytes, or None where the provider that would serve does not tell.
+        Bytes, or None where the provider that would serve does not state it.
 
     Raises:
         PolicyError: an unknown op, or no such device.

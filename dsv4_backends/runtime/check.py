@@ -116,7 +116,7 @@ def check(
         memory: Bytes of a GPU's memory; None: what the device has, where it is known.
         device: Judge as if the GPU were this one, such as ``"sm_86"``; None: this machine's devices.
 
-    Where a provider tells the workspace of its calls, it is asked, which may create a CUDA context in this process.
+    Where a provider states the workspace of its calls, that is called, which may create a CUDA context in this process.
 
     Returns:
         One ``Check`` for each kind of device; ``Check.ok`` is the verdict.
@@ -220,7 +220,7 @@ def _memory(
 
 
 def _workspace(need: Need, resolution: Resolution, device: Device) -> int | None:
-    """Bytes that the chosen provider allocates beyond the results; None where it does not tell, or not from here."""
+    """Bytes that the chosen provider allocates beyond the results; None where it cannot state it."""
     import torch
 
     from ..runtime.bind import load_target

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def _current_device() -> Callable[[], int]:
-    """What tells the current device: torch.cuda.current_device calls it, and takes five times as long."""
+    """The function for the current device: torch.cuda.current_device calls it, and takes five times as long."""
     import torch
 
     function: Callable[[], int] = torch._C._cuda_getDevice
@@ -144,7 +144,7 @@ _SET_HOME = "set HOME or TRITON_CACHE_DIR to a directory that can be written"
 
 
 def _manager_problem() -> str:
-    """What is wrong with the class that Triton is told to use for its cache; without anything, empty.
+    """What is wrong with the class that Triton is set to use for its cache; without anything, empty.
 
     Triton imports it where it first compiles, and says neither the variable nor its value.
     """

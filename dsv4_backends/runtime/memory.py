@@ -1,4 +1,4 @@
-"""What serving a model takes of one rank's memory, as far as its dimensions tell."""
+"""What serving a model takes of one rank's memory, as far as it follows from its dimensions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Memory:
     """Bytes on one rank. Activations between the ops, graphs, the CUDA context and communication are not counted.
 
     Attributes:
-        weights: None where the configuration does not tell.
-        call: The largest call of an op: its arguments, its results, and the workspace where a provider tells.
+        weights: None where the configuration does not state them.
+        call: The largest call of an op: its arguments, its results, and the workspace where a provider states it.
         call_of: Which call that is, for people.
-        workspace: Whether the provider of that call tells its workspace.
+        workspace: Whether the provider of that call states its workspace.
         token: Cache of one token of context, without what is fixed for a sequence.
         sequence: Cache of one sequence of the longest context.
         sequences: Cache of all sequences at the longest context.
@@ -52,7 +52,7 @@ class Memory:
 
 
 def weights(rank: Rank, *, speculative: bool) -> int | None:
-    """Bytes of a rank's weights; None where the model does not tell.
+    """Bytes of a rank's weights; None where the model does not state them.
 
     Heads, output groups, experts, embedding and head are divided over the ranks; the rest is whole on each.
 

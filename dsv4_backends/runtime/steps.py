@@ -36,7 +36,7 @@ _current: ContextVar[_Step | None] = ContextVar("dsv4_backends_step", default=No
 
 @functools.cache
 def _cuda() -> tuple[Callable[[], bool], Callable[[], int], Callable[[int], int]] | None:
-    """What tells whether the current stream is captured, the current device, and a device's current stream.
+    """The functions for: whether the current stream is captured, the current device, a device's current stream.
 
     They are what functions of torch.cuda call: the Python around them takes longer than they do. None without CUDA.
     """

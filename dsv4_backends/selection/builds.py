@@ -2,8 +2,8 @@
 
 A probe without ``load`` reads metadata and files, so it runs in this process whenever a choice is made. With ``load``
 it imports the library, which can crash, print, take seconds or create a CUDA context. So that happens in this process
-only when a call is about to use the library, and in a child for the commands that tell people about it; and in neither
-case while anything cheaper speaks against the provider.
+only when a call is about to use the library, and in a child for the commands that print it; and in neither
+case while anything cheaper excludes the provider.
 """
 
 from __future__ import annotations

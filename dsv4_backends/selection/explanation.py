@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def hinted(reason: Reason, selected: Candidate | None) -> str:
-    """A reason in words, with who serves the op instead where the reason itself knows no next step."""
+    """A reason in words, with who serves the op instead where the reason itself has no next step."""
     if reason.hint or selected is None or reason.code not in ("capability", "device-type"):
         return str(reason)
     return f"{reason.message}; {selected.name} serves it"
@@ -30,7 +30,7 @@ def _batch_invariance(candidate: Candidate) -> str:
 
 
 def explanation(resolution: Resolution) -> str:
-    """Every candidate of one op, the preferred first, with everything that speaks for and against it."""
+    """Every candidate of one op, the preferred first, with all its reasons."""
     served = resolution.serves()
     selected = served.candidate
     lines = [f"{resolution.op} on {resolution.device.label}"]

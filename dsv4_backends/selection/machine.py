@@ -136,7 +136,7 @@ class Machine:
 
     @property
     def fault(self) -> bool:
-        """Whether the note tells of GPUs that are not used: the driver refuses, the probe failed, torch is for AMD."""
+        """Whether the note is about GPUs that are not used: the driver refuses, the probe failed, torch is for AMD."""
         return any(word in self.note for word in ("cuInit", "probe", "ROCm"))
 
 

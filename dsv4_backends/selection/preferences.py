@@ -25,7 +25,7 @@ from .machine import Device
 SCHEMA_VERSION = 1
 FOLDER = Path(__file__).parent / "tables"
 CLASSES: Mapping[str, Classes] = MappingProxyType({op: c.traffic.classes for op, c in CONTRACTS.items()})
-"""How the shapes of each op are told apart."""
+"""How the shapes of each op are classified."""
 
 
 @dataclass(frozen=True)

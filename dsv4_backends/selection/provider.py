@@ -1,4 +1,4 @@
-"""What a provider tells the layer: frozen data, no code.
+"""What a provider declares: frozen data, no code.
 
 A provider's hook returns ``ProviderSpec`` objects. They name functions by strings (``"package.module:function"``)
 that are imported last, when an op is bound, so every provider can be listed on every machine.
@@ -82,8 +82,8 @@ REASONS: dict[str, str] = {
     "plugin-type": "The plugin's hook returned something that is not ProviderSpec objects.",
     "plugin-duplicate": "Another plugin already provides a provider of that name.",
     "plugin-api": "The plugin was written for a later version of the provider interface.",
-    "engine-source": "The installed engine's code is not that which the integration knows.",
-    "engine-model": "The model is not one that the integration knows.",
+    "engine-source": "The installed engine's code is not the one that the integration was made for.",
+    "engine-model": "The model is not one that the integration supports.",
     "engine-dtype": "No op takes this part of the model in its dtype, or with these settings.",
     "engine-mode": "The engine asks for something that the ops do not do.",
     "engine-state": "The model is enabled already, or not yet, or other code has changed it.",
@@ -151,9 +151,9 @@ class Build:
         name: The build in words, e.g. ``"sgl-flash-mla 1.0.0"``; empty where nothing is installed.
         owners: Every distribution that has the library, with its version.
         capability: What the build was made for, as in ``Implementation``; it must match as well. Without a build: what
-            the builds that are known were made for. None: the probe cannot tell, and only the implementation's own
+            the builds that are known were made for. None: the probe cannot find out, and only the implementation's own
             claim counts.
-        reasons: What speaks against using it.
+        reasons: Why it cannot be used.
     """
 
     name: str = ""

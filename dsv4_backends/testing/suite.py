@@ -126,7 +126,7 @@ class ProviderConformance:
                 reasons.append(str(skipped))
             else:
                 return
-        why = "\n".join(reasons) or "it implements no op that this version knows"
+        why = "\n".join(reasons) or "it implements no op that this version has"
         message = f"{self.provider} serves none of its ops here (must_serve = False skips the suite then):\n{why}"
         if self.must_serve:
             raise checks.CheckFailed("serves", message)

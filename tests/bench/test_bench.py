@@ -175,7 +175,7 @@ def test_paged_logits_inputs_are_of_real_traffic() -> None:
     assert not torch.equal(other["context_lens"], made["context_lens"])
 
 
-def test_scales_lie_as_asked() -> None:
+def test_scales_have_the_wanted_layout() -> None:
     minor, major = (
         inputs.draw(shapes.Row("fp8_einsum", "small", {"b": 3, "h": 2, "r": 256, "d": 128, "scales": scales}), CPU)
         for scales in shapes.SCALES
@@ -291,7 +291,7 @@ def test_one_failure_does_not_lose_the_others(acme: Any, tmp_path: Path, capsys:
     assert "mqa_logits tiny m=8 n=96: acme: refused" in out
 
 
-def test_a_row_that_cannot_be_drawn_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_cannot_be_drawn_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = inputs.draw
 
     def fail() -> Any:
@@ -414,7 +414,7 @@ def test_what_overlaps_is_noise() -> None:
     assert change.verdict == "same"
 
 
-def test_rows_that_are_not_measured_again_are_told_but_are_no_finding() -> None:
+def test_rows_that_are_not_measured_again_are_reported_but_are_no_finding() -> None:
     before = result_of(row_of("mqa_logits", "one", a=10.0), row_of("mqa_logits", "two", a=10.0))
     after = result_of(row_of("mqa_logits", "one", a=10.0), row_of("mqa_logits", "three", a=10.0))
     changes = compare.compare(before, after)
@@ -488,7 +488,7 @@ def test_bench_draws(tmp_path: Path) -> None:
     assert target.read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_without_matplotlib_is_told_before_measuring(
+def test_plot_without_matplotlib_is_refused_before_measuring(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

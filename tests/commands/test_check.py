@@ -416,7 +416,9 @@ def workspace(op, arguments, device):
 """
 
 
-def test_workspace_of_a_provider_that_tells(fake_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workspace_of_a_provider_that_states_it(
+    fake_plugin: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Asked on a GPU that is there, not on one that is only named."""
     fake_plugin("acme", WORKSPACE, files={"acme_kernels.py": WORKSPACE_KERNELS})
     (named,) = check.check("flash", device="sm_90")
@@ -433,7 +435,7 @@ def test_workspace_of_a_provider_that_tells(fake_plugin: Callable[..., None], mo
     assert (named.memory.workspace, there.memory.workspace, broken.memory.workspace) == (False, True, False)
 
 
-def test_weights_that_are_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is known may be too much alone; it is never said to fit."""
     source = config(moe_intermediate_size=None)
     (ample,) = check.check(source, device="sm_90", memory=10**12)

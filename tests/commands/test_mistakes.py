@@ -405,7 +405,7 @@ def test_a_log_shows_that_cases_run(capsys: pytest.CaptureFixture[str], monkeypa
     assert len(capsys.readouterr().err.splitlines()) == len(CONTRACTS[OP].at_level("smoke"))
 
 
-def test_exit_codes_are_all_told() -> None:
+def test_exit_codes_are_all_documented() -> None:
     assert all(f"{code} " in shared.EXIT_CODES for code in (0, 1, 2, 3, shared.INTERRUPTED))
 
 

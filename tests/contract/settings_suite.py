@@ -256,7 +256,7 @@ def test_products_are_no_less_than_fp32(setting: str) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="oneDNN is the CPU's")
-def test_products_with_onednn_told_to_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_with_onednn_set_to_round(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(200, 200), torch.randn(200, 200)
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     assert torch.equal(matmul(a, b), (a.double() @ b.double()).float())

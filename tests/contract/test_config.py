@@ -270,7 +270,7 @@ def test_a_text_model_inside_another() -> None:
         config.read(outer | {"text_config": {"model_type": "qwen"}})
 
 
-def test_quantisation_that_is_told_beside(tmp_path: Path) -> None:
+def test_quantisation_that_another_file_states(tmp_path: Path) -> None:
     write(tmp_path / "config.json", without("quantization_config"))
     write(tmp_path / "hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}})
     (reason,) = config.read(tmp_path).unsupported
@@ -427,7 +427,7 @@ def test_no_value_of_a_field_is_an_internal_error(key: str) -> None:
         ("a/b@main", "a/b"),
     ],
 )
-def test_an_address_is_told_what_an_id_is(text: str, ident: str) -> None:
+def test_an_address_is_refused_with_what_an_id_is(text: str, ident: str) -> None:
     with pytest.raises(
         FileNotFoundError, match=f"like org/name: run `hf download {ident} config.json` and give {ident},"
     ):

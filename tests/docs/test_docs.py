@@ -162,7 +162,7 @@ def test_what_was_served_once_is_what_the_file_says(tmp_path: Path, monkeypatch:
 # ----------------------------------------------------------------------------------------------- completeness
 
 
-def test_every_op_argument_and_result_is_told() -> None:
+def test_every_op_argument_and_result_is_documented() -> None:
     text = TEXTS[ROOT / "docs" / "contract.md"]
     for contract in CONTRACTS.values():
         section = text.partition(f"### {contract.name}\n")[2].partition("\n### ")[0]
@@ -176,7 +176,7 @@ def test_every_op_argument_and_result_is_told() -> None:
                 assert f"`{arg.layout}`: " in text, "the layouts' names are explained"
 
 
-def test_every_variable_reason_tier_and_check_is_told() -> None:
+def test_every_variable_reason_tier_and_check_is_documented() -> None:
     selection, writing = TEXTS[ROOT / "docs" / "selection.md"], TEXTS[WRITING]
     assert set(docs.ADVICE) == set(provider.REASONS)
     for word in (*policy.VARIABLES, *provider.REASONS, *(tier.label for tier in provider.Tier)):
@@ -187,7 +187,7 @@ def test_every_variable_reason_tier_and_check_is_told() -> None:
         assert f"`{level}`" in TEXTS[ROOT / "docs" / "quickstart.md"]
 
 
-def test_every_command_is_told() -> None:
+def test_every_command_is_documented() -> None:
     (subs,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert len(subs.choices) > 1
     for command in subs.choices:

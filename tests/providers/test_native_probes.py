@@ -354,7 +354,7 @@ def test_a_call_binds_the_library_or_says_why_not(
     assert (name, function.__module__) == ("deep_gemm", "dsv4_backend_deep_gemm.hyper_connection")
 
 
-def test_the_commands_tell(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_report_it(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dsv4_backends.commands import cli
 
     deep_gemm(site)
@@ -374,7 +374,7 @@ def test_the_commands_tell(site: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "deep_gemm" not in sys.modules
 
 
-def test_doctor_tells_of_another_library(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_another_library(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dsv4_backends.commands import cli
 
     flash_mla(site, "flash-mla", "2.0.0", source=APPMANA, compiled=None)

@@ -387,7 +387,7 @@ def test_known_failures_must_fail_and_must_match(tmp_path: Path, fake_plugin: Ca
     assert "known_failures that match no test: ['nothing-*']" in out
 
 
-def test_unknown_provider_is_loud(tmp_path: Path, fake_plugin: Callable[..., None]) -> None:
+def test_unknown_provider_fails(tmp_path: Path, fake_plugin: Callable[..., None]) -> None:
     code, out = run_suite(tmp_path, fake_plugin, "mul_(1)", name="acne")
     assert code != 0
     assert "no installed provider is named 'acne'. Known: acme, " in out

@@ -48,7 +48,7 @@ def test_suite_in_the_interpreter(device: str) -> None:
     assert "failed" not in summary
 
 
-def test_an_interpreter_that_cannot_run_is_told_with_both_versions() -> None:
+def test_an_interpreter_that_cannot_run_is_reported_with_both_versions() -> None:
     assert interpreter.trouble("3.6.0", "2.3.5") == ""
     assert interpreter.trouble("3.7.0", "2.4.6") == ""
     why = interpreter.trouble("3.6.0", "2.4.0")

@@ -131,7 +131,7 @@ def _most(op: str, arguments: Arguments) -> int:
 
 
 def test_workspace_can_be_asked_for() -> None:
-    """Through the public function, whoever serves; the reference does not tell."""
+    """Through the public function, whoever serves; the reference does not state it."""
     assert public.workspace_bytes("hc_prenorm_gemm", "cpu", **serving.prenorm(8, 1024, 24)) is None
 
 

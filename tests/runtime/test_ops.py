@@ -90,7 +90,7 @@ def test_order_allow_and_deny_reach_the_call(fake_plugin: Callable[..., None], m
     assert dsv4_backends.stats() == {"mqa_logits": {"torch": 1}}
 
 
-def test_refusal_by_shape_goes_to_the_next_and_is_told_once(
+def test_refusal_by_shape_goes_to_the_next_and_is_logged_once(
     fake_plugin: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     fake_plugin("acme", plugin("mqa_logits", "refuses"))

@@ -91,7 +91,7 @@ def test_the_default_stream_is_not_asked_whether_it_is_captured(cuda: Cuda, plan
         assert [plan(other), plan(other)] == [3, 3]
 
 
-def test_a_plan_is_of_what_lies_at_an_address(plan: Callable[..., int]) -> None:
+def test_a_plan_is_made_from_what_is_at_an_address(plan: Callable[..., int]) -> None:
     whole = torch.ones(4, 4, dtype=torch.int32)
     views = (whole, whole[:2], whole.T, whole[:, :2], whole[1:], whole.view(2, 8))
     with step():

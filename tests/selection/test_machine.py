@@ -176,7 +176,7 @@ def test_an_amd_gpu_is_not_a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "install" not in text
 
 
-def test_commands_tell_of_rocm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_report_rocm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     from dsv4_backends.commands import cli

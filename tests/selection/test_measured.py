@@ -52,7 +52,7 @@ def test_a_row_is_in_the_class_of_the_call_it_stands_for(op: str) -> None:
         assert not any(CONTRACTS[op].is_keyword(names[i]) for i in measured.CLASSES[op].tensors)
 
 
-def test_classes_tell_apart_what_they_should() -> None:
+def test_classes_differ_where_they_should() -> None:
     read = measured.CLASSES["sparse_mla_decode"].read
     assert read((4, 2, 64, 512), (4, 2, 128)) == ("h_q=64", 8)
     read = measured.CLASSES["sparse_mla_prefill"].read
@@ -93,7 +93,7 @@ def test_ranges_end_half_way_to_the_next_load() -> None:
     assert measured.preferred(found, "mqa_logits", ((1, 64, 128), (9, 128))) is None
 
 
-def test_a_range_may_lie_in_the_middle_or_above() -> None:
+def test_a_range_may_be_in_the_middle_or_above() -> None:
     pairs = ((1, 10.0), (4, 5.0), (16, 5.0), (64, 10.0), (256, 5.0))
     made = results(*(decode(str(b), b, a=10.0, b=us) for b, us in pairs))
     assert [(p.low, p.high) for p in tune.tune([made]).named] == [(3, 32), (129, None)]

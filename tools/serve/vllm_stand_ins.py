@@ -63,7 +63,7 @@ def fill(param: Tensor, name: str) -> None:
 
 
 def load_weights(self: Any, model: Any, model_config: Any) -> None:
-    """In place of ``DummyModelLoader.load_weights``, which tells no module's name."""
+    """In place of ``DummyModelLoader.load_weights``, which does not pass the modules' names."""
     from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
     for prefix, layer in model.named_modules():
