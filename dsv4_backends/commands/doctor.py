@@ -143,7 +143,7 @@ def _engine_findings(device: str | None) -> list[Finding]:
         plans = installed
     found = []
     for plan in plans:
-        replaced = sum(row.state in (PLANNED, REPLACED) for row in plan.rows)
+        replaced = 0 if plan.left_out else sum(row.state in (PLANNED, REPLACED) for row in plan.rows)
         wrong = [plan.left_out] if plan.left_out else []
         wrong += dict.fromkeys(str(reason) for row in plan.rows if row.state == REFUSED for reason in row.reasons)
         message = f"{plan.name}: {replaced} of {len(plan.rows)} names are replaced"

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..engines import ENGINES, load
-from .render import SCHEMA_VERSION, WIDTH, reason_json, table, terminal_width
+from .render import SCHEMA_VERSION, WIDTH, reason_json, table, terminal_width, wrapped
 from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 if TYPE_CHECKING:
@@ -55,7 +55,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def text(plan: Plan, width: int = WIDTH) -> str:
     """Every target of an engine's hook by module, who serves it, and why any would not be replaced."""
     asked = "enabled" if plan.enabled else f"not enabled: {plan.switch}"
-    parts = [f"{plan.name} on {', '.join(device.label for device in plan.devices)}; {asked}"]
+
+    def filled(line: str) -> str:
+        return "\n".join(wrapped(line, width))
+
+    parts = [filled(f"{plan.name} on {', '.join(device.label for device in plan.devices)}; {asked}")]
     rows: list[tuple[str, str, str]] = []
     module = ""
     for row in plan.rows:
@@ -67,5 +71,5 @@ def text(plan: Plan, width: int = WIDTH) -> str:
         rows.append((name, row.state, "\n".join((served, *map(str, row.reasons)))))
     parts.append(table((f"REPLACED IN {plan.engine.upper()}", "STATE", "FOR: PROVIDER, AND WHY NOT"), rows, width))
     if plan.left_out:
-        parts.append(f"NOT LOADED: {plan.left_out}; add it to the variable")
-    return "\n\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
+        parts.append(filled(f"NOT LOADED: {plan.left_out}; add it to the variable"))
+    return "\n\n".join([*parts, *(filled(f"note: {note}") for note in plan.notes)])

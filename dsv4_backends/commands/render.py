@@ -46,14 +46,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], width: int = 0) 
     )
     for row in cells:
         if width:
-            row[-1] = [part for line in row[-1] for part in _wrapped(line, max(width - others, 24))]
+            row[-1] = [part for line in row[-1] for part in wrapped(line, max(width - others, 24))]
         height = max(len(cell) for cell in row)
         lines += [[cell[i] if i < len(cell) else "" for cell in row] for i in range(height)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _wrapped(line: str, width: int) -> list[str]:
+def wrapped(line: str, width: int) -> list[str]:
     """A line in pieces, those after the first indented; no word is cut."""
     return textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) or [""]
 

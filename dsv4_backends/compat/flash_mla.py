@@ -32,7 +32,7 @@ FORMATS = {
     288: "DeepSeek V4.1 FP4",
     352: "DeepSeek V3.2 NVFP4",
 }
-"""Bytes a token of the cache formats that the library has and no op has."""
+"""Bytes a token of the cache formats that the library reads and no op takes."""
 
 
 @dataclasses.dataclass

@@ -116,7 +116,8 @@ def check(
         memory: Bytes of a GPU's memory; None: what the device has, where it is known.
         device: Judge as if the GPU were this one, such as ``"sm_86"``; None: this machine's devices.
 
-    Where a provider states the workspace of its calls, that is called, which may create a CUDA context in this process.
+    Where a provider states the workspace of its calls, its function for that is called, which may create a CUDA context
+    in this process.
 
     Returns:
         One ``Check`` for each kind of device; ``Check.ok`` is the verdict.

@@ -254,12 +254,12 @@ def resolve(
     absent: Mapping[str, tuple[Reason, ...]] | None = None,
     findable: Callable[[str], bool] = _findable,
 ) -> Resolution:
-    """Judge every implementation and put them in order of ``op``.
+    """Judge every implementation of ``op``, and put them in order.
 
     ``builds`` is what the providers' probes found, by provider and op; a provider that is not in it is judged by its
     own claims alone. ``absent`` has the plugins that gave no provider.
 
-    Rank: the user's order, tested before untested, tier, priority, name. In the batch-invariant mode, what does not
+    The order: the user's, tested before untested, tier, priority, name. In the batch-invariant mode, what does not
     claim it counts as untested. A pin removes all other candidates. Of ``preferences``, those are kept that change this
     order and nothing that the user set.
     """
@@ -271,7 +271,7 @@ def resolve(
             reasons, warning = _judge(provider, implementation, build, device, installed, policy, pinned, findable)
             judged.append(Candidate(provider, implementation, reasons, warning, build))
 
-    def place(candidate: Candidate) -> tuple[int, bool, int, int, str, str]:
+    def key(candidate: Candidate) -> tuple[int, bool, int, int, str, str]:
         order = policy.order
         place = order.index(candidate.name) if candidate.name in order else len(order)
         implementation = candidate.implementation
@@ -284,7 +284,7 @@ def resolve(
             implementation.target,
         )
 
-    ordered = tuple(sorted(judged, key=place))
+    ordered = tuple(sorted(judged, key=key))
     # Batch invariance ends where the size of the batch chooses the kernel.
     wanted = policy.measured and not policy.batch_invariant and pinned is None
     kept = tuple(p for p in preferences if p.op == op and _changes(p, ordered, policy)) if wanted else ()

@@ -95,6 +95,25 @@ def test_below_9(fake_sglang: Callable[..., None], device: str) -> None:
     assert "sglang" not in sys.modules
 
 
+def test_what_the_environment_sets_counts(fake_sglang: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_sglang()
+    monkeypatch.setenv("SGLANG_OPT_USE_TOPK_V2", "1")
+    plan = engine.plan("sm_80")
+    (row,) = (row for row in plan.rows if row.state != patching.PLANNED)
+    assert (row.target.attribute, row.state) == ("Envs.SGLANG_OPT_USE_TOPK_V2", patching.NOT_NEEDED)
+    assert "SGLANG_OPT_USE_TOPK_V2=1 is set in the environment" in str(row.reasons[0])
+
+
+def test_what_a_user_has_to_add_below_9(fake_sglang: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    fake_sglang()
+    assert cli.main(["engine", "sglang", "--device", "sm_86"]) == 0
+    out = capsys.readouterr().out
+    assert "--moe-runner-backend marlin" in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert cli.main(["engine", "sglang", "--device", "sm_90"]) == 0
+    assert "--moe-runner-backend" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("device", ["sm_90", "sm_100"])
 def test_from_9_on_with_its_libraries(fake_sglang: Callable[..., None], device: str) -> None:
     fake_sglang(**{"deep_gemm/__init__.py": DEEP_GEMM, "flash_mla/__init__.py": ""})
@@ -151,6 +170,9 @@ def test_sglangs_own_list_of_plugins(
     assert not engine.plan().ok
     assert cli.main(["engine", "sglang"]) == 1
     assert "SGLANG_PLUGINS=mine does not name dsv4_backends" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setenv(f"{policy.PREFIX}ENGINE", "sglang")
+    assert cli.main(["doctor"]) == 1
+    assert f": 0 of {len(engine.TARGETS)} names are replaced" in " ".join(capsys.readouterr().out.split())
 
 
 # ------------------------------------------------------------------------------------------- in this process

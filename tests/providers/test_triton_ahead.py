@@ -80,13 +80,15 @@ def test_narrow_limits_compile_less(op: str, misses: Misses) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_fifty_token_counts_compile_a_handful(op: str, misses: Misses) -> None:
     limits = Limits(max_tokens=5000, max_requests=300, max_context=100000)
+    drawn = served(op, FLASH.rank(2), limits, 100)
+    always = [name for name in drawn[0] if all(isinstance(call.get(name), torch.Tensor) for call in drawn)]
     kinds: dict[str, list[Arguments]] = {}
-    for call in served(op, FLASH.rank(2), limits, 100):
-        dtypes = {name: value.dtype for name, value in call.items() if isinstance(value, torch.Tensor)}
-        kinds.setdefault(str(dtypes), []).append(call)
+    for call in drawn:
+        kinds.setdefault(str([call[name].dtype for name in always]), []).append(call)
+    most = 6 if len(kinds) == 1 else 3  # other dtypes are other kernels
     for calls in kinds.values():
         by_kernel = Counter(name for name, _ in misses(op, calls))
-        assert max(by_kernel.values()) <= 6, by_kernel
+        assert max(by_kernel.values()) <= most, by_kernel
 
 
 def test_the_counter_counts(arch: Arch, misses: Misses) -> None:
@@ -111,10 +113,10 @@ def test_workspace_is_bounded(op: str, model: Any, monkeypatch: pytest.MonkeyPat
             small, large = Limits(max_tokens=64, max_requests=9), Limits(max_tokens=9000, max_requests=300)
             for arguments in served(op, rank, small, 20) + served(op, rank, large, 40):
                 taken = ahead.workspace(op, arguments, torch.device("cuda"))
-                assert taken <= _most(op, arguments), (capability, tp)
+                assert taken <= _most(op, arguments, arch), (capability, tp)
 
 
-def _most(op: str, arguments: Arguments) -> int:
+def _most(op: str, arguments: Arguments, arch: Arch) -> int:
     if op in ("indexer_topk", "paged_indexer_topk"):  # the logits of some rows at a time
         return 256 * 2**20
     if op == "sparse_mla_decode":
@@ -123,8 +125,9 @@ def _most(op: str, arguments: Arguments) -> int:
         indices = arguments["indices"].shape[2] + (0 if extra is None else extra.shape[2])
         partials = MOST_SPLITS * rows * heads * (512 + 1) * 4
         return max(rows * (indices * 1028 + 4 + 4 * heads), partials)
-    if op == "hc_prenorm_gemm":  # as many partials as keep the machine busy, whatever the batch: two blocks of 128 rows
-        return 5 << 20
+    if op == "hc_prenorm_gemm":  # as many partials as keep the machine busy, whatever the batch
+        two_blocks = 2 * 128 * (24 + 1) * 4  # of mma_sync's rows, for each multiprocessor
+        return 2 << 20 if arch.wgmma else two_blocks * arch.sms
     if op == "compress_norm_rope_insert" and arguments["ratio"] == 128:  # the sums of a window that a token completes
         return 4 * 512 * len(arguments["positions"])
     return 0

@@ -18,9 +18,9 @@ of those that complete a window, one after the other.
     barriers: of the whole block, placed by Triton
     strides: of the state, the table and cos_sin in elements, of the cache in bytes
 
-A small batch is bound by latency: position, table and state are read one after the other (1.7 us on an H200, without
-any arithmetic), and code is read from memory too. So what does not depend on these is loaded first, rows of a page have
-one address, and a thread has few elements.
+A small batch is bound by latency: position, table and state are read one after the other (1 to 2 us on an H200: see
+tools/launch_floor.py), and code is read from memory too. So what does not depend on these is loaded first, rows of a
+page have one address, and a thread has few elements.
 """
 
 from __future__ import annotations

@@ -55,6 +55,8 @@ def _cases() -> tuple[Case, ...]:
         case("splits", "smoke", m=5, k=1024, num_splits=5),
         case("more splits than blocks", "smoke", m=3, k=192, num_splits=7),
         case("strided", "smoke", m=6, k=320, layout="strided"),
+        case("many rows, more splits than blocks", "default", m=300, k=192, num_splits=7),
+        case("many rows, few columns", "default", m=261, k=448, n=5, layout="strided"),
     ]
     for model in (FLASH, PRO):
         short = model.name.rpartition("-")[2].lower()

@@ -22,6 +22,7 @@ ENGINE = HookedEngine(
     supported=SUPPORTED,
     judge=rules.judge,
     left_out=rules.left_out,
+    notes=rules.notes,
     replacers={ENVIRON: defaults.arm, INTERFACE: interface.arm},
 )
 version, plan, apply, undo, register = ENGINE.version, ENGINE.plan, ENGINE.apply, ENGINE.undo, ENGINE.register

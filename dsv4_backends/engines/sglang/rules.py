@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
+from packaging.version import Version
+
 from ...selection.machine import Device
 from ...selection.provider import Reason
 from ...selection.resolve import Served
@@ -14,7 +19,18 @@ def judge(target: Target, where: Device, served: Served | None) -> Verdict | Non
     if where.capability is not None and where.capability.major == 12:
         message = "on compute capability 12.x SGLang calls kernels of its own instead"
         return Verdict(NOT_NEEDED, Reason("engine-served", message))
+    _, _, setting = target.attribute.partition("Envs.")
+    if setting in os.environ:
+        message = f"{setting}={os.environ[setting]} is set in the environment, which counts before any default"
+        return Verdict(NOT_NEEDED, Reason("engine-served", message))
     return keeps_library("SGLang", target, where, served)
+
+
+def notes(devices: Sequence[Device]) -> Sequence[str]:
+    """What a user has to add."""
+    if any(where.capability is not None and where.capability < Version("9.0") for where in devices):
+        return ["below compute capability 9.0 add --moe-runner-backend marlin for experts in MXFP4"]
+    return []
 
 
 def left_out() -> str:

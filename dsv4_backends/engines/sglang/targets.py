@@ -90,7 +90,7 @@ TARGETS = (
     _library(
         "fp8_einsum",
         "fp8_einsum",
-        "output projection in FP8",
+        "output projection, with SGLANG_OPT_FP8_WO_A_GEMM",
         _MODEL,
         "_fp8_wo_a_einsum",
         ("o_fp8", "o_s", "weight", "weight_scale", "recipe", "out"),

@@ -94,7 +94,7 @@ def _hc_mma_sync_kernel(
     mixes = gl.arange(0, MIXES, gl.SliceLayout(1, fn_lay))
     fn_columns = gl.arange(0, STEP, gl.SliceLayout(0, fn_lay))
     fn = fn_ptr + mixes.to(gl.int64)[:, None] * (fn_stride.to(gl.int64) * 4) + (k_lo + fn_columns)[None, :]
-    mix_ok = (mixes < N)[:, None]
+    mix_ok = (mixes < gl.where(steps > 0, N, 0))[:, None]  # a split beyond K reads nothing
 
     for i in gl.static_range(STAGES - 1):
         if i < steps:
