@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Serve DeepSeek V4 Flash's dimensions with random weights by the real vLLM, with and without our ops.
 # Usage: tools/serve_on_gpu.sh BUNDLE OUT STEP...
-#   BUNDLE  what tools/serve_bundle.sh made, or the folder that it was unpacked to (TileLang's archive: into its deps)
+#   BUNDLE  what tools/serve_bundle.sh made, or the folder that it was unpacked to; its folder deps takes more packages,
+#           such as TileLang and z3-solver
 #   OUT     folder for the results
 #   STEP    WHAT:RUN; WHAT is logprobs, speed, mtp or long, and RUN is native, chunks (native, with prefill chunks of
 #           64 tokens), triton, auto, sm_80, sm_86 or sm_89. Several steps that are joined by commas run at a time, on one
