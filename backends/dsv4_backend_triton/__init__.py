@@ -47,7 +47,7 @@ def _implementations() -> Iterable[Implementation]:
 def dsv4_providers() -> Iterable[ProviderSpec]:
     yield ProviderSpec(
         name="triton",
-        summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and for attention and the prenorm GEMM on SM8x and SM12x",
+        summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and on SM8x and SM12x for attention and prenorm",
         tier=Tier.PORTABLE,
         requires=("triton>=3.6",),
         implementations=tuple(_implementations()),
