@@ -1,7 +1,7 @@
 """The Triton provider: one code base for compute capability 8.0 and newer.
 
 Plain Triton kernels serve every architecture. In front of them stand kernels in Gluon, which ships with Triton: for
-Hopper warp-specialised ones, and for attention on SM8x and SM12x ones that place their warps by hand. Shapes that they
+Hopper warp-specialised ones, and for attention and prenorm on SM8x and SM12x ones that place warps by hand. Shapes that they
 do not take go to the plain one.
 """
 
@@ -47,7 +47,7 @@ def _implementations() -> Iterable[Implementation]:
 def dsv4_providers() -> Iterable[ProviderSpec]:
     yield ProviderSpec(
         name="triton",
-        summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and on SM8x and SM12x for attention and prenorm",
+        summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and on SM8x and SM12x for attention, prenorm",
         tier=Tier.PORTABLE,
         requires=("triton>=3.6",),
         implementations=tuple(_implementations()),
