@@ -1,8 +1,8 @@
 """The Triton provider: one code base for compute capability 8.0 and newer.
 
-Plain Triton kernels serve every architecture. In front of them stand kernels in Gluon, which ships with Triton: for
-Hopper warp-specialised ones, and for attention and prenorm on SM8x and SM12x ones that place warps by hand. Shapes that they
-do not take go to the plain one.
+Plain Triton kernels serve every architecture. Kernels in Gluon, which ships with Triton, are asked first:
+warp-specialised ones on Hopper; ones that place warps by hand for attention and prenorm on SM8x and SM12x. Shapes that
+they do not take go to the plain one.
 """
 
 from __future__ import annotations
