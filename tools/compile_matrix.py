@@ -4,7 +4,8 @@ What is compiled is what dispatch asks for when Flash and Pro are served on 1 to
 the ops' own functions. Each becomes a cubin; its shared memory must fit the architecture and its stack must not exceed
 32 bytes a thread.
 
-Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--op OP ...] [--every N] [--kept] [--json FILE]
+Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--op OP ...] [--every N [--start I]] [--print] [--kept]
+                                      [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,7 @@ import triton
 from dsv4_backend_triton import BATCH_INVARIANT, ahead
 from dsv4_backend_triton.arch import arch_from_capability
 from dsv4_backend_triton.launch import Launch
-from kept import Cell, Matrix
+from kept import Cell, Matrix, Total
 from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 
@@ -151,14 +153,35 @@ def compile_share(capability: str, first: int, every: int, ops: tuple[str, ...])
     return [compile_one(capability, index, ops) for index in range(first, len(launches(capability, ops)), every)]
 
 
+def matrix(found: dict[str, dict[str, Cell]], origin: Mapping[str, Any]) -> Matrix:
+    """What is kept of the kernels found: the totals, and each with stack or an error."""
+    of: dict[str, list[Cell]] = {}
+    for cells in found.values():
+        for capability, cell in cells.items():
+            of.setdefault(capability, []).append(cell)
+    worth = {name: {where: c for where, c in cells.items() if c.stack or c.error} for name, cells in found.items()}
+    return Matrix(
+        command=origin["command"],
+        date=origin["date"],
+        commit=origin["commit"],
+        triton=triton.__version__,
+        shared_limit={where: arch_from_capability(Version(where)).smem for where in of},
+        totals={
+            where: Total(len(cells), max(c.registers for c in cells), max(c.shared for c in cells))
+            for where, cells in of.items()
+        },
+        kernels={name: cells for name, cells in worth.items() if cells},
+    )
+
+
 def spilled_more(made: Matrix, against: Matrix | None) -> list[str]:
     """Where a kernel has more stack than in the kept matrix of the same release of Triton."""
     worse = []
-    for name, cells in made.kernels.items():
+    for name, cells in made.kernels.items() if against else ():
         for capability, cell in cells.items():
-            before = against.kernels.get(name, {}).get(capability) if against else None
-            if before is not None and cell.stack > before.stack:
-                worse.append(f"{sm(Version(capability))} {name}: {cell.stack} bytes of stack, kept are {before.stack}")
+            before = against.kernels.get(name, {}).get(capability, Cell()).stack
+            if cell.stack > before:
+                worse.append(f"{sm(Version(capability))} {name}: {cell.stack} bytes of stack, kept are {before}")
     return worse
 
 
@@ -167,29 +190,30 @@ def main() -> int:
     parser.add_argument("--capability", nargs="+", default=CAPABILITIES)
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--every", type=int, default=1, help="compile each N-th only, from a start that differs")
+    parser.add_argument("--start", type=int, default=0, help="of the first architecture; the next one starts one later")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one for each core)")
+    parser.add_argument("--print", action="store_true", help="print what each kernel takes")
     parser.add_argument("--kept", action="store_true", help="a kernel may not spill more than in docs/results")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     start = time.perf_counter()
     chosen = [] if tuple(args.capability) == CAPABILITIES else ["--capability", *args.capability]
     chosen += [] if tuple(args.op) == OPS else ["--op", *args.op]
-    chosen += [] if args.every == 1 else ["--every", str(args.every)]
+    chosen += [] if args.every == 1 else ["--every", str(args.every), "--start", str(args.start)]
     origin = provenance(" ".join(["python tools/compile_matrix.py", *chosen, "--json FILE"]))
-    made = Matrix(
-        command=origin["command"],
-        date=origin["date"],
-        commit=origin["commit"],
-        triton=triton.__version__,
-        shared_limit={c: arch_from_capability(Version(c)).smem for c in args.capability},
-    )
+    found: dict[str, dict[str, Cell]] = {}
     with ProcessPoolExecutor(args.jobs) as pool:
         ops = tuple(args.op)
-        shares = [(capability, i % args.every, args.every, ops) for i, capability in enumerate(args.capability)]
+        starts = [(args.start + i) % args.every for i in range(len(args.capability))]
+        shares = [(where, start, args.every, ops) for where, start in zip(args.capability, starts, strict=True)]
         for cells in pool.map(compile_share, *zip(*shares, strict=True)):
             for name, capability, cell in cells:
-                assert capability not in made.kernels.setdefault(name, {}), f"two kernels are called {name}"
-                made.kernels[name][capability] = cell
+                assert capability not in found.setdefault(name, {}), f"two kernels are called {name}"
+                found[name][capability] = cell
+                if args.print:
+                    takes = f"{cell.registers} registers, {cell.stack} bytes of stack, {cell.shared} of shared memory"
+                    print(f"{sm(Version(capability))} {name}: {takes}")
+    made = matrix(found, origin)
     bad = [
         f"{sm(Version(capability))} {name}: {cell.error}"
         for name, cells in made.kernels.items()
@@ -198,7 +222,7 @@ def main() -> int:
     ]
     bad += spilled_more(made, kept.matrix_of(triton.__version__)) if args.kept else []
     print(*bad, sep="\n", end="\n" if bad else "")
-    count = sum(map(len, made.kernels.values()))
+    count = sum(map(len, found.values()))
     print(f"Triton {triton.__version__}: {count} kernels in {time.perf_counter() - start:.0f} s, {len(bad)} bad")
     if args.json:
         records.write(made, args.json)

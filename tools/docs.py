@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import kept
-from kept import Cell, Matrix
+from kept import Cell
 from packaging.version import Version
 
 from dsv4_backends import records
@@ -897,29 +897,21 @@ def build_fields() -> str:
     return fields(provider.Build)
 
 
-def _by_capability(made: Matrix) -> dict[str, list[Cell]]:
-    found: dict[str, list[Cell]] = {}
-    for cells in made.kernels.values():
-        for capability, cell in cells.items():
-            found.setdefault(capability, []).append(cell)
-    return found
-
-
 def matrix_summary() -> str:
     rows = []
     for made in kept.matrices():
-        for capability, cells in _by_capability(made).items():
-            good = [cell for cell in cells if not cell.error]
+        for capability, total in made.totals.items():
+            cells = [cells[capability] for cells in made.kernels.values() if capability in cells]
             rows.append(
                 (
                     sm(Version(capability)),
                     made.triton,
-                    str(len(cells)),
-                    str(len(cells) - len(good)),
-                    f"{max(c.shared for c in good) / 1024:.1f} of {made.shared_limit[capability] / 1024:.0f}",
-                    str(max(c.registers for c in good)),
-                    str(sum(c.stack > 0 for c in good)),
-                    str(max(c.stack for c in good)),
+                    str(total.kernels),
+                    str(sum(bool(cell.error) for cell in cells)),
+                    f"{total.shared / 1024:.1f} of {made.shared_limit[capability] / 1024:.0f}",
+                    str(total.registers),
+                    str(sum(cell.stack > 0 for cell in cells)),
+                    str(max((cell.stack for cell in cells), default=0)),
                 )
             )
     rows.sort(key=lambda row: int(row[0].removeprefix("sm_")))
@@ -938,25 +930,18 @@ def matrix_summary() -> str:
     return f"Compiled on {'; '.join(dates)}. To redo it: {commands}.\n\n{table(header, rows)}"
 
 
-def matrix_rows() -> str:
-    """One row for each kernel and architecture; what differs between the releases of Triton stands side by side."""
+def matrix_stack() -> str:
+    """One row for each kernel and architecture with stack by any release of Triton."""
     all_made = kept.matrices()
     names = list(dict.fromkeys(name for made in all_made for name in made.kernels))
-
-    def each(cells: list[Cell | None], name: str) -> str:
-        values = [str(getattr(cell, name)) if cell and not cell.error else "-" for cell in cells]
-        return values[0] if len(set(values)) == 1 else " / ".join(values)
-
-    header = ("kernel and constants", "shared memory, bytes", "registers", "stack, bytes")
-    parts = [" / ".join(f"Triton {made.triton}" for made in all_made) + ", where they differ."]
-    for capability in sorted({where for made in all_made for where in made.shared_limit}, key=Version):
-        lines = []
+    rows = []
+    for capability in sorted({where for made in all_made for where in made.totals}, key=Version):
         for name in names:
-            cells = [made.kernels.get(name, {}).get(capability) for made in all_made]
-            if any(cells):
-                lines.append((name, each(cells, "shared"), each(cells, "registers"), each(cells, "stack")))
-        parts += [f"### {sm(Version(capability))}", table(header, lines)]
-    return "\n\n".join(parts)
+            stacks = [made.kernels.get(name, {}).get(capability, Cell()).stack for made in all_made]
+            if any(stacks):
+                rows.append((sm(Version(capability)), name, *map(str, stacks)))
+    header = ("architecture", "kernel and constants", *(f"Triton {made.triton}" for made in all_made))
+    return table(header, rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -980,7 +965,7 @@ PARTS: dict[str, Callable[[], str]] = {
         native_conformance,
         native_listings,
         native_overhead,
-        matrix_rows,
+        matrix_stack,
         matrix_summary,
         ops,
         overhead,

@@ -32,17 +32,27 @@ class Cell(NamedTuple):
     error: str = ""
 
 
+class Total(NamedTuple):
+    """Of all kernels for an architecture: how many, and the most registers a thread and bytes a block of any."""
+
+    kernels: int
+    registers: int
+    shared: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Matrix(Made):
     """What the kernels take, compiled by one release of Triton. No machine: every one compiles the same.
 
     Attributes:
         shared_limit: Bytes of shared memory that a block may have, by compute capability.
-        kernels: By kernel and its constants, then by compute capability.
+        totals: By compute capability.
+        kernels: Those with stack or an error, by kernel and its constants, then by compute capability.
     """
 
     triton: str
     shared_limit: dict[str, int] = field(default_factory=dict)
+    totals: dict[str, Total] = field(default_factory=dict)
     kernels: dict[str, dict[str, Cell]] = field(default_factory=dict)
 
     @property

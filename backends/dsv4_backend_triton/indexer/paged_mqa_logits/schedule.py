@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FEW, MANY = 32, 512
+FEW, MANY = 32, 256
 """SCAN: requests whose lengths are read at a time. A scan of FEW stays within a warp."""
 _NOWHERE = tl.constexpr(2**31 - 1)
 
