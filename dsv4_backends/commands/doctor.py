@@ -134,14 +134,17 @@ def _engine_findings(device: str | None) -> list[Finding]:
     except PolicyError as error:
         return [Finding("settings", False, str(error))]
     plans = [engine.plan(device) for engine in engines]
-    if not set(words) & {engine.name for engine in engines}:  # it names none: those count that are installed
-        installed = [plan for plan in plans if plan.version is not None]
-        if plans and not installed:
-            names = ", ".join(plan.engine for plan in plans)
-            message = f"{policy.PREFIX}ENGINE={words[0]}, but no engine that it turns on is installed: {names}"
-            return [Finding("engine", False, message)]
-        plans = installed
+    named = bool(set(words) & {engine.name for engine in engines})
+    installed = [plan for plan in plans if plan.version is not None]
+    if plans and not installed and not named:
+        names = ", ".join(plan.engine for plan in plans)
+        message = f"{policy.PREFIX}ENGINE={words[0]}, but no engine that it turns on is installed: {names}"
+        return [Finding("engine", False, message)]
     found = []
+    if installed:  # engines seldom share an environment, and one setting may be for several
+        if named:
+            found = [Finding("engine", True, plan.name) for plan in plans if plan.version is None]
+        plans = installed
     for plan in plans:
         replaced = 0 if plan.left_out else sum(row.state in (PLANNED, REPLACED) for row in plan.rows)
         wrong = [plan.left_out] if plan.left_out else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, Any
 
 from ..engines import ENGINES, load
@@ -11,6 +12,9 @@ from .shared import DEVICE, FINDING, OK, AddCommand, show
 
 if TYPE_CHECKING:
     from ..engines.base import Plan
+
+_NAME = 28
+"""Characters of a line of a long name in the last column."""
 
 
 def add(command: AddCommand) -> None:
@@ -52,6 +56,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _broken(text: str) -> str:
+    """The text with its long names over several lines, each after a dot: the last column is narrow."""
+
+    def lines(name: re.Match[str]) -> str:
+        made = [""]
+        for part in re.findall(r"[^.]+\.?", name[0]):
+            if made[-1] and len(made[-1]) + len(part) > _NAME:
+                made.append("")
+            made[-1] += part
+        return "\n  ".join(made)
+
+    return re.sub(rf"[\w.]{{{_NAME},}}", lines, text)
+
+
 def text(plan: Plan, width: int = WIDTH) -> str:
     """Every target of an engine's hook by module, who serves it, and why any would not be replaced."""
     asked = "enabled" if plan.enabled else f"not enabled: {plan.switch}"
@@ -68,7 +86,10 @@ def text(plan: Plan, width: int = WIDTH) -> str:
             rows.append((module, "", ""))
         served = f"{row.target.about}: {row.serves}" if row.serves else row.target.about
         name = "  " + row.target.attribute.replace(".", ".\n    ")
-        rows.append((name, row.state, "\n".join((served, *map(str, row.reasons)))))
+        reasons = (_broken(str(reason)) for reason in row.reasons) if plan.refusal is None else ()
+        rows.append((name, row.state, "\n".join((served, *reasons))))
+    if plan.refusal is not None:
+        parts.append(filled(f"REFUSED: {plan.refusal}"))
     parts.append(table((f"REPLACED IN {plan.engine.upper()}", "STATE", "FOR: PROVIDER, AND WHY NOT"), rows, width))
     if plan.left_out:
         parts.append(filled(f"NOT LOADED: {plan.left_out}; add it to the variable"))

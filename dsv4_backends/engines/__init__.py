@@ -44,7 +44,7 @@ def asked() -> tuple[Engine, ...]:
     if not words:
         return ()
     named = words if set(words) <= ENGINES.keys() else ()
-    engines = [load(name) for name in named or ENGINES]
+    engines = [load(name) for name in dict.fromkeys(named or ENGINES)]
     for engine in engines:
         if named and not engine.by_variable:
             raise PolicyError(f"{policy.PREFIX}ENGINE does not turn on {engine.name}: {engine.switch}")

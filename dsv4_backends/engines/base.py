@@ -51,6 +51,7 @@ class Plan:
         switch: How it is turned on, for people.
         notes: What the engine itself lacks on these devices, and how its version was taken.
         left_out: Why the engine will not load this plugin at all; empty where it will.
+        refusal: Why every target is refused, where that is no matter of the targets.
     """
 
     engine: str
@@ -61,6 +62,7 @@ class Plan:
     switch: str
     notes: tuple[str, ...] = ()
     left_out: str = ""
+    refusal: Reason | None = None
 
     @property
     def ok(self) -> bool:
@@ -114,6 +116,9 @@ class Engine:
         targets: What is replaced.
         distributions: The distributions that it comes in; default: one of its name.
         supported: The releases that it was tested with; None: ``gate`` alone decides.
+        requirement: What pip is to install; default: its name, in the releases that are supported.
+        capability: The compute capabilities on which it has bfloat16, which the ops take, as a claim
+            (``selection/capability.py``); empty: all.
         gate: Why the installed engine is not served, beyond its release.
         judge: The engine's own rule for a target.
         notes: What the engine itself lacks on these devices.
@@ -124,6 +129,8 @@ class Engine:
     targets: tuple[Target, ...]
     distributions: tuple[str, ...] = ()
     supported: SpecifierSet | None = None
+    requirement: str = ""
+    capability: tuple[str, ...] = ()
     gate: Callable[[], Reason | None] = lambda: None
     judge: Judge = lambda target, where, served: None
     notes: Callable[[Sequence[Device]], Sequence[str]] = lambda devices: ()
@@ -167,6 +174,11 @@ class Engine:
     def _left_out(self) -> str:
         return ""
 
+    def _switch(self) -> str:
+        """How it is turned on; what ``DSV4_BACKENDS_ENGINE`` names already stays on."""
+        others = policy.engines(known=ENGINES) if self.by_variable else ()
+        return f"set {policy.PREFIX}ENGINE={','.join((*others, self.name))}" if others else self.switch
+
     def _asked(self) -> str:
         """How ``DSV4_BACKENDS_ENGINE`` asks for this engine: ``"1"``, ``"force"``, its name, or not at all."""
         words = policy.engines(known=ENGINES) if self.by_variable else ()
@@ -179,10 +191,16 @@ class Engine:
         surveyed = survey(device, load=load)
         choices = [(where, {made.op: made for made in resolutions}) for where, resolutions in surveyed.resolutions]
         devices = tuple(where for where, _ in choices)
+        lacking = [where for where in devices if not self._runs_on(where)]
+        if len(lacking) < len(devices):  # the engine cannot use the others, a display's GPU say
+            choices = [(where, made) for where, made in choices if where not in lacking]
         standing = self._standing()
+        refusal = None
         rows = standing or tuple(Row(target) for target in self.targets if not self._stands_in_for_nothing(target))
         if not standing:
             refusal = self._refusal(found, force or asked == "force", surveyed.machine.simulated)
+            if refusal is None and len(lacking) == len(devices):
+                refusal = Reason("engine-arch", self._no_bfloat16(lacking[0]))
             for row in rows:
                 if refusal is not None:
                     row.refuse(refusal)
@@ -197,14 +215,29 @@ class Engine:
                 f"{_named(self.name, found)} is not a release, so its number does not say which code it is: each name "
                 "is judged by what its module looks like, and the whole is untested."
             )
-        notes += self.notes(devices)
+        if len(lacking) < len(devices):
+            notes += [f"{where.name} is left out: {self._no_bfloat16(where)}" for where in lacking]
+        notes += self.notes([where for where in devices if where not in lacking])
         left_out = "" if standing else self._left_out()
-        return Plan(self.name, found, devices, rows, bool(asked), self.switch, tuple(notes), left_out)
+        switch = self.switch if asked else self._switch()
+        return Plan(self.name, found, devices, rows, bool(asked), switch, tuple(notes), left_out, refusal)
+
+    def _runs_on(self, where: Device) -> bool:
+        if not self.capability or where.capability is None:
+            return True
+        return support(self.capability, where.capability) is not Support.UNSUPPORTED
+
+    def _no_bfloat16(self, where: Device) -> str:
+        return (
+            f"the ops take bfloat16, which {self.name} does not have on compute capability {where.capability}: "
+            f"expected {describe(self.capability)}"
+        )
 
     def _refusal(self, found: str | None, force: bool, simulated: bool) -> Reason | None:
         """Why nothing at all is replaced."""
         if found is None:
-            return Reason("engine-missing", f"{self.name} is not installed", f"pip install {self.name}")
+            wanted = self.requirement or f"{self.name}{self.supported or ''}"
+            return Reason("engine-missing", f"{self.name} is not installed", f"pip install '{wanted}'")
         if not (self.supported is None or force or not _is_release(found)) and not self.supported.contains(
             found, prereleases=True
         ):
@@ -359,8 +392,10 @@ class HookedEngine(Engine):
         if self.rows:
             return made
         self.rows = made.rows
+        if made.refusal is not None:
+            _log.error("%s: nothing is replaced: %s", self.name, made.refusal)
         for row in made.rows:
-            if row.state == REFUSED:
+            if row.state == REFUSED and made.refusal is None:
                 self._not_replaced(row)
         planned = [row.target for row in made.rows if row.state == PLANNED]
         try:

@@ -168,6 +168,36 @@ assert not {'deep_gemm', 'flash_mla'} & sys.modules.keys()
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True, timeout=120)
 
 
+@pytest.mark.skipif(ON_GPU, reason="the scheduler imports compiled packages")
+def test_in_a_scheduler() -> None:
+    """A spawned process has imported much of SGLang before it loads the plugin, and then imports the model."""
+    code = """
+import importlib, sys
+import fake_sglang
+fake_sglang.COMPILED += ("uvicorn",)
+fake_sglang.install(gpu=True)
+scheduler = importlib.import_module("sglang.srt.managers.scheduler")
+from dsv4_backends.engines import hook, sglang
+early = {target.within or target.module for target in sglang.TARGETS} & sys.modules.keys()
+assert {"sglang.srt.environ", "sglang.srt.layers.deep_gemm_wrapper.entrypoint"} <= early, early
+try:
+    scheduler.run_scheduler_process(None, None, 0, 0, 0, None, None)  # goes no further than to the plugins
+except AttributeError:
+    pass
+importlib.import_module("sglang.srt.models.deepseek_v4")
+importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend")
+importlib.import_module("sglang.srt.layers.quantization.mxfp4_marlin_moe")
+importlib.import_module("sglang.kernels.ops.attention.flash_mla_interface")
+assert hook.waiting() == ()
+assert {row.state for row in sglang.plan().rows} == {"replaced"}, sglang.plan().rows
+configurer = importlib.import_module("sglang.srt.layers.deep_gemm_wrapper.configurer")
+assert not configurer.ENABLE_JIT_DEEPGEMM
+assert sglang.undo() == []
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(fake_sglang.__file__), *sys.path])}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True, timeout=300)
+
+
 @pytest.fixture(autouse=True)
 def count() -> Iterator[None]:
     before = bind.stats()
@@ -679,6 +709,9 @@ def test_settings_that_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not getattr(envs, name).is_set()
         monkeypatch.setenv(name, "1")
         assert getattr(envs, name).get() is True
+        monkeypatch.setenv(name, "maybe")  # SGLang warns, and takes the default
+        with pytest.warns(UserWarning, match=f"Invalid value for {name}"):
+            assert getattr(envs, name).get() is False
         monkeypatch.delenv(name)
     assert ON_GPU or not topk.SGL_KERNEL.should_use_topk_v2()
     available = "deep_gemm" in LIBRARIES and not BELOW_9

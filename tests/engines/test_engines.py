@@ -290,6 +290,30 @@ def test_versions_that_were_tested(fake_vllm: Callable[..., Path], version: str)
     assert engine.plan().ok
 
 
+def test_below_8(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM asks for bfloat16, which such a GPU lacks; the reference would serve, but nothing would call it."""
+    fake_vllm()
+    plan = engine.plan("sm_75")
+    assert not plan.ok
+    assert plan.refusal is not None
+    assert str(plan.refusal).endswith("does not have on compute capability 7.5: expected 8.0 and newer")
+    assert {(row.state, row.reasons) for row in plan.rows} == {(patching.REFUSED, (plan.refusal,))}
+
+
+def test_an_old_gpu_beside_others(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card of a display does not keep the engine from the others."""
+    fake_vllm()
+    old, new = (
+        machine.Device("cuda", i, name, Version(cc)) for i, (name, cc) in enumerate([("T4", "7.5"), ("A", "8.0")])
+    )
+    monkeypatch.setattr(machine, "probe", lambda: machine.Machine((old, new), simulated=True))
+    plan = engine.plan()
+    assert plan.ok
+    assert plan.devices == (old, new)
+    assert {row.provider for row in plan.rows if row.target.op} == {"triton"}
+    assert any(note.startswith("T4 is left out: the ops take bfloat16") for note in plan.notes)
+
+
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"{policy.PREFIX}DEVICE", "cpu")
     plan = engine.plan()
@@ -586,6 +610,27 @@ def test_the_variable(fake_vllm: Callable[..., Path], monkeypatch: pytest.Monkey
     assert len(hook.waiting()) == (MODULES if asked else 0)
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("", "set DSV4_BACKENDS_ENGINE=1 in the engine's environment"),
+        ("0", "set DSV4_BACKENDS_ENGINE=1 in the engine's environment"),
+        ("sglang", "set DSV4_BACKENDS_ENGINE=sglang,vllm"),
+    ],
+)
+def test_the_advice_keeps_what_is_on(
+    fake_vllm: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: str,
+    words: str,
+) -> None:
+    fake_vllm()
+    monkeypatch.setenv("DSV4_BACKENDS_ENGINE", value)
+    assert cli.main(["engine", "vllm", "--device", "sm_80"]) == 0
+    assert f"not enabled: {words} REPLACED" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_variable_names_another_engine(fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     fake_vllm()
     monkeypatch.setitem(engines.ENGINES, "other", "nowhere:ENGINE")
@@ -624,12 +669,50 @@ def test_doctor_where_no_engine_is_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """1 leaves open which engine; a name does not."""
-    told = {"1": "no engine that it turns on is installed: vllm", "vllm": "vllm is not installed (pip install vllm)"}
+    told = {
+        "1": "no engine that it turns on is installed: vllm",
+        "vllm": "vllm is not installed (pip install 'vllm<0.34,>=0.32')",
+        "sglang": "sglang is not installed (pip install 'sglang==0.5.23')",
+    }
     for value, words in told.items():
         monkeypatch.setenv("DSV4_BACKENDS_ENGINE", value)
         assert cli.main(["doctor", "--device", "cpu"]) == 1
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FINDING")]
         assert words in line
+
+
+def test_doctor_where_one_of_several_is_installed(
+    fake_vllm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One setting for both engines, which do not share an environment; and a name that is there twice."""
+    fake_vllm()
+    for value in ("vllm,sglang", "sglang,vllm,sglang,vllm"):
+        monkeypatch.setenv("DSV4_BACKENDS_ENGINE", value)
+        assert cli.main(["doctor", "--device", "sm_80"]) == 0
+        lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if " engine " in line]
+        assert lines == [
+            ["ok", "engine", "sglang not installed"],
+            [
+                "ok",
+                "engine",
+                f"vllm 0.33.0: {len(engine.plan().rows) - 1} of {len(engine.plan().rows)} names are replaced",
+            ],
+        ]
+
+
+def test_a_refusal_of_all_is_said_once(
+    fake_vllm: Callable[..., Path], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_vllm("0.31.0")
+    engine.apply()
+    (record,) = caplog.records
+    assert record.message.startswith("vllm: nothing is replaced: vllm 0.31.0 is installed, tested with")
+    engine.undo()
+    assert cli.main(["engine", "vllm", "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert {reason["code"] for target in data["targets"] for reason in target["reasons"]} == {"engine-version"}
+    assert cli.main(["engine", "vllm"]) == 1
+    assert capsys.readouterr().out.count("0.31.0 is installed") == 1
 
 
 def test_a_module_that_cannot_be_prepared(fake_vllm: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:

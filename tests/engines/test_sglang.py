@@ -104,6 +104,53 @@ def test_what_the_environment_sets_counts(fake_sglang: Callable[..., None], monk
     assert "SGLANG_OPT_USE_TOPK_V2=1 is set in the environment" in str(row.reasons[0])
 
 
+@pytest.mark.parametrize("value", ["", "maybe", "2", " 1"])
+def test_a_value_that_sglang_does_not_read(
+    fake_sglang: Callable[..., None], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """SGLang warns and takes the default, which is ours."""
+    fake_sglang()
+    monkeypatch.setenv("SGLANG_OPT_USE_TOPK_V2", value)
+    assert states(engine.plan("sm_80"))[f"{ENVIRON}:Envs.SGLANG_OPT_USE_TOPK_V2"] == patching.PLANNED
+    for text in ("0", "No", "TRUE"):
+        monkeypatch.setenv("SGLANG_OPT_USE_TOPK_V2", text)
+        assert states(engine.plan("sm_80"))[f"{ENVIRON}:Envs.SGLANG_OPT_USE_TOPK_V2"] == patching.NOT_NEEDED
+
+
+def test_below_8(
+    fake_sglang: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_sglang()
+    monkeypatch.setenv(f"{policy.PREFIX}PIN", "*=torch")
+    plan = engine.plan("sm_75")
+    assert {row.reasons[0].code for row in plan.rows} == {"engine-arch"}
+    assert set(states(plan).values()) == {patching.REFUSED}
+    assert cli.main(["engine", "sglang", "--device", "sm_75"]) == 1
+    out = capsys.readouterr().out
+    assert " ".join(out.split()).count("bfloat16, which sglang does not have on compute capability 7.5") == 1
+    assert "planned" not in out
+    assert "torch" not in out
+    assert "--moe-runner-backend" not in out
+    monkeypatch.setenv(f"{policy.PREFIX}DEVICE", "sm_75")
+    engine.apply()
+    assert hook.waiting() == ()
+    assert not compat.installed("deep_gemm")
+
+
+def test_long_names_fit_into_the_table(
+    fake_sglang: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another release, forced: its reasons have whole names of SGLang's."""
+    fake_sglang("0.5.24", **{EINSUM: "", "sglang/srt/layers/attention/dsv4/indexer.py": "def other(): ...\n"})
+    monkeypatch.setenv(f"{policy.PREFIX}ENGINE", "force")
+    assert cli.main(["engine", "sglang", "--device", "sm_90"]) == 1
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "C4IndexerBackendMixin.forward_c4_indexer: expected" in "".join(out.split()).replace(
+        "forward_c4_indexer:expected", "forward_c4_indexer: expected"
+    )
+
+
 def test_what_a_user_has_to_add_below_9(fake_sglang: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     fake_sglang()
     assert cli.main(["engine", "sglang", "--device", "sm_86"]) == 0

@@ -20,6 +20,7 @@ ENGINE = HookedEngine(
     name="sglang",
     targets=TARGETS,
     supported=SUPPORTED,
+    capability=(">=8.0",),
     judge=rules.judge,
     left_out=rules.left_out,
     notes=rules.notes,

@@ -13,6 +13,9 @@ from ...selection.resolve import Served
 from ..base import Verdict, keeps_library, unlisted
 from ..patching import NOT_NEEDED, Target
 
+_BOOLEANS = ("true", "1", "yes", "y", "false", "0", "no", "n")
+"""What SGLang reads as a setting's value. Of anything else it warns, and takes the default."""
+
 
 def judge(target: Target, where: Device, served: Served | None) -> Verdict | None:
     """Leave to SGLang what it calls otherwise on this kind of GPU."""
@@ -20,7 +23,7 @@ def judge(target: Target, where: Device, served: Served | None) -> Verdict | Non
         message = "on compute capability 12.x SGLang calls kernels of its own instead"
         return Verdict(NOT_NEEDED, Reason("engine-served", message))
     _, _, setting = target.attribute.partition("Envs.")
-    if setting in os.environ:
+    if os.environ.get(setting, "").lower() in _BOOLEANS:
         message = f"{setting}={os.environ[setting]} is set in the environment, which counts before any default"
         return Verdict(NOT_NEEDED, Reason("engine-served", message))
     return keeps_library("SGLang", target, where, served)

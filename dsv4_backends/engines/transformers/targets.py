@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..base import Engine
 from ..patching import Target
-from .sources import unknown
+from .sources import TESTED, unknown
 
 _MODELING = "transformers.models.deepseek_v4.modeling_deepseek_v4"
 
@@ -23,6 +23,7 @@ TARGETS = (
 ENGINE = Engine(
     name="transformers",
     targets=TARGETS,
+    requirement=f"transformers=={TESTED}",
     gate=unknown,
     switch="call dsv4_backends.engines.transformers.enable(model) for each model",
 )

