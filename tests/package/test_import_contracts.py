@@ -17,6 +17,7 @@ LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
 FLOORS = "the floors of the layer: nothing imports from above"
 PACKAGE = "the layer imports its modules, and of the package itself the version only"
 CONTRACT = "the contract imports torch and errors.py only"
+ORACLE = "the oracle shares no code with what it judges"
 FILES = "no circle between files"
 FOLDERS = "no circle between folders"
 PROVIDER = "a provider imports dsv4_backends.provider and the contract, and no other module of the layer"
@@ -34,6 +35,7 @@ BREAKS = [
     (PACKAGE, "dsv4_backends/contract/layouts.py", "import dsv4_backends"),
     (CONTRACT, "dsv4_backends/contract/inputs.py", "from ..records import read"),
     (CONTRACT, "dsv4_backends/contract/sparse_mla/cases.py", "import triton"),
+    (ORACLE, "dsv4_backends/testing/oracle/codes.py", "from ...contract import layouts"),
     (FILES, "dsv4_backends/contract/spec.py", "def later(): from . import CONTRACTS"),
     (FOLDERS, "dsv4_backends/selection/machine.py", "from . import resolve"),
     (FOLDERS, "backends/dsv4_backend_triton/lib/bits.py", "from .. import variants"),
