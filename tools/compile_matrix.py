@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from dsv4_backends import OPS, records
 from dsv4_backends.bench.provenance import provenance
 from dsv4_backends.contract.models import FLASH, PRO
+from dsv4_backends.contract.traffic import packed_scales
 from dsv4_backends.runtime.serving import Limits, calls
 from dsv4_backends.selection.capability import sm
 
@@ -99,12 +100,13 @@ def _identity(launch: Launch) -> tuple[Any, ...]:
 def launches(capability: str, ops: tuple[str, ...] = OPS) -> tuple[Asked, ...]:
     """Everything that dispatch of these ops asks for on a capability, each once, in a fixed order."""
     arch = arch_from_capability(Version(capability))
+    packed = packed_scales(arch.capability)
     found: dict[tuple[Any, ...], Asked] = {}
     for invariant in (False, True):
         home = "batch_invariant" if invariant else ""
         for op in (op for op in ops if op not in BATCH_INVARIANT or not invariant):
             for rank in RANKS:
-                for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=arch.major >= 10), arch, home):
+                for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=packed), arch, home):
                     found.setdefault(_identity(launch), Asked(op, launch))
     repeated = collections.Counter(asked.label for asked in found.values())
     return tuple(

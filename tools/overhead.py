@@ -60,43 +60,51 @@ def refusing(chain: Any, stub: Any) -> None:
         bound.refuses = stub
 
 
+def measure(op: str, device: str) -> tuple[OverheadRow, float, float]:
+    """The row of an op, and what is added where its provider may refuse shapes: by the environment, and in a block.
+
+    Nothing that is bound computes any more: ``bind.reset()`` after it.
+    """
+    contract, public = CONTRACTS[op], getattr(ops, op)
+    made = fullest(contract, device)
+    public(**made)
+    parameters = [p.replace(annotation=p.empty) for p in contract.signature.parameters.values()]
+    scope: dict[str, Any] = {}
+    exec(f"def stub{inspect.Signature(parameters)}: return None", scope)
+    stub = scope["stub"]
+    (chain,) = (c for (name, _), c in bind.current().chains.items() if name == op)
+    replaced(chain, stub)
+    args = [made[name] for name in contract.args if not contract.is_keyword(name)]
+    kwargs = {name: value for name, value in made.items() if contract.is_keyword(name)}
+    direct, call = microseconds(stub, args, kwargs), microseconds(public, args, kwargs)
+    bind.fast_path[op].clear()
+    refusing(chain, stub)
+    may_refuse = microseconds(public, args, kwargs)
+    with use_providers(order=["torch"]):
+        public(*args, **kwargs)
+        (scoped,) = (c for (name, _), c in bind.current().chains.items() if name == op)
+        replaced(scoped, stub)
+        refusing(scoped, stub)
+        block = microseconds(public, args, kwargs)
+    with mock.patch.dict(sys.modules, {"torch._C._dynamo.guards": None}):  # nothing is recognised
+        whole = checked_function(contract, (), ("return None",), {})
+    check = microseconds(whole, args, kwargs) - direct
+    tensors = sum(isinstance(value, torch.Tensor) for value in made.values())
+    return OverheadRow(op, tensors, direct, call, check), may_refuse - direct, block - direct
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     target = parser.parse_args().json
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for op, contract in CONTRACTS.items():
-        made = fullest(contract, device)
-        public = getattr(ops, op)
-        public(**made)
-        parameters = [p.replace(annotation=p.empty) for p in contract.signature.parameters.values()]
-        scope: dict[str, Any] = {}
-        exec(f"def stub{inspect.Signature(parameters)}: return None", scope)
-        stub = scope["stub"]
-        (chain,) = (c for (name, _), c in bind.current().chains.items() if name == op)
-        replaced(chain, stub)
-        args = [made[name] for name in contract.args if not contract.is_keyword(name)]
-        kwargs = {name: value for name, value in made.items() if contract.is_keyword(name)}
-        direct, call = microseconds(stub, args, kwargs), microseconds(public, args, kwargs)
-        bind.fast_path[op].clear()
-        refusing(chain, stub)
-        may_refuse = microseconds(public, args, kwargs)
-        with use_providers(order=["torch"]):
-            public(*args, **kwargs)
-            (scoped,) = (c for (name, _), c in bind.current().chains.items() if name == op)
-            replaced(scoped, stub)
-            refusing(scoped, stub)
-            block = microseconds(public, args, kwargs)
-        with mock.patch.dict(sys.modules, {"torch._C._dynamo.guards": None}):  # nothing is recognised
-            whole = checked_function(contract, (), ("return None",), {})
-        check = microseconds(whole, args, kwargs) - direct
-        tensors = sum(isinstance(value, torch.Tensor) for value in made.values())
-        row = OverheadRow(op, tensors, direct, call, check)
+    for op in CONTRACTS:
+        row, may_refuse, block = measure(op, device)
         rows.append(row)
         print(
-            f"{op:20} {tensors} tensors, us: direct {direct:.2f} call {call:.2f} added {row.added_us:.2f} "
-            f"check {check:.2f} may_refuse {may_refuse - direct:.2f} block {block - direct:.2f}"
+            f"{op:25} {row.tensors} tensors, us: direct {row.direct_us:.2f} call {row.call_us:.2f} "
+            f"added {row.added_us:.2f} check {row.check_us:.2f} may_refuse {may_refuse:.2f} block {block:.2f}"
         )
     if target:
         records.write(Overhead(**provenance("python tools/overhead.py"), rows=tuple(rows)), target)

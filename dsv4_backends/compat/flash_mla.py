@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from .. import ops
+from ..contract import CONTRACTS
 from ..contract.layouts import HEAD_DIM, KV_BYTES
 from ..errors import ContractError, UnsupportedError
 from ..runtime import bind
@@ -205,8 +206,20 @@ def flash_mla_with_kvcache(
     if extra_k_cache is not None:
         _cache(name, "extra_k_cache", extra_k_cache)
     _query(name, q)
+    given: dict[str, Any] = {
+        "q": q,
+        "k_cache": k_cache,
+        "indices": indices,
+        "sm_scale": HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale,
+        "attn_sink": attn_sink,
+        "topk_length": topk_length,
+        "extra_k_cache": extra_k_cache,
+        "extra_indices": extra_indices_in_kvcache,
+        "extra_topk_length": extra_topk_length,
+        "out": out,
+    }
     if enable_batch_invariant:
-        _batch_invariant(name, q)
+        _batch_invariant(name, given)
     if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         _remember(
             tile_scheduler_metadata,
@@ -219,25 +232,15 @@ def flash_mla_with_kvcache(
                 enable_batch_invariant,
             ),
         )
-    result, lse = ops.sparse_mla_decode(
-        q,
-        k_cache,
-        indices,
-        HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale,
-        attn_sink=attn_sink,
-        topk_length=topk_length,
-        extra_k_cache=extra_k_cache,
-        extra_indices=extra_indices_in_kvcache,
-        extra_topk_length=extra_topk_length,
-        out=out,
-    )
+    result, lse = ops.sparse_mla_decode(**given)
     return result, lse.transpose(1, 2)
 
 
-def _batch_invariant(name: str, q: Tensor) -> None:
-    chosen = bind.resolution("sparse_mla_decode", q.device).selected
-    if chosen is None or not chosen.implementation.batch_invariant:
-        who = "no provider" if chosen is None else f"the provider {chosen.name}, which does not claim it"
+def _batch_invariant(name: str, given: dict[str, Any]) -> None:
+    op = "sparse_mla_decode"
+    bound = bind.serving(op, CONTRACTS[op].check(**given), given)
+    if not bound.implementation.batch_invariant:
+        who = f"the provider {bound.provider}, which does not claim it"
         hint = f"the triton provider does with {policy.PREFIX}BATCH_INVARIANT=1"
         raise _unsupported(name, "enable_batch_invariant", "False", f"True and {who} ({hint})")
 

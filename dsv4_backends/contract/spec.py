@@ -125,12 +125,6 @@ class OpContract:
             object.__setattr__(self, "batch", first)
         assert len({case.name for case in self.cases}) == len(self.cases), f"{self.name}: case names repeat"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by name: every process has the same contracts."""
-        from . import CONTRACTS
-
-        return (_by_name, (self.name,)) if CONTRACTS.get(self.name) is self else super().__reduce_ex__(protocol)
-
     def require_names(self, given: Collection[str]) -> None:
         """Raise if a call lacks an argument or has an unknown one.
 
@@ -240,9 +234,3 @@ class OpContract:
             ContractError: naming op, argument, what was expected and what came.
         """
         return checker.check(self)
-
-
-def _by_name(name: str) -> OpContract:
-    from . import CONTRACTS
-
-    return CONTRACTS[name]

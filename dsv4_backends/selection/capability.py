@@ -1,4 +1,4 @@
-"""Compute capability as a version. This file holds the only comparison of capabilities in the code base.
+"""Compute capability as a version. Whether a claim covers a capability is decided in this file only.
 
 A capability is a ``packaging.version.Version`` ("8.6", "12.1"). A claim is a tuple of specifier sets of which one
 must match: ``(">=8.0",)`` for code compiled on the spot, ``("==9.0", "==10.0")`` for a library that was built for

@@ -82,6 +82,12 @@ def test_the_conformance_suite_has_it(tree: Tree) -> None:
     assert re.search(r"\d+ passed", shown(tree, "pytest tests/providers/test_conformance_torch.py -k rms_norm"))
 
 
+def test_the_tests_of_every_op_have_it(tree: Tree) -> None:
+    """And pass with it; those of what ``list`` prints too, which name all ops."""
+    folders = " ".join(f"tests/{name}" for name in ("contract", "selection", "commands", "bench", "runtime"))
+    assert re.search(r"\d+ passed", tree.run(f"pytest {folders} -k 'rms_norm or on_every_device or choice_and_fits'"))
+
+
 def test_a_gpu_gets_the_kernel(tree: Tree) -> None:
     listed = shown(tree, "dsv4-backends list --device sm_86")
     assert re.search(r"^rms_norm +triton +portable", listed, re.MULTILINE)

@@ -17,8 +17,9 @@ from dsv4_backend_triton.arch import arch_from_capability
 from installed import provider
 from packaging.version import Version
 
-from dsv4_backends import OPS, ops
+from dsv4_backends import OPS, UnsupportedError, ops
 from dsv4_backends.commands import cli
+from dsv4_backends.compat import flash_mla
 from dsv4_backends.contract import CONTRACTS
 from dsv4_backends.contract.models import FLASH, PRO, Rank
 from dsv4_backends.runtime import bind
@@ -169,3 +170,23 @@ def test_explain_says_it(op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_the_suite_can_run_the_mode() -> None:
     for mode in (False, True):
         assert checks.subject("torch", "mqa_logits", "cpu", batch_invariant=mode).provider == "torch"
+
+
+def test_flash_mlas_flag_asks_about_the_call(fake_plugin: Callable[..., None]) -> None:
+    """Not about the op in general: who claims it may refuse the shapes, and another serves them."""
+    refuses = """
+    def refuses(*args, **kwargs):
+        return d.Reason("shape", "not these")
+    refuses.__signature__ = d.CONTRACTS["sparse_mla_decode"].signature
+    """
+    of_op = {"target": "dsv4_backend_torch.sparse_mla:sparse_mla_decode", "devices": ("cpu",), "batch_invariant": True}
+    steady = {"sparse_mla_decode": of_op | {"refuses": "steady_plugin:refuses"}}
+    fake_plugin("steady", provider(steady, name="steady", code=refuses))
+    contract = CONTRACTS["sparse_mla_decode"]
+    given = contract.inputs(contract.cases[0], "cpu")
+    cache, scale = given["k_cache"].unsqueeze(2), given["sm_scale"]
+    with pytest.raises(UnsupportedError, match="the provider torch, which does not claim it"):
+        flash_mla.flash_mla_with_kvcache(
+            given["q"], cache, None, None, 512, None, None, scale, False, True, given["indices"],
+            enable_batch_invariant=True,
+        )  # fmt: skip
