@@ -22,7 +22,7 @@ FINDINGS = {
     "plugins": "a broken plugin",
     "doctor": "anything that it found wrong",
     "check": "something that the model needs is not served or is refused, or the memory does not suffice",
-    "engine": "something is refused",
+    "engine": "something is refused, or the engine does not load the plugin",
     "verify": "a case failed, or a named provider cannot run",
     "warmup": "an op without a provider, or a kernel that does not compile",
     "bench": "a wrong result, a failure, or no provider to measure",

@@ -173,7 +173,7 @@ def engines(environ: Mapping[str, str] | None = None, known: Collection[str] | N
     if not words or (switches and len(words) > 1) or not all(w in switches or w.isidentifier() for w in words):
         raise PolicyError(f"{PREFIX}ENGINE: expected 1, force or names of engines, got {text!r}")
     if known is not None and (unknown := [w for w in words if w not in switches and w not in known]):
-        raise PolicyError(f"{PREFIX}ENGINE: {_unknown('engine', unknown[0], known)}")
+        raise PolicyError(f"{PREFIX}ENGINE: {_unknown('engine', unknown[0], {*known, '1', 'force'})}")
     return words
 
 

@@ -572,7 +572,7 @@ def test_what_goes_wrong_stays_out_of_the_engine(
     fake_vllm()
     monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "nonesuch")
     engine.register()
-    assert "DSV4_BACKENDS_ENGINE: unknown engine 'nonesuch'. Known: sglang, transformers, vllm" in caplog.text
+    assert "DSV4_BACKENDS_ENGINE: unknown engine 'nonesuch'. Known: 1, force, sglang, transformers, vllm" in caplog.text
     with pytest.raises(PolicyError):
         engine.plan()
     monkeypatch.setenv("DSV4_BACKENDS_ENGINE", "vllm")
