@@ -24,7 +24,7 @@ from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm.op import hc_prenorm_g
 from dsv4_backend_triton.indexer.heads import Config
 from dsv4_backend_triton.indexer.paged_mqa_logits import op as paged
 from dsv4_backend_triton.indexer.paged_mqa_logits import schedule
-from dsv4_backend_triton.indexer.paged_mqa_logits.plan import Shape
+from dsv4_backend_triton.indexer.paged_mqa_logits.op import Shape
 from dsv4_backend_triton.launch import launch
 from dsv4_backend_triton.lib import bits
 from extremes import check_extreme_scale_codes
@@ -245,15 +245,12 @@ def _count_tiles(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """Adds 1 for every tile that a program does of an item."""
-    ends, total = schedule.count_places(
-        lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT
-    )
-    item, place, count = schedule.share(
-        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT, FILL
-    )  # fmt: skip
+    lengths = (lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)
+    ends, total = schedule.count_places(lengths, ROWS, BLOCK_N, SCAN, VISIT)
+    item, place, count = schedule.share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL)
     tl.store(places_ptr + tl.program_id(0), count)
     while count > 0:
-        _, _, length = schedule.item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        _, _, length = schedule.item_of(item, lengths, ROWS)
         tiles = schedule.tiles_of(tl.max(length, axis=0), BLOCK_N)
         if FILL:
             tiles = all_tiles - tiles

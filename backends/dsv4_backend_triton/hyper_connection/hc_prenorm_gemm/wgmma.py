@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from ...configurations import configured
 from ...lib import ring
 from ...lib.boxes import boxes
+from ...lib.entry import entry
 from ...lib.gluon import launch_dependents, load_box
 from .op import Call, Shape
 from .reduce import launch_splits
@@ -148,10 +149,7 @@ def _consumer(
     gl.store(sqr_ptr + rows.to(gl.int64) * s_stride_m, gl.sum(squares, 1), mask=rows < M)
 
 
-_SIZES = ["M", "N", "K", "o_stride_s", "o_stride_m", "s_stride_s", "s_stride_m", "per"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
+@entry(gluon.jit, "M", any_alignment=["out_ptr", "sqr_ptr"])
 def _hc_wgmma_kernel(
     x_desc, fn_desc,  # in boxes of [ROWS, STEP] bf16 and [32, STEP] fp32
     out_ptr, sqr_ptr,

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...launch import launch as launch_kernel
 from ...lib.bits import fp8_operand
+from ...lib.entry import entry
 from ...lib.sizes import cdiv
 from ..heads import Config, chunk_of, constants, fill, fitted, load_q, padded, relu_head_sum
 from .op import Call, Shape
@@ -55,11 +56,7 @@ def launch(call: Call, config: Config) -> None:
     )  # fmt: skip
 
 
-_SIZES = "m n n_cols q_stride_m q_stride_h k_stride w_stride out_stride chunk".split()
-_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(triton.jit, "m", any_alignment=["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"])
 def _mqa_logits_kernel(
     q_ptr,
     k_src,  # a pointer, or with K_TMA a tensor map

@@ -36,6 +36,7 @@ from ...configurations import configured
 from ...launch import launch as launch_kernel
 from ...lib import ring
 from ...lib.boxes import boxes
+from ...lib.entry import entry
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
 from .op import Call, Shape
@@ -199,11 +200,7 @@ def _consumer(WHO: gl.constexpr, tensors, smem, bars, work, KEYS: gl.constexpr, 
         _fill(out_ptr, row, m, out_stride, gl.minimum((hi + KEYS - 1) // KEYS * KEYS, c1), c1)
 
 
-_SIZES = ["m", "n", "w_stride", "out_stride", "chunk"]
-_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(gluon.jit, "m", any_alignment=["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"])
 def _mqa_logits_wgmma_kernel(
     q_desc, k_desc,  # [m * 64, 128] in boxes of [128, 128], [n, 128] in boxes of [KEYS, 128]
     k_scale_ptr, w_ptr, starts_ptr, ends_ptr, out_ptr,

@@ -25,9 +25,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...launch import launch as launch_kernel
 from ...lib.bits import fp8_operand
+from ...lib.entry import entry
 from ...lib.sizes import cdiv
 from ..heads import Config, as_bytes, constants, fill, fitted, load_q, padded, relu_head_sum
-from .plan import Call, Shape
+from .op import Call, Shape
 from .schedule import FEW, MANY, count_places, item_of, part, share, tiles_of
 
 _REGISTERS = 65536  # of a multiprocessor
@@ -66,14 +67,7 @@ def launch(call: Call, config: Config) -> None:
     )  # fmt: skip
 
 
-_SIZES = (
-    "B next_n max_len filled limit pages q_stride_b q_stride_n q_stride_h page_stride w_stride "
-    "len_stride_b len_stride_n table_stride out_stride"
-).split()
-_ANY_ALIGNMENT = ["w_ptr", "lens_ptr", "table_ptr", "out_ptr"]
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(triton.jit, "B", any_alignment=["w_ptr", "lens_ptr", "table_ptr", "out_ptr"])
 def _paged_mqa_logits_kernel(
     q_ptr, cache_ptr, k_desc, w_ptr, lens_ptr, table_ptr, out_ptr,
     B, next_n,
@@ -91,14 +85,12 @@ def _paged_mqa_logits_kernel(
         q_stride_n = tl.multiple_of(q_stride_n.to(tl.int64), 16)
         q_stride_h = tl.multiple_of(q_stride_h.to(tl.int64), 16)
         page_stride = tl.multiple_of(page_stride.to(tl.int64), 16)
-    ends, total = count_places(lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT)
+    lengths = (lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)
+    ends, total = count_places(lengths, ROWS, BLOCK_N, SCAN, VISIT)
     all_tiles = (filled + BLOCK_N - 1) // BLOCK_N
-    item, place, count = share(
-        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT,
-        FILL=False,
-    )  # fmt: skip
+    item, place, count = share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL=False)
     while count > 0:
-        b, row0, length = item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        b, row0, length = item_of(item, lengths, ROWS)
         longest = tl.max(length, axis=0)
         first, last, count = part(place, count, tiles_of(longest, BLOCK_N), VISIT)
         place = 0
@@ -158,12 +150,9 @@ def _paged_mqa_logits_kernel(
                 ptr = out_ptr + out_row[None, :] * out_stride + col[:, None]
                 tl.store(ptr, s, mask=row_ok[None, :] & (col < max_len)[:, None], cache_modifier=".cs")
 
-    item, place, count = share(
-        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT,
-        FILL=True,
-    )  # fmt: skip
+    item, place, count = share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL=True)
     while count > 0:
-        b, row0, length = item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        b, row0, length = item_of(item, lengths, ROWS)
         tiles = tiles_of(tl.max(length, axis=0), BLOCK_N)
         first, last, count = part(place, count, all_tiles - tiles, VISIT)
         place = 0

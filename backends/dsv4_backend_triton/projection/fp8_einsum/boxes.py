@@ -8,11 +8,6 @@ from ...launch import launch as launch_kernel
 from ...lib.boxes import boxes
 from .op import FP32, Call
 
-SIZES = (
-    "B N n_k H x_row_h x_col_h w_row_h xs_row_h "
-    "xs_stride_b xs_stride_h xs_stride_k ws_stride_h ws_stride_d ws_stride_k o_stride_b o_stride_h"
-).split()
-
 
 def _rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, int, int, int] | None:
     """A 2-D view of [b, h, r]: rows, columns, and each head's row and column offset; None where there is none."""

@@ -34,9 +34,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from ...configurations import configured
 from ...lib import ring
+from ...lib.entry import entry
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
-from .boxes import SIZES, launch_boxes, takes  # noqa: F401
+from .boxes import launch_boxes, takes  # noqa: F401
 from .op import Call, Shape
 
 TOKENS = gl.constexpr(64)  # per warpgroup: the M of one wgmma
@@ -165,7 +166,7 @@ def _consumer(
         gl.store(ptr, tile, mask=(token < B)[:, None] & (col < N)[None, :])
 
 
-@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
+@entry(gluon.jit, "B", any_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_wgmma_kernel(
     x_desc, w_desc, xs_desc,
     xs_ptr, ws_ptr, out_ptr,

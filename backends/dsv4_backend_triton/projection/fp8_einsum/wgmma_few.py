@@ -29,9 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from ...configurations import configured
 from ...lib import ring
+from ...lib.entry import entry
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
-from .boxes import SIZES, launch_boxes, takes  # noqa: F401
+from .boxes import launch_boxes, takes  # noqa: F401
 from .op import Call, Shape
 
 OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens are the N
@@ -136,7 +137,7 @@ def _consumer(
     gl.store(ptr, tile, mask=(token < B)[None, :] & (col < N)[:, None])
 
 
-@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
+@entry(gluon.jit, "B", any_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_wgmma_few_kernel(
     x_desc, w_desc, xs_desc,
     xs_ptr, ws_ptr, out_ptr,

@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from ...launch import launch
+from ...lib.entry import entry
 from ...lib.sizes import cdiv, pow2
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
 from .plan import Call, Plan
@@ -55,10 +56,7 @@ def launch_splits(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["has_sink", "heads", "s_q", "splits", "o_sb", "o_ss", "o_sh"],
-    do_not_specialize_on_alignment=["sink", "lse", "part_lse"],
-)
+@entry(triton.jit, "has_sink", any_alignment=["sink", "lse", "part_lse"])
 def _combine_kernel(
     part, part_lse, sink, out, lse,
     has_sink: tl.int32, heads: tl.int32, s_q: tl.int32, splits: tl.int32,

@@ -52,6 +52,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from ...launch import launch as launch_kernel
 from ...lib import ring
+from ...lib.entry import entry
 from ...lib.gluon import async_load, barrier
 from ...lib.sizes import cdiv
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
@@ -332,12 +333,7 @@ def _accumulate(tensors, smem, bars, sizes, strides, HAS_LEN: gl.constexpr, GROU
         pslot, pphase = ring.advance(pslot, pphase, NP)
 
 
-_SIZES = "n_items s_kv h_q topk q_stride_s8 q_stride_h8 kv_stride8 idx_stride o_stride_s8 o_stride_h8".split()
-# Read and written 4 bytes at a time: their alignment makes no difference.
-_SCALAR_POINTERS = ["idx_ptr", "len_ptr", "sink_ptr", "max_ptr", "lse_ptr"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SIZES + _SCALAR_POINTERS)
+@entry(gluon.jit, "n_items", any_alignment=["idx_ptr", "len_ptr", "sink_ptr", "max_ptr", "lse_ptr"])
 def _prefill_wgmma_kernel(
     q_ptr, kv_ptr, idx_ptr, len_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr,
     n_items, s_kv, h_q, topk,
