@@ -82,8 +82,7 @@ def _producer(descs, smem, bars, at, ROWS: gl.constexpr, STEP: gl.constexpr, STA
     x_full, x_empty = bars
     m0, k_lo, steps = at
     for step in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(x_empty.index(stage), ring.phase(step, STAGES) ^ 1)
+        stage = ring.empty_slot(x_empty, step, STAGES)
         bar = x_full.index(stage)
         mbarrier.expect(bar, ROWS * STEP * 2 + MIXES * STEP * 4)
         k0 = k_lo + step * STEP
@@ -97,15 +96,13 @@ def _splitter(smem, bars, steps, STAGES: gl.constexpr, RING: gl.constexpr):
     x_full, x_empty, s_full, s_empty = bars
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for step in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(x_full.index(stage), ring.phase(step, STAGES))
+        stage = ring.full_slot(x_full, step, STAGES)
         fn = fn_smem.index(stage).load(lay)
         # high by truncation: integer instructions, where a rounding conversion costs four times as much
         bits = fn.to(gl.int32, bitcast=True)
         high = (bits >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
         low = (fn - (bits & -65536).to(gl.float32, bitcast=True)).to(gl.bfloat16)
-        slot = step % RING
-        mbarrier.wait(s_empty.index(slot), ring.phase(step, RING) ^ 1)
+        slot = ring.empty_slot(s_empty, step, RING)
         both = split_smem.index(slot)
         both.slice(0, MIXES, 0).store(high)
         both.slice(MIXES, MIXES, 0).store(low)
@@ -126,11 +123,9 @@ def _consumer(
     acc = gl.zeros([ROWS, 2 * MIXES], gl.float32, mma)
     squares = gl.zeros([ROWS, STEP], gl.float32, lay)
     for step in range(steps):
-        stage = step % STAGES
-        slot = step % RING
-        mbarrier.wait(s_full.index(slot), ring.phase(step, RING))
+        slot = ring.full_slot(s_full, step, RING)
         # The splitter has waited for this tile, but only a thread that waits on the barrier itself sees what arrived.
-        mbarrier.wait(x_full.index(stage), ring.phase(step, STAGES))
+        stage = ring.full_slot(x_full, step, STAGES)
         x = x_smem.index(stage)
         acc = warpgroup_mma(x, split_smem.index(slot).permute((1, 0)), acc, is_async=True)
         wide = x.load(lay).to(gl.float32)
@@ -171,8 +166,8 @@ def _hc_wgmma_kernel(
     x_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, STEP], x_desc.layout)
     fn_smem = gl.allocate_shared_memory(gl.float32, [STAGES, MIXES, STEP], fn_desc.layout)
     split_smem = gl.allocate_shared_memory(gl.bfloat16, [RING, 2 * MIXES, STEP], b_lay)
-    x_full, x_empty = ring.barriers(STAGES, 1, 2)
-    s_full, s_empty = ring.barriers(RING, 1, 1)
+    x_full, x_empty = ring.barriers(STAGES, (1, 2))
+    s_full, s_empty = ring.barriers(RING, (1, 1))
     ring.sync()
     descs, bars = (x_desc, fn_desc), (x_full, x_empty, s_full, s_empty)
     target = (out_ptr, sqr_ptr, m0, M, N, o_stride_m, s_stride_m)

@@ -247,7 +247,7 @@ def _decode_wgmma_kernel(
     k32 = reinterpret(k_smem, gl.int32, [_RING, _KEYS, 256], w_lay)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [_HEADS, _KEYS], k_lay)
     b_smem = gl.allocate_shared_memory(gl.float32, [_RING, _KEYS], flat)
-    bars, at = ring.barriers(_RING, 1, 1), (b, split, splits)
+    bars, at = ring.barriers(_RING, (1, 1)), (b, split, splits)
     ring.sync()
     lengths = (len1, len2, has_len1, has_len2, topk1, topk2)
     scopes = (cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2)

@@ -351,9 +351,9 @@ def _prefill_wgmma_kernel(
     a_smem = gl.allocate_shared_memory(gl.float32, [NP, HEADS], f_lay)  # rescale factors
     b_smem = gl.allocate_shared_memory(gl.float32, [NBUF, BN], f_lay)  # masks
     # Every loader thread arrives when its copies have landed, and one more for the mask.
-    k_full, k_empty = ring.barriers(NBUF, 129, 1)
-    p_full, p_empty, s_done = ring.barriers(NP, 1, 1, 1)
-    q_full, q_empty = ring.barriers(1, 128, 1)
+    k_full, k_empty = ring.barriers(NBUF, (129, 1))
+    p_full, p_empty, s_done = ring.barriers(NP, (1, 1, 1))
+    q_full, q_empty = ring.barriers(1, (128, 1))
     q_full, q_empty = q_full.index(0), q_empty.index(0)
     ring.sync()
     sizes = (n_items, h_q, topk)
