@@ -34,9 +34,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..configurations import configured
-from ..launch import launch as launch_kernel
+from ..launch import entry, launch_kernel
 from ..lib.bits import quantize, round_to
-from ..lib.entry import entry
 from ..lib.hadamard import hadamard128
 from ..lib.rope import rotations, turn
 from ..lib.sizes import cdiv, pow2

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -57,11 +56,6 @@ def chunk_of(columns: int, other_blocks: int, config: Config, sms: int) -> int:
     """Columns per block: as many as keep ``waves`` blocks per multiprocessor, a multiple of the tile."""
     wanted = cdiv(config.waves * sms, max(other_blocks, 1))
     return max(1, cdiv(cdiv(columns, wanted), config.block_n)) * config.block_n
-
-
-def as_bytes(t: torch.Tensor, arch: Arch) -> torch.Tensor:
-    """The tensor as the kernel's element type: e4m3 where native, else uint8."""
-    return t.view(torch.float8_e4m3fn if arch.fp8 == tl.float8e4nv else torch.uint8)
 
 
 def constants(config: Config, arch: Arch, h: int, d: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
-from ...lib.entry import entry
+from ...launch import entry
 from ...lib.gluon import async_load, launch_dependents
 from ...lib.mma_sync import ROWS_LAYOUT
 from .op import Call, Shape

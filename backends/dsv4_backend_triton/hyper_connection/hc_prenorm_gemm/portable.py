@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...configurations import configured
-from ...lib.entry import entry
+from ...launch import entry
 from ...lib.sizes import cdiv, pow2
 from .op import Call, Shape
 from .reduce import launch_splits

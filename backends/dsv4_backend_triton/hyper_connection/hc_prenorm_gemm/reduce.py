@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from ...launch import launch as launch_kernel
-from ...lib.entry import entry
+from ...launch import entry, launch_kernel
 from ...lib.sizes import cdiv, pow2
 from .op import Call
 

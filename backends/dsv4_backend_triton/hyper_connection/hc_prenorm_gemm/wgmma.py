@@ -36,9 +36,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib import ring
 from ...lib.boxes import boxes
-from ...lib.entry import entry
 from ...lib.gluon import launch_dependents, load_box
 from .op import Call, Shape
 from .reduce import launch_splits

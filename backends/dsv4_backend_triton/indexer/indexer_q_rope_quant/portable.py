@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import quantize, rounded_to_bf16
-from ...lib.entry import entry
 from ...lib.hadamard import hadamard128
 from ...lib.rope import rotate, table_rows
 from ...lib.sizes import cdiv, pow2

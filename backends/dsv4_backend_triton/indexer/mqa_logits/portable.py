@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import fp8_operand
-from ...lib.entry import entry
 from ...lib.sizes import cdiv
 from ..heads import Config, chunk_of, constants, fill, fitted, load_q, padded, relu_head_sum
 from .op import Call, Shape

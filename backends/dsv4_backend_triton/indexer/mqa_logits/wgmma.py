@@ -33,10 +33,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib import ring
 from ...lib.boxes import boxes
-from ...lib.entry import entry
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
 from .op import Call, Shape

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ... import variants
 from ...arch import Arch, arch_of
-from ..heads import as_bytes
 
 
 class Shape(NamedTuple):
@@ -65,5 +64,5 @@ def write_logits(
     if out.numel():
         arch, (_, next_n, h, d) = arch_of(q.device), q.shape
         shape = Shape(arch, next_n, h, d)
-        call = Call(shape, as_bytes(q, arch), k_cache, weights, context_lens, block_table, out, fill)
+        call = Call(shape, q.view(arch.fp8_view), k_cache, weights, context_lens, block_table, out, fill)
         variants.run("paged_mqa_logits", call)

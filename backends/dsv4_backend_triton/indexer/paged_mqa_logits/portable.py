@@ -23,11 +23,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import fp8_operand
-from ...lib.entry import entry
 from ...lib.sizes import cdiv
-from ..heads import Config, as_bytes, constants, fill, fitted, load_q, padded, relu_head_sum
+from ..heads import Config, constants, fill, fitted, load_q, padded, relu_head_sum
 from .op import Call, Shape
 from .schedule import FEW, MANY, count_places, item_of, part, share, tiles_of
 
@@ -51,7 +50,7 @@ def launch(call: Call, config: Config) -> None:
     k_mode, k_desc = 0 if page_size % config.block_n else 1, None
     if k_mode and config.tma and d == block_d and page_stride % 16 == 0 and k_cache.data_ptr() % 16 == 0 and pages:
         k_mode, box = 2, [1, config.block_n, block_d]
-        k_desc = TensorDescriptor(as_bytes(k_cache, arch), [pages, page_size, d], [page_stride, d, 1], box)
+        k_desc = TensorDescriptor(k_cache.view(arch.fp8_view), [pages, page_size, d], [page_stride, d, 1], box)
     # As many as run at once, which the registers must allow. More programs than places have nothing to do.
     registers = _REGISTERS // (32 * config.warps * config.waves) // 8 * 8
     places = b * cdiv(next_n, config.rows) * (cdiv(columns, config.block_n) + config.visit)

@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
-from ...lib.entry import entry
+from ...launch import entry, launch_kernel
 from ...lib.sizes import cdiv, pow2
 from .op import Call, Shape
 

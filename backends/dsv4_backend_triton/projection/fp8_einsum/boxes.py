@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...launch import launch as launch_kernel
+from ...launch import launch_kernel
 from ...lib.boxes import boxes
 from .op import FP32, Call
 

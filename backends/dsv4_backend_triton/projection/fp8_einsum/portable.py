@@ -21,9 +21,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import e8m0_to_fp32, fp8_operand, round_to
-from ...lib.entry import entry
 from ...lib.sizes import cdiv
 from .op import Call, Shape
 

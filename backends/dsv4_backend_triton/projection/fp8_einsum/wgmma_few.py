@@ -28,8 +28,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib import ring
-from ...lib.entry import entry
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
 from .boxes import launch_boxes, takes  # noqa: F401

@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import round_to
-from ...lib.entry import entry
 from ...lib.rope import rotate, table_rows
 from ...lib.sizes import cdiv
 from ..inverse_rope_quant.plan import Call, Shape

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ...arch import Arch
 from ...configurations import configured
-from ...lib.entry import entry
+from ...launch import entry
 from ...lib.gluon import launch_dependents, reinterpret
 from ...lib.mma_sync import ROWS_LAYOUT, add_to_sums, halves, mma_layout, sums_layout
 from ...lib.sizes import cdiv

@@ -23,8 +23,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib.bits import round_to
-from ...lib.entry import entry
 from ...lib.sizes import cdiv
 from ...lib.softmax import LN2, NEGATIVE, attend
 from .cache_rows import UNBIAS, gather, keys_of

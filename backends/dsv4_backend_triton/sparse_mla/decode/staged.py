@@ -12,8 +12,7 @@ import triton.language as tl
 
 from ... import variants
 from ...configurations import configured
-from ...launch import launch as launch_kernel
-from ...lib.entry import entry
+from ...launch import entry, launch_kernel
 from ...lib.sizes import cdiv
 from ..prefill.op import Call as PrefillCall
 from .cache_rows import UNBIAS, gather, keys_of

@@ -37,8 +37,8 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from ...arch import Arch
 from ...configurations import configured
+from ...launch import entry
 from ...lib import ring
-from ...lib.entry import entry
 from ...lib.gluon import FROM_3_9, async_load, launch_dependents, reinterpret
 from ...lib.sizes import cdiv
 from ...lib.softmax import NEGATIVE

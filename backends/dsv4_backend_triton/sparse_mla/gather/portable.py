@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import e4m3_times_e8m0, e4m3_to_fp32, e8m0_to_fp32, round_to
-from ...lib.entry import entry
 from ...lib.sizes import cdiv
 from .plan import Call, Shape
 

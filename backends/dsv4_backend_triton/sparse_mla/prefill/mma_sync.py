@@ -26,8 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
-from ...lib.entry import entry
+from ...launch import entry, launch_kernel
 from ...lib.gluon import async_load, block_index
 from ...lib.mma_sync import ROWS_LAYOUT, add_to_sums, halves, mma_layout, sums_layout
 from ...lib.softmax import LN2, LOG2E, NEGATIVE

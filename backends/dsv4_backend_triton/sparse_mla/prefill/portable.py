@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import round_to
-from ...lib.entry import entry
 from ...lib.softmax import LN2, NEGATIVE, attend
 from .op import ANY_ALIGNMENT, Call, Shape, Tile
 

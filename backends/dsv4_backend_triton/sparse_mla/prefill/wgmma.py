@@ -50,9 +50,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib import ring
-from ...lib.entry import entry
 from ...lib.gluon import async_load, barrier
 from ...lib.sizes import cdiv
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
