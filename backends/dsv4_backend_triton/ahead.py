@@ -21,13 +21,8 @@ from .variants import OPS, slower
 def record(op: str, calls: Iterable[dict[str, Any]], arch: Arch, home: str = "") -> Iterable[Launch]:
     """The launches of each call, one after the other, as ``arch`` would see them. ``home``: the module of the op's
     function, where that is not its usual one."""
-    function = _function(op, home)
-    launches: list[Launch] = []
     for arguments in calls:
-        with recording(launches.append, arch):
-            function(**arguments)
-        yield from launches
-        launches.clear()
+        yield from _recorded(op, arguments, arch, home)[1]
 
 
 def warmup(op: str, calls: Iterable[dict[str, Any]], device: torch.device, home: str = "") -> int:
@@ -62,10 +57,7 @@ def workspace(op: str, arguments: dict[str, Any], device: torch.device, home: st
         device: The GPU, whose multiprocessors decide how often keys are split.
         home: As for ``record``.
     """
-    function = _function(op, home)
-    launches: list[Launch] = []
-    with recording(launches.append, arch_of(device)):
-        results = function(**arguments)
+    results, launches = _recorded(op, arguments, arch_of(device), home)
     results = results if isinstance(results, tuple) else (results,)
     outside = {_storage(value) for value in (*arguments.values(), *results) if isinstance(value, torch.Tensor)}
     given = [value for launch in launches for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
@@ -85,5 +77,9 @@ def _storage(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _function(op: str, home: str) -> Any:
-    return getattr(importlib.import_module(f"{__package__}.{home or OPS[op].folder + '.op'}"), op)
+def _recorded(op: str, arguments: dict[str, Any], arch: Arch, home: str) -> tuple[Any, list[Launch]]:
+    """What the op's function returns, and the launches that it would make."""
+    function = getattr(importlib.import_module(f"{__package__}.{home or OPS[op].folder + '.op'}"), op)
+    launches: list[Launch] = []
+    with recording(launches.append, arch):
+        return function(**arguments), launches

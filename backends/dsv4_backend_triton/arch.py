@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
@@ -79,6 +77,11 @@ class Arch(NamedTuple):
         return tl.float8e4nv if self.native_fp8 else tl.bfloat16
 
     @property
+    def fp8_view(self) -> torch.dtype:
+        """How kernels are given e4m3 tensors: as they are, or as bytes."""
+        return torch.float8_e4m3fn if self.native_fp8 else torch.uint8
+
+    @property
     def bf16(self) -> Any:
         """The type of bf16 operands. The interpreter's products of bf16 are wrong, so it gets fp32."""
         return tl.float32 if self.interpret else tl.bfloat16
@@ -109,23 +112,14 @@ def _arch_of(device: torch.device, simulated: str) -> Arch:
     return arch_from_capability(here.capability, here.multiprocessors, interpret=interpret)
 
 
-_simulated: ContextVar[Arch | None] = ContextVar("dsv4_backend_triton_arch", default=None)
-
-
-@contextmanager
-def simulating(arch: Arch) -> Iterator[None]:
-    """Within the block, tensors of the meta device live on ``arch``."""
-    token = _simulated.set(arch)
-    try:
-        yield
-    finally:
-        _simulated.reset(token)
+simulated: ContextVar[Arch | None] = ContextVar("dsv4_backend_triton_arch", default=None)
+"""Where tensors of the meta device live, while launches are recorded."""
 
 
 def arch_of(device: torch.device) -> Arch:
     """The ``Arch`` of a device; ``DSV4_BACKENDS_DEVICE=sm_80`` makes it answer for another capability."""
     if device.type == "meta":
-        arch = _simulated.get()
+        arch = simulated.get()
         assert arch is not None, "tensors of the meta device reach kernels only where launches are recorded"
         return arch
     return _arch_of(device, os.environ.get("DSV4_BACKENDS_DEVICE", "").strip())

@@ -1,4 +1,4 @@
-"""Every kernel is launched here, so that launches can be recorded where nothing should run.
+"""How kernels are compiled, and launched: all here, so that launches can be recorded where nothing should run.
 
 Recording is what warm-up and the compile matrix are made of: the op's own function runs on tensors of the meta device,
 and whatever it would launch is handed over instead. What is compiled ahead is then what dispatch asks for, by
@@ -7,7 +7,8 @@ construction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dsv4_backends.provider import cache_error, elsewhere, on_its_device
 
-from .arch import Arch, simulating
+from .arch import Arch, simulated
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ _FUSED = {"enable_fp_fusion": True}
 _recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("dsv4_backend_triton_recorder", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
     """``kernel[grid](*args, **kwargs)`` on the device of the first argument, or a record of it.
 
     Args:
@@ -84,12 +85,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Non
     record(Launch(kernel, grid, arguments, {k: v for k, v in kwargs.items() if k not in names} | _FUSED))
 
 
+def entry(jit: Callable[..., Any], first: str, *, any_alignment: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """``triton.jit`` or ``gluon.jit`` that specialises a kernel on no number, so that nothing compiles while serving.
+
+    Args:
+        first: The first parameter that is a number. All after it are numbers too, but for the constants.
+        any_alignment: Tensors on whose alignment it is not specialised either.
+    """
+
+    def made(kernel: Any) -> Any:
+        parameters = inspect.signature(kernel).parameters.values()
+        names = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
+        numbers = names[names.index(first) :]
+        return jit(kernel, do_not_specialize=numbers, do_not_specialize_on_alignment=list(any_alignment))
+
+    return made
+
+
 @contextmanager
 def recording(record: Callable[[Launch], None], arch: Arch) -> Iterator[None]:
     """Within the block nothing is launched: ``record`` gets every launch that ``arch`` would see."""
-    token = _recorder.set(record)
+    recorder, machine = _recorder.set(record), simulated.set(arch)
     try:
-        with simulating(arch):
-            yield
+        yield
     finally:
-        _recorder.reset(token)
+        simulated.reset(machine)
+        _recorder.reset(recorder)

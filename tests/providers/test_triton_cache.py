@@ -43,7 +43,7 @@ class Kernel:
 
 
 DOORS: dict[str, Callable[[Any], None]] = {
-    "triton": lambda kernel: triton_launch.launch(kernel, (1,), X),
+    "triton": lambda kernel: triton_launch.launch_kernel(kernel, (1,), X),
     "triton ahead": lambda kernel: triton_launch.Launch(kernel, (1,), {}, {}).compile(),
     "adapters": lambda kernel: launching.launch(kernel, -1, (1, 1, 1), (X,), (), ()),
     "transformers": lambda kernel: transformers_kernels._launch(kernel, (1,), X, X),

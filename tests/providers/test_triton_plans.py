@@ -12,8 +12,8 @@ import pytest
 import torch
 import traffic as serving
 from dsv4_backend_triton import ahead, variants
-from dsv4_backend_triton.arch import arch_from_capability, simulating
-from dsv4_backend_triton.launch import Launch
+from dsv4_backend_triton.arch import arch_from_capability
+from dsv4_backend_triton.launch import Launch, recording
 from dsv4_backend_triton.sparse_mla.decode.plan import MOST_SPLITS
 from packaging.version import Version
 from traffic import Arguments, Limits, served
@@ -198,7 +198,7 @@ def test_the_workspace_of_a_selection_is_bounded(topk: int, columns: int, capabi
             ("paged_indexer_topk", serving.paged(rank, m, 2, min(columns, 2**24))),
         ):
             call["topk"] = topk
-            with simulating(arch):
+            with recording([].append, arch):
                 assert ahead.workspace(op, call, torch.device("meta")) <= 256 * 2**20
 
 

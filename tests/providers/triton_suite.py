@@ -24,8 +24,8 @@ from dsv4_backend_triton.hyper_connection.hc_prenorm_gemm.op import hc_prenorm_g
 from dsv4_backend_triton.indexer.heads import Config
 from dsv4_backend_triton.indexer.paged_mqa_logits import op as paged
 from dsv4_backend_triton.indexer.paged_mqa_logits import schedule
-from dsv4_backend_triton.indexer.paged_mqa_logits.plan import Shape
-from dsv4_backend_triton.launch import launch
+from dsv4_backend_triton.indexer.paged_mqa_logits.op import Shape
+from dsv4_backend_triton.launch import launch_kernel
 from dsv4_backend_triton.lib import bits
 from extremes import check_extreme_scale_codes
 from forcing import forced
@@ -114,7 +114,7 @@ def test_every_e4m3_and_e8m0_code() -> None:
     """By integer arithmetic, as SM80 and SM86 need it: subnormals, both NaN, 2^-127."""
     device = default_device()
     values, scales = torch.empty(256, device=device), torch.empty(256, device=device)
-    launch(_decode_every_code, (1,), values, scales)
+    launch_kernel(_decode_every_code, (1,), values, scales)
     codes = torch.arange(256, dtype=torch.uint8, device=device)
     for got, want in ((values, e4m3(codes)), (scales, e8m0(codes))):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=0, equal_nan=True)
@@ -135,7 +135,7 @@ def _encoded(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     target, code = (torch.empty(len(x), dtype=torch.uint8, device=x.device) for _ in range(2))
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    launch(_encode, (len(x) // 1024,), x, target, scale, code, native, bounded, 1024)
+    launch_kernel(_encode, (len(x) // 1024,), x, target, scale, code, native, bounded, 1024)
     return target, scale, code
 
 
@@ -224,7 +224,7 @@ def test_rounding_to_bf16() -> None:
     x[:6] = torch.tensor([float("inf"), -float("inf"), float("nan"), 1 + 2**-8, 0.0, -0.0])
     x = x.to(default_device())
     rounded = torch.empty(512, dtype=torch.bfloat16, device=x.device)
-    launch(_round_bf16, (1,), x, rounded)
+    launch_kernel(_round_bf16, (1,), x, rounded)
     torch.testing.assert_close(rounded, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -245,15 +245,12 @@ def _count_tiles(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """Adds 1 for every tile that a program does of an item."""
-    ends, total = schedule.count_places(
-        lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT
-    )
-    item, place, count = schedule.share(
-        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT, FILL
-    )  # fmt: skip
+    lengths = (lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)
+    ends, total = schedule.count_places(lengths, ROWS, BLOCK_N, SCAN, VISIT)
+    item, place, count = schedule.share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL)
     tl.store(places_ptr + tl.program_id(0), count)
     while count > 0:
-        _, _, length = schedule.item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        _, _, length = schedule.item_of(item, lengths, ROWS)
         tiles = schedule.tiles_of(tl.max(length, axis=0), BLOCK_N)
         if FILL:
             tiles = all_tiles - tiles
@@ -294,7 +291,7 @@ def test_every_tile_of_the_paged_logits_is_done_once(
         wanted = torch.tensor([all_tiles - n for n in tiles] if fill else tiles)
         seen = torch.zeros(len(tiles), all_tiles, dtype=torch.int32, device=device)
         places = torch.full((programs,), -1, dtype=torch.int32, device=device)
-        launch(
+        launch_kernel(
             _count_tiles, (programs,), given, seen, places, b, next_n, limit, all_tiles, *given.stride(),
             ROWS=rows, BLOCK_N=block_n, SCAN=scan, VISIT=visit, FILL=fill,
         )  # fmt: skip

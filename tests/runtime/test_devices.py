@@ -75,11 +75,11 @@ class Kernel:
 
 
 def by_triton(kernel: Any, where: Any) -> None:
-    triton_launch.launch(kernel, (1,), where, 7)
+    triton_launch.launch_kernel(kernel, (1,), where, 7)
 
 
 def by_triton_through_a_tensor_map(kernel: Any, where: Any) -> None:
-    triton_launch.launch(kernel, (1,), SimpleNamespace(base=where), 7)
+    triton_launch.launch_kernel(kernel, (1,), SimpleNamespace(base=where), 7)
 
 
 def by_transformers(kernel: Any, where: Any) -> None:

@@ -34,7 +34,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..configurations import configured
-from ..launch import launch as launch_kernel
+from ..launch import entry, launch_kernel
 from ..lib.bits import quantize, round_to
 from ..lib.hadamard import hadamard128
 from ..lib.rope import rotations, turn
@@ -225,13 +225,7 @@ def _compress(
         _write(c * norm * weight, cos, sin, page, offset, DIM, PAGE, HADAMARD, ALIGNED, NATIVE, OPERAND)
 
 
-_SIZES = (
-    "tokens group state_pages requests blocks most pages state_stride table_stride cos_sin_stride cache_stride"
-).split()
-_ANY_ALIGNMENT = ["positions", "requests_ptr", "slots", "table_ptr"]
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(triton.jit, "tokens", any_alignment=["positions", "requests_ptr", "slots", "table_ptr"])
 def _compress_kernel(
     state_ptr, positions, requests_ptr, slots, table_ptr, weight_ptr, cos_sin, cache_ptr, sums,
     eps,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -59,11 +58,6 @@ def chunk_of(columns: int, other_blocks: int, config: Config, sms: int) -> int:
     return max(1, cdiv(cdiv(columns, wanted), config.block_n)) * config.block_n
 
 
-def as_bytes(t: torch.Tensor, arch: Arch) -> torch.Tensor:
-    """The tensor as the kernel's element type: e4m3 where native, else uint8."""
-    return t.view(torch.float8_e4m3fn if arch.fp8 == tl.float8e4nv else torch.uint8)
-
-
 def constants(config: Config, arch: Arch, h: int, d: int) -> dict[str, Any]:
     """Those of both kernels."""
     block_h, block_d = padded(h, d)
@@ -91,11 +85,7 @@ def load_q(
     dim = tl.arange(0, BLOCK_D)
     ptr = q_ptr + row.to(tl.int64)[:, None] * stride_m + (head * stride_h)[:, None] + dim[None, :]
     mask = (row_ok & (head < H))[:, None] & (dim < D)[None, :]
-    if OPERAND == tl.float8e4nv:
-        raw = tl.load(ptr, mask=mask, other=0.0)
-    else:
-        raw = tl.load(ptr, mask=mask, other=0)
-    return fp8_operand(raw, OPERAND)
+    return fp8_operand(tl.load(ptr, mask=mask, other=0.0), OPERAND)
 
 
 @triton.jit

@@ -10,28 +10,31 @@ from .gluon import barrier
 
 
 @gluon.jit
-def barriers(SLOTS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr, DONE: gl.constexpr = 0):
-    """Barriers of a ring, initialised: ``full`` completes after FULL arrivals, ``empty`` after EMPTY; with DONE there
-    is a third."""
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    if DONE:
-        done = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+def barriers(SLOTS: gl.constexpr, COUNTS: gl.constexpr):
+    """Barriers of a ring, initialised: for each count an array of them, each completed by so many arrivals."""
+    arrays = ()
+    for _ in gl.static_range(len(COUNTS)):
+        arrays += (gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout()),)  # type: ignore[assignment]
     for i in gl.static_range(SLOTS):
-        mbarrier.init(full.index(i), count=FULL)
-        mbarrier.init(empty.index(i), count=EMPTY)
-        if DONE:
-            mbarrier.init(done.index(i), count=DONE)
-    if DONE:
-        return full, empty, done
-    else:
-        return full, empty
+        for array in gl.static_range(len(COUNTS)):
+            mbarrier.init(arrays[array].index(i), count=COUNTS[array])
+    return arrays
 
 
 @gluon.jit
-def phase(step, SLOTS: gl.constexpr):
-    """What the reader of a step waits for; slot ``step % SLOTS``. The writer waits for the other phase."""
-    return (step // SLOTS) & 1
+def full_slot(full, step, SLOTS: gl.constexpr):
+    """The slot of a reader's step, ``step % SLOTS``, once it is full."""
+    slot = step % SLOTS
+    mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+    return slot
+
+
+@gluon.jit
+def empty_slot(empty, step, SLOTS: gl.constexpr):
+    """The slot of a writer's step, once it is empty."""
+    slot = step % SLOTS
+    mbarrier.wait(empty.index(slot), (step // SLOTS) & 1 ^ 1)
+    return slot
 
 
 @gluon.jit

@@ -27,6 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib.gluon import async_load, launch_dependents
 from ...lib.mma_sync import ROWS_LAYOUT
 from .op import Call, Shape
@@ -61,10 +62,7 @@ def launch(call: Call, config: Config) -> None:
     launch_splits(_hc_mma_sync_kernel, call, config, sources, strides, 1, **constants, num_warps=config.warps)
 
 
-_SIZES = ["M", "N", "K", "x_stride", "fn_stride", "o_stride_s", "o_stride_m", "s_stride_s", "s_stride_m", "per"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
+@entry(gluon.jit, "M", any_alignment=["out_ptr", "sqr_ptr"])
 def _hc_mma_sync_kernel(
     x_ptr, fn_ptr, out_ptr, sqr_ptr,
     M, N, K,

@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib.sizes import cdiv, pow2
 from .op import Call, Shape
 from .reduce import launch_splits
@@ -76,10 +77,7 @@ def _product(x, fn, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr = None):
         return tl.dot(x, tl.trans(fn), acc, input_precision=PRECISION)
 
 
-_SIZES = "M N K x_stride fn_stride o_stride_s o_stride_m s_stride_s s_stride_m per".split()
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
+@entry(triton.jit, "M", any_alignment=["out_ptr", "sqr_ptr"])
 def _hc_kernel(
     x_src, fn_src,  # pointers, or with TMA tensor maps
     out_ptr, sqr_ptr,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.sizes import cdiv, pow2
 from .op import Call
 
@@ -68,10 +68,7 @@ def _sum_partials(src, size, dst, width, stride, block, group, BLOCK: tl.constex
     tl.store(dst + (row0 + beyond // width) * stride + beyond % width, total, mask=ok)
 
 
-_REDUCE_SIZES = ["M", "N", "group", "o_stride_s", "o_stride_m", "s_stride_s", "s_stride_m"]
-
-
-@triton.jit(do_not_specialize=_REDUCE_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
+@entry(triton.jit, "M", any_alignment=["out_ptr", "sqr_ptr"])
 def _hc_reduce_kernel(
     part_ptr, out_ptr, sqr_ptr,
     M, N, group,

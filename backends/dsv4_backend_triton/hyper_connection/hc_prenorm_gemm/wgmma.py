@@ -36,6 +36,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib import ring
 from ...lib.boxes import boxes
 from ...lib.gluon import launch_dependents, load_box
@@ -81,8 +82,7 @@ def _producer(descs, smem, bars, at, ROWS: gl.constexpr, STEP: gl.constexpr, STA
     x_full, x_empty = bars
     m0, k_lo, steps = at
     for step in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(x_empty.index(stage), ring.phase(step, STAGES) ^ 1)
+        stage = ring.empty_slot(x_empty, step, STAGES)
         bar = x_full.index(stage)
         mbarrier.expect(bar, ROWS * STEP * 2 + MIXES * STEP * 4)
         k0 = k_lo + step * STEP
@@ -96,15 +96,13 @@ def _splitter(smem, bars, steps, STAGES: gl.constexpr, RING: gl.constexpr):
     x_full, x_empty, s_full, s_empty = bars
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for step in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(x_full.index(stage), ring.phase(step, STAGES))
+        stage = ring.full_slot(x_full, step, STAGES)
         fn = fn_smem.index(stage).load(lay)
         # high by truncation: integer instructions, where a rounding conversion costs four times as much
         bits = fn.to(gl.int32, bitcast=True)
         high = (bits >> 16).to(gl.int16).to(gl.bfloat16, bitcast=True)
         low = (fn - (bits & -65536).to(gl.float32, bitcast=True)).to(gl.bfloat16)
-        slot = step % RING
-        mbarrier.wait(s_empty.index(slot), ring.phase(step, RING) ^ 1)
+        slot = ring.empty_slot(s_empty, step, RING)
         both = split_smem.index(slot)
         both.slice(0, MIXES, 0).store(high)
         both.slice(MIXES, MIXES, 0).store(low)
@@ -125,11 +123,9 @@ def _consumer(
     acc = gl.zeros([ROWS, 2 * MIXES], gl.float32, mma)
     squares = gl.zeros([ROWS, STEP], gl.float32, lay)
     for step in range(steps):
-        stage = step % STAGES
-        slot = step % RING
-        mbarrier.wait(s_full.index(slot), ring.phase(step, RING))
+        slot = ring.full_slot(s_full, step, RING)
         # The splitter has waited for this tile, but only a thread that waits on the barrier itself sees what arrived.
-        mbarrier.wait(x_full.index(stage), ring.phase(step, STAGES))
+        stage = ring.full_slot(x_full, step, STAGES)
         x = x_smem.index(stage)
         acc = warpgroup_mma(x, split_smem.index(slot).permute((1, 0)), acc, is_async=True)
         wide = x.load(lay).to(gl.float32)
@@ -148,10 +144,7 @@ def _consumer(
     gl.store(sqr_ptr + rows.to(gl.int64) * s_stride_m, gl.sum(squares, 1), mask=rows < M)
 
 
-_SIZES = ["M", "N", "K", "o_stride_s", "o_stride_m", "s_stride_s", "s_stride_m", "per"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["out_ptr", "sqr_ptr"])
+@entry(gluon.jit, "M", any_alignment=["out_ptr", "sqr_ptr"])
 def _hc_wgmma_kernel(
     x_desc, fn_desc,  # in boxes of [ROWS, STEP] bf16 and [32, STEP] fp32
     out_ptr, sqr_ptr,
@@ -173,8 +166,8 @@ def _hc_wgmma_kernel(
     x_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, STEP], x_desc.layout)
     fn_smem = gl.allocate_shared_memory(gl.float32, [STAGES, MIXES, STEP], fn_desc.layout)
     split_smem = gl.allocate_shared_memory(gl.bfloat16, [RING, 2 * MIXES, STEP], b_lay)
-    x_full, x_empty = ring.barriers(STAGES, 1, 2)
-    s_full, s_empty = ring.barriers(RING, 1, 1)
+    x_full, x_empty = ring.barriers(STAGES, (1, 2))
+    s_full, s_empty = ring.barriers(RING, (1, 1))
     ring.sync()
     descs, bars = (x_desc, fn_desc), (x_full, x_empty, s_full, s_empty)
     target = (out_ptr, sqr_ptr, m0, M, N, o_stride_m, s_stride_m)

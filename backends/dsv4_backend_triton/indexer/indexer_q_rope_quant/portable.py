@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import quantize, rounded_to_bf16
 from ...lib.hadamard import hadamard128
 from ...lib.rope import rotate, table_rows
@@ -52,10 +52,7 @@ def launch(call: Call, config: Config) -> None:
     )  # fmt: skip
 
 
-_SIZES = "h tiles most q_stride_t q_stride_h w_stride table_stride".split()
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["w_ptr", "positions"])
+@entry(triton.jit, "h", any_alignment=["w_ptr", "positions"])
 def _indexer_q_kernel(
     q_ptr, out_ptr, w_ptr, w_out_ptr, positions, cos_sin,
     scale,

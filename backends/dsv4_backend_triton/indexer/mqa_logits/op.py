@@ -10,7 +10,6 @@ from torch import Tensor
 from ... import variants
 from ...arch import Arch, arch_of
 from ...batch_invariant import has_mode
-from ..heads import as_bytes
 
 _INVARIANT_ROWS = 4  # the batch-invariant mode plans for at least as many
 
@@ -58,7 +57,8 @@ def mqa_logits(
         out = torch.empty((m, columns), dtype=torch.float32, device=q.device)
     if out.numel():
         arch = arch_of(q.device)
+        q, k = q.view(arch.fp8_view), k.view(arch.fp8_view)
         shape = Shape(arch, max(m, _INVARIANT_ROWS) if batch_invariant else m, h, d, max_seqlen_k is not None)
-        call = Call(shape, as_bytes(q, arch), as_bytes(k, arch), k_scale, weights, row_starts, row_ends, out)
+        call = Call(shape, q, k, k_scale, weights, row_starts, row_ends, out)
         variants.run("mqa_logits", call)
     return out

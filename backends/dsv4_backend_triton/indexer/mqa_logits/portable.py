@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import fp8_operand
 from ...lib.sizes import cdiv
 from ..heads import Config, chunk_of, constants, fill, fitted, load_q, padded, relu_head_sum
@@ -55,11 +55,7 @@ def launch(call: Call, config: Config) -> None:
     )  # fmt: skip
 
 
-_SIZES = "m n n_cols q_stride_m q_stride_h k_stride w_stride out_stride chunk".split()
-_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(triton.jit, "m", any_alignment=["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"])
 def _mqa_logits_kernel(
     q_ptr,
     k_src,  # a pointer, or with K_TMA a tensor map
@@ -120,12 +116,12 @@ def _mqa_logits_kernel(
             key_ok = key < n
             scale = tl.load(k_scale_ptr + key, mask=key_ok, other=0.0)
             if K_TMA:
-                k = fp8_operand(k_src.load([origin + j, 0]), OPERAND)
+                k = k_src.load([origin + j, 0])
             else:
                 dim = tl.arange(0, BLOCK_D)
                 k_ptr = k_src + key.to(tl.int64)[:, None] * k_stride + dim[None, :]
-                k_mask = key_ok[:, None] & (dim < D)[None, :]
-                k = fp8_operand(tl.load(k_ptr, mask=k_mask, other=0.0 if OPERAND == tl.float8e4nv else 0), OPERAND)
+                k = tl.load(k_ptr, mask=key_ok[:, None] & (dim < D)[None, :], other=0.0)
+            k = fp8_operand(k, OPERAND)
             s = relu_head_sum(k, q_t, w, ROWS, BLOCK_H, BLOCK_N) * (0.5 * scale)[:, None]
             inside = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
             s = tl.where(inside, s, float("-inf"))

@@ -33,7 +33,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib import ring
 from ...lib.boxes import boxes
 from ...lib.gluon import load_box
@@ -119,15 +119,13 @@ def _producer(descs, smem, bars, work, KEYS: gl.constexpr, STAGES: gl.constexpr)
     turn = 0
     for index in range(gl.program_id(0), items, gl.num_programs(0)):
         row0, _c0, _c1, lo, hi = _item(index, work, KEYS)
-        slot = turn % 2
-        mbarrier.wait(q_empty.index(slot), ring.phase(turn, 2) ^ 1)
+        slot = ring.empty_slot(q_empty, turn, 2)
         mbarrier.expect(q_full.index(slot), 2 * COLUMNS * DIM)
         for i in gl.static_range(2):
             load_box(q_desc, [row0 * 64 + i * COLUMNS, 0], q_full.index(slot), q_smem.index(2 * slot + i))
         turn += 1
         for j in range(lo, hi, KEYS):
-            stage = step % STAGES
-            mbarrier.wait(k_empty.index(stage), ring.phase(step, STAGES) ^ 1)
+            stage = ring.empty_slot(k_empty, step, STAGES)
             mbarrier.expect(k_full.index(stage), KEYS * DIM)
             load_box(k_desc, [j, 0], k_full.index(stage), k_smem.index(stage))
             step += 1
@@ -173,14 +171,12 @@ def _consumer(WHO: gl.constexpr, tensors, smem, bars, work, KEYS: gl.constexpr, 
         row_ptr = out_ptr + rows.to(gl.int64) * out_stride
         row_ok = rows < m
         scale = gl.load(k_scale_ptr + lo + key, mask=lo + key < n, other=0.0)
-        slot = turn % 2
-        mbarrier.wait(q_full.index(slot), ring.phase(turn, 2))
+        slot = ring.full_slot(q_full, turn, 2)
         q_t = q_smem.index(2 * slot + WHO).permute((1, 0))
         for j in range(lo, hi, KEYS):
             ahead = j + KEYS + key
             scale_next = gl.load(k_scale_ptr + ahead, mask=ahead < n, other=0.0)
-            stage = step % STAGES
-            mbarrier.wait(k_full.index(stage), ring.phase(step, STAGES))
+            stage = ring.full_slot(k_full, step, STAGES)
             s = warpgroup_mma(k_smem.index(stage), q_t, zeros, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
@@ -199,11 +195,7 @@ def _consumer(WHO: gl.constexpr, tensors, smem, bars, work, KEYS: gl.constexpr, 
         _fill(out_ptr, row, m, out_stride, gl.minimum((hi + KEYS - 1) // KEYS * KEYS, c1), c1)
 
 
-_SIZES = ["m", "n", "w_stride", "out_stride", "chunk"]
-_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(gluon.jit, "m", any_alignment=["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"])
 def _mqa_logits_wgmma_kernel(
     q_desc, k_desc,  # [m * 64, 128] in boxes of [128, 128], [n, 128] in boxes of [KEYS, 128]
     k_scale_ptr, w_ptr, starts_ptr, ends_ptr, out_ptr,
@@ -212,8 +204,8 @@ def _mqa_logits_wgmma_kernel(
 ):  # fmt: skip
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, COLUMNS, DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, DIM], k_desc.layout)
-    q_full, q_empty = ring.barriers(2, 1, 2)
-    k_full, k_empty = ring.barriers(STAGES, 1, 2)
+    q_full, q_empty = ring.barriers(2, (1, 2))
+    k_full, k_empty = ring.barriers(STAGES, (1, 2))
     row_blocks = gl.cdiv(m, ROWS)
     work = (starts_ptr, ends_ptr, m, n, chunk, row_blocks, row_blocks * gl.cdiv(n, chunk))
     tensors, smem = (k_scale_ptr, w_ptr, out_ptr, w_stride, out_stride), (q_smem, k_smem)

@@ -1,34 +1,49 @@
-"""The provider's function for ``paged_mqa_logits``."""
+"""The provider's function for ``paged_mqa_logits``, and what a call is to its kernels."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ... import variants
-from ...arch import arch_of
-from ..heads import as_bytes
-from .plan import Call, Shape
+from ...arch import Arch, arch_of
+
+
+class Shape(NamedTuple):
+    """All that a plan follows from."""
+
+    arch: Arch
+    next_n: int
+    h: int
+    d: int
+
+
+class Call(NamedTuple):
+    """A call, its result allocated; ``q`` in the kernels' element type. ``fill``: -inf beyond the lengths."""
+
+    shape: Shape
+    q: Tensor
+    k_cache: Tensor
+    weights: Tensor
+    lens: Tensor
+    table: Tensor
+    out: Tensor
+    fill: bool
 
 
 def paged_mqa_logits(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
     max_context_len: int,
     *,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Indexer logits over the paged key cache.
-
-    ``q`` [b, next_n, h, d] e4m3; ``k_cache`` uint8 [pages, page_size, (1,) d + 4], page-split: ``page_size``
-    keys of d e4m3 bytes, then ``page_size`` fp32 scales; ``weights`` [b * next_n, h] fp32; ``context_lens``
-    [b] or [b, next_n] int32; ``block_table`` [b, max_blocks] int32. Returns fp32 [b * next_n,
-    max_context_len], -inf at and beyond the row's length and the table's end, and where the table names a page that
-    the cache does not have. Keys are read once for all ``next_n`` rows. No
-    workspace.
-    """
+    out: Tensor | None = None,
+) -> Tensor:
+    """See ``dsv4_backends.ops.paged_mqa_logits``. Keys are read once for all ``next_n`` rows. No workspace."""
     if out is None:
         out = torch.empty((q.shape[0] * q.shape[1], max_context_len), dtype=torch.float32, device=q.device)
     write_logits(q, k_cache, weights, context_lens, block_table, out)
@@ -36,12 +51,12 @@ def paged_mqa_logits(
 
 
 def write_logits(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    out: torch.Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    weights: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    out: Tensor,
     *,
     fill: bool = True,
 ) -> None:
@@ -49,5 +64,5 @@ def write_logits(
     if out.numel():
         arch, (_, next_n, h, d) = arch_of(q.device), q.shape
         shape = Shape(arch, next_n, h, d)
-        call = Call(shape, as_bytes(q, arch), k_cache, weights, context_lens, block_table, out, fill)
+        call = Call(shape, q.view(arch.fp8_view), k_cache, weights, context_lens, block_table, out, fill)
         variants.run("paged_mqa_logits", call)

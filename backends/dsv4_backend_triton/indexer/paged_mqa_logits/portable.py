@@ -23,11 +23,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import fp8_operand
 from ...lib.sizes import cdiv
-from ..heads import Config, as_bytes, constants, fill, fitted, load_q, padded, relu_head_sum
-from .plan import Call, Shape
+from ..heads import Config, constants, fill, fitted, load_q, padded, relu_head_sum
+from .op import Call, Shape
 from .schedule import FEW, MANY, count_places, item_of, part, share, tiles_of
 
 _REGISTERS = 65536  # of a multiprocessor
@@ -50,7 +50,7 @@ def launch(call: Call, config: Config) -> None:
     k_mode, k_desc = 0 if page_size % config.block_n else 1, None
     if k_mode and config.tma and d == block_d and page_stride % 16 == 0 and k_cache.data_ptr() % 16 == 0 and pages:
         k_mode, box = 2, [1, config.block_n, block_d]
-        k_desc = TensorDescriptor(as_bytes(k_cache, arch), [pages, page_size, d], [page_stride, d, 1], box)
+        k_desc = TensorDescriptor(k_cache.view(arch.fp8_view), [pages, page_size, d], [page_stride, d, 1], box)
     # As many as run at once, which the registers must allow. More programs than places have nothing to do.
     registers = _REGISTERS // (32 * config.warps * config.waves) // 8 * 8
     places = b * cdiv(next_n, config.rows) * (cdiv(columns, config.block_n) + config.visit)
@@ -66,14 +66,7 @@ def launch(call: Call, config: Config) -> None:
     )  # fmt: skip
 
 
-_SIZES = (
-    "B next_n max_len filled limit pages q_stride_b q_stride_n q_stride_h page_stride w_stride "
-    "len_stride_b len_stride_n table_stride out_stride"
-).split()
-_ANY_ALIGNMENT = ["w_ptr", "lens_ptr", "table_ptr", "out_ptr"]
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(triton.jit, "B", any_alignment=["w_ptr", "lens_ptr", "table_ptr", "out_ptr"])
 def _paged_mqa_logits_kernel(
     q_ptr, cache_ptr, k_desc, w_ptr, lens_ptr, table_ptr, out_ptr,
     B, next_n,
@@ -91,14 +84,12 @@ def _paged_mqa_logits_kernel(
         q_stride_n = tl.multiple_of(q_stride_n.to(tl.int64), 16)
         q_stride_h = tl.multiple_of(q_stride_h.to(tl.int64), 16)
         page_stride = tl.multiple_of(page_stride.to(tl.int64), 16)
-    ends, total = count_places(lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT)
+    lengths = (lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)
+    ends, total = count_places(lengths, ROWS, BLOCK_N, SCAN, VISIT)
     all_tiles = (filled + BLOCK_N - 1) // BLOCK_N
-    item, place, count = share(
-        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT,
-        FILL=False,
-    )  # fmt: skip
+    item, place, count = share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL=False)
     while count > 0:
-        b, row0, length = item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        b, row0, length = item_of(item, lengths, ROWS)
         longest = tl.max(length, axis=0)
         first, last, count = part(place, count, tiles_of(longest, BLOCK_N), VISIT)
         place = 0
@@ -141,29 +132,19 @@ def _paged_mqa_logits_kernel(
                 scale = tl.load(scale_ptr, mask=key_ok, other=0.0)
                 if K_MODE == 2:
                     k = tl.reshape(k_desc.load([page.to(tl.int32), j % PAGE, 0]), (BLOCK_N, BLOCK_D))
-                    k = fp8_operand(k, OPERAND)
                 else:
-                    if K_MODE == 0:
-                        k_ptr = base[:, None] + (slot * D)[:, None] + dim[None, :]
-                    else:
-                        k_ptr = base + (slot * D)[:, None] + dim[None, :]
-                    k_mask = key_ok[:, None] & (dim < D)[None, :]
+                    k_ptr = (base + slot * D)[:, None] + dim[None, :]
                     if OPERAND == tl.float8e4nv:
                         k_ptr = k_ptr.to(tl.pointer_type(tl.float8e4nv))
-                        k = tl.load(k_ptr, mask=k_mask, other=0.0)
-                    else:
-                        k = fp8_operand(tl.load(k_ptr, mask=k_mask, other=0), OPERAND)
-                s = relu_head_sum(k, q_t, w, ROWS, BLOCK_H, BLOCK_N) * (0.5 * scale)[:, None]
+                    k = tl.load(k_ptr, mask=key_ok[:, None] & (dim < D)[None, :], other=0.0)
+                s = relu_head_sum(fp8_operand(k, OPERAND), q_t, w, ROWS, BLOCK_H, BLOCK_N) * (0.5 * scale)[:, None]
                 s = tl.where(inside, s, float("-inf"))
                 ptr = out_ptr + out_row[None, :] * out_stride + col[:, None]
                 tl.store(ptr, s, mask=row_ok[None, :] & (col < max_len)[:, None], cache_modifier=".cs")
 
-    item, place, count = share(
-        ends, total, all_tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT,
-        FILL=True,
-    )  # fmt: skip
+    item, place, count = share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL=True)
     while count > 0:
-        b, row0, length = item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS)
+        b, row0, length = item_of(item, lengths, ROWS)
         tiles = tiles_of(tl.max(length, axis=0), BLOCK_N)
         first, last, count = part(place, count, all_tiles - tiles, VISIT)
         place = 0

@@ -4,6 +4,8 @@ An item is one request's rows, or ROWS of them; its index is ``group * B + reque
 tiles of columns, of which the first hold keys and the others are to be filled: two kinds of work. For either, the items
 lie in a row of places, of which each program takes an equal number. An item has VISIT places more than it has tiles of
 the kind: to fetch its queries takes about as long as so many tiles, and no program walks over many items without work.
+
+``lengths`` is ``(lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)``: where they are, and at most ``limit``.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ def tiles_of(longest, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS: tl.constexpr):
+def item_of(item, lengths, ROWS: tl.constexpr):
     """Of the index of an item: its request, its first row, and the length of each row."""
+    lens_ptr, B, next_n, limit, len_stride_b, len_stride_n = lengths
     row0 = 0
     if next_n > ROWS:
         row0 = item // B * ROWS
@@ -36,11 +39,9 @@ def item_of(item, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS: 
 
 
 @triton.jit
-def _ends(
-    block, seen, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr,
-):  # fmt: skip
+def _ends(block, seen, lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr):
     """Where the places of keys end, for each of SCAN requests, after ``seen`` places of earlier blocks."""
+    lens_ptr, B, next_n, limit, len_stride_b, len_stride_n = lengths
     a_group = (B + SCAN - 1) // SCAN
     row0 = block // a_group * ROWS
     b = block % a_group * SCAN + tl.arange(0, SCAN)
@@ -54,17 +55,14 @@ def _ends(
 
 
 @triton.jit
-def count_places(
-    lens_ptr, B, next_n, limit, len_stride_b, len_stride_n,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr,
-):  # fmt: skip
+def count_places(lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr):
     """Where the places of keys end, for the first SCAN items, and for all."""
+    _, B, next_n, _, _, _ = lengths
     blocks = (next_n + ROWS - 1) // ROWS * ((B + SCAN - 1) // SCAN)
-    ends = _ends(0, 0, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT)
+    ends = _ends(0, 0, lengths, ROWS, BLOCK_N, SCAN, VISIT)
     total = tl.max(ends, axis=0)
     for block in range(1, blocks):
-        more = _ends(block, total, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT)
-        total = tl.max(more, axis=0)
+        total = tl.max(_ends(block, total, lengths, ROWS, BLOCK_N, SCAN, VISIT), axis=0)
     return ends, total
 
 
@@ -83,12 +81,13 @@ def _first(ends, start, block, tiles, B, SCAN: tl.constexpr, VISIT: tl.constexpr
 
 @triton.jit
 def share(
-    ends, total, tiles, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n,
+    ends, total, tiles, lengths,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """This program's share of tiles with keys, or to FILL: its first item, the place in it, and how many places.
     ``ends`` and ``total`` are from ``count_places``. There is no share where no item has such a tile.
     """
+    _, B, next_n, _, _, _ = lengths
     groups = (next_n + ROWS - 1) // ROWS
     items = groups * B
     places = total
@@ -106,9 +105,7 @@ def share(
     if blocks > 1:
         seen = tl.max(ends, axis=0)
         for block in range(1, blocks):
-            ends = _ends(
-                block, seen, lens_ptr, B, next_n, limit, len_stride_b, len_stride_n, ROWS, BLOCK_N, SCAN, VISIT
-            )
+            ends = _ends(block, seen, lengths, ROWS, BLOCK_N, SCAN, VISIT)
             item_here, before_here = _first(ends, start, block, tiles, B, SCAN, VISIT, FILL)
             item = tl.minimum(item, item_here)
             before = tl.maximum(before, before_here)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.sizes import cdiv, pow2
 from .op import Call, Shape
 
@@ -142,11 +142,10 @@ def images(row_ptr, column, begin, end):
     return tl.where((column >= begin) & (column < end), image_of(x), -(2**31))
 
 
-_SIZES = "next_n stride_i stride_j limit compressed columns stride topk splits out_stride".split()
 _ANY_ALIGNMENT = ["starts_ptr", "ends_ptr", "out_ptr"]
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(triton.jit, "next_n", any_alignment=_ANY_ALIGNMENT)
 def _maxima_kernel(
     logits_ptr, maxima_ptr, starts_ptr, ends_ptr,
     next_n, stride_i, stride_j, limit, compressed, columns, stride,  # strides in elements
@@ -169,7 +168,7 @@ def _maxima_kernel(
     tl.store(maxima_ptr + (row.to(tl.int64) * splits + split) * TILE + group, most)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(triton.jit, "next_n", any_alignment=_ANY_ALIGNMENT)
 def _candidates_kernel(
     logits_ptr, maxima_ptr, images_ptr, indices_ptr, counts_ptr, bounds_ptr, starts_ptr, ends_ptr,
     next_n, stride_i, stride_j, limit, compressed, columns, stride,  # strides in elements
@@ -257,7 +256,7 @@ def _of_row(row_ptr, begin, end, low, out_row, topk, BLOCK: tl.constexpr):
         equals += tl.sum(equal, axis=0)
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(triton.jit, "next_n", any_alignment=_ANY_ALIGNMENT)
 def _select_kernel(
     logits_ptr, images_ptr, indices_ptr, counts_ptr, bounds_ptr, out_ptr, starts_ptr, ends_ptr,
     next_n, stride_i, stride_j, limit, compressed, columns, stride,  # strides in elements

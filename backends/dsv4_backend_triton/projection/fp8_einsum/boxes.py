@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...launch import launch as launch_kernel
+from ...launch import launch_kernel
 from ...lib.boxes import boxes
 from .op import FP32, Call
-
-SIZES = (
-    "B N n_k H x_row_h x_col_h w_row_h xs_row_h "
-    "xs_stride_b xs_stride_h xs_stride_k ws_stride_h ws_stride_d ws_stride_k o_stride_b o_stride_h"
-).split()
 
 
 def _rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, int, int, int] | None:

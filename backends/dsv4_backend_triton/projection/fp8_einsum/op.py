@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ... import variants
@@ -76,9 +75,8 @@ def fp8_einsum(
     if r == 0:
         return out.zero_()
     arch = arch_of(x.device)
-    view = torch.float8_e4m3fn if arch.fp8 == tl.float8e4nv else torch.uint8
     shape = Shape(arch, b, h, d, w_scale.shape[1] == d and d > 1, batch_invariant)
-    call = Call(shape, x.view(view), *_scale(x_scale), w.view(view), *_scale(w_scale), out)
+    call = Call(shape, x.view(arch.fp8_view), *_scale(x_scale), w.view(arch.fp8_view), *_scale(w_scale), out)
     variants.run("fp8_einsum", call)
     return out
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import e8m0_to_fp32, fp8_operand, round_to
 from ...lib.sizes import cdiv
 from .op import Call, Shape
@@ -104,17 +104,11 @@ def _load_tile(
             mask = (k < R)[None, :] if CLAMP else (rows < ROWS)[:, None]
             if not CLAMP and not EVEN_K:
                 mask = mask & (k < R)[None, :]
-            raw = tl.load(ptr, mask=mask, other=0.0 if OPERAND == tl.float8e4nv else 0)
+            raw = tl.load(ptr, mask=mask, other=0.0)
         return fp8_operand(raw, OPERAND)
 
 
-_SIZES = (
-    "B N R x_stride_b x_stride_h w_stride_h w_stride_d "
-    "xs_stride_b xs_stride_h xs_stride_k ws_stride_h ws_stride_d ws_stride_k o_stride_s o_stride_b o_stride_h splits"
-).split()
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
+@entry(triton.jit, "B", any_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_kernel(
     x_src, w_src,  # pointers, or with TMA tensor maps
     xs_ptr, ws_ptr, out_ptr,

@@ -33,10 +33,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib import ring
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
-from .boxes import SIZES, launch_boxes, takes  # noqa: F401
+from .boxes import launch_boxes, takes  # noqa: F401
 from .op import Call, Shape
 
 TOKENS = gl.constexpr(64)  # per warpgroup: the M of one wgmma
@@ -98,8 +99,7 @@ def _producer(
         x_col = h * x_col_h
         w_row = d0 + h * w_row_h
         for kb in range(n_k):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ring.phase(step, STAGES) ^ 1)
+            stage = ring.empty_slot(empty, step, STAGES)
             bar = full.index(stage)
             mbarrier.expect(bar, (2 * TOKENS + BLOCK_D) * 128 + (2 * TOKENS * 4 if SCALE_BOX else 0))
             if SCALE_BOX:
@@ -145,7 +145,7 @@ def _consumer(
             w_next = gl.load(ws + ahead * ws_stride_k)
             if not SCALE_BOX:
                 x_next = gl.load(xs + ahead * xs_stride_k)
-            mbarrier.wait(full.index(stage), ring.phase(step, STAGES))
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
             x, w = x_smem.index(2 * stage + WHO), w_smem.index(stage).permute((1, 0))
             part = warpgroup_mma(x, w, zeros, use_acc=False, is_async=True)
             if SCALE_BOX:
@@ -165,7 +165,7 @@ def _consumer(
         gl.store(ptr, tile, mask=(token < B)[:, None] & (col < N)[None, :])
 
 
-@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
+@entry(gluon.jit, "B", any_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_wgmma_kernel(
     x_desc, w_desc, xs_desc,
     xs_ptr, ws_ptr, out_ptr,
@@ -182,7 +182,7 @@ def _einsum_wgmma_kernel(
         xs_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * TOKENS], xs_desc.layout)
     else:
         xs_smem = x_smem
-    bars = ring.barriers(STAGES, 1, 2)
+    bars = ring.barriers(STAGES, (1, 2))
     o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
     o_stride_h = gl.multiple_of(o_stride_h.to(gl.int64), 8)
     n_tiles = gl.cdiv(N, BLOCK_D)

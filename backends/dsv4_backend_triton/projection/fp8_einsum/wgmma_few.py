@@ -28,10 +28,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib import ring
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
-from .boxes import SIZES, launch_boxes, takes  # noqa: F401
+from .boxes import launch_boxes, takes  # noqa: F401
 from .op import Call, Shape
 
 OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens are the N
@@ -84,8 +85,7 @@ def _producer(descs, smem, bars, n_k, at, BLOCK_B: gl.constexpr, STAGES: gl.cons
     full, empty = bars
     x_row, x_col, w_row, xs_row, b0 = at
     for kb in range(n_k):
-        stage = kb % STAGES
-        mbarrier.wait(empty.index(stage), ring.phase(kb, STAGES) ^ 1)
+        stage = ring.empty_slot(empty, kb, STAGES)
         bar = full.index(stage)
         mbarrier.expect(bar, (BLOCK_B + OUTPUTS) * 128 + (max(BLOCK_B, LINE) * 4 if SCALE_BOX else 0))
         if SCALE_BOX:
@@ -118,7 +118,7 @@ def _consumer(
         w_next = gl.load(ws + ahead * ws_stride_k)
         if not SCALE_BOX:
             x_next = gl.load(xs + ahead * xs_stride_k)
-        mbarrier.wait(full.index(stage), ring.phase(kb, STAGES))
+        mbarrier.wait(full.index(stage), kb // STAGES & 1)
         w, x = w_smem.index(stage), x_smem.index(stage).permute((1, 0))
         part = warpgroup_mma(w, x, zeros, use_acc=False, is_async=True)
         if SCALE_BOX:
@@ -136,7 +136,7 @@ def _consumer(
     gl.store(ptr, tile, mask=(token < B)[None, :] & (col < N)[:, None])
 
 
-@gluon.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
+@entry(gluon.jit, "B", any_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_wgmma_few_kernel(
     x_desc, w_desc, xs_desc,
     xs_ptr, ws_ptr, out_ptr,
@@ -152,7 +152,7 @@ def _einsum_wgmma_few_kernel(
         xs_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, max(BLOCK_B, LINE)], xs_desc.layout)
     else:
         xs_smem = x_smem
-    bars = ring.barriers(STAGES, 1, 1)
+    bars = ring.barriers(STAGES, (1, 1))
     n_tiles = gl.cdiv(N, OUTPUTS)
     index = gl.program_id(0)
     b_tiles = gl.cdiv(B, BLOCK_B)

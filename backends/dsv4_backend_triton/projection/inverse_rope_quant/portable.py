@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import quantize
 from ...lib.rope import rotate, table_rows
 from ...lib.sizes import cdiv
@@ -52,10 +52,7 @@ def launch(call: Call, config: Config) -> None:
     )  # fmt: skip
 
 
-_SIZES = "t h heads padded most x_stride_t x_stride_h table_stride".split()
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["positions"])
+@entry(triton.jit, "t", any_alignment=["positions"])
 def _inverse_rope_quant_kernel(
     x_ptr, out_ptr, scale_ptr, positions, cos_sin,
     t, h, heads,  # of a group

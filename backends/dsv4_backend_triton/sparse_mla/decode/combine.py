@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from ...launch import launch
+from ...launch import entry, launch_kernel
 from ...lib.sizes import cdiv, pow2
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
 from .plan import Call, Plan
@@ -36,7 +36,7 @@ def launch_splits(
     if words:
         cache1, cache2 = cache1.view(torch.int32), cache2.view(torch.int32)
     blocks = cdiv(heads, block_heads)
-    launch(
+    launch_kernel(
         kernel, (rows * blocks, splits), *(q, out, lse, part, part_lse, sink),
         *(cache1, scopes.idx1, scopes.len1, cache2, scopes.idx2, scopes.len2),
         *(has_sink, scopes.has_len1, scopes.has_len2), call.sm_scale * LOG2E.value * 2.0**60,
@@ -48,17 +48,14 @@ def launch_splits(
         return
     at_once = pow2(splits, 2) if splits <= 8 else 4 * cdiv(splits, 4)
     o_unit = min(call.q_unit, 4)
-    launch(
+    launch_kernel(
         _combine_kernel, (rows * heads,), *(part, part_lse, sink, out, lse), *(has_sink, heads, s_q, splits),
         *(x // o_unit for x in out.stride()[:3]), BS=at_once, O_UNIT=o_unit, PDL=arch.pdl,
         num_warps=2 if at_once <= 8 else 4, num_stages=1, **({"launch_pdl": True} if arch.pdl else {}),
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["has_sink", "heads", "s_q", "splits", "o_sb", "o_ss", "o_sh"],
-    do_not_specialize_on_alignment=["sink", "lse", "part_lse"],
-)
+@entry(triton.jit, "has_sink", any_alignment=["sink", "lse", "part_lse"])
 def _combine_kernel(
     part, part_lse, sink, out, lse,
     has_sink: tl.int32, heads: tl.int32, s_q: tl.int32, splits: tl.int32,

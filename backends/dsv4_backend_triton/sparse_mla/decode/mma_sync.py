@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ...arch import Arch
 from ...configurations import configured
+from ...launch import entry
 from ...lib.gluon import launch_dependents, reinterpret
 from ...lib.mma_sync import ROWS_LAYOUT, add_to_sums, halves, mma_layout, sums_layout
 from ...lib.sizes import cdiv
@@ -34,7 +35,7 @@ from ...lib.softmax import NEGATIVE
 from .combine import launch_splits
 from .finish import finish
 from .gather import columns, deposit, find, index_of, load_back, load_front, place, schedule
-from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
+from .plan import ANY_ALIGNMENT, MOST_SPLITS, Call, Plan, Shape, Tile, splits_for
 
 _STEP = gl.constexpr(64)  # columns of Q and K at a time
 
@@ -84,7 +85,7 @@ def _store_p(p_smem, p):
         p_smem.index(0).store(p)
 
 
-@gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+@entry(gluon.jit, "has_sink", any_alignment=ANY_ALIGNMENT)
 def _decode_mma_sync_kernel(
     q, out, lse, part, part_lse, sink,
     cache1, idx1, len1, cache2, idx2, len2,

@@ -14,12 +14,7 @@ MOST_SPLITS = 40  # bounded by the registers of the kernel that combines them
 _INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
 
 # Of the split kernels, which have the same parameters; the staging kernel has some of them.
-NO_SPECIALIZE = (
-    "has_sink has_len1 has_len2 scale_log2 heads block_heads head_blocks s_q splits "
-    "q_sb q_ss q_sh o_sb o_ss o_sh i1_sb i1_ss i2_sb i2_ss "
-    "topk1 topk2 slots1 slots2 stride1 stride2 page1 page2 shift1 shift2"
-).split()
-NO_ALIGN = ["sink", "idx1", "len1", "idx2", "len2", "lse"]
+ANY_ALIGNMENT = ["sink", "idx1", "len1", "idx2", "len2", "lse"]
 
 
 class Shape(NamedTuple):

@@ -23,12 +23,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from ...configurations import configured
+from ...launch import entry
 from ...lib.bits import round_to
 from ...lib.sizes import cdiv
 from ...lib.softmax import LN2, NEGATIVE, attend
 from .cache_rows import UNBIAS, gather, keys_of
 from .combine import launch_splits
-from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
+from .plan import ANY_ALIGNMENT, MOST_SPLITS, Call, Plan, Shape, Tile, splits_for
 
 
 def plan(shape: Shape) -> Plan:
@@ -79,7 +80,7 @@ def _block_index(AXIS: tl.constexpr, OPERAND: tl.constexpr):
         return tl.program_id(AXIS)
 
 
-@triton.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+@entry(triton.jit, "has_sink", any_alignment=ANY_ALIGNMENT)
 def _decode_kernel(
     q, out, lse, part, part_lse, sink,
     cache1, idx1, len1, cache2, idx2, len2,

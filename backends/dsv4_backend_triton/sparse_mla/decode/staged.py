@@ -12,11 +12,11 @@ import triton.language as tl
 
 from ... import variants
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.sizes import cdiv
 from ..prefill.op import Call as PrefillCall
 from .cache_rows import UNBIAS, gather, keys_of
-from .plan import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
+from .plan import Call, Shape, Tile
 
 
 def plan(shape: Shape) -> Tile | None:
@@ -49,7 +49,7 @@ def launch(call: Call, tile: Tile) -> None:
         out.copy_(flat.view(out.shape))
 
 
-@triton.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=[*NO_ALIGN, "places", "lengths"])
+@entry(triton.jit, "has_len1", any_alignment=["places", "lengths", "idx1", "len1", "idx2", "len2"])
 def _stage_kernel(
     staged, places, lengths,
     cache1, idx1, len1, cache2, idx2, len2,

@@ -37,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from ...arch import Arch
 from ...configurations import configured
+from ...launch import entry
 from ...lib import ring
 from ...lib.gluon import FROM_3_9, async_load, launch_dependents, reinterpret
 from ...lib.sizes import cdiv
@@ -44,7 +45,7 @@ from ...lib.softmax import NEGATIVE
 from .combine import launch_splits
 from .finish import finish
 from .gather import columns, deposit, find, index_of, load_back, load_front, place, schedule
-from .plan import MOST_SPLITS, NO_ALIGN, NO_SPECIALIZE, Call, Plan, Shape, Tile, splits_for
+from .plan import ANY_ALIGNMENT, MOST_SPLITS, Call, Plan, Shape, Tile, splits_for
 
 _HEADS = gl.constexpr(64)
 _KEYS = gl.constexpr(64)
@@ -216,7 +217,7 @@ def _consumer(
     finish(acc, m_i, l_i, here, results, sizes, has_sink, SPLIT, store, True)
 
 
-@gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+@entry(gluon.jit, "has_sink", any_alignment=ANY_ALIGNMENT)
 def _decode_wgmma_kernel(
     q, out, lse, part, part_lse, sink,
     cache1, idx1, len1, cache2, idx2, len2,
@@ -246,7 +247,7 @@ def _decode_wgmma_kernel(
     k32 = reinterpret(k_smem, gl.int32, [_RING, _KEYS, 256], w_lay)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [_HEADS, _KEYS], k_lay)
     b_smem = gl.allocate_shared_memory(gl.float32, [_RING, _KEYS], flat)
-    bars, at = ring.barriers(_RING, 1, 1), (b, split, splits)
+    bars, at = ring.barriers(_RING, (1, 1)), (b, split, splits)
     ring.sync()
     lengths = (len1, len2, has_len1, has_len2, topk1, topk2)
     scopes = (cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2)

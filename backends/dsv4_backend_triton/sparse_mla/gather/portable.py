@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import e4m3_times_e8m0, e4m3_to_fp32, e8m0_to_fp32, round_to
 from ...lib.sizes import cdiv
 from .plan import Call, Shape
@@ -56,11 +56,7 @@ def launch(call: Call, config: Config) -> None:
     )  # fmt: skip
 
 
-_SIZES = "requests room rows offset pages page_size page_stride table_stride o_stride_r o_stride_m".split()
-_POINTERS = ["seq_lens", "gather_lens", "table"]
-
-
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_POINTERS)
+@entry(triton.jit, "requests", any_alignment=["seq_lens", "gather_lens", "table"])
 def _gather_kernel(
     cache, seq_lens, gather_lens, table, out,
     requests, room, rows,  # room: entries that a row of the table has; rows: most that are written of a request

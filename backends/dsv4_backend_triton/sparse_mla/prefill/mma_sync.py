@@ -26,11 +26,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.gluon import async_load, block_index
 from ...lib.mma_sync import ROWS_LAYOUT, add_to_sums, halves, mma_layout, sums_layout
 from ...lib.softmax import LN2, LOG2E, NEGATIVE
-from .op import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
+from .op import ANY_ALIGNMENT, Call, Shape, Tile
 
 _PART = gl.constexpr(128)  # columns of a buffer
 _STEP = gl.constexpr(64)  # columns of Q and K at a time
@@ -110,7 +110,7 @@ def _emit(acc, inverse, buffer, o_row, cols, ok, part: gl.constexpr, lay: gl.con
     gl.store(o_row[:, None] + (cols + part * _PART)[None, :], buffer.load(lay), mask=ok[:, None])
 
 
-@gluon.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+@entry(gluon.jit, "has_sink", any_alignment=ANY_ALIGNMENT)
 def _prefill_mma_sync_kernel(
     q, kv, idx, lengths, sink, out, max_logits, lse,
     has_sink: gl.int32, has_length: gl.int32, scale_log2: gl.float32,

@@ -13,8 +13,7 @@ from ...lib.sizes import cdiv, common_unit
 from ...lib.softmax import LOG2E
 
 # Of the portable kernel and that for mma.sync, which have the same parameters.
-NO_SPECIALIZE = "has_sink has_length scale_log2 heads head_blocks topk s_kv q_ss q_sh kv_ss o_ss o_sh i_ss".split()
-NO_ALIGN = ["sink", "idx", "lengths", "lse", "max_logits"]
+ANY_ALIGNMENT = ["sink", "idx", "lengths", "lse", "max_logits"]
 
 
 class Shape(NamedTuple):

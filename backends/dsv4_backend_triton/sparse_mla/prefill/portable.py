@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import round_to
 from ...lib.softmax import LN2, NEGATIVE, attend
-from .op import NO_ALIGN, NO_SPECIALIZE, Call, Shape, Tile
+from .op import ANY_ALIGNMENT, Call, Shape, Tile
 
 
 def plan(shape: Shape) -> Tile:
@@ -47,7 +47,7 @@ def _load_index(idx, tile, length, BN: tl.constexpr):
     return tl.load(idx + k, mask=k < length, other=-1)
 
 
-@triton.jit(do_not_specialize=NO_SPECIALIZE, do_not_specialize_on_alignment=NO_ALIGN)
+@entry(triton.jit, "has_sink", any_alignment=ANY_ALIGNMENT)
 def _prefill_kernel(
     q, kv, idx, lengths, sink, out, max_logits, lse,
     has_sink: tl.int32, has_length: tl.int32, scale_log2: tl.float32,

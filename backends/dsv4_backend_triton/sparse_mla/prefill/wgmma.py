@@ -50,7 +50,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib import ring
 from ...lib.gluon import async_load, barrier
 from ...lib.sizes import cdiv
@@ -332,12 +332,7 @@ def _accumulate(tensors, smem, bars, sizes, strides, HAS_LEN: gl.constexpr, GROU
         pslot, pphase = ring.advance(pslot, pphase, NP)
 
 
-_SIZES = "n_items s_kv h_q topk q_stride_s8 q_stride_h8 kv_stride8 idx_stride o_stride_s8 o_stride_h8".split()
-# Read and written 4 bytes at a time: their alignment makes no difference.
-_SCALAR_POINTERS = ["idx_ptr", "len_ptr", "sink_ptr", "max_ptr", "lse_ptr"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SIZES + _SCALAR_POINTERS)
+@entry(gluon.jit, "n_items", any_alignment=["idx_ptr", "len_ptr", "sink_ptr", "max_ptr", "lse_ptr"])
 def _prefill_wgmma_kernel(
     q_ptr, kv_ptr, idx_ptr, len_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr,
     n_items, s_kv, h_q, topk,
@@ -355,9 +350,9 @@ def _prefill_wgmma_kernel(
     a_smem = gl.allocate_shared_memory(gl.float32, [NP, HEADS], f_lay)  # rescale factors
     b_smem = gl.allocate_shared_memory(gl.float32, [NBUF, BN], f_lay)  # masks
     # Every loader thread arrives when its copies have landed, and one more for the mask.
-    k_full, k_empty = ring.barriers(NBUF, 129, 1)
-    p_full, p_empty, s_done = ring.barriers(NP, 1, 1, 1)
-    q_full, q_empty = ring.barriers(1, 128, 1)
+    k_full, k_empty = ring.barriers(NBUF, (129, 1))
+    p_full, p_empty, s_done = ring.barriers(NP, (1, 1, 1))
+    q_full, q_empty = ring.barriers(1, (128, 1))
     q_full, q_empty = q_full.index(0), q_empty.index(0)
     ring.sync()
     sizes = (n_items, h_q, topk)
