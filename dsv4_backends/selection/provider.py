@@ -88,7 +88,7 @@ REASONS: dict[str, str] = {
     "engine-mode": "The engine asks for something that the ops do not do.",
     "engine-state": "The model is enabled already, or not yet, or other code has changed it.",
 }
-"""Every reason code of the layer. A provider's own ``refuses`` function may use further codes."""
+"""Every reason code of the core. A provider's own ``refuses`` function may use further codes."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _CODE = re.compile(r"[a-z][a-z0-9-]*")
