@@ -105,7 +105,7 @@ ADVICE = {
     "not-allowed": "Add the name to `DSV4_BACKENDS_ALLOW`, or unset it.",
     "not-pinned": "Nothing, or remove the pin.",
     "device": "Run one process for each GPU, as engines do. The next provider serves the other GPUs.",
-    "shape": "Nothing: the next provider serves the call. The log says once that this happens.",
+    "shape": "Nothing: the next provider serves the call. The log has one line about it.",
     "refuses-failed": "Report it to the author of the provider.",
     "shape-unknown": "Run `check` on the machine with the GPU.",
     "no-provider": "Read the message: it has every provider's reason.",

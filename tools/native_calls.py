@@ -390,7 +390,7 @@ def _hc_prenorm_gemm(x: Tensor, fn: Tensor, *, num_splits: int | None = None, **
 
 
 def prepare(op: str, arguments: dict[str, Any], *, fresh_metadata: bool = False) -> NativeCall:
-    """Prepare one direct call of the library that stands for ``op``.
+    """Prepare one direct call of the library function that computes ``op``.
 
     The first ``run`` of a DeepGEMM shape compiles its kernel (10 to 20 seconds); call it once before timing.
 

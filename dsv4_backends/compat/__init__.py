@@ -34,7 +34,7 @@ _FRONTS = {
     # Some callers go past the package to the module that defines the functions.
     "flash_mla.flash_mla_interface": "flash_mla",
 }
-"""Module name to the module of this package that stands for it."""
+"""Module name to the module of this package that replaces it."""
 _LAYOUT = ("get_mn_major_tma_aligned_packed_ue8m0_tensor", "get_mn_major_tma_aligned_tensor", "get_tma_aligned_size")
 _MATH = ("align", "pack_ue8m0_to_int", "per_block_cast_to_fp8", "transform_ue4m3_sf_into_required_layout")
 IMPORTED: dict[str, tuple[str, ...]] = {
@@ -45,8 +45,8 @@ IMPORTED: dict[str, tuple[str, ...]] = {
     "flash_mla": ("fused_norm_rope_attn_rope_cast", "get_mla_decoding_metadata"),
     "flash_mla.flash_mla_interface": ("fused_norm_rope_attn_rope_cast", "get_mla_decoding_metadata"),
 }
-"""By module: what engines import and no op stands for (SGLang 0.5.23; vLLM 0.33 asks before it imports). A module that
-is not in ``_FRONTS`` is put there only where no library brings it."""
+"""By module: what engines import and no op covers (SGLang 0.5.23; vLLM 0.33 tests before it imports). A module that
+is not in ``_FRONTS`` is put there only where no library has it."""
 _before: dict[str, ModuleType | None] = {}
 """What ``sys.modules`` held for the names that are installed."""
 _native: dict[str, ModuleType] = {}
@@ -193,7 +193,7 @@ def _unserved(name: str, why: str) -> Callable[..., Any]:
     """What an engine gets that imports a name which no op and no library serves."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError(f"{name}: no op of dsv4_backends stands for it, and {why}")
+        raise UnsupportedError(f"{name}: no op of dsv4_backends covers it, and {why}")
 
     call.__name__ = call.__qualname__ = name.rpartition(".")[2]
     call.__doc__ = f"Raises UnsupportedError: {why}."
@@ -242,9 +242,9 @@ def installed(name: str) -> bool:
 def install(*names: str) -> Installed:
     """Put our functions behind ``import deep_gemm`` and ``import flash_mla``.
 
-    Every other attribute, and every submodule, is still that of the library, where one is installed; so is a call
-    that no op stands for (``UnsupportedError``), which the log says once. Code that has imported the library before
-    keeps what it has.
+    Every other attribute, and every submodule, is still that of the library, where one is installed. A call that no
+    op covers (``UnsupportedError``) goes to the library too, and the log says so once. Code that has imported the
+    library before keeps it.
 
     Args:
         names: ``"deep_gemm"``, ``"flash_mla"``, or both; default: both.

@@ -28,14 +28,15 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "*=triton pins every op",
         "DSV4_BACKENDS_DEVICE": "choose as if the GPU were this one: sm_86, sm_120, cpu",
         "DSV4_BACKENDS_EXPERIMENTAL": "1: experimental providers take part in the automatic choice",
-        "DSV4_BACKENDS_MEASURED": "0: the choice ignores on which shapes a provider was measured to be faster",
+        "DSV4_BACKENDS_MEASURED": "0: the automatic choice does not depend on measurements by shape",
         "DSV4_BACKENDS_STRICT": "1: a broken plugin raises instead of being listed",
-        "DSV4_BACKENDS_BATCH_INVARIANT": "1: providers serve first whose results for a row do not depend on its batch",
-        "DSV4_BACKENDS_CHECK_VALUES": "1: for debugging, every call looks at the values of its indices and lengths "
-        "and raises where one is outside; it waits for the device",
-        "DSV4_BACKENDS_ENGINE": "1: the engine whose process this is runs over these ops; NAME,NAME: only these "
-        "engines do; force: as 1, and with any version, untested",
-        "DSV4_BACKENDS_ENGINE_OPTIONS": "what engines' hooks leave off by default, by name: wo_a_bf16,flashmla_sm120",
+        "DSV4_BACKENDS_BATCH_INVARIANT": "1: implementations whose results for a row do not depend on its batch come "
+        "first",
+        "DSV4_BACKENDS_CHECK_VALUES": "1: for debugging, every call checks the values of its indices and lengths and "
+        "raises if one is out of range; it waits for the device",
+        "DSV4_BACKENDS_ENGINE": "1: the engine that starts with this variable runs on these ops; NAME,NAME: only these "
+        "engines do; force: as 1, for any version of the engine, untested ones too",
+        "DSV4_BACKENDS_ENGINE_OPTIONS": "options of engines' hooks that are off by default: wo_a_bf16,flashmla_sm120",
         "DSV4_BACKENDS_TORCH_DEVICE": "the torch device that the conformance suite runs on: cuda:1",
         "DSV4_BACKENDS_LEVEL": "cases that the conformance suite runs: smoke (without it), default or full",
     }
@@ -62,7 +63,7 @@ class Policy:
         measured: Measurements on a call's shapes may change the automatic choice.
         strict: A broken plugin raises.
         batch_invariant: Implementations that claim it serve first: a row's result does not depend on its batch.
-        check_values: Every call looks at the values of the arguments that index (``contract/values.py``).
+        check_values: Every call checks the values of indices and lengths (``contract/values.py``).
     """
 
     order: tuple[str, ...] = ()

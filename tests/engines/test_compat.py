@@ -264,7 +264,7 @@ def test_num_sms_and_pdl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deep_gemm.get_pdl() is True
 
 
-# ------------------------------------------------------------------------------------ what no op stands for
+# --------------------------------------------------------------------------------------- what no op covers
 
 
 def _einsum() -> tuple[Any, ...]:
@@ -690,7 +690,7 @@ def test_what_engines_import_exists_without_a_library() -> None:
             assert set(names) <= set(dir(front))
             for name in names:
                 call = getattr(front, name)
-                with pytest.raises(UnsupportedError, match=rf"^{module}\.{name}: no op .* stands for it, and no "):
+                with pytest.raises(UnsupportedError, match=rf"^{module}\.{name}: no op .* covers it, and no "):
                     call(1, other=2)
         front = importlib.import_module("deep_gemm")
         Version(front.__version__)

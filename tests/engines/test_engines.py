@@ -512,7 +512,7 @@ def test_from_register_to_undo(
     assert dg._lazy_init is own
     (line,) = (r.message for r in caplog.records if "runs over" in r.message)
     assert line.startswith("vllm 0.33.0 runs over dsv4_backends: sparse_mla_prefill torch, ")
-    # What no op stands for still reaches vLLM's own.
+    # A call that no op covers still reaches vLLM's own function.
     assert dg.fp8_einsum("bhd,hdr->bhr", 1, 2, 3) == ("native", ("bhd,hdr->bhr", 1, 2, 3), {})
     assert "passed on to vllm's _fp8_einsum_impl itself" in caplog.text
     lens, cache = SimpleNamespace(device="cpu"), SimpleNamespace(shape=(1, 64, 1, 68))

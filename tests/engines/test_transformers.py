@@ -1,4 +1,4 @@
-"""A whole DeepSeek V4 of transformers through the layer, against transformers' own eager code.
+"""A whole DeepSeek V4 of transformers on the ops, against transformers' own eager code.
 
 In float32 the whole model is compared: the lists of keys, the compressors, the hand-over and the caches are then all
 that differs. In bf16 every layer is compared by itself, op by op and on the same inputs: one flip of a top-k or of an

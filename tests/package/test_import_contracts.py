@@ -14,23 +14,23 @@ import pytest
 from paths import ROOT
 
 LINT = "from importlinter.cli import lint_imports_command as lint; lint()"
-FLOORS = "the floors of the layer: nothing imports from above"
-PACKAGE = "the layer imports its modules, and of the package itself the version only"
+ORDER = "packages in order: each imports only those below it"
+PACKAGE = "the core imports its modules, and of the package itself the version only"
 CONTRACT = "the contract imports torch and errors.py only"
 ORACLE = "the oracle shares no code with what it judges"
-FILES = "no circle between files"
-FOLDERS = "no circle between folders"
-PROVIDER = "a provider imports dsv4_backends.provider and the contract, and no other module of the layer"
-PROVIDERS = "providers do not see each other"
-NAMES = "the layer imports no provider, no library, and no engine outside its folder"
-ENGINES = "engines do not see each other"
+FILES = "no import cycle between files"
+FOLDERS = "no import cycle between folders"
+PROVIDER = "a provider imports dsv4_backends.provider and the contract, and no other module of the core"
+PROVIDERS = "providers do not import each other"
+NAMES = "the core imports no provider, no library, and no engine outside its folder"
+ENGINES = "engines do not import each other"
 CONFIGURED = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
 
 BREAKS = [
-    (FLOORS, "dsv4_backends/contract/inputs.py", "from ..selection import policy"),
-    (FLOORS, "dsv4_backends/runtime/steps.py", "def later(): from ..commands import cli"),
-    (FLOORS, "dsv4_backends/selection/policy.py", "import dsv4_backends.ops"),
-    (FLOORS, "dsv4_backends/other.py", "from .commands import cli"),
+    (ORDER, "dsv4_backends/contract/inputs.py", "from ..selection import policy"),
+    (ORDER, "dsv4_backends/runtime/steps.py", "def later(): from ..commands import cli"),
+    (ORDER, "dsv4_backends/selection/policy.py", "import dsv4_backends.ops"),
+    (ORDER, "dsv4_backends/other.py", "from .commands import cli"),
     (PACKAGE, "dsv4_backends/selection/policy.py", "def later(): from dsv4_backends import verify"),
     (PACKAGE, "dsv4_backends/contract/layouts.py", "import dsv4_backends"),
     (CONTRACT, "dsv4_backends/contract/inputs.py", "from ..records import read"),

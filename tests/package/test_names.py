@@ -17,7 +17,7 @@ PACKAGES = {("commands/render.py", "triton"), ("bench/provenance.py", "triton")}
 
 
 def named(names: set[str]) -> Iterator[tuple[str, str]]:
-    """The files of the layer, without the engines and the libraries' own names, in which a string is one of these."""
+    """The files of the core, without the engines and the libraries' own names, in which a string is one of these."""
     for path in sorted(LAYER.rglob("*.py")):
         file = path.relative_to(LAYER).as_posix()
         if not file.startswith(("engines/", "compat/")):

@@ -283,7 +283,7 @@ def test_every_command_ends_and_prints_its_answer_alone(outcome: dict[str, Any])
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_row_with_its_cause(outcome: dict[str, Any], kind: Kind) -> None:
-    """In `plugins` for what the layer meets while it loads; for the rest in what a call of the op met."""
+    """In `plugins` for what the core meets while it loads; for the rest in what a call of the op met."""
     rows, _ = json.loads(outcome["rows"])
     (plugin,) = [p for p in json.loads(outcome["plugins"])["plugins"] if p["name"] == kind.name]
     found = [(r["code"], r["message"]) for r in plugin["problems"]] or [tuple(r) for r in rows[kind.name]]
