@@ -1,4 +1,4 @@
-"""A contract of ``lint-imports`` (see pyproject.toml): import-linter's own leaves out circles between a package and its
+"""A contract of ``lint-imports`` (see pyproject.toml): import-linter's own leaves out cycles between a package and its
 modules.
 """
 
@@ -10,7 +10,7 @@ from grimp import ImportGraph
 from importlinter import Contract, ContractCheck, output
 
 
-class NoCircle(Contract):
+class NoCycle(Contract):
     """No file imports itself, by way of any others."""
 
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
@@ -18,8 +18,8 @@ class NoCircle(Contract):
         try:
             TopologicalSorter(imports).prepare()
         except CycleError as error:
-            return ContractCheck(kept=False, metadata={"circle": error.args[1]})
+            return ContractCheck(kept=False, metadata={"cycle": error.args[1]})
         return ContractCheck(kept=True)
 
     def render_broken_contract(self, check: ContractCheck) -> None:
-        output.print_error(" is imported by ".join(check.metadata["circle"]))
+        output.print_error(" is imported by ".join(check.metadata["cycle"]))
