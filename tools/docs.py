@@ -49,7 +49,7 @@ SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
 """The machine of the README's listing: fixed, so that the page is the same wherever it is made."""
 
 BENCH = "h200-bench.json"
-"""The run of ``dsv4-backends bench`` whose figures stand in the docs."""
+"""The run of ``dsv4-backends bench`` whose figures the docs show."""
 BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
@@ -158,7 +158,7 @@ def markdown(text: str) -> str:
 
 
 def sections(doc: str) -> dict[str, str]:
-    """A docstring's text under ``""``, and what stands under ``Args:`` and its like."""
+    """A docstring's text under ``""``, and the text under ``Args:`` and its like."""
     found: dict[str, str] = {"": ""}
     name = ""
     for line in inspect.cleandoc(doc).splitlines():
@@ -649,7 +649,7 @@ def measured_choice() -> str:
 
 
 def native_builds() -> str:
-    """Which distributions the probes know."""
+    """The distributions that the probes find."""
     rows = []
     for spec in _in_tree().providers:
         if (module := _probe_module(spec)) is None:

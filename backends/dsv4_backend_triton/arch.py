@@ -1,4 +1,4 @@
-"""What a kernel launcher needs to know of the machine, and nothing else."""
+"""The machine, as far as launches depend on it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _arch_of(device: torch.device, simulated: str) -> Arch:
 
 
 simulated: ContextVar[Arch | None] = ContextVar("dsv4_backend_triton_arch", default=None)
-"""Where tensors of the meta device live, while launches are recorded."""
+"""The machine of tensors of the meta device, while launches are recorded."""
 
 
 def arch_of(device: torch.device) -> Arch:

@@ -64,7 +64,7 @@ def text(survey: Survey, width: int = WIDTH) -> str:
 
 
 def _why(served: Served) -> Iterator[str]:
-    """What stands beside an op: its pin, who else serves it, and what keeps a better one from it."""
+    """The notes of an op: its pin, its other providers, and why a better one does not serve."""
     resolution, selected = served.resolution, served.candidate
     if resolution.pinned:
         yield f"pinned to {resolution.pinned}" if selected is not None else resolution.pin_text

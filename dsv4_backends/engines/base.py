@@ -153,7 +153,7 @@ class Engine:
         return None if patching.source_of(self.name) is None else version_of(self.name) or ""
 
     def plan(self, device: str | None = None, *, force: bool = False) -> Plan:
-        """What is replaced, where, and by which provider; once that has been done, how it stands in this process.
+        """What is replaced, where, and by which provider; after ``apply()`` the state in this process.
 
         CUDA is not started.
 
@@ -311,7 +311,7 @@ class Engine:
 
 
 def keeps_library(engine: str, target: Target, where: Device, served: Served | None) -> Verdict | None:
-    """A rule that engines share: the reference does not stand for a native library that is made for this GPU."""
+    """A rule that engines share: the reference does not replace a native library that is made for this GPU."""
     major = where.capability.major if where.capability is not None else 0
     if served is None or served.candidate is None or served.by_user or major not in (9, 10, 12):
         return None
@@ -431,7 +431,7 @@ class HookedEngine(Engine):
         return others
 
     def undo(self) -> list[str]:
-        """Take back ``apply()`` in this process, as far as what stands there is still ours.
+        """Take back ``apply()`` in this process, where ours is still in place.
 
         Returns:
             The names that other code has replaced since; they are left alone.
@@ -467,7 +467,7 @@ class HookedEngine(Engine):
             follow(self.rows)
 
     def replace(self, row: Row, module: ModuleType) -> None:
-        """Put ``Target.ours`` where the target stands, unless it does not take what is there."""
+        """Replace the target by ``Target.ours``, unless that does not take what is there."""
         original = patching.standing(module, row.target.attribute)
         if (verdict := self.look(row.target, original)) is not None and verdict.reason is not None:
             row.refuse(verdict.reason, state=verdict.state)
@@ -491,7 +491,7 @@ class HookedEngine(Engine):
         native: Callable[..., Any] | None,
         find: Callable[[], Callable[..., Any] | None] | None = None,
     ) -> None:
-        """Put ours where a target stands, counted. ``native`` gets the calls that no op stands for; ``find`` looks for
+        """Replace a target by ours, counted. ``native`` gets the calls that no op covers; ``find`` looks for
         it at such a call."""
         find = find or (lambda: native)
         self.patches.replace(module, row.target.attribute, self._counted(row, ours, native, find))
@@ -524,7 +524,7 @@ class HookedEngine(Engine):
         native: Callable[..., Any] | None,
         find: Callable[[], Callable[..., Any] | None],
     ) -> Callable[..., Any]:
-        """Ours, counted; and the engine's own for a call that no op stands for, counted too."""
+        """Ours, counted; and the engine's own for a call that no op covers, counted too."""
 
         def pass_on() -> Callable[..., Any] | None:
             if (found := find()) is not None:

@@ -84,7 +84,7 @@ class Target:
 
 @dataclass
 class Row:
-    """One target and how it stands in this process.
+    """One target and its state in this process.
 
     Attributes:
         target: What is replaced.
@@ -111,7 +111,7 @@ class Row:
 
 @dataclass
 class Patches:
-    """Attributes that have been replaced in this process, each with what stood there."""
+    """Attributes that have been replaced in this process, each with the original."""
 
     done: list[tuple[ModuleType, str, Any, Any]] = field(default_factory=list)
 
@@ -121,7 +121,7 @@ class Patches:
         setattr(holder, name, replacement)
 
     def put_back(self, module: ModuleType, attribute: str) -> bool:
-        """Put back what stood there; False if other code has replaced it since; it is then left alone."""
+        """Put back the original; False if other code has replaced it since: then nothing changes."""
         last = len(self.done) - 1
         index = next(last - i for i, done in enumerate(reversed(self.done)) if done[:2] == (module, attribute))
         _, _, original, replacement = self.done.pop(index)
@@ -144,7 +144,7 @@ def held(module: ModuleType, attribute: str) -> tuple[Any, str]:
 
 
 def standing(module: ModuleType, attribute: str) -> Any:
-    """What stands there; of a method the function, as its class holds it.
+    """The present value; of a method the function, as its class holds it.
 
     Raises:
         AttributeError: nothing does. A method that is only inherited stands in another class.
@@ -230,7 +230,7 @@ def misfit(target: Target) -> Reason | None:
 
 
 def takes(function: Callable[..., Any], ours: Callable[..., Any]) -> Reason | None:
-    """Why ours cannot stand for a function: a parameter that it does not know; None where it can."""
+    """Why ours cannot replace a function: a parameter that ours does not have; None where it can."""
     try:
         theirs = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -84,7 +84,7 @@ class Chain:
 
     def bind(self, candidate: Candidate) -> Candidate:
         """Import a candidate, once. It comes back with reasons where that fails."""
-        key = id(candidate.implementation)  # they live as long as the resolution
+        key = id(candidate.implementation)  # valid as long as the resolution
         if key in self.by_implementation:
             return candidate
         with lock:
@@ -205,7 +205,7 @@ def ask(
 
 
 def keep(kept: dict[Any, Bound], key: Hashable, bound: Bound) -> None:
-    if len(kept) >= 256:  # far more than a contract knows at a time; but those that it forgot stay here
+    if len(kept) >= 256:  # far more than a contract keeps at a time; those that it dropped are still here
         kept.clear()
     kept[key] = bound
 

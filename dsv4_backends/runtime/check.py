@@ -1,4 +1,4 @@
-"""What serving a model will ask for on one rank, and who answers.
+"""The ops that serving a model needs on one rank, and their providers.
 
 No weights and no GPU are needed: the shapes follow from the model's ``config.json``, and a provider that looks at
 shapes is asked with tensors that have no storage.

@@ -57,7 +57,7 @@ print(json.dumps(ask()))
 
 @dataclass(frozen=True)
 class Device:
-    """One place where tensors live.
+    """A device that tensors are on.
 
     Attributes:
         type: ``"cuda"`` or ``"cpu"``; another one, such as ``"hip"``, is served by no provider.

@@ -125,7 +125,7 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         order=names("ORDER"),
         allow=frozenset(names("ALLOW")) or None,
         deny=frozenset(names("DENY")),
-        pins=_pins(sorted(pairs, key=lambda pair: pair[0] != "*")),  # a named op's own pin counts, wherever it stands
+        pins=_pins(sorted(pairs, key=lambda pair: pair[0] != "*")),  # the pin of a named op counts, in any order
         experimental=switch("EXPERIMENTAL", environ),
         measured=switch("MEASURED", environ, default=True),
         strict=switch("STRICT", environ),

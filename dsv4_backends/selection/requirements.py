@@ -55,7 +55,7 @@ def _owner_version(module: str) -> str | None:
 
 
 def release(text: str) -> Version | None:
-    """A version as far as it can be compared: what it begins with, where PEP 440 does not know it whole."""
+    """A version as far as it can be compared: its beginning, where PEP 440 cannot read the whole."""
     try:
         return Version(text)
     except InvalidVersion:

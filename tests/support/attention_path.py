@@ -1,4 +1,4 @@
-"""What the ops between attention and its neighbours promise each other, for every provider that a test can run."""
+"""What the ops around attention expect of each other's results, for every provider that a test can run."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def install(folder: Path) -> None:
 
 
 kept: list[Any] = []
-"""A library lives as long as its object."""
+"""A library is loaded as long as its object exists."""
 
 
 def plugin() -> str:

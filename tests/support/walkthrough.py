@@ -18,7 +18,7 @@ PROGRAMS = {"dsv4-backends": ("-m", "dsv4_backends"), "pytest": ("-m", "pytest",
 
 
 class Block(NamedTuple):
-    """A block of a page, with the comment that stands before it: ``<!-- kind: name -->``."""
+    """A block of a page, with the comment before it: ``<!-- kind: name -->``."""
 
     kind: str
     name: str

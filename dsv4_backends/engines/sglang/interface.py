@@ -1,4 +1,4 @@
-"""SGLang's module around FlashMLA: ours in the place of its functions, and these for what no op stands for."""
+"""SGLang's module around FlashMLA: ours in the place of its functions, and these for what no op covers."""
 
 from __future__ import annotations
 

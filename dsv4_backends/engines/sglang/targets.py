@@ -1,4 +1,4 @@
-"""What is replaced in SGLang: each name, what it is to SGLang, the op behind it, and what stands there instead.
+"""What is replaced in SGLang: each name, its role in SGLang, its op, and what replaces it.
 
 Most of SGLang's V4 code imports ``deep_gemm`` inside the functions that call it: ours goes in front of that library
 (``Target.within``). FlashMLA is called through one module of SGLang's, whose functions are replaced.

@@ -21,7 +21,7 @@ Own = Callable[..., Any]
 
 
 def _require(function: str, argument: str, expected: object, got: object) -> None:
-    """No op stands for anything else."""
+    """No op covers anything else."""
     if got != expected:
         raise UnsupportedError(f"{function}: argument {argument}: expected {expected}, got {got}")
 

@@ -1,4 +1,4 @@
-"""What is replaced in vLLM: each name, what it is to vLLM, the op behind it, and what stands there instead."""
+"""What is replaced in vLLM: each name, its role in vLLM, its op, and what replaces it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsv4_backends.testing import oracle
 
 GARBAGE = 12345.0
-"""What stands where a kernel writes nothing."""
+"""The content of elements that a kernel does not write."""
 NUM_SMS = 132
 HEADERS_25 = (
     "sm90_fp8_mqa_logits.cuh",
