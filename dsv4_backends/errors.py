@@ -14,7 +14,7 @@ class ContractError(DSV4Error, ValueError):
 
 
 class UnsupportedError(ContractError):
-    """A native library's function was asked for something that no op means; names the function and the argument."""
+    """A call of a native library's function that no op covers; names the function and the argument."""
 
 
 class PolicyError(DSV4Error, ValueError):
@@ -22,8 +22,8 @@ class PolicyError(DSV4Error, ValueError):
 
 
 class PluginError(DSV4Error, RuntimeError):
-    """A plugin is broken and ``DSV4_BACKENDS_STRICT=1`` asked for that to be an error, or nothing can stand in for what
-    it was asked: its ``warmup`` or ``workspace`` did not return a number."""
+    """A plugin is broken and ``DSV4_BACKENDS_STRICT=1`` makes that an error; or the ``warmup`` or ``workspace`` of a
+    provider did not return a number."""
 
 
 class CacheError(DSV4Error, RuntimeError):

@@ -1,7 +1,8 @@
 """The locks of this package, in the order in which they may be taken, and what ``fork()`` does with them.
 
-A process may fork while another thread holds one. The child has no such thread, so it is never released; and what the
-lock guards, an import among it, would stay half done. So a fork waits for them, and the child gets them free.
+A process may fork while another thread holds a lock. The child does not have that thread, so the lock would never be
+released there, and what it guards, such as an import, would stay half done. So a fork waits for all locks, and they are
+free in the child.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import os
 import threading
 
 bindings = threading.RLock()
-"""Who is bound: plugins, probes and the import of implementations."""
+"""Held while plugins are loaded, probes run, and implementations are imported."""
 natives = threading.RLock()
-"""The libraries behind what ``compat.install`` put in front of them."""
+"""Held while the library behind a module of ``compat.install`` is imported."""
 imports = threading.RLock()
-"""Who waits for the import of a module."""
+"""Guards the list of modules whose import the hook waits for."""
 
 _ORDER = (bindings, natives, imports)
 _WAIT = 30.0
-"""Seconds: the import of a library ends within them. After it the fork goes on, as it would without these lines."""
+"""Seconds for each lock: longer than the import of a library takes. Afterwards the fork goes on without the lock."""
 _forking = threading.local()
 
 

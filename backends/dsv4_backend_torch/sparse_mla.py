@@ -66,7 +66,7 @@ def sparse_mla_prefill(
     valid = (indices >= 0) & (indices < s_kv)
     if topk_length is not None:
         valid &= torch.arange(topk, device=q.device) < topk_length.unsqueeze(-1)
-    if s_kv == 0:  # no keys: every entry is invalid, and any row can stand for it
+    if s_kv == 0:  # no keys: every entry is invalid, and any row can be in its place
         kv = kv.new_zeros(1, HEAD_DIM)
     for rows in row_chunks(s_q, 4 * max(topk, h_q) * HEAD_DIM):
         here = valid[rows]

@@ -21,11 +21,11 @@ def tune(results: Sequence[Result]) -> Table:
     """The table for the architecture on which all ``results`` were measured.
 
     For each class of shapes and each measured load, the provider that loses least is preferred over the one that comes
-    first without measurements: rows of one load differ in values, lengths for one, which a choice never looks at. Of a
-    row, a provider loses the ratio of its time to the best one; over the rows, the most counts. It is preferred if the
-    other loses at least 3% more, and is slower at both quartiles on the row where that loses most: the providers take
-    turns, so a clock that changes on the way moves the times of all of them, and their quartiles may overlap.
-    Between two measured loads the nearer one decides, by their ratio; the outermost ones decide for all beyond.
+    first without measurements. The loss of a provider on a row is the ratio of its time to the best time; over the rows
+    of one load, which differ in values such as lengths, the largest loss counts. A provider is preferred if the other
+    loses at least 3% more, and is slower at both quartiles on the row of its largest loss. The quartiles may overlap:
+    the providers' replays alternate, so a change of the clock changes the times of all. Between two measured loads the
+    nearer one decides, by their ratio; the outermost ones decide for all beyond.
 
     Raises:
         PolicyError: nothing was measured on a GPU, or on several architectures, or on one in place of another.
@@ -89,7 +89,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Decision:
-    """Who goes first at one load, or over a range of loads; the least and the largest ratio of the times."""
+    """The preferred provider at one load, or over a range of loads; the least and the largest ratio of the times."""
 
     prefer: str
     over: str
@@ -99,7 +99,7 @@ class _Decision:
 
 
 def _decide(rows: Sequence[_Found]) -> _Decision | None:
-    """Who loses least over the rows of one load, or None where the tiers' order stays."""
+    """The provider that loses least over the rows of one load, or None if the order of the tiers stays."""
     ordered = [[name for name in found.order if name in found.row.timed] for found in rows]
     if not all(ordered) or len({names[0] for names in ordered}) > 1:
         return None

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the doctor looked at."""
+    """One thing that ``doctor`` checked."""
 
     check: str
     ok: bool
@@ -63,7 +63,7 @@ def _torch_findings(machine: Machine) -> list[Finding]:
 
 
 def _provider_findings(surveyed: Survey, torch_imports: bool) -> list[Finding]:
-    """Who serves, after asking every provider what a call would: does it import, with the contract's signature."""
+    """The provider that serves, after the tests of a first call: its import, and its signature."""
     found = []
     for device, resolutions in surveyed.resolutions:
         for resolution in resolutions:

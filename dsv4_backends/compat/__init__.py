@@ -4,9 +4,9 @@
 of every release line and the results that the callers of that line expect. ``install()`` puts them behind ``import
 deep_gemm`` and ``import flash_mla``. Importing this package imports neither torch nor a library.
 
-Engines import other names beside these. A name that an engine imports without asking whether it is there exists
-(``IMPORTED``), and calling it raises ``UnsupportedError`` where no library serves it. A name that engines look for with
-``hasattr`` does not exist without a library, so that they take their own way without it.
+Engines import other names too. A name that an engine imports without a test exists (``IMPORTED``); calling it raises
+``UnsupportedError`` if no library has it. A name that engines look for with ``hasattr`` does not exist without a
+library, so that they use their own functions.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def loaded(name: str) -> ModuleType | None:
 def or_native(
     function: Callable[..., Any], find: Callable[[], Callable[..., Any] | None], library: str
 ) -> Callable[..., Any]:
-    """``function``, and where it raises ``UnsupportedError``, the library's own function instead.
+    """``function``; if it raises ``UnsupportedError``, the library's own function.
 
     Args:
         function: One of ours. It raises ``UnsupportedError`` before it has done anything.
@@ -190,7 +190,7 @@ class _Front(ModuleType):
 
 
 def _unserved(name: str, why: str) -> Callable[..., Any]:
-    """What an engine gets that imports a name which no op and no library serves."""
+    """The function that an engine gets if it imports a name that no op covers and no library has."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(f"{name}: no op of dsv4_backends covers it, and {why}")

@@ -38,7 +38,7 @@ FORMATS = {
 
 @dataclasses.dataclass
 class FlashMLASchedMeta:
-    """The object that a caller makes once and hands to every decode call of the same shapes.
+    """The object that a caller makes once and passes to every decode call of the same shapes.
 
     Providers plan for themselves. The object keeps the shapes of its first call, and a call with others is an
     error, as it is in the library.

@@ -1,4 +1,4 @@
-"""What can be done before serving: compile, and ask how much memory a call takes. Nothing is launched."""
+"""What can be done before serving: compile kernels, and find how much memory a call takes. Nothing is launched."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def workspace_bytes(op: str, device: torch.device | str, **arguments: Any) -> in
 
 
 def _number(target: str, what: str, *args: Any) -> int:
-    """What a provider's function answers.
+    """The number that a provider's function returns.
 
     Raises:
         PluginError: it is no number.

@@ -77,10 +77,10 @@ class Chain:
             raise self.failure("no provider can serve", served.resolution)
         bound = self.bound_of(served)
         self.general = served, bound
-        """Who serves unless the shapes of a call or a refusal change it."""
+        """The provider that serves unless the shapes of a call or a refusal change it."""
         by_shape = served.by == "measured" or bool(served.unless)
         self.always = None if by_shape or bound.refuses is not None else bound
-        """Who serves whatever the shapes are, or None."""
+        """The provider that serves all shapes, or None."""
 
     def bind(self, candidate: Candidate) -> Candidate:
         """Import a candidate, once. It comes back with reasons where that fails."""
@@ -113,15 +113,15 @@ class Chain:
         return self.by_implementation[id(served.candidate.implementation)]
 
     def by_shapes(self, shapes: tuple[torch.Size, torch.Size]) -> tuple[Served, Bound]:
-        """Who is asked first for these shapes. A pure function of them."""
+        """The provider that is tried first for these shapes. A pure function of them."""
         served = self.resolution.serves(shapes, self.bind)
-        if len(self.by_shape) >= 4096:  # more than a server meets in a day; but memory has a bound
+        if len(self.by_shape) >= 4096:  # more shapes than a server has in a day; this bounds the memory
             self.by_shape.clear()
         self.by_shape[shapes] = served, self.bound_of(served)
         return self.by_shape[shapes]
 
     def warn_once(self, provider: str, reason: Reason) -> None:
-        """Once for each provider and reason: a better candidate does not serve, and why."""
+        """Log that a better candidate does not serve, and why; once for each provider and reason."""
         if (provider, reason.code) not in self.warned:
             self.warned.add((provider, reason.code))
             _log.warning("%s: %s: %s [%s]", self.contract.name, provider, reason, reason.code)
@@ -401,7 +401,7 @@ def implementation(op: str, device: torch.device | str) -> tuple[str, Callable[.
 
 
 def serving(op: str, device: torch.device, arguments: dict[str, Any]) -> Bound:
-    """Whom a call with these arguments (tensors perhaps on the meta device) would reach on ``device``."""
+    """The provider that a call with these arguments (tensors may be on the meta device) would reach on ``device``."""
     contract = CONTRACTS[policy.known_op(op)]
     chain = current().bind(contract, device)
     return chain.always or chain.first((), arguments)

@@ -28,7 +28,7 @@ STEP_TOKENS = 8192
 
 
 def needs(rank: Rank, limits: Limits, device: Device) -> tuple[Need, ...]:
-    """Every op, in the largest shapes, that serving asks for on one rank.
+    """The largest calls of every op that serving makes on one rank.
 
     Args:
         rank: The model and its tensor parallelism.
@@ -51,7 +51,7 @@ class Check:
         limits: How far the server goes.
         machine, device: Where.
         served: Each need with the choice for its shapes; without candidates where the contract refuses the call.
-        broken: The needs that the contract refuses, in its words.
+        broken: The needs that the contract refuses, with its errors.
         unsupported: Fields of the configuration that the ops are not defined for.
         notes: What was not looked at, and what is assumed.
         memory: What serving takes of a rank's memory; None where the model cannot be served at all.
@@ -182,7 +182,7 @@ def _require_int(name: str, value: object, what: str = "an int", most: int | Non
 
 
 def _assumed(rank: Rank, limits: Limits) -> list[str]:
-    """What a reader would not see in the table."""
+    """Facts that the table does not show."""
     model, notes = rank.model, []
     if rank.replicas > 1:
         heads = f"{rank.heads} head{'s' * (rank.heads != 1)}"

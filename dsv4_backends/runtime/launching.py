@@ -1,5 +1,5 @@
-"""For authors of providers: kernels go to the device of their tensors, start in few microseconds of host time, and a
-compiler's cache that fails is named.
+"""For authors of providers: launches on the device of the tensors, short launches of small Triton kernels, and errors
+of Triton's cache on disk.
 
 A launch, of a kernel or inside a library, goes to the current device and to its current stream. The tensors of a call
 may be on another one: engines and ``device_map`` keep several GPUs in one process.
@@ -84,7 +84,7 @@ def launch(
     aligned: bool = True,
     early: bool = False,
 ) -> None:
-    """Launch a Triton kernel without Triton's own look at every argument, which can take longer than the kernel.
+    """Launch a Triton kernel without Triton's inspection of every argument, which can take longer than the kernel.
 
     The compiled kernel is kept by ``kernel``, ``device``, ``flags`` and ``aligned`` alone. The kernel must therefore be
     compiled alike for all other arguments: with ``do_not_specialize`` and ``do_not_specialize_on_alignment``, and with

@@ -1,1 +1,1 @@
-"""Who can serve an op on this machine, and who does: capability, machine, policy, plugins, libraries, the choice."""
+"""Which providers can serve an op on this machine, and which one does."""

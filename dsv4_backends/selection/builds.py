@@ -1,9 +1,9 @@
 """What is installed of the libraries that providers adapt: their probes run, here or in a child process.
 
 A probe without ``load`` reads metadata and files, so it runs in this process whenever a choice is made. With ``load``
-it imports the library, which can crash, print, take seconds or create a CUDA context. So that happens in this process
-only when a call is about to use the library, and in a child for the commands that print it; and in neither
-case while anything cheaper excludes the provider.
+it imports the library, which can crash, print, take seconds or create a CUDA context. So this process does that only
+when a call is about to use the library; commands do it in a child process. Neither does it if metadata, files or the
+claims already exclude the provider.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def load_apart(provider: ProviderSpec) -> Builds:
 
 
 def notices(implementation: Implementation) -> tuple[Reason, ...]:
-    """What an implementation that can serve says of itself here, see ``Implementation.notices``."""
+    """The notices of an implementation that can serve, see ``Implementation.notices``."""
     target = implementation.notices
     if target is None:
         return ()
@@ -94,7 +94,7 @@ def notices(implementation: Implementation) -> tuple[Reason, ...]:
 
 
 def forget() -> None:
-    """The next question looks again."""
+    """Forget all results: the next call probes again."""
     _probe.cache_clear()
     _ask_child.cache_clear()
 

@@ -1,4 +1,4 @@
-"""The pluggy hook through which providers come in (entry-point group ``dsv4_backends``)."""
+"""The pluggy hook that returns a plugin's providers (entry-point group ``dsv4_backends``)."""
 
 from __future__ import annotations
 

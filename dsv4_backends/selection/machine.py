@@ -1,8 +1,7 @@
 """What this machine is: its devices and its installed distributions; probed, or simulated.
 
-The probe never creates a CUDA context in the calling process (that would break processes that fork later): a child
-process asks the driver. It asks ``libcuda`` rather than ``nvidia-smi`` so that ``CUDA_VISIBLE_DEVICES`` and the
-device order mean what they mean to PyTorch.
+The probe runs in a child process, so that the calling process gets no CUDA context and can fork later. It uses
+``libcuda`` rather than ``nvidia-smi``, so that ``CUDA_VISIBLE_DEVICES`` and the order of the devices are as in PyTorch.
 """
 
 from __future__ import annotations
@@ -117,8 +116,8 @@ class Machine:
     Attributes:
         gpus: CUDA devices in PyTorch's order.
         installed: Distribution name to version.
-        note: What the probe met, e.g. the driver's own words; empty when all was well.
-        simulated: True where the devices were named by the user.
+        note: A problem of the probe, e.g. the driver's message; empty if there was none.
+        simulated: Whether the user named the devices.
     """
 
     gpus: tuple[Device, ...] = ()

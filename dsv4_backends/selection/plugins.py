@@ -24,9 +24,9 @@ GROUP = "dsv4_backends"
 IN_TREE = "dsv4-backends"
 """Our own distribution: its providers take their names first."""
 _MOST = 256
-"""Items that a hook may give: a generator may have no end."""
+"""The most items that are read from a hook, which may be an endless generator."""
 _HEADER = re.compile(rb"^[ \t]*\[[ \t]*" + GROUP.encode() + rb"[ \t]*(\]?)[ \t\r]*$", re.MULTILINE)
-"""The line of ``entry_points.txt`` that ours follow, closed or not."""
+"""The header of our group in ``entry_points.txt``, with or without its closing bracket."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def load(deny: frozenset[str] = frozenset(), strict: bool = False) -> Plugins:
 
 
 def forget() -> None:
-    """The next question loads again."""
+    """Forget all plugins: the next call loads them again."""
     _load.cache_clear()
 
 
@@ -142,7 +142,7 @@ def _entry_points() -> tuple[list[Plugin], list[EntryPoint]]:
                     raise ValueError(f"the header [{GROUP} has no closing bracket")
                 points += ours
             except Exception as error:
-                # What raised over the text of one has the bytes; those of other groups do not matter here.
+                # A decoding error has the bytes of the file. Files without our group do not matter here.
                 raw = error.object if isinstance(error, UnicodeDecodeError) else _raw(distribution)
                 if _HEADER.search(raw):
                     message = f"entry_points.txt cannot be read: {words(error)}"

@@ -1,4 +1,4 @@
-"""What the user asked for: environment variables and the ``use_providers`` context manager."""
+"""The user's settings: environment variables and the ``use_providers`` context manager."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user asked for, all optional.
+    """The user's settings, all optional.
 
     Attributes:
         order: Providers preferred in this order before all others.
@@ -285,7 +285,7 @@ def names(argument: str, given: Iterable[str]) -> tuple[str, ...]:
 
 
 def _unknown(kind: str, name: object, known: Collection[str], common: int = 0) -> str:
-    """In words, with the nearest known name; ``common`` characters that all begin with make nothing near."""
+    """An error's text, with the nearest known name. The first ``common`` characters, which all share, do not count."""
     near: list[str] = []
     if isinstance(name, str):
         near = difflib.get_close_matches(name[common:], [text[common:] for text in known], n=1, cutoff=0.7)

@@ -39,7 +39,7 @@ class Preference:
         prefer, over: Providers: the faster one, and the one that the tiers alone would put first.
         ratio: The least ratio of the times that was measured in this range.
         source: Where and when that was.
-        most: The largest of them, where the least is no gain: how much is won depends on values, lengths for one.
+        most: The largest ratio, if the least one is no gain: the ratio then depends on values, such as lengths.
     """
 
     op: str
@@ -171,11 +171,11 @@ def general(found: Sequence[Preference]) -> str:
 
 
 def elsewhere(found: Sequence[Preference], prefer: str) -> Iterator[tuple[str, str, bool]]:
-    """Who serves where, apart from the provider that serves in general: provider, shapes in words, whether measured.
+    """Where another provider serves than in general: the provider, the shapes in words, whether it was measured.
 
     Args:
         found: The preferences of one op, all over the same provider.
-        prefer: Who serves in general; empty: that provider.
+        prefer: The provider that serves in general; empty: the one that the preferences prefer.
     """
     load, over = CLASSES[found[0].op].load, found[0].over
     by_provider: dict[str, list[tuple[str, str]]] = {}

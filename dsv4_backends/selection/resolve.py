@@ -1,7 +1,7 @@
 """Choose a provider: a pure function of the op, the device, the packages, the providers and the policy.
 
-Nothing is imported here and nothing is probed, so every machine can be tested on any other. The result keeps every
-candidate with its verdict: what is printed, what is bound and what an error says are the same objects.
+Nothing is imported here and nothing is probed, so the choice for every machine can be tested on any other. The result
+keeps every candidate with its reasons. What is printed, what is bound and what an error has are the same objects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .requirements import unmet
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation and the verdict on it. No reasons means that it can serve."""
+    """One implementation and the reasons against it. Without reasons it can serve."""
 
     provider: ProviderSpec
     implementation: Implementation
@@ -61,7 +61,7 @@ class Unless:
 
 @dataclass(frozen=True)
 class Served:
-    """Who serves an op: in general, or a call of given shapes.
+    """The provider that serves an op: in general, or for a call of given shapes.
 
     Attributes:
         resolution: The choice, its candidates in the order in which a call asks them, with what they answered.
@@ -160,7 +160,7 @@ class Resolution:
 
     @property
     def selected(self) -> Candidate | None:
-        """Who serves in general; ``serves`` says it for given shapes."""
+        """The candidate that serves in general; ``serves`` returns it for given shapes."""
         return self.serves().candidate
 
     @property
@@ -171,7 +171,7 @@ class Resolution:
     def serves(
         self, shapes: tuple[Shape, Shape] | None = None, ask: Callable[[Candidate], Candidate] | None = None
     ) -> Served:
-        """Who serves. Nothing else answers that: not a call, not a command, not an engine.
+        """The provider that serves. Calls, commands and engines all use this function, and nothing else, to find it.
 
         Args:
             shapes: Those of the two tensors of a call that ``preferences.CLASSES`` names. None: in general, which is
@@ -195,7 +195,7 @@ class Resolution:
         unless: tuple[Unless, ...] = ()
         if shapes is None and holding:
             unless = tuple(Unless(*found) for found in measured.elsewhere(holding, prefer))
-        # The order is decided: to ask the result again may not decide it again.
+        # The result must not apply measurements a second time.
         resolution = replace(self, candidates=tuple(candidates), measured=())
         served = Served(resolution, "measured" if prefer else self.origin_of(first), unless)
         return served if ask is None else served.asked(ask)

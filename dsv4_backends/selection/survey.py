@@ -1,4 +1,4 @@
-"""Who serves what on each kind of device of a machine: the choice for every op, made once for all commands."""
+"""The provider of every op on each kind of device of a machine, chosen once for all commands."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ TOLERANCES = {
         rtol=2**-3,
         atol_rms=1e-3,
         calc_diff=1e-4,
-        why="fp32 sums differ from exact ones by 2^-20 or so, which turns a rounding to bf16 or e4m3 now and then: a "
-        "value is then one code off, 2^-3 of it, or 2^-9 of its block's scale below e4m3's normal range. How rare that "
-        "has to be is the bound on calc_diff, which one such value in 512 keeps and one in 8 does not. What is not "
-        "written is compared exactly, as any change of it is larger.",
+        why="fp32 sums differ from exact ones by about 2^-20, which sometimes changes a rounding to bf16 or e4m3: the "
+        "value is then one code off, 2^-3 of it, or 2^-9 of its block's scale below e4m3's normal range. calc_diff "
+        "bounds how often: one such value in 512 passes, one in 8 fails. Any change of an entry that is not written "
+        "is larger, so these are compared exactly.",
     )
 }
 

@@ -138,12 +138,12 @@ def indexer_compress_insert(
 
 def _args(dim: int, entry: int) -> Args:
     return {
-        "positions": tensor("int64 int32", "t", "of each token in its request", layout="vector"),
+        "positions": tensor("int64 int32", "t", "position of each token in its request", layout="vector"),
         "requests": tensor("int32", "t", "rows of block_table", layout="vector"),
-        "slots": tensor("int64 int32", "t", "of the cache; outside of it nothing is written", layout="vector"),
+        "slots": tensor("int64 int32", "t", "slots of the cache; outside of it nothing is written", layout="vector"),
         "state": tensor("float32", "state_pages, state_page_size, width", "kv, then scores", layout="page"),
         "block_table": tensor("int32", "r, blocks", "pages of the state"),
-        "norm_weight": tensor("bfloat16 float32", f"{dim}", "of the norm", layout="vector"),
+        "norm_weight": tensor("bfloat16 float32", f"{dim}", "weight of the norm", layout="vector"),
         "eps": ScalarArg("float", about="added to the mean square"),
         "cos_sin": tensor("float32", "max_positions, 64", "32 cosines, then 32 sines"),
         "ratio": ScalarArg("int", 1, about="tokens of a window"),

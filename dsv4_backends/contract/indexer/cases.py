@@ -40,10 +40,9 @@ Q_TOLERANCES = {
         rtol=2**-3,
         atol=2**-9,
         calc_diff=1e-6,
-        why="one code: a rotation in fp32 may round to the bf16 beside, for one element in 2^14, and one in 16 of "
-        "those lies on the other side of the middle between two codes. calc_diff holds that to few: other rounding "
-        "than to the nearest has 1e-3. The transform would make all elements of a head of one such; its cases have "
-        "rotations by right angles.",
+        why="one code: the rotation in fp32 gives a neighbouring bf16 for one element in 2^14, of which one in 16 "
+        "rounds to a neighbouring code. calc_diff bounds how often: rounding other than to the nearest has 1e-3. With "
+        "the transform one such element would change its whole head, so its cases rotate by right angles, exactly.",
     ),
     "weights_out": Tolerance(rtol=2**-22, why="two products in fp32; the scale is a power of two."),
 }

@@ -205,8 +205,8 @@ INVERSE_QUANT_TOLERANCES = {
         rtol=2**-3,
         atol=2**-9,
         calc_diff=1e-6,
-        why="one code: a rotation in fp32 may lie on the other side of the middle between two codes, for one element "
-        "in 2^20. calc_diff holds that to few: other rounding than to the nearest has 1e-3.",
+        why="one code: the rotation in fp32 rounds one element in 2^20 to a neighbouring code. calc_diff bounds how "
+        "often: rounding other than to the nearest has 1e-3.",
     ),
     "x_scale": Tolerance(why="powers of two, exact."),
 }
