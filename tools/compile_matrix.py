@@ -1,8 +1,7 @@
 """Cross-compile the Triton provider's kernels for every architecture, without a GPU.
 
-What is compiled is what dispatch asks for when Flash and Pro are served on 1 to 8 ranks: the launches are recorded from
-the ops' own functions. Each becomes a cubin; its shared memory must fit the architecture and its stack must not exceed
-32 bytes a thread.
+The launches are those of serving Flash and Pro on 1 to 8 ranks, recorded from the ops' own functions. Each becomes a
+cubin. Its shared memory must fit the architecture and its stack must not exceed 32 bytes a thread.
 
 Usage: python tools/compile_matrix.py [--capability 8.0 ...] [--op OP ...] [--every N [--start I]] [--print] [--kept]
                                       [--json FILE]
@@ -50,7 +49,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class NoGpu:
-    """As much of a driver as compiling asks for: the target, and a device index of its own for each target."""
+    """The part of a driver that compiling needs: the target, and a device index of its own for each target."""
 
     def __init__(self, cc: int) -> None:
         self.cc = cc
@@ -156,7 +155,7 @@ def compile_share(capability: str, first: int, every: int, ops: tuple[str, ...])
 
 
 def matrix(found: dict[str, dict[str, Cell]], origin: Mapping[str, Any]) -> Matrix:
-    """What is kept of the kernels found: the totals, and each with stack or an error."""
+    """The kept part of the kernels found: the totals, and each kernel with stack or an error."""
     of: dict[str, list[Cell]] = {}
     for cells in found.values():
         for capability, cell in cells.items():

@@ -1,4 +1,4 @@
-"""Run a provider's suite on a GPU and keep what came of every test.
+"""Run a provider's conformance suite on a GPU and write the results.
 
 Usage: python tools/conformance.py [--level full] [--jobs 8] [--only PROVIDER] [--op OP] [--torch-device DEVICE]
        [--json FILE]

@@ -1,7 +1,7 @@
-"""Take the device code of other architectures out of a linked library; what is left compresses well.
+"""Remove the device code of other architectures from a linked library; the rest compresses well.
 
-Works on the containers in ``.nv_fatbin``. Each stays at its address, which the program hands to the driver: the kept
-entries move to its front, its size shrinks, and the bytes behind become zeros, so that the ELF's size and offsets stay.
+Works on the containers in ``.nv_fatbin``. Each stays at its address, which the program passes to the driver: the kept
+entries move to its front, its size shrinks, and the bytes after them become zeros: the ELF keeps its size and offsets.
 PTX is kept only where a container has no code for the kept architecture. A container with neither gets the file's
 smallest entry of another architecture, so that the driver answers "no kernel image" as before.
 Usage: python tools/cut_device_code.py IN.so OUT.so --keep 90

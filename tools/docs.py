@@ -66,7 +66,7 @@ SERVED_ONCE = "h200-served-once.json"
 FIRST_FALLBACK = {1: 52, 4: 166, 8: 277, 16: 400, 32: 538}
 """Published output tokens a second of vLLM's first Triton fallback (PR #40929), by requests at a time."""
 BAR = 1.5
-"""Times vLLM's own noise that a run may be from native's."""
+"""The largest distance of a run from native's, as a multiple of vLLM's own noise."""
 FLASH_ON = (
     ("8x A100", "8.0", 8, 80, 0.92, 131072),
     ("8x 3090", "8.6", 8, 24, 0.95, 32768),
@@ -241,7 +241,7 @@ def _argument(contract: OpContract, name: str) -> tuple[str, str, str, str]:
     arg = contract.args[name]
     parameter = contract.signature.parameters[name]
     described = dict(entries(sections(contract.function.__doc__ or "")["Args"]))[name]
-    # The form stands in its own column, so a text that begins with it is cut.
+    # The form has its own column, so it is cut from the beginning of a text.
     shapes = r"(?:`\[[^`]*\]`(?:,? or )?)+"
     end = r"(?:,? to write [\w ]*to[;.] ?|[;,.] ?)"
     described = re.sub(rf"^(?:\w+(?:, \w+)*(?: or \w+)? {shapes}(?:, or )?)+{end}", "", described).rstrip(".")
@@ -495,7 +495,7 @@ def _all_kept(cls: type[T], before: str, after: str = "") -> list[tuple[str, T]]
 
 
 def _measured_on(result: Measured) -> str:
-    """What a result file says of where, when and how it was made."""
+    """Where, when and how a result file was made."""
     host = result.machine
     packages = ", ".join(f"{name} {version}" for name, version in host.packages.items())
     return (
@@ -662,7 +662,7 @@ def native_builds() -> str:
 
 
 def native_listings() -> str:
-    """What ``list`` says where each release line is installed: the machines are those that the suite ran on."""
+    """The output of ``list`` with each release line installed, on the machines that the suite ran on."""
     shown = []
     for line, made in _all_kept(kept.Conformance, "native-conformance-"):
         if "--torch-device" in made.command:  # the builds of another line, once more
@@ -707,7 +707,7 @@ def _choices(
 
 
 def _conformance(which: str) -> str:
-    """What the conformance suite said, as kept: a row for each file."""
+    """The kept results of the conformance suite: a row for each file."""
     rows, header = [], ""
     for _, result in _all_kept(kept.Conformance, which):
         header = header or f"{_measured_on(result)}\n\n"
@@ -726,12 +726,12 @@ def _conformance(which: str) -> str:
 
 
 def native_conformance() -> str:
-    """What the conformance suite said of each release line."""
+    """The results of the conformance suite for each release line."""
     return _conformance("native-conformance-")
 
 
 def triton_conformance() -> str:
-    """What it said of the Triton provider: with its kernels for the GPU, and with those of other architectures."""
+    """Those of the Triton provider: with its kernels for the GPU, and with those of other architectures."""
     return _conformance("triton-conformance-")
 
 
@@ -754,7 +754,7 @@ def native_overhead() -> str:
 
 
 def vllm_runs() -> str:
-    """What the tests over the real vLLM said on a GPU, as kept: a row for each choice of providers."""
+    """The kept results of the tests over the real vLLM on a GPU: a row for each choice of providers."""
     parts = []
     for _, result in _all_kept(kept.VllmRuns, "engine-vllm"):
         rows = []
@@ -851,7 +851,7 @@ def served_speed() -> str:
 
 
 def served_once() -> str:
-    """What was tried once: speculative decoding, and a long prompt."""
+    """What ran once: speculative decoding, and a long prompt."""
     result = _served(SERVED_ONCE, kept.ServedOnce)
     if result is None:
         return "Not measured."

@@ -1,9 +1,10 @@
-"""Make the kept files of what tools/serve_on_gpu.sh served.
+"""Make the kept files from the results of tools/serve_on_gpu.sh.
 
     python tools/keep_served.py OUT docs/results [--machine docs/results/h200-bench.json]
 
-OUT is the folder of its results; the logprobs are what ``tools/serve/compare.py OUT --json OUT/compare.json`` wrote.
-``--machine``: of that kept file, where this is not the machine that served. What OUT lacks is not written.
+OUT is the folder of these results. The logprobs are read from the output of ``tools/serve/compare.py OUT --json
+OUT/compare.json``. ``--machine`` takes the machine from that kept file, if this is not the machine that served. Results
+that OUT lacks are left out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What lies in docs/results beside the results of ``bench``: a dataclass for each kind of file.
+"""A dataclass for each kind of file in docs/results, apart from the results of ``bench``.
 
-``dsv4_backends.records`` writes and reads them. A file has what a page is made from, and how it was made.
+``dsv4_backends.records`` writes and reads them. A file has the data of a page, and how it was made.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class OverheadRow:
     Attributes:
         op, tensors: The op, and how many tensors the call has.
         direct_us, call_us: Of the implementation itself, and through ``dsv4_backends.ops``.
-        check_us: What the whole check costs where the shapes are not known.
+        check_us: The time of the whole check, for a call that matches no guard.
     """
 
     op: str
@@ -389,7 +389,7 @@ class ModelRow:
 
     Attributes:
         side, row: How, and what; see tools/transformers_bench.py.
-        outcome: ``ran``, or what stopped it, and ``message`` its words.
+        outcome: ``ran``, or what stopped it; ``message``: its text.
         seconds: Of a prefill, or of a step of decoding.
         peak_extra_bytes: The most memory beyond what was held before.
         host_waits_per_step: How often the host waits for the GPU.

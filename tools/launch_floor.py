@@ -1,8 +1,8 @@
-"""How far small calls of the Triton kernels are from what a launch and dependent reads take.
+"""Time small calls of the Triton kernels next to kernels that only launch, or only make dependent reads.
 
-Takes the rows of ``bench`` whose batch is at most 128. Graph replays alternate between the call and kernels that have
-the grids and warps of its launches: without a body, and with two or three reads of which each needs the one before it,
-as a position leads to a table and the table to a page. All with a cold L2 cache.
+Takes the rows of ``bench`` whose batch is at most 128. Graph replays alternate between the call and kernels with the
+grids and warps of its launches: without a body, and with two or three dependent reads, each of which gets its address
+from the one before (position, table, page). All with a cold L2 cache.
 Usage, on a GPU: python tools/launch_floor.py [--op OP]... [--json FILE]
 """
 
@@ -39,7 +39,7 @@ def empty(x):
 
 @triton.jit
 def chained(links, out, reads: tl.constexpr):
-    """``reads`` of them, each from where the one before it says."""
+    """``reads`` reads, each from the address that the one before it returned."""
     program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
     at = program.to(tl.int64)
     for _ in tl.static_range(reads):

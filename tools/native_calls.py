@@ -1,13 +1,13 @@
-"""Call DeepGEMM and FlashMLA directly, without this package's providers: the bar for the adapters over them.
+"""Call DeepGEMM and FlashMLA directly, without this package's providers: the baseline for the adapters.
 
 ``prepare(op, arguments)`` takes the arguments of a contract (tensors on a Hopper GPU) and returns a closure without
-arguments that makes the one library call. What an engine prepares outside a step's layers happens before: padding,
-the schedule metadata, scale layouts, result buffers. What comes back is the library's: logits outside a row's range
-may hold anything, heads and lse keep the library's padding and order.
+arguments that makes the one library call. ``prepare`` does what an engine does outside a step's layers: padding, the
+schedule, scale layouts, result buffers. The results are the library's: logits outside a row's range may hold anything,
+heads and lse keep the library's padding and order.
 
-It serves whichever build is installed as ``deep_gemm`` or ``flash_mla``: tokenspeed's and SGLang's wheels and vLLM's
-copies under ``vllm.third_party``. Needs only torch and the library; hardware other than compute capability 9.0 is
-refused, since padding and scale layouts differ there.
+It works with any build that is installed as ``deep_gemm`` or ``flash_mla``: tokenspeed's and SGLang's wheels and vLLM's
+copies under ``vllm.third_party``. Needs only torch and the library. Compute capabilities other than 9.0 are refused,
+since padding and scale layouts differ there.
 
 Usage: python tools/native_calls.py [--op OP]   (runs a case of each op and compares it with the definition in fp64)
 """
@@ -241,7 +241,7 @@ def _sparse_mla_decode(
 
 
 def _tensor(result: Any) -> Tensor:
-    # SGLang's wheel goes through tvm-ffi, which hands out torch tensors where torch tensors came in.
+    # SGLang's wheel uses tvm-ffi, which returns torch tensors for torch tensors.
     return result if isinstance(result, Tensor) else torch.utils.dlpack.from_dlpack(result)
 
 

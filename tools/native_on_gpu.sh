@@ -3,7 +3,7 @@
 # Usage: tools/native_on_gpu.sh WHEELS LINE OUT [STEP...]
 #   WHEELS  folder with the wheels of the line (tools/part_of_wheel.py cuts vLLM's down to its copy of DeepGEMM)
 #   LINE    tokenspeed, sgl or vllm (DeepGEMM only): the name in the result files
-#   OUT     folder for the results, list-LINE.txt, conformance-LINE.json, overhead-LINE.json; docs/results keeps the JSON as h100-native-overhead-LINE.json
+#   OUT     folder for the results, list-LINE.txt, conformance-LINE.json, overhead-LINE.json; docs/results keeps the JSON with the prefix h200-native-
 #   STEP    list suite overhead (default: all of them)
 # Environment: JOBS (8), LEVEL (full), and seconds for each step: LIST_S (60), SUITE_S (280), OVERHEAD_S (200).
 # Needs a python3 with torch for CUDA 13, pytest and pytest-xdist, and nvcc. A step that fails does not stop the others.

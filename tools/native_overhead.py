@@ -1,19 +1,20 @@
-"""What the adapters over DeepGEMM and FlashMLA add to calling the library directly, on a Hopper GPU.
+"""Measure what the adapters over DeepGEMM and FlashMLA add to a direct call of the library, on a Hopper GPU.
 
-On the rows of ``bench``, of whichever library is installed. Ways of using it are compared like with like: ``call``,
-where everything is made again in every call (directly: metadata in the call), and for the ops that plan from lengths
-also ``step``, where these keep their values (``dsv4_backends.step()``; directly: metadata made beforehand).
+Runs the rows of ``bench`` of the installed libraries, in two modes:
 
-GPU time: CUDA graphs of one and of nine calls, with the L2 flushed before each call; the difference between the two,
-over eight, without the flush. The flush reads: what it wrote would be written back while a call is timed. Host time:
-CPU time of the thread for eager calls, in many short batches, direct calls and the adapter's in turn; the median of
-the batches. ``public`` is the same call through ``dsv4_backends.ops``. Both sides are given what an engine has ready:
-result buffers where the library takes them, scales with the tokens contiguous, caches, keys and indices with the
-dimension for the head that the libraries want.
+- ``call``: everything is made again in every call; the direct call makes the schedule too.
+- ``step``, for the ops with a schedule: the lengths keep their values. The adapter runs in ``dsv4_backends.step()``;
+  the direct call gets a schedule made beforehand.
 
-What the adapter does and the direct call does not: it cleans paged and compressed logits, and full ones of DeepGEMM
-2.8, which no direct call can get cleaned (the full ones of 2.5 are cleaned by the library on both sides); and in a
-``call`` it makes lengths and bounds safe.
+GPU time: the difference between CUDA graphs of nine calls and of one, divided by eight, without the flush of the L2
+cache before each call. The flush reads, since lines that it wrote would be written back while a call is timed. Host
+time: CPU time of the thread for eager calls, in many short batches that alternate between direct calls and the
+adapter's; the median of the batches. ``public`` is the same call through ``dsv4_backends.ops``. Both sides get what an
+engine has ready: result buffers if the library takes them, scales with the tokens contiguous, and caches, keys and
+indices with the dimension for the head that the libraries need.
+
+Only the adapter sets undefined logits to -inf: the paged and compressed ones, and the full ones of DeepGEMM 2.8 (2.5
+does it itself for the full ones). In a ``call`` it also makes lengths and bounds safe.
 
 Usage: python tools/native_overhead.py [--only PROVIDER] [--op OP] [--jobs N] [--json FILE]
 
@@ -49,7 +50,7 @@ from dsv4_backends.testing import checks
 MORE, ROUNDS = 8, 21
 HOST_CALLS, HOST_BATCHES = 20, 60
 HOST_GPU_US = 20_000
-"""Of long kernels fewer calls are queued: what the host does for one does not depend on them."""
+"""Fewer calls of long kernels are queued: the time of the host for a call does not depend on them."""
 PROVIDERS = {op: native.provider for op, native in native_calls.NATIVE.items()}
 FLUSH_FLOATS = 64 << 20
 

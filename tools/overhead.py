@@ -1,4 +1,4 @@
-"""What a public call costs beyond the implementation it reaches: check, choice and counter.
+"""Measure what a public call adds to the implementation that it reaches: check, choice and counter.
 
 Every op is called with real tensors, all optional ones given, while the implementation is replaced by a function that
 returns at once; the same function called directly is the base. A call whose shapes were seen lately is recognised;

@@ -1,8 +1,8 @@
-"""Find faster launch configurations of the Triton provider's kernels on this GPU: what its tables are made from.
+"""Find faster launch configurations of the Triton provider's kernels on this GPU, and write them into its tables.
 
-A candidate is a row of an op's table with one value changed. It is tried on the calls of ``bench`` whose launches it
-changes. On each call all candidates, what the table says now and the native libraries take turns; then results are
-compared with the definition, and a wrong one is left out. Usage:
+A candidate is a row of an op's table with one value changed. It is timed on the calls of ``bench`` whose launches it
+changes. On each call the replays of all candidates, the present configuration and the native libraries alternate. Then
+results are compared with the definition, and a candidate with a wrong one is left out. Usage:
 
     python tools/sweep.py OP [OP ...] [--model NAME ...] [--tp N ...] [--jobs N] [--json FILE] [--write]
 

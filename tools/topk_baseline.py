@@ -1,6 +1,6 @@
 """Time the top-k ops next to the two calls that they replace: the logits, then ``torch.topk``.
 
-On the rows of ``bench``, as graph replays in turns, with the L2 cache flushed. The logits are those of the provider
+On the rows of ``bench``, as alternating graph replays, with the L2 cache flushed. The logits are those of the provider
 that dispatch chooses, in a buffer of all columns. Both results are compared with the definition first.
 
 Usage: python tools/topk_baseline.py [--op OP ...] [--only TEXT] [--seconds N] [--json FILE]

@@ -5,8 +5,8 @@ few and narrow (8 of width 512, 6 a token), so that they fit and do not dominate
 cache of the decode rows is drawn at random rather than filled by a prefill. Besides times and memory, some rows say
 where the time goes (`kernels of ...`), and one compares each layer's attention block with eager (`check`).
 
-Each side runs in a process of its own, and each row by itself: one that runs out of memory is a result like any other,
-and after a crash the rows that are left go on in a new process. Usage:
+Each side runs in a process of its own. A row that runs out of memory is a result like any other. After a crash the
+remaining rows run in a new process. Usage:
 
     python tools/transformers_bench.py [--json FILE] [--only SIDE/ROW ...] [--small]
 

@@ -341,7 +341,7 @@ def test_in_front_of_flash_mla() -> None:
     assert interface.flash_mla is flash_mla
 
 
-def test_what_no_op_stands_for() -> None:
+def test_what_no_op_covers() -> None:
     """It reaches SGLang's own function, which ends at a library that is not there; or is an error with its argument."""
     before = sum(row.passed_on for row in engine.plan().rows)
     query, cache = torch.ones(1, 1, 64, 576).bfloat16(), torch.zeros(2, 64, 1, 656, dtype=torch.uint8)

@@ -356,7 +356,7 @@ FP4 = (torch.zeros(5, 8, 16, dtype=torch.int8), torch.zeros(5, 8, dtype=torch.in
         (lambda: flash_mla.flash_mla_sparse_fwd(*_prefill(), 256), ["d_v", "256"]),
     ],
 )
-def test_what_no_op_stands_for_is_named(call: Callable[[], Any], words: list[str]) -> None:
+def test_what_no_op_covers_is_named(call: Callable[[], Any], words: list[str]) -> None:
     with pytest.raises(UnsupportedError) as caught:
         call()
     for word in words:
@@ -518,7 +518,7 @@ def test_install_is_idempotent_and_takes_back_its_own(libraries: Path) -> None:
         compat.install("deepgemm")
 
 
-def test_what_no_op_stands_for_goes_to_the_library(libraries: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_no_op_covers_goes_to_the_library(libraries: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With metadata of the library's own, and said once."""
     compat._logged.clear()
     with compat.install():

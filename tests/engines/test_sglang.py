@@ -279,7 +279,7 @@ def test_what_is_refused_stays_the_librarys(fake_sglang: Callable[..., None], ca
     assert not hasattr(front, "fp8_mqa_logits")
 
 
-def test_what_no_op_stands_for_is_counted(fake_sglang: Callable[..., None]) -> None:
+def test_what_no_op_covers_is_counted(fake_sglang: Callable[..., None]) -> None:
     fake_sglang(**{"deep_gemm/__init__.py": DEEP_GEMM})
     engine.apply()
     front: Any = importlib.import_module("deep_gemm")

@@ -486,7 +486,7 @@ def test_hyper_connections_without_tilelang() -> None:
         torch.testing.assert_close(part, other, atol=3e-2, rtol=3e-2)
 
 
-def test_what_no_op_stands_for_is_an_error_where_vllm_has_nothing() -> None:
+def test_what_no_op_covers_is_an_error_where_vllm_has_nothing() -> None:
     # DeepGEMM cannot be loaded here, or does not have this expression.
     with pytest.raises((UnsupportedError, RuntimeError)):
         dg.fp8_einsum("abc,abc->abc", (torch.ones(1), torch.ones(1)), (torch.ones(1), torch.ones(1)), torch.ones(1))

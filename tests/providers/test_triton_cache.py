@@ -42,7 +42,7 @@ class Kernel:
         raise self.error
 
 
-DOORS: dict[str, Callable[[Any], None]] = {
+LAUNCHERS: dict[str, Callable[[Any], None]] = {
     "triton": lambda kernel: triton_launch.launch_kernel(kernel, (1,), X),
     "triton ahead": lambda kernel: triton_launch.Launch(kernel, (1,), {}, {}).compile(),
     "adapters": lambda kernel: launching.launch(kernel, -1, (1, 1, 1), (X,), (), ()),
@@ -56,7 +56,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> str:
     return "/nope/.triton/cache"
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
     "error",
     [
@@ -69,22 +69,22 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> str:
     ],
     ids=str,
 )
-def test_the_error_names_the_variable_and_the_path(folder: str, door: str, error: Exception) -> None:
+def test_the_error_names_the_variable_and_the_path(folder: str, launcher: str, error: Exception) -> None:
     with pytest.raises(CacheError) as raised:
-        DOORS[door](Kernel(error))
+        LAUNCHERS[launcher](Kernel(error))
     assert isinstance(raised.value, DSV4Error)
     for word in (folder, "TRITON_CACHE_DIR", "TRITON_HOME", str(error)):
         assert word in str(raised.value)
     assert raised.value.__cause__ is error
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(errno.ENOENT, "No such file", "/usr/bin/gcc"), RuntimeError("CUDA error"), ValueError()]
 )
-def test_other_errors_stay_what_they_are(folder: str, door: str, error: Exception) -> None:
+def test_other_errors_stay_what_they_are(folder: str, launcher: str, error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
-        DOORS[door](Kernel(error))
+        LAUNCHERS[launcher](Kernel(error))
     assert raised.value is error
 
 

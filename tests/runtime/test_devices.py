@@ -86,23 +86,23 @@ def by_transformers(kernel: Any, where: Any) -> None:
     transformers_kernels._launch(kernel, (1,), where, where, 7)
 
 
-DOORS = [by_triton, by_triton_through_a_tensor_map, by_transformers]
+LAUNCHERS = [by_triton, by_triton_through_a_tensor_map, by_transformers]
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_kernels_go_to_the_device_of_their_tensors(door: Callable[..., None], gpus: Gpus) -> None:
-    door(Kernel(gpus), there())
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_kernels_go_to_the_device_of_their_tensors(launcher: Callable[..., None], gpus: Gpus) -> None:
+    launcher(Kernel(gpus), there())
     assert (gpus.launched, gpus.current) == ([1], 0)
     with pytest.raises(ValueError, match="no such kernel"):
-        door(Kernel(gpus, ValueError("no such kernel")), there())
+        launcher(Kernel(gpus, ValueError("no such kernel")), there())
     assert (gpus.launched, gpus.current) == ([1, 1], 0)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_nothing_is_switched_where_the_device_is_current(door: Callable[..., None], gpus: Gpus) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_nothing_is_switched_where_the_device_is_current(launcher: Callable[..., None], gpus: Gpus) -> None:
     gpus.current = 1
-    door(Kernel(gpus), there())
-    door(Kernel(gpus), torch.zeros(4))  # on the CPU, as in the interpreter
+    launcher(Kernel(gpus), there())
+    launcher(Kernel(gpus), torch.zeros(4))  # on the CPU, as in the interpreter
     assert (gpus.launched, gpus.switched) == ([1, 1], 0)
 
 

@@ -1,4 +1,4 @@
-"""What the ops around attention expect of each other's results, for every provider that a test can run."""
+"""Tests over several ops around attention, whose results are each other's inputs, for every provider."""
 
 from __future__ import annotations
 

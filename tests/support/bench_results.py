@@ -1,4 +1,4 @@
-"""Results of a benchmark that nobody measured, to test what is made of them."""
+"""Made-up results of a benchmark, to test what is computed from them."""
 
 from __future__ import annotations
 

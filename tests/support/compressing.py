@@ -1,4 +1,4 @@
-"""What is promised of the compressors alone, for every provider that a test can run."""
+"""Tests of what only the compressors' contract defines, for every provider that a test can run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """vLLM's CUDA platform without a GPU: a platform plugin that reports the compute capability in ``FAKE_SM``.
 
-vLLM's compiled modules need CUDA when they are loaded; empty modules stand for them, so that the Python code around
-them, which is what the hook changes, runs as it is.
+vLLM's compiled modules need CUDA when they are loaded. Empty modules replace them, so that the Python code around them,
+which is what the hook changes, runs unchanged.
 """
 
 from __future__ import annotations

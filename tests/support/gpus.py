@@ -1,4 +1,4 @@
-"""What a file of tests/gpu needs. Where that is not there, the file is one skip that says so."""
+"""What a file of tests/gpu needs. Without it the file is one skip with the reason."""
 
 from __future__ import annotations
 

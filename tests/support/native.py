@@ -1,4 +1,4 @@
-"""The adapters over DeepGEMM and FlashMLA, with stand-ins behind the libraries' names."""
+"""The adapters over DeepGEMM and FlashMLA, with fakes of the libraries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def forget() -> None:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """``use(library, line)``: the module of that name is the stand-in of that line."""
+    """``use(library, line)``: the module of that name is the fake of that line."""
 
     def put(library: str, line: str, **options: Any) -> None:
         module = ModuleType(library)

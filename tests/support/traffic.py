@@ -1,4 +1,4 @@
-"""Calls of a server: by what decides their shapes, and of sizes that nobody chose."""
+"""Calls of a server: the largest ones, and calls with drawn limits."""
 
 from __future__ import annotations
 

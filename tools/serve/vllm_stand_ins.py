@@ -1,5 +1,4 @@
-"""A vLLM general plugin for tools/serve_on_gpu.sh: what a bundle without TileLang and the CuTe DSL, and without a
-checkpoint, needs.
+"""A vLLM general plugin for tools/serve_on_gpu.sh, for a bundle without TileLang, the CuTe DSL and a checkpoint.
 
 - With our hook off: without TileLang, vLLM's hyper-connections run in plain PyTorch (slow); without the CuTe DSL, its
   head-512 compressor is vLLM's own Triton kernel. Our hook replaces both by itself.

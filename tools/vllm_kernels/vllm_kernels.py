@@ -1,8 +1,8 @@
 """vLLM's own Triton kernels of the attention path, as a provider.
 
-For measuring: a second opinion on results, and what ours are timed against. Each op calls the function that vLLM's
-layers call. It is experimental, so it serves only where it is named. vLLM takes its CuTe DSL kernels instead where that
-package is installed; the kept figures are without.
+To compare results and times of ours with. Each op calls the function that vLLM's layers call. The provider is
+experimental, so it serves only if it is named. If the CuTe DSL is installed, vLLM uses its kernels in that instead; the
+kept figures are without.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stand-ins for DeepGEMM and FlashMLA on a machine that cannot run them.
+"""Fakes of DeepGEMM and FlashMLA for machines that cannot run them.
 
 Each has the parameters of one real release line, in the form in which that line has them (a Python function, a pybind11
 function, a ``torch.ops`` function), asserts what the real one asserts or silently counts on, computes with the oracle,

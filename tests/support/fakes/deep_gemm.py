@@ -312,7 +312,7 @@ def sgl(arch: int = 9) -> dict[str, Any]:
 
 @functools.cache
 def _torch_ops() -> Any:
-    """The two functions that vLLM's copy hands through from ``torch.ops``."""
+    """The two functions that vLLM's copy takes from ``torch.ops``."""
     library = torch.library.Library("dsv4_fake_deep_gemm", "DEF")
     prenorm = "(Tensor a, Tensor b, Tensor(d!) d, Tensor(sqr_sum!) sqr_sum, int? num_splits=None) -> ()"
     library.define(f"tf32_hc_prenorm_gemm{prenorm}")
