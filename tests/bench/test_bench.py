@@ -1,4 +1,4 @@
-"""The benchmark on a CPU: which rows, what is judged, what is printed, compared and drawn."""
+"""The benchmark on a CPU: its rows, the comparison with the oracle, its output, comparisons and figures."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_every_op_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_command_says_whose_instructions_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Triton's TRITON_OVERRIDE_ARCH a result is not of this GPU's own."""
+    """With TRITON_OVERRIDE_ARCH the times are not those of this GPU's own instructions, and the command shows it."""
     monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm80")
     monkeypatch.setenv("DSV4_BACKENDS_DEVICE", "sm_80")
     said = run._command(OPS, ["triton"], [], 1, [], "token-major")

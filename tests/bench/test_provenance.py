@@ -1,4 +1,4 @@
-"""What result files say of how they were made."""
+"""How result files were made: the fields that each begins with."""
 
 from __future__ import annotations
 

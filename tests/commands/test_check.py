@@ -1,4 +1,4 @@
-"""``check``: what serving a model asks for, and who answers."""
+"""``check``: the calls that serving a model makes, and the provider of each."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_the_limits_change() -> None:
 
 
 def test_shapes_are_asked_about(fake_plugin: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    """A provider that refuses a rank's shapes is passed over with its reason; one that cannot be asked is not."""
+    """A provider that refuses a rank's shapes does not serve, with its reason; one whose `refuses` cannot run does."""
     fake_plugin("acme", REFUSING, files={"acme_kernels.py": KERNELS})
     for tp, decode in ((1, "acme"), (2, "triton")):
         code, out, _ = run(capsys, "--model", "flash", "--tp", str(tp), "--device", "sm_90", "--json")
@@ -123,7 +123,7 @@ def test_shapes_are_asked_about(fake_plugin: Callable[..., None], capsys: pytest
 def test_what_was_measured_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As for a call: by the need's own shapes."""
+    """By the shapes of the need, as for a call."""
     entry = measured.Entry("hc_prenorm_gemm", "n=24 k=16384", 1, 256, "torch", "triton", ratio=2.0, source=0)
     source = measured.Source("somewhere", "2026-11-25", "measure it", {})
     table = measured.Table(measured.SCHEMA_VERSION, "9.0", "by hand", (source,), (entry,))
@@ -436,7 +436,7 @@ def test_workspace_of_a_provider_that_states_it(
 
 
 def test_weights_that_are_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is known may be too much alone; it is never said to fit."""
+    """The known part alone may be too large. If it is not, nothing says that the model fits."""
     source = config(moe_intermediate_size=None)
     (ample,) = check.check(source, device="sm_90", memory=10**12)
     (short,) = check.check(source, device="sm_90", memory=10**6)
@@ -484,7 +484,7 @@ def real(value: Any) -> Any:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_yes_is_kept(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``check`` says is served, the contract takes and the reference computes."""
+    """The contract accepts, and the reference computes, every call that ``check`` reports as served."""
     monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
     rng = random.Random(seed)
     drawn = draw_config(rng)

@@ -134,7 +134,7 @@ def test_a_pin_that_cannot_be_met_is_a_finding(
 def test_a_denied_plugin_has_its_reason_on_every_op(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not imported, so nobody knows what it would have implemented."""
+    """It is not imported, so its ops are unknown."""
     monkeypatch.setenv("DSV4_BACKENDS_DENY", "triton")
     monkeypatch.setenv("DSV4_BACKENDS_PIN", "fp8_einsum=triton")
     denied = "triton: denied by DSV4_BACKENDS_DENY; it was not imported"

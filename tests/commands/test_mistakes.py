@@ -1,4 +1,4 @@
-"""What users get wrong, over all commands: a line that says so, never "a bug", and JSON with ``--json``."""
+"""What users get wrong, over all commands: one line, never "a bug", and JSON with ``--json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments as people have them: what is taken, what is refused, and that nothing but ContractError comes of it."""
+"""Arguments of real callers: which are accepted, and that all others raise ContractError and nothing else."""
 
 from __future__ import annotations
 
@@ -493,7 +493,7 @@ def _changed(data: st.DataObject, value: torch.Tensor) -> Any:
 
 
 class _Own(torch.Tensor):
-    """A subclass that means nothing by it."""
+    """A subclass that changes nothing."""
 
     @staticmethod
     def __new__(cls, value: torch.Tensor) -> Any:

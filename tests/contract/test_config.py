@@ -91,7 +91,7 @@ def same(found: config.Configuration, name: str) -> bool:
 
 
 def test_a_released_one() -> None:
-    """Nothing is unsupported, nothing was overlooked, and it is what is built in."""
+    """No field is unsupported or unknown, and the dimensions are the built-in ones."""
     found = config.read(RELEASED)
     assert (found.unsupported, found.notes) == ((), ())
     assert same(found, FLASH.name)
@@ -364,7 +364,7 @@ def test_a_large_gguf_is_not_read(tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing waits for a writer."""
+    """A FIFO without a writer does not block."""
     fifo, loop, folder = tmp_path / "fifo", tmp_path / "loop", tmp_path / "folder"
     os.mkfifo(fifo)
     loop.symlink_to(loop)
@@ -405,7 +405,7 @@ ODD: tuple[Any, ...] = (
 
 @pytest.mark.parametrize("key", [*RELEASED, "text_config", "layer_types", "compress_rates", "rope_parameters", "dtype"])
 def test_no_value_of_a_field_is_an_internal_error(key: str) -> None:
-    """Whatever stands in a file is read, or is a ``ValueError`` of one line that names the file."""
+    """Any content of a file is read, or raises a ``ValueError`` of one line that names the file."""
     for value in ODD:
         try:
             found = config.read(RELEASED | {key: value})

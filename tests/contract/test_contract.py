@@ -101,7 +101,7 @@ class TestContract:
 
 
 def test_costs_by_hand() -> None:
-    """The floors that a published native timing of these shapes was compared with."""
+    """The costs of these shapes as computed by hand, for published times of the native libraries."""
     meta: dict[str, Any] = {"device": "meta"}
     prefill = CONTRACTS["sparse_mla_prefill"].cost(
         torch.empty(4096, 64, 512, dtype=torch.bfloat16, **meta),
@@ -331,7 +331,7 @@ def test_without_pytorchs_guards_every_call_is_checked(monkeypatch: pytest.Monke
 
 
 def test_guards_that_changed_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class is private: one that takes other arguments, or lets everything through, is found out."""
+    """The class is private: one that takes other arguments, or accepts every call, is not used."""
     from torch._C._dynamo import guards
 
     class Careless:

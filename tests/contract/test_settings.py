@@ -1,4 +1,4 @@
-"""PyTorch's settings change no numbers: the suite of that in processes of its own, since they are the process's."""
+"""PyTorch's settings change no numbers: runs settings_suite.py in processes of its own, which the settings belong to."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_a_gpu_gets_the_kernel(tree: Tree) -> None:
 
 
 def test_the_kernel_compiles(tree: Tree) -> None:
-    """Two kernels at most: what grows with the load is no constant."""
+    """At most two kernels: sizes that grow with the load are not constants."""
     made = shown(tree, "python tools/compile_matrix.py --op rms_norm --capability 8.6")
     assert re.search(r": [12] kernels in \d+ s, 0 bad$", made.strip())
 
@@ -114,7 +114,7 @@ def test_the_kernel_in_the_interpreter(tree: Tree) -> None:
 
 
 def test_no_op_is_named_by_hand(tree: Tree) -> None:
-    """What has the other ops has this one."""
+    """Everything that has the other ops has this one."""
     code = (
         "import json, dsv4_backends as d; from dsv4_backends.selection.preferences import CLASSES; "
         "from dsv4_backends.bench import shapes; from dsv4_backends import ops; "

@@ -1,4 +1,4 @@
-"""The pages say what the code does: generated parts, names and links are checked, and the code in them runs."""
+"""The pages agree with the code: generated parts, names and links are checked, and the code in them runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Result files: what is written comes back, what is wrong is named, and docs/results has nothing that nobody reads."""
+"""Result files: they are read as written, errors name the wrong part, and docs/results has no unused file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a GPU no value faults either, whoever serves: the compiled kernels, the Gluon ones, and the native libraries."""
+"""On a GPU no value faults either, with any provider: compiled Triton and Gluon kernels, and native libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build of the package takes along."""
+"""The contents of a build of the package."""
 
 from __future__ import annotations
 

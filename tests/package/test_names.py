@@ -1,4 +1,4 @@
-"""The layer decides nothing by a provider's or an engine's name: the names are data, in plugins and in ``ENGINES``."""
+"""The core decides nothing by a provider's or an engine's name: the names are data, in plugins and in ``ENGINES``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapters over DeepGEMM and FlashMLA keep the contract, over stand-ins for every release line of the libraries."""
+"""The adapters over DeepGEMM and FlashMLA keep the contract, over fakes of every release line of the libraries."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_contract(use: Callable[..., None], library: str, line: str, op: str, ca
 
 @pytest.mark.parametrize(("library", "line"), LINES)
 def test_enough_is_served(use: Callable[..., None], library: str, line: str) -> None:
-    """Refusals must not eat the tests: of each op most cases of level smoke with work in them are served."""
+    """Most smoke cases of each op with work in them are served: else refusals would leave the tests empty."""
     use(library, line)
     for op in ops_of(library):
         target = subject(library, op)
@@ -133,7 +133,7 @@ def test_schedule_is_kept_in_a_step_and_never_stale(use: Callable[..., None], mo
 
 
 def test_flash_mla_schedule_in_a_step(use: Callable[..., None]) -> None:
-    """The stand-in asserts that shapes and lengths are those that the schedule was made for."""
+    """The fake asserts that shapes and lengths are those that the schedule was made for."""
     use("flash_mla", "source")
     target = subject("flash_mla", "sparse_mla_decode")
     case = next(c for c in target.contract.cases if c.name == "lengths")
@@ -219,7 +219,7 @@ def test_contiguous_at_an_odd_address(use: Callable[..., None], op: str, names: 
 
 
 def test_blackwell_scales(use: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rules of SM100, by stand-ins only: not run on hardware. Scales become exponents there."""
+    """Rules of SM100, with fakes only: not run on hardware. Scales become exponents there."""
     use("deep_gemm", "vllm", arch=10)
     projection = importlib.import_module("dsv4_backend_deep_gemm.projection")
     monkeypatch.setattr(projection, "_blackwell", lambda x: True)
@@ -272,7 +272,7 @@ def test_extreme_scale_codes(use: Callable[..., None], line: str) -> None:
 
 @pytest.mark.usefixtures("triton_interpreter")
 def test_kernels_in_the_interpreter() -> None:
-    """The kernels agree with the PyTorch code that stands in for them on a CPU."""
+    """The kernels agree with the PyTorch code that replaces them on a CPU."""
     code = """
 import torch
 from dsv4_backend_deep_gemm import _finish

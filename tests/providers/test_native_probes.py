@@ -1,4 +1,4 @@
-"""What is said of an installed DeepGEMM or FlashMLA: every reason, over distributions made of files."""
+"""The probes of DeepGEMM and FlashMLA: every reason, with distributions that are made of files."""
 
 from __future__ import annotations
 

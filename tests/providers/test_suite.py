@@ -1,4 +1,4 @@
-"""The conformance suite judges rightly: each way to cheat is found by the check that is there for it."""
+"""The conformance suite is right: the intended check finds each kind of wrong provider."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def first_failure(target: checks.Subject, case: Any = CASE) -> str | None:
 
 
 def cheat(change: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with the contract's signature that hands its arguments, by name, to ``change``."""
+    """A function with the contract's signature that passes its arguments, by name, to ``change``."""
 
     def function(
         q: Tensor,
@@ -134,7 +134,7 @@ def ignores_buffer(**a: Any) -> Tensor:
 
 
 def leaves_holes(**a: Any) -> Tensor:
-    """Relies on new memory being what it was: computes everything but the part outside the ranges."""
+    """Relies on the content of new memory: writes everything but the part outside the ranges."""
     result = honest(**(a | {"out": None}))
     given = torch.empty_like(result) if a["out"] is None else a["out"]
     inside = result != -torch.inf
@@ -366,7 +366,7 @@ def test_five_lines_pass(tmp_path: Path, fake_plugin: Callable[..., None]) -> No
 
 @pytest.mark.parametrize("must_serve", [True, False])
 def test_a_suite_in_which_nothing_ran_fails(tmp_path: Path, fake_plugin: Callable[..., None], must_serve: bool) -> None:
-    """Unless its author says that this may be."""
+    """Unless `must_serve` is False."""
     code, out = run_suite(tmp_path, fake_plugin, "mul_(1)", device="cuda", must_serve=must_serve)
     assert code == int(must_serve), out
     assert ("[serves] acme serves none of its ops here" in out) is must_serve

@@ -1,4 +1,4 @@
-"""tools/sweep.py: candidates of every op, the judgement on them, and the table; which is fast only a GPU can say."""
+"""tools/sweep.py without a GPU: candidates of every op, the comparison with the oracle, and the table."""
 
 from __future__ import annotations
 

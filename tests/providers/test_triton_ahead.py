@@ -67,7 +67,7 @@ def test_after_warmup_nothing_compiles(op: str, misses: Misses) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_narrow_limits_compile_less(op: str, misses: Misses) -> None:
-    """And a server that leaves them meets kernels that are not ready, which the test above would see."""
+    """Outside the limits kernels are missing, so the test above can fail."""
     rank = FLASH.rank(1)
     narrow = misses(op, list(serving.calls(op, rank, Limits(max_tokens=8, max_requests=2, max_context=2000))))
     wide = misses(op, list(serving.calls(op, rank, LIMITS)))

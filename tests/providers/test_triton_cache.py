@@ -116,7 +116,7 @@ def _unusable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str) -> str:
 def test_it_is_found_ahead(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file stands where the directory would be, or the disk is full; so it fails for root as well."""
+    """A file is in place of the directory, or the disk is full; so it fails for root as well."""
     path = _unusable(monkeypatch, tmp_path, how)
     problem = launching.cache_problem()
     assert problem is not None

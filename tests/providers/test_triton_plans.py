@@ -1,4 +1,4 @@
-"""Plans of the Triton provider: properties that hold whatever the tiles are. Launches are recorded, without a GPU.
+"""Plans of the Triton provider: properties that hold for any tiles. Launches are recorded, without a GPU.
 
 That each compiles and fits the shared memory of its architecture is tools/compile_matrix.py's, see test_triton.py.
 """

@@ -173,7 +173,7 @@ def test_the_suite_can_run_the_mode() -> None:
 
 
 def test_flash_mlas_flag_asks_about_the_call(fake_plugin: Callable[..., None]) -> None:
-    """Not about the op in general: who claims it may refuse the shapes, and another serves them."""
+    """By the shapes of the call: the provider that claims it in general may refuse them, and another one serves."""
     refuses = """
     def refuses(*args, **kwargs):
         return d.Reason("shape", "not these")

@@ -1,4 +1,4 @@
-"""What a call costs beyond the implementation: the budget, on this machine's CPU."""
+"""The time that dispatch adds to the implementation is within the budget, on this machine's CPU."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def refuses(q, kv, indices, sm_scale, *, attn_sink=None, topk_length=None, out=N
 
 
 def prefill(rows: int) -> dict[str, Any]:
-    """Each test has rows of its own: what the contract knows stays from test to test."""
+    """Each test has its own number of rows, since a contract keeps its guards from test to test."""
     q, kv = torch.zeros(rows, 1, 512).bfloat16(), torch.zeros(9, 512).bfloat16()
     return {"q": q, "kv": kv, "indices": torch.zeros(rows, 5, dtype=torch.int32), "sm_scale": 1.0}
 
@@ -147,7 +147,7 @@ def asking(fake_plugin: Callable[..., None]) -> Callable[[dict[str, Any]], tuple
 
 
 def test_a_known_call_does_not_ask_again(asking: Callable[[dict[str, Any]], tuple[bool, int]]) -> None:
-    """What a call is known by is what a refusal may look at: everything but the values and addresses of tensors."""
+    """A guard compares what `refuses` may read: everything but the values and addresses of tensors."""
     made = prefill(11)
     strided = {**made, "kv": torch.zeros(9, 1024).bfloat16()[:, :512]}
     changes = ({**made, "sm_scale": 3.0}, strided, {**made, "attn_sink": torch.zeros(1)}, prefill(12))
@@ -169,7 +169,7 @@ def test_no_answer_outlives_its_settings(asking: Callable[[dict[str, Any]], tupl
     with use_providers(deny=["acme"]):
         assert [asking(made) for _ in range(2)] == [(False, 0)] * 2
     with use_providers({"sparse_mla_prefill": "acme"}):
-        # A chain of its own, which is asked once: the contract knows the call already.
+        # A chain of its own, which is asked once: a guard matches the call already.
         assert [asking(made) for _ in range(2)] == [(True, 1), (True, 0)]
         with use_providers({"sparse_mla_prefill": "torch"}):
             assert asking(made) == (False, 0)
@@ -267,7 +267,7 @@ def test_wrong_signature_is_a_reason(fake_plugin: Callable[..., None]) -> None:
 
 
 def test_a_provider_that_fails_during_a_call_raises(fake_plugin: Callable[..., None]) -> None:
-    """No quiet retry on another one."""
+    """No other provider is tried."""
     fake_plugin("acme", plugin("raises"))
     with pytest.raises(RuntimeError, match="the kernel broke"):
         ops.mqa_logits(**arguments("mqa_logits"))

@@ -1,4 +1,4 @@
-"""What crosses into another process: forked while other threads work, or pickled."""
+"""Other processes: a fork while other threads work, and pickling."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_children_of_a_busy_process_call_ops() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_while_this_thread_has_the_lock() -> None:
-    """The child lets go of what its only thread had."""
+    """The lock is free in the child, whose only thread had it."""
     from dsv4_backends import locks
 
     with locks.bindings:

@@ -1,4 +1,4 @@
-"""What is computed once in a ``step()`` block, over a stand-in for CUDA's streams."""
+"""What is computed once in a ``step()`` block, with a fake of CUDA's streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is installed beside us: each odd plugin and distribution is a row with its cause, and the reference serves.
+"""Broken plugins and distributions: each is a row with its cause, and the reference serves.
 
 All kinds are in one environment and one process, which runs every command and calls an op.
 """
@@ -283,11 +283,11 @@ def test_every_command_ends_and_prints_its_answer_alone(outcome: dict[str, Any])
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_row_with_its_cause(outcome: dict[str, Any], kind: Kind) -> None:
-    """In `plugins` for what the core meets while it loads; for the rest in what a call of the op met."""
+    """In `plugins` if loading the plugin fails; otherwise in the reasons of a call of the op."""
     rows, _ = json.loads(outcome["rows"])
     (plugin,) = [p for p in json.loads(outcome["plugins"])["plugins"] if p["name"] == kind.name]
     found = [(r["code"], r["message"]) for r in plugin["problems"]] or [tuple(r) for r in rows[kind.name]]
-    if kind.code == "refuses-failed":  # it speaks for one call, and the choice stays
+    if kind.code == "refuses-failed":  # it holds for one call, and the choice stays
         assert found == []
         return
     assert any(code.startswith(kind.code) and kind.words in message for code, message in found), found
@@ -340,7 +340,7 @@ def test_ctrl_c_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.code == "refuses-failed"], ids=lambda kind: kind.name)
 def test_a_broken_refuses_refuses(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pin shows its words, where nobody else may serve."""
+    """A pin shows its error, since no other provider may serve."""
     import torch
 
     from dsv4_backends import CONTRACTS, NoProviderError, ops, reset, use_providers

@@ -1,4 +1,4 @@
-"""The measured choice: made from results, applied by shapes, and never against the user."""
+"""The measured choice: made from results, applied by shapes, and overridden by the user's settings."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_where_values_decide_what_loses_least_is_preferred() -> None:
 
 
 def test_a_clock_that_changes_on_the_way_hides_no_difference() -> None:
-    """The providers take turns: all samples of both are slower at the end, and the quartiles overlap."""
+    """The replays alternate: all samples of both providers are slower at the end, and the quartiles overlap."""
     timings = (Timing("a", 1100.0, 1000.0, 1150.0), Timing("b", 1000.0, 920.0, 1060.0))
     drifting = results(dataclasses.replace(decode("1", 1), timings=timings))
     (found,) = tune.tune([drifting]).preferences
@@ -324,7 +324,7 @@ def test_calls_are_served_by_shape(two: Callable[..., Callable[[int], str]]) -> 
 
 
 def test_the_answer_is_that_of_a_call(two: Callable[..., Callable[[int], str]]) -> None:
-    """What ``Resolution.serves`` says of shapes is whom a call of these shapes reaches."""
+    """``Resolution.serves`` returns the provider that a call of these shapes reaches."""
     serves = two()
     resolution = bind.resolution("hc_prenorm_gemm", "cpu")
     assert (resolution.serves().provider, resolution.serves().by) == ("a", "default")
@@ -366,7 +366,7 @@ def test_a_block_of_the_program_wins(two: Callable[..., Callable[[int], str]]) -
 def test_refusals_hold_all_the_same(
     two: Callable[..., Callable[[int], str]], refusing: tuple[str, ...], expected: list[str]
 ) -> None:
-    """m = 1 is preferred and taken by all; 5 is preferred, 9 is not, and who refuses refuses both."""
+    """Nobody refuses m = 1, which is preferred. 5 is preferred and 9 is not, and the providers of the parameter refuse both."""
     serves = two(refusing)
     assert [serves(m) for m in (1, 5, 9)] == expected
 

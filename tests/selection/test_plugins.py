@@ -1,4 +1,4 @@
-"""A broken plugin is a row with its distribution, version and cause, and harms nobody else."""
+"""A broken plugin is a row with its distribution, version and cause, and does not disturb the others."""
 
 from __future__ import annotations
 

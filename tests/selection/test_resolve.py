@@ -1,4 +1,4 @@
-"""Choosing is a pure function, so every machine is tested on this one."""
+"""The choice is a pure function, so the choice for every machine is tested on this one."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ LAPTOP = {"torch": "2.13.0"}
 
 @given(POLICIES, DEVICES, st.sampled_from([INSTALLED, LAPTOP]), st.frozensets(NAMES, max_size=2))
 def test_every_reason_is_true(policy: Policy, device: Device, installed: dict[str, str], gone: frozenset[str]) -> None:
-    """In every combination of wishes, devices, packages and denied plugins."""
+    """In every combination of settings, devices, packages and denied plugins."""
     plugins = {name: (Reason("denied", "denied by DSV4_BACKENDS_DENY; it was not imported"),) for name in gone}
     present = tuple(spec for spec in ALL if spec.name not in gone)
     resolution = resolve(OP, device, installed, present, policy, absent=plugins)
