@@ -1,4 +1,4 @@
-"""PyTorch's settings change no numbers: runs settings_suite.py in processes of its own, which the settings belong to."""
+"""PyTorch's settings change no numbers: runs settings_suite.py in processes of its own."""
 
 from __future__ import annotations
 

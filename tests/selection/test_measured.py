@@ -366,7 +366,7 @@ def test_a_block_of_the_program_wins(two: Callable[..., Callable[[int], str]]) -
 def test_refusals_hold_all_the_same(
     two: Callable[..., Callable[[int], str]], refusing: tuple[str, ...], expected: list[str]
 ) -> None:
-    """Nobody refuses m = 1, which is preferred. 5 is preferred and 9 is not, and the providers of the parameter refuse both."""
+    """Nobody refuses m = 1, which is preferred. 5 is preferred, 9 is not, and the parameter's providers refuse both."""
     serves = two(refusing)
     assert [serves(m) for m in (1, 5, 9)] == expected
 
