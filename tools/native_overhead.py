@@ -6,12 +6,12 @@ Runs the rows of ``bench`` of the installed libraries, in two modes:
 - ``step``, for the ops with a schedule: the lengths keep their values. The adapter runs in ``dsv4_backends.step()``;
   the direct call gets a schedule made beforehand.
 
-GPU time: the difference between CUDA graphs of nine calls and of one, divided by eight, without the flush of the L2
-cache before each call. The flush reads, since lines that it wrote would be written back while a call is timed. Host
-time: CPU time of the thread for eager calls, in many short batches that alternate between direct calls and the
-adapter's; the median of the batches. ``public`` is the same call through ``dsv4_backends.ops``. Both sides get what an
-engine has ready: result buffers if the library takes them, scales with the tokens contiguous, and caches, keys and
-indices with the dimension for the head that the libraries need.
+GPU time: from CUDA graphs of nine calls and of one, with the L2 cache flushed before each call. Their difference is
+divided by eight, and the time of a flush, measured alike, is subtracted. The flush reads, since lines that it wrote
+would be written back while a call is timed. Host time: CPU time of the thread for eager calls, in many short batches
+that alternate between direct calls and the adapter's; the median of the batches. ``public`` is the same call through
+``dsv4_backends.ops``. Both sides get what an engine has ready: result buffers if the library takes them, scales with
+the tokens contiguous, and caches, keys and indices with the dimension for the head that the libraries need.
 
 Only the adapter sets undefined logits to -inf: the paged and compressed ones, and the full ones of DeepGEMM 2.8 (2.5
 does it itself for the full ones). In a ``call`` it also makes lengths and bounds safe.

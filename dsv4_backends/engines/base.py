@@ -199,7 +199,7 @@ class Engine:
         rows = standing or tuple(Row(target) for target in self.targets if not self._stands_in_for_nothing(target))
         if not standing:
             refusal = self._refusal(found, force or asked == "force", surveyed.machine.simulated)
-            if refusal is None and len(lacking) == len(devices):
+            if refusal is None and lacking and len(lacking) == len(devices):
                 refusal = Reason("engine-arch", self._no_bfloat16(lacking[0]))
             for row in rows:
                 if refusal is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpus import needs
+from gpus import needs, provided
 
 needs()
 
@@ -14,8 +14,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from dsv4_backends import CONTRACTS, NoProviderError
-from dsv4_backends.testing import checks
+from dsv4_backends import CONTRACTS
 
 HOSTILE = """
 import sys
@@ -43,13 +42,6 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=full, capture_output=True, text=True)
 
 
-def serves(provider: str, op: str) -> None:
-    try:
-        checks.subject(provider, op, torch.device("cuda", 0))
-    except NoProviderError as error:
-        pytest.skip(str(error))
-
-
 every_provider = pytest.mark.parametrize("provider", ["torch", "triton", "deep_gemm", "flash_mla"])
 every_op = pytest.mark.parametrize("op", [name for name, contract in CONTRACTS.items() if contract.values])
 
@@ -57,7 +49,7 @@ every_op = pytest.mark.parametrize("op", [name for name, contract in CONTRACTS.i
 @every_provider
 @every_op
 def test_hostile_cases(provider: str, op: str) -> None:
-    serves(provider, op)
+    provided(provider, op, torch.device("cuda", 0))
     done = run("-W", "ignore", "-c", HOSTILE, provider, op, "full")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert int(done.stdout.split()[-1]) > 0
@@ -66,7 +58,7 @@ def test_hostile_cases(provider: str, op: str) -> None:
 @every_provider
 @every_op
 def test_fuzz(provider: str, op: str) -> None:
-    serves(provider, op)
+    provided(provider, op, torch.device("cuda", 0))
     command = ("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore")
     exactly = f"test_{op} or test_any_values[{op}]"
     environment = {"FUZZED_PROVIDER": provider, "FUZZED_EXAMPLES": "100"}

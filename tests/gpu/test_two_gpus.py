@@ -5,7 +5,7 @@ The whole conformance suite in that state: ``python tools/conformance.py --torch
 
 from __future__ import annotations
 
-from gpus import needs
+from gpus import needs, provided
 
 needs(2)
 
@@ -18,7 +18,6 @@ import torch
 
 from dsv4_backends import ops, step
 from dsv4_backends.contract import CONTRACTS, Case
-from dsv4_backends.errors import NoProviderError
 from dsv4_backends.runtime import ahead
 from dsv4_backends.runtime.serving import Limits
 from dsv4_backends.selection import plugins, policy
@@ -43,12 +42,9 @@ def first_is_current() -> Iterator[None]:
 
 def served(provider: str, op: str) -> tuple[checks.Subject, list[tuple[Case, dict[str, Any]]]]:
     """The provider's function on cuda:1, and the cases of level smoke that it takes."""
-    try:
-        subject = checks.subject(provider, op, OTHER)
-    except NoProviderError as error:
-        pytest.skip(str(error))
-    made = [(case, checks._inputs(subject, case)) for case in CONTRACTS[op].at_level("smoke")]
-    return subject, [(case, arguments) for case, arguments in made if subject.refusal(arguments) is None]
+    found = provided(provider, op, OTHER)
+    made = [(case, checks._inputs(found, case)) for case in CONTRACTS[op].at_level("smoke")]
+    return found, [(case, arguments) for case, arguments in made if found.refusal(arguments) is None]
 
 
 def moved(value: Any, device: str) -> Any:

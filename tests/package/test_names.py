@@ -11,15 +11,15 @@ from dsv4_backends.contract import FAMILIES, OPS
 from dsv4_backends.engines import ENGINES
 from dsv4_backends.selection import plugins, policy
 
-LAYER = ROOT / "dsv4_backends"
+CORE = ROOT / "dsv4_backends"
 PACKAGES = {("commands/render.py", "triton"), ("bench/provenance.py", "triton")}
 """Versions that are printed: the compiler, not the provider."""
 
 
 def named(names: set[str]) -> Iterator[tuple[str, str]]:
     """The files of the core, without the engines and the libraries' own names, in which a string is one of these."""
-    for path in sorted(LAYER.rglob("*.py")):
-        file = path.relative_to(LAYER).as_posix()
+    for path in sorted(CORE.rglob("*.py")):
+        file = path.relative_to(CORE).as_posix()
         if not file.startswith(("engines/", "compat/")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant) and node.value in names:

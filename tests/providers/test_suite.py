@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpus
 import pytest
 import torch
 from installed import provider
 from torch import Tensor
 
-from dsv4_backends import CONTRACTS, Implementation, Reason
+from dsv4_backends import CONTRACTS, Implementation, NoProviderError, Reason
 from dsv4_backends.runtime import bind
 from dsv4_backends.testing import checks, numerics, oracle
 
@@ -396,3 +397,15 @@ def test_unknown_provider_fails(tmp_path: Path, fake_plugin: Callable[..., None]
 def test_implementation_is_the_bound_function() -> None:
     name, function = bind.implementation(OP, "cpu")
     assert (name, function.__module__) == ("torch", "dsv4_backend_torch.indexer")
+
+
+def test_a_gpu_test_is_skipped_for_a_library_and_fails_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise NoProviderError("nothing serves")
+
+    monkeypatch.setattr(gpus.checks, "subject", refused)
+    with pytest.raises(pytest.skip.Exception, match="nothing serves"):
+        gpus.provided("flash_mla", "sparse_mla_decode", torch.device("cpu"))
+    for ours in gpus.EVERYWHERE:
+        with pytest.raises(NoProviderError):
+            gpus.provided(ours, "sparse_mla_decode", torch.device("cpu"))

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsv4_backends import NoProviderError
 from dsv4_backends.selection import builds, plugins
+from dsv4_backends.testing import checks
+
+EVERYWHERE = ("torch", "triton")
+"""Providers of every op on every GPU that runs these tests."""
 
 
 def needs(count: int = 1, *, library: str = "") -> None:
@@ -25,3 +30,15 @@ def needs(count: int = 1, *, library: str = "") -> None:
         for reason in (reason for build in builds.look(spec).values() for reason in build.reasons):
             if reason.code == "distribution-missing":
                 pytest.skip(f"needs {library}: {reason.message}", allow_module_level=True)
+
+
+def provided(provider: str, op: str, device: torch.device) -> checks.Subject:
+    """A provider's function on a GPU. Skips the test where a native library does not have it; those of
+    ``EVERYWHERE`` have to.
+    """
+    try:
+        return checks.subject(provider, op, device)
+    except NoProviderError as error:
+        if provider in EVERYWHERE:
+            raise
+        pytest.skip(str(error))
