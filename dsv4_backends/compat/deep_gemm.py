@@ -176,7 +176,7 @@ def fp8_mqa_logits(
     clean_logits: bool = True,
     max_seqlen_k: int = 0,
 ) -> Tensor:
-    """``fp8_fp4_mqa_logits`` as it was called up to 2.6: the query comes without a place for scales."""
+    """``fp8_fp4_mqa_logits`` in the form of releases up to 2.6: the query is a tensor, without scales."""
     return _mqa_logits(
         "fp8_mqa_logits", q, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, int(max_seqlen_k), torch.float32
     )
@@ -248,7 +248,7 @@ def fp8_paged_mqa_logits(
     clean_logits: bool = False,
     indices: Tensor | None = None,
 ) -> Tensor:
-    """``fp8_fp4_paged_mqa_logits`` as it was called up to 2.6: the query comes without a place for scales."""
+    """``fp8_fp4_paged_mqa_logits`` in the form of releases up to 2.6: the query is a tensor, without scales."""
     return _paged_mqa_logits(
         "fp8_paged_mqa_logits", q, kv_cache, weights, context_lens, block_table, max_context_len, torch.float32
     )
@@ -282,7 +282,7 @@ def _paged_mqa_logits(
 def get_paged_mqa_logits_metadata(
     context_lens: Tensor, block_kv: int, num_sms: int, indices: Tensor | None = None
 ) -> Tensor:
-    """The schedule that ``fp8_fp4_paged_mqa_logits`` takes: of its shape, and empty, as providers plan for themselves.
+    """A schedule for ``fp8_fp4_paged_mqa_logits``: empty, with the library's shape, since providers make their own.
 
     Returns:
         int32 ``[num_sms + 1, 2]``, zeros; the same tensor for the same device and number.
@@ -314,7 +314,7 @@ def tf32_hc_prenorm_gemm(a: Tensor, b: Tensor, d: Tensor, sqr_sum: Tensor, num_s
 
 
 def get_num_sms() -> int:
-    """The number of multiprocessors that a schedule spreads over: what was set, else the GPU's, else 1."""
+    """The number of multiprocessors that a schedule uses: as set, else that of the GPU, else 1."""
     if _num_sms is not None:
         return _num_sms
     if not torch.cuda.is_available():
@@ -323,7 +323,7 @@ def get_num_sms() -> int:
 
 
 def set_num_sms(num_sms: int) -> None:
-    """Set what ``get_num_sms`` answers, here and in the library where that is loaded; other providers do not ask."""
+    """Set what ``get_num_sms`` returns, here and in the library if it is loaded. Other providers do not use it."""
     global _num_sms
     _num_sms = int(num_sms)
     if (library := loaded("deep_gemm")) is not None:
@@ -331,12 +331,12 @@ def set_num_sms(num_sms: int) -> None:
 
 
 def get_pdl() -> bool:
-    """What ``set_pdl`` set."""
+    """The value of the last ``set_pdl``."""
     return _pdl
 
 
 def set_pdl(enable: bool) -> None:
-    """Whether kernels may start early: passed to the library where that is loaded; other providers do not use it."""
+    """Set whether the library's kernels may start early, if it is loaded. Other providers do not use it."""
     global _pdl
     _pdl = bool(enable)
     if (library := loaded("deep_gemm")) is not None:

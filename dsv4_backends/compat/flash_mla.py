@@ -38,7 +38,7 @@ FORMATS = {
 
 @dataclasses.dataclass
 class FlashMLASchedMeta:
-    """The object that a caller makes once and passes to every decode call of the same shapes.
+    """The schedule that a caller makes once and passes to every decode call of the same shapes.
 
     Providers plan for themselves. The object keeps the shapes of its first call, and a call with others is an
     error, as it is in the library.
@@ -53,7 +53,7 @@ class FlashMLASchedMeta:
 
 
 def get_mla_metadata(*args: object, **kwargs: object) -> tuple[FlashMLASchedMeta, None]:
-    """An empty ``FlashMLASchedMeta``, and None. Arguments are those of older releases, and are not looked at."""
+    """An empty ``FlashMLASchedMeta``, and None. The arguments of older releases are ignored."""
     return FlashMLASchedMeta(), None
 
 

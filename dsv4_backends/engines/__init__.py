@@ -16,14 +16,14 @@ ENGINES: dict[str, str] = {
     "sglang": "dsv4_backends.engines.sglang:ENGINE",
     "transformers": "dsv4_backends.engines.transformers:ENGINE",
 }
-"""Every engine by its name, and where its ``Engine`` is; imported when it is asked for."""
+"""Every engine by its name, and where its ``Engine`` is, which is imported when it is needed."""
 
 OPTIONS: dict[str, str] = {
     "wo_a_bf16": "vllm on 8.x: the output projection's weight becomes bf16 when it is loaded, for cuBLAS",
     "flashmla_sm120": "vllm on 12.x with the attention backend FLASHMLA_SPARSE_DSV4: attention by these ops, "
     "without FlashInfer",
 }
-"""What ``DSV4_BACKENDS_ENGINE_OPTIONS`` can turn on, by word: the engine, and what it does."""
+"""What each word in ``DSV4_BACKENDS_ENGINE_OPTIONS`` turns on: the engine, and what it does."""
 
 
 def load(name: str) -> Engine:
@@ -34,10 +34,12 @@ def load(name: str) -> Engine:
 
 
 def asked() -> tuple[Engine, ...]:
-    """The engines that ``DSV4_BACKENDS_ENGINE`` turns on: those that it names, or all that it can where it names none.
+    """The engines that ``DSV4_BACKENDS_ENGINE`` turns on: those that it names, or every engine if it names none (``1``,
+    ``force``). Engines that no variable turns on are left out.
 
     Raises:
-        PolicyError: it cannot be understood, or names an engine that no variable turns on; or an unknown option.
+        PolicyError: the variable has an unknown word, or names an engine that no variable turns on; or an option is
+            unknown.
     """
     words = policy.engines(known=ENGINES)
     policy.engine_options(OPTIONS)

@@ -2,7 +2,7 @@
 
 An engine is data and a few functions, like a provider. ``Engine`` says what would be replaced, and by which provider.
 ``HookedEngine`` replaces functions: in modules that have been imported at once, in the others when the engine imports
-them. Nothing of an engine is imported here, and CUDA is not started.
+them. Nothing of an engine is imported here, and CUDA is not initialised.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ class Plan:
 
     Attributes:
         engine: The engine's name.
-        version: Its version; empty for a source tree without one, None where the engine is not installed.
+        version: Its version; empty for a source tree without one, None if the engine is not installed.
         devices: The kinds of GPU that the choice is for.
-        rows: Every target. What is refused on one kind of GPU is refused.
-        enabled: Whether ``DSV4_BACKENDS_ENGINE`` asks for it.
-        switch: How it is turned on, for people.
-        notes: What the engine itself lacks on these devices, and how its version was taken.
-        left_out: Why the engine will not load this plugin at all; empty where it will.
-        refusal: Why every target is refused, where that is no matter of the targets.
+        rows: Every target. A target that is refused on one kind of GPU is refused on all.
+        enabled: Whether ``DSV4_BACKENDS_ENGINE`` turns it on.
+        switch: How to turn it on, as text for the user.
+        notes: More text for the user: GPUs that are left out, a version that is no release, what the engine lacks on
+            these devices.
+        left_out: Why the engine will not load this plugin at all; empty if it will.
+        refusal: Why every target is refused, if the reason is the engine or the machine and not a target.
     """
 
     engine: str
@@ -66,12 +67,12 @@ class Plan:
 
     @property
     def ok(self) -> bool:
-        """Nothing has been refused or has failed, and what is asked for will be done."""
+        """Whether no target is refused or has failed and, if the engine is turned on, it will load this plugin."""
         return not any(row.state in (REFUSED, FAILED) for row in self.rows) and not (self.enabled and self.left_out)
 
     @property
     def name(self) -> str:
-        """The engine and its version, in words."""
+        """The engine and its version, as text."""
         return f"{self.engine} not installed" if self.version is None else _named(self.engine, self.version)
 
 
@@ -81,7 +82,7 @@ class Verdict(NamedTuple):
     Attributes:
         state: planned, refused or not needed.
         reason: Why it is not planned.
-        served: Who serves its op there, where that matters.
+        served: The provider of its op there, if the verdict depends on it.
     """
 
     state: str
@@ -90,8 +91,8 @@ class Verdict(NamedTuple):
 
 
 Judge = Callable[[Target, Device, Served | None], Verdict | None]
-"""An engine's own rule for a target on one kind of GPU: ``served`` is who serves its op there, None where it has none.
-None leaves the target to the rule for all engines."""
+"""An engine's own rule for a target on one kind of GPU. Its third argument is the provider of the target's op there, or
+None if the target has no op. If it returns None, the rules of all engines decide."""
 _Choices = Sequence[tuple[Device, Mapping[str, Resolution]]]
 
 
@@ -100,7 +101,7 @@ def _named(engine: str, found: str) -> str:
 
 
 def _is_release(found: str) -> bool:
-    """Whether the number says which code it is: not for a build from source (0.1.dev15830+g8d59) or a fork (dev)."""
+    """Whether the version identifies the code: not for a build from source (0.1.dev15830+g8d59) or a fork (dev)."""
     try:
         return not Version(found).is_devrelease
     except InvalidVersion:
@@ -114,15 +115,15 @@ class Engine:
     Attributes:
         name: As in ``ENGINES``; its package is importable under this name.
         targets: What is replaced.
-        distributions: The distributions that it comes in; default: one of its name.
+        distributions: The names of its distributions; default: ``name``.
         supported: The releases that it was tested with; None: ``gate`` alone decides.
-        requirement: What pip is to install; default: its name, in the releases that are supported.
+        requirement: What a hint tells pip to install; default: its name, in the releases that are supported.
         capability: The compute capabilities on which it has bfloat16, which the ops take, as a claim
             (``selection/capability.py``); empty: all.
-        gate: Why the installed engine is not served, beyond its release.
+        gate: Returns why the installed engine is refused, whatever its release; None if it is not.
         judge: The engine's own rule for a target.
-        notes: What the engine itself lacks on these devices.
-        switch: How it is turned on, for people.
+        notes: Returns what the engine lacks on these devices, as text for the user.
+        switch: How to turn it on, as text for the user.
     """
 
     name: str
@@ -142,11 +143,11 @@ class Engine:
         return f"<engine {self.name}>"
 
     def version(self) -> str | None:
-        """The installed version; empty for a source tree without one, None where the engine is not installed."""
+        """The installed version; empty for a source tree without one, None if the engine is not installed."""
         for name in self.distributions or (self.name,):
             try:
                 found: str | None = metadata.version(name)
-            except Exception:  # not installed, or metadata that cannot be read: then its source decides
+            except Exception:  # not installed, or its metadata cannot be read: look for its source
                 continue
             if found:  # importlib.metadata returns None for a directory without metadata
                 return found
@@ -155,15 +156,15 @@ class Engine:
     def plan(self, device: str | None = None, *, force: bool = False) -> Plan:
         """What is replaced, where, and by which provider; after ``apply()`` the state in this process.
 
-        CUDA is not started.
+        CUDA is not initialised.
 
         Args:
             device: Choose as if the GPU were this one (``"sm_90"``); default: every kind of GPU of this machine.
-            force: Do not ask for the engine's version, as with ``DSV4_BACKENDS_ENGINE=force``. What each target looks
-                like is checked all the same.
+            force: Accept any version of the engine, as ``DSV4_BACKENDS_ENGINE=force`` does. The names and parameters
+                are still checked.
 
         Raises:
-            PolicyError: the settings cannot be understood.
+            PolicyError: a setting is wrong.
         """
         return self._plan(device, force, load=not self._standing())
 
@@ -175,12 +176,12 @@ class Engine:
         return ""
 
     def _switch(self) -> str:
-        """How it is turned on; what ``DSV4_BACKENDS_ENGINE`` names already stays on."""
+        """How to turn it on, as text for the user. The engines that ``DSV4_BACKENDS_ENGINE`` names stay on."""
         others = policy.engines(known=ENGINES) if self.by_variable else ()
         return f"set {policy.PREFIX}ENGINE={','.join((*others, self.name))}" if others else self.switch
 
     def _asked(self) -> str:
-        """How ``DSV4_BACKENDS_ENGINE`` asks for this engine: ``"1"``, ``"force"``, its name, or not at all."""
+        """The word in ``DSV4_BACKENDS_ENGINE`` that turns this engine on: 1, force or its name; empty if none does."""
         words = policy.engines(known=ENGINES) if self.by_variable else ()
         return next((word for word in words if word in ("1", "force", self.name)), "")
 
@@ -192,7 +193,7 @@ class Engine:
         choices = [(where, {made.op: made for made in resolutions}) for where, resolutions in surveyed.resolutions]
         devices = tuple(where for where, _ in choices)
         lacking = [where for where in devices if not self._runs_on(where)]
-        if len(lacking) < len(devices):  # the engine cannot use the others, a display's GPU say
+        if len(lacking) < len(devices):  # the engine uses only the others; these may be for a display
             choices = [(where, made) for where, made in choices if where not in lacking]
         standing = self._standing()
         refusal = None
@@ -212,8 +213,8 @@ class Engine:
         notes = []
         if found is not None and self.supported is not None and not _is_release(found):
             notes.append(
-                f"{_named(self.name, found)} is not a release, so its number does not say which code it is: each name "
-                "is judged by what its module looks like, and the whole is untested."
+                f"{_named(self.name, found)} is not a release, so its version does not identify the code. Names and "
+                "parameters are checked one by one; the whole is untested."
             )
         if len(lacking) < len(devices):
             notes += [f"{where.name} is left out: {self._no_bfloat16(where)}" for where in lacking]
@@ -234,7 +235,7 @@ class Engine:
         )
 
     def _refusal(self, found: str | None, force: bool, simulated: bool) -> Reason | None:
-        """Why nothing at all is replaced."""
+        """Why nothing is replaced; None if something may be."""
         if found is None:
             wanted = self.requirement or f"{self.name}{self.supported or ''}"
             return Reason("engine-missing", f"{self.name} is not installed", f"pip install '{wanted}'")
@@ -250,23 +251,23 @@ class Engine:
         return None
 
     def _stands_in_for_nothing(self, target: Target) -> bool:
-        """A target for a missing package that is there: people need not read of it."""
+        """Whether a target is only for machines without a package that this one has. The plan does not list it."""
         return bool(target.without) and not target.lacking and patching.source_of(target.without) is not None
 
     def _unasked(self, target: Target, found: str | None) -> Reason | None:
-        """Why a target is not to be replaced on any GPU: another release, or an option that is off."""
+        """Why a target is not replaced on any GPU: another release, or an option that is off. None if neither."""
         released = bool(target.releases and found and _is_release(found))
         if released and not SpecifierSet(target.releases).contains(found or "", prereleases=True):
-            return Reason("engine-served", f"{self.name} {target.releases} has it, and this is {found}")
+            return Reason("engine-served", f"only {self.name} {target.releases} has it, and {found} is installed")
         if target.option and target.option not in policy.engine_options(OPTIONS):
             hint = f"{target.option} in {policy.PREFIX}ENGINE_OPTIONS turns it on"
             return Reason("engine-option", f"off by default: {OPTIONS[target.option]}", hint)
         return None
 
     def _judge(self, row: Row, choices: _Choices) -> None:
-        """Refuse a target by what its module looks like, or by what is to be said of it on any kind of GPU.
+        """Set a row's state by the source of the target's module, and by the verdict for each kind of GPU.
 
-        One process may run on any of them, and a replacement holds for the whole process.
+        A replacement applies to the whole process, which may run on any of the GPUs: a refusal on one refuses it.
         """
         if (misfit := patching.misfit(row.target)) is not None:
             row.refuse(misfit)
@@ -298,7 +299,7 @@ class Engine:
         return Verdict(PLANNED, served=served)
 
     def _works(self, target: Target, where: Device, served: Served | None) -> Reason | None:
-        """How the engine's own works on a device, so that nothing need be replaced there; None where it does not."""
+        """Why nothing needs to be replaced on a device: the engine's own works there. None if it does not."""
         if not (target.lacking or target.without) or (served is not None and served.by_user):
             return None
         if target.without and patching.source_of(target.without) is None:
@@ -311,7 +312,7 @@ class Engine:
 
 
 def keeps_library(engine: str, target: Target, where: Device, served: Served | None) -> Verdict | None:
-    """A rule that engines share: the reference does not replace a native library that is made for this GPU."""
+    """A rule that engines share: the reference does not replace a native library on the GPUs that it is made for."""
     major = where.capability.major if where.capability is not None else 0
     if served is None or served.candidate is None or served.by_user or major not in (9, 10, 12):
         return None
@@ -323,10 +324,11 @@ def keeps_library(engine: str, target: Target, where: Device, served: Served | N
 
 
 def unlisted(engine: str, variable: str, read: Callable[[str], Sequence[str] | None]) -> str:
-    """Why an engine does not load this plugin, where its own variable lists those that it may; empty where it does.
+    """Why an engine does not load this plugin: the engine's own variable lists plugins, but not this one. Empty if it
+    does load it.
 
     Args:
-        read: The names in the variable's text, as the engine reads it; None where it then loads all.
+        read: Returns the names in the variable's text, as the engine reads it; None if it loads every plugin.
     """
     text = os.environ.get(variable)
     names = None if text is None else read(text)
@@ -336,7 +338,7 @@ def unlisted(engine: str, variable: str, read: Callable[[str], Sequence[str] | N
 
 
 def follow(rows: Sequence[Row]) -> None:
-    """Leave alone what goes with a target that is not replaced."""
+    """Do not replace a target that goes with another one that is not replaced."""
     by_name = {row.target.attribute: row for row in rows}
     for row in rows:
         leader = by_name.get(row.target.goes_with)
@@ -354,11 +356,11 @@ class HookedEngine(Engine):
     """An engine whose functions are replaced by an import hook, which its entry point ``register`` sets.
 
     Attributes:
-        left_out: Why the engine will not load this plugin; empty where it will.
-        look: The engine's own rule for a target whose module has been imported, given what stands there.
-        replacers: By module, what replaces its targets; default: ``replace`` for each.
-        rows: The targets once ``apply`` has been called.
-        patches: What stood where something was replaced.
+        left_out: Returns why the engine will not load this plugin; empty if it will.
+        look: The engine's own rule for a target whose module has been imported, given the original.
+        replacers: By module, the function that replaces its targets; default: ``replace`` for each.
+        rows: The targets after ``apply``.
+        patches: What has been replaced, with the originals.
     """
 
     left_out: Callable[[], str] = lambda: ""
@@ -379,15 +381,16 @@ class HookedEngine(Engine):
     def apply(self, *, force: bool = False) -> Plan:
         """Replace what the plan says: at once in modules that have been imported, in the others when they are.
 
-        A second call changes nothing. On an error what has been replaced is put back, and its rows say so.
+        A second call changes nothing. On an error the originals are restored, and the rows give the error.
 
         Args:
             force: As for ``plan``.
 
         Raises:
-            PolicyError: the settings cannot be understood.
+            PolicyError: a setting is wrong.
         """
-        # An engine's start does not wait for a child that imports libraries; a call says if one does not load.
+        # The engine's start does not wait for a child process that imports the libraries. If one does not load, the
+        # first call says so.
         made = self._plan(None, force, load=False)
         if self.rows:
             return made
@@ -412,8 +415,7 @@ class HookedEngine(Engine):
         return made
 
     def _put_front(self, library: str) -> None:
-        """Have ``import`` of a native library give ours, for the targets that are to be replaced; the others are its
-        own."""
+        """Put our module behind ``import`` of a native library. Only planned targets are ours; all else is its own."""
         if compat.installed(library):
             return
         compat.install(library)
@@ -425,16 +427,16 @@ class HookedEngine(Engine):
     def _put_back(self) -> list[str]:
         hook.forget(self._on_import)
         others = self.patches.undo()
-        if self._fronts:  # without names it would be all
+        if self._fronts:  # without names, uninstall() takes all
             compat.uninstall(*self._fronts)
             self._fronts.clear()
         return others
 
     def undo(self) -> list[str]:
-        """Take back ``apply()`` in this process, where ours is still in place.
+        """Restore the originals of what ``apply()`` has replaced in this process.
 
         Returns:
-            The names that other code has replaced since; they are left alone.
+            The names that other code has replaced since. They are left as they are.
         """
         others = self._put_back()
         for row in self.rows:
@@ -444,21 +446,21 @@ class HookedEngine(Engine):
         return others
 
     def register(self) -> None:
-        """The entry point. Does nothing unless ``DSV4_BACKENDS_ENGINE`` asks; never raises, may be called again."""
+        """The entry point: ``apply()`` if ``DSV4_BACKENDS_ENGINE`` turns it on. Never raises; may be called again."""
         try:
             if self._asked() and not self.rows:
                 self.apply()
         except PolicyError as error:
             _log.error("%s: nothing is replaced: %s", self.name, error)
         except Exception:
-            _log.exception("%s: nothing is replaced, because this failed; please report it", self.name)
+            _log.exception("%s: nothing is replaced because of this error; please report it", self.name)
 
     def planned(self, module: ModuleType) -> Iterator[Row]:
         """The targets of a module that are still to be replaced."""
         return (row for row in self.rows if row.target.module == module.__name__ and row.state == PLANNED)
 
     def attempt(self, module: ModuleType, replacer: Callable[[Row, ModuleType], None]) -> None:
-        """Let ``replacer`` replace every target of a module that is to be; what it raises is logged, and a reason."""
+        """Call ``replacer`` for every planned target of a module. An error is logged and becomes the row's reason."""
         for row in self.planned(module):
             try:
                 replacer(row, module)
@@ -467,7 +469,7 @@ class HookedEngine(Engine):
             follow(self.rows)
 
     def replace(self, row: Row, module: ModuleType) -> None:
-        """Replace the target by ``Target.ours``, unless that does not take what is there."""
+        """Replace the target by ``Target.ours``, unless ``look`` objects or the parameters differ."""
         original = patching.standing(module, row.target.attribute)
         if (verdict := self.look(row.target, original)) is not None and verdict.reason is not None:
             row.refuse(verdict.reason, state=verdict.state)
@@ -491,8 +493,12 @@ class HookedEngine(Engine):
         native: Callable[..., Any] | None,
         find: Callable[[], Callable[..., Any] | None] | None = None,
     ) -> None:
-        """Replace a target by ours, counted. ``native`` gets the calls that no op covers; ``find`` looks for
-        it at such a call."""
+        """Replace a target by ours, and count its calls.
+
+        Args:
+            native: The function for calls that no op covers, if there is one.
+            find: Returns that function at such a call; default: ``native``.
+        """
         find = find or (lambda: native)
         self.patches.replace(module, row.target.attribute, self._counted(row, ours, native, find))
         row.state = REPLACED
@@ -524,7 +530,7 @@ class HookedEngine(Engine):
         native: Callable[..., Any] | None,
         find: Callable[[], Callable[..., Any] | None],
     ) -> Callable[..., Any]:
-        """Ours, counted; and the engine's own for a call that no op covers, counted too."""
+        """Ours, and the engine's own function for a call that no op covers. Calls of both are counted."""
 
         def pass_on() -> Callable[..., Any] | None:
             if (found := find()) is not None:
@@ -535,7 +541,7 @@ class HookedEngine(Engine):
 
             def own(*args: Any, **kwargs: Any) -> Any:
                 row.passed_on += 1
-                return native(*args, **kwargs)  # type: ignore[misc]  # what is around something has it
+                return native(*args, **kwargs)  # type: ignore[misc]  # never None if ours wraps it
 
             ours = functools.partial(ours, own)
         call = compat.or_native(ours, pass_on, f"{self.name}'s {row.target.attribute}")
@@ -550,7 +556,7 @@ class HookedEngine(Engine):
         return replacement
 
     def _announce(self) -> None:
-        """One line at the first call, which is in the worker: who serves what, and what was refused."""
+        """Log one line at the first call, in the worker: the provider of each op, and what was refused."""
         self._announced = True
         served = {row.target.op: row.serves for row in self.rows if row.target.op and row.serves}
         parts = [f"{op} {served[op]}" for op in OPS if op in served]
@@ -562,7 +568,7 @@ class HookedEngine(Engine):
         ]
         tail = f"; not replaced: {'; '.join(refused)}" if refused else ""
         name = _named(self.name, self.version() or "")
-        _log.warning("%s runs over dsv4_backends: %s%s", name, ", ".join(parts) or "no op", tail)
+        _log.warning("%s runs on dsv4_backends: %s%s", name, ", ".join(parts) or "no op", tail)
 
 
 __all__ = ["Engine", "HookedEngine", "Plan", "Verdict", "follow", "keeps_library", "unlisted"]

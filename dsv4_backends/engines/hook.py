@@ -1,7 +1,8 @@
-"""Call back when a module has been imported: one finder for all callbacks, gone when none waits any more.
+"""Callbacks after the import of a module: one finder for all of them, removed when no callback waits.
 
-An engine's modules are changed after they are loaded, never loaded early: that would start CUDA in processes that fork.
-Nothing here can break an import: a callback that raises is logged, and a loader that cannot be wrapped is left alone.
+An engine's modules are changed after the engine has imported them. Importing them earlier would initialise CUDA in
+processes that fork. Nothing here can break an import: an error in a callback is logged, and a loader that cannot be
+wrapped is left as it is.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _waiting: dict[str, list[Callback]] = {}
 
 
 def when_imported(name: str, callback: Callback) -> None:
-    """Call ``callback(module)`` after the import of ``name``, at once where that has happened.
+    """Call ``callback(module)`` after the import of ``name``, at once if it has been imported.
 
     Args:
         name: Full module name. It is not imported here, nor are its parents.
-        callback: Gets the loaded module. What it raises is logged.
+        callback: Gets the imported module. An error in it is logged.
     """
     with _lock:
         module = sys.modules.get(name)
@@ -39,7 +40,7 @@ def when_imported(name: str, callback: Callback) -> None:
 
 
 def forget(callback: Callback) -> None:
-    """Take back every ``when_imported`` of a callback that has not been called."""
+    """Cancel every ``when_imported`` of a callback that has not been called."""
     with _lock:
         for name in list(_waiting):
             _waiting[name] = [waiting for waiting in _waiting[name] if waiting != callback]
@@ -49,7 +50,7 @@ def forget(callback: Callback) -> None:
 
 
 def waiting() -> tuple[str, ...]:
-    """The modules that a hook waits for."""
+    """The modules whose import callbacks wait for."""
     return tuple(_waiting)
 
 
@@ -74,7 +75,7 @@ def _loaded(module: ModuleType) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: it lets the other finders find a module that a hook waits for, and marks its loader."""
+    """Has the other finders find a module that a callback waits for, and wraps its loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -96,7 +97,7 @@ _FINDER = _Finder()
 
 
 def _mark(loader: importlib.abc.Loader, name: str) -> None:
-    """Have the loader call back once it has run the module. It stays the loader it was, of its own class."""
+    """Have the loader call ``_loaded`` after it has run the module. The loader stays the same object."""
     original = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
@@ -110,4 +111,4 @@ def _mark(loader: importlib.abc.Loader, name: str) -> None:
     try:
         loader.__dict__["exec_module"] = exec_module
     except (AttributeError, TypeError) as error:
-        _log.error("cannot see the import of %s: its loader %r takes no attribute (%s)", name, loader, error)
+        _log.error("cannot follow the import of %s: its loader %r takes no attribute (%s)", name, loader, error)

@@ -1,4 +1,4 @@
-"""What is to be replaced in an engine, what has been, and the way back."""
+"""Names in an engine's modules: what is to replace them, what has replaced them, and their originals."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ PLANNED, REPLACED, REFUSED, FAILED, NOT_NEEDED, UNDONE = (
 
 @dataclass(frozen=True)
 class Target:
-    """One name in an engine's module.
+    """One name in an engine's module, and its replacement.
 
     Attributes:
         module: The module that looks it up when it is called.
         attribute: The name; ``Class.method`` for a method.
-        op: The op behind the replacement; empty where there is none.
-        about: What it is to the engine, for people.
-        ours: What stands there instead, as ``module:function``; imported when it is put there.
-        goes_with: The attribute of the target beside which alone it makes sense.
-        caller: A function of the module that calls it, and ``signatures``: the parameters it may have. A version of
-            the engine whose caller has others is not guessed at.
-        within: The engine's module that imports ``module`` when it calls it, where that is a native library
-            (``compat.LIBRARIES``): ours goes in front of the library, which need not be installed. ``caller`` is in
-            this module.
-        around: Ours gets what stood there as its first argument, and calls it for what is not ours. Several targets
-            may then stand around one name.
+        op: The op that the replacement calls; empty if it calls none.
+        about: Its role in the engine, as text for the user.
+        ours: The replacement, as ``module:function``; imported when it is put in place.
+        goes_with: The attribute of another target. This one is replaced only if that one is.
+        caller: A function of the module that calls it. If its parameters are not in ``signatures``, the target is
+            refused.
+        signatures: The parameters that ``caller`` may have.
+        within: If ``module`` is a native library (``compat.LIBRARIES``): the engine's module that imports it inside its
+            functions, and has ``caller``. Our module is put behind the import, so the library need not be installed.
+        around: Ours gets the original as its first argument, and calls it if the op does not cover the call. Several
+            targets may wrap one name.
         releases: The engine's releases that have it, as specifiers; empty: all that are supported.
         lacking: The compute capabilities on which the engine's own does not work, as a claim
-            (``selection/capability.py``); empty: on all. Elsewhere it is replaced only where the user asks for a
-            provider of its op.
-        without: A package that the engine's own needs: where it is missing, the engine's own works nowhere. With
-            ``lacking`` empty, ours is for that alone.
-        option: The word of ``DSV4_BACKENDS_ENGINE_OPTIONS`` without which it is left alone.
-        kernels: The engine's own kernels, by class, that nothing calls once it is replaced: an engine that compiles
-            ahead need not compile them.
+            (``selection/capability.py``). On others it is replaced only if the user asks for a provider of its op.
+            Empty: it is replaced on all.
+        without: A package that the engine's own needs. Without the package it is replaced on all capabilities; with
+            the package and an empty ``lacking`` it is not replaced.
+        option: The word in ``DSV4_BACKENDS_ENGINE_OPTIONS`` that turns it on; empty: it is always on.
+        kernels: The classes of the engine's kernels that nothing calls after the replacement. The engine's warm-up
+            does not compile them.
     """
 
     module: str
@@ -76,7 +76,7 @@ class Target:
         return f"{self.module}:{self.attribute}"
 
     def function(self) -> Callable[..., Any]:
-        """What ``ours`` names."""
+        """The function that ``ours`` names, imported now."""
         module, _, name = self.ours.partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return function
@@ -88,13 +88,13 @@ class Row:
 
     Attributes:
         target: What is replaced.
-        provider: Who serves its op in general; empty where there is no op or no provider. Where the machine has
-            several kinds of GPU, and different providers serve them, all of these.
-        serves: The same with why and who else does, for people.
+        provider: The provider of its op in general, or the providers if those of several kinds of GPU differ; empty if
+            there is no op or no provider.
+        serves: The same as text for the user, with what chose it and which other providers serve some shapes.
         state: planned, replaced, refused, failed, not needed, or undone.
         reasons: Why it is not replaced.
         calls: Calls of the replacement in this process.
-        passed_on: Calls that no op stands for, and that the engine's own function got.
+        passed_on: Calls that no op covers, which the engine's own function got.
     """
 
     target: Target
@@ -121,7 +121,7 @@ class Patches:
         setattr(holder, name, replacement)
 
     def put_back(self, module: ModuleType, attribute: str) -> bool:
-        """Put back the original; False if other code has replaced it since: then nothing changes."""
+        """Restore the original. Returns False, and changes nothing, if other code has replaced it since."""
         last = len(self.done) - 1
         index = next(last - i for i, done in enumerate(reversed(self.done)) if done[:2] == (module, attribute))
         _, _, original, replacement = self.done.pop(index)
@@ -132,22 +132,22 @@ class Patches:
         return True
 
     def undo(self) -> list[str]:
-        """Put back everything; the names that other code has replaced since are left alone."""
+        """Restore everything. Returns the names that other code has replaced since, which stay as they are."""
         names = [(module, attribute) for module, attribute, _, _ in reversed(self.done)]
         return [f"{module.__name__}:{attribute}" for module, attribute in names if not self.put_back(module, attribute)]
 
 
 def held(module: ModuleType, attribute: str) -> tuple[Any, str]:
-    """What holds an attribute, the module or one of its classes, and the name that it has there."""
+    """The object that has an attribute, the module or one of its classes, and the attribute's name in it."""
     owner, _, name = attribute.rpartition(".")
     return (getattr(module, owner) if owner else module), name
 
 
 def standing(module: ModuleType, attribute: str) -> Any:
-    """The present value; of a method the function, as its class holds it.
+    """The current value of an attribute; for a method, the function in its class.
 
     Raises:
-        AttributeError: nothing does. A method that is only inherited stands in another class.
+        AttributeError: there is none. A method that the class only inherits counts as missing.
     """
     holder, name = held(module, attribute)
     if not isinstance(holder, type):
@@ -158,13 +158,13 @@ def standing(module: ModuleType, attribute: str) -> Any:
 
 
 def source_of(module: str) -> Path | None:
-    """The file of a module that need not be imported, found from its top-level package; None where there is none."""
+    """The source file of a module, found without importing it; None if there is none."""
     package, _, rest = module.partition(".")
     loaded = sys.modules.get(package)
     spec = getattr(loaded, "__spec__", None)
     if loaded is None:
         try:
-            spec = importlib.util.find_spec(package)  # imports nothing: it has no parents
+            spec = importlib.util.find_spec(package)  # imports nothing, since a top-level package has no parents
         except (ImportError, ValueError):
             return None
     for place in (spec.submodule_search_locations or ()) if isinstance(spec, importlib.machinery.ModuleSpec) else ():
@@ -176,10 +176,9 @@ def source_of(module: str) -> Path | None:
 
 
 def structure(path: Path) -> dict[str, tuple[str, ...] | None]:
-    """The names that a module's source defines at its top level, and its classes' methods; for a function, its
-    parameters.
+    """The names that a module's source defines at its top level and in its classes, with the parameters of functions.
 
-    Read without running it, so it can be asked about an engine whose import would need a GPU.
+    The source is parsed, not run, since importing an engine may need a GPU.
     """
     names: dict[str, tuple[str, ...] | None] = {}
 
@@ -211,7 +210,7 @@ def structure(path: Path) -> dict[str, tuple[str, ...] | None]:
 
 
 def misfit(target: Target) -> Reason | None:
-    """Why a target cannot be where it is expected, by the source of its module; None where it can."""
+    """Why a target cannot be replaced, judged by the source of its module; None if it can."""
     module = target.within or target.module
     path = source_of(module)
     if path is None:
@@ -230,11 +229,11 @@ def misfit(target: Target) -> Reason | None:
 
 
 def takes(function: Callable[..., Any], ours: Callable[..., Any]) -> Reason | None:
-    """Why ours cannot replace a function: a parameter that ours does not have; None where it can."""
+    """Why ours cannot replace a function: it has a parameter that ours lacks. None if it can."""
     try:
         theirs = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return None  # nothing to compare: its callers decide
+        return None  # it has no signature to compare
     known = inspect.signature(ours).parameters
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if set(variadic) <= {p.kind for p in known.values()}:

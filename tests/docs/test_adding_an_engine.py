@@ -95,7 +95,7 @@ def test_the_entry_point_of_the_page(
     result = layer.forward(torch.ones(2, 64).bfloat16(), torch.ones(24, 64))
     torch.testing.assert_close(result, torch.full((2, 24), 64.0), rtol=1e-5, atol=0)
     (line,) = caplog.messages
-    assert line == "toy 1.2.0 runs over dsv4_backends: hc_prenorm_gemm torch"
+    assert line == "toy 1.2.0 runs on dsv4_backends: hc_prenorm_gemm torch"
 
 
 def test_doctor_and_the_rules_of_the_page(

@@ -753,7 +753,7 @@ def test_undo_and_again(caplog: pytest.LogCaptureFixture) -> None:
             wrapper.tf32_hc_prenorm_gemm(x, fn, out, squares, 1)
     assert torch.all(out == 64)
     (line,) = (record.message for record in caplog.records)
-    assert line.startswith("sglang 0.5.23 runs over dsv4_backends: sparse_mla_prefill ")
+    assert line.startswith("sglang 0.5.23 runs on dsv4_backends: sparse_mla_prefill ")
     assert "hc_prenorm_gemm" in line
 
 

@@ -662,7 +662,7 @@ def test_undo_and_again(caplog: pytest.LogCaptureFixture) -> None:
     assert torch.all(out == 64)
     assert dg._fp8_einsum_impl not in (None, ours[0])
     (line,) = (record.message for record in caplog.records)
-    assert line.startswith(f"vllm {engine.version()} runs over dsv4_backends: sparse_mla_prefill ")
+    assert line.startswith(f"vllm {engine.version()} runs on dsv4_backends: sparse_mla_prefill ")
     assert "hc_prenorm_gemm" in line
 
 

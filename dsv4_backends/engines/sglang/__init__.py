@@ -1,8 +1,8 @@
 """SGLang, through the entry point ``sglang.srt.plugins``, which SGLang calls in the processes that it starts.
 
-``register()`` is what SGLang calls; it does nothing unless ``DSV4_BACKENDS_ENGINE`` asks. SGLang's own registry of
-hooks is not used: it imports the module of every hook at once, in processes that only start others. Its modules are
-changed when SGLang itself has imported them.
+SGLang calls ``register()``, which does nothing unless ``DSV4_BACKENDS_ENGINE`` turns the engine on. SGLang's modules
+are changed after SGLang itself has imported them. SGLang's own registry of hooks is not used, since it imports the
+modules of all hooks at once, even in processes that only start others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import defaults, interface, rules
 from .targets import ENVIRON, INTERFACE, TARGETS
 
 SUPPORTED = SpecifierSet("==0.5.23")
-"""The release that this was tested with. SGLang's patch releases change its V4 code."""
+"""The release that this was tested with. SGLang's patch releases change its V4 code too."""
 
 ENGINE = HookedEngine(
     name="sglang",

@@ -1,4 +1,4 @@
-"""The ops, with the arguments of SGLang's functions."""
+"""The replacements: the ops, with the arguments of SGLang's functions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def flash_mla_sparse_fwd(
     *,
     use_legacy: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``flash_mla_interface.flash_mla_sparse_fwd``: logarithms to base 2 where it asks for the older kernels."""
+    """``flash_mla_interface.flash_mla_sparse_fwd``: with ``use_legacy`` the lse is to base 2."""
     log2 = True if use_legacy else None
     return flash_mla.flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v, attn_sink, topk_length, return_log2_lse=log2)
 
@@ -86,7 +86,7 @@ def get_mla_metadata(
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
 ) -> tuple[flash_mla.FlashMLASchedMeta, None]:
-    """``flash_mla_interface.get_mla_metadata``; one made from lengths is for other models."""
+    """``flash_mla_interface.get_mla_metadata``, without the form for other models, which takes lengths."""
     if cache_seqlens is not None:
         raise UnsupportedError("get_mla_metadata: argument cache_seqlens: expected None, got a tensor")
     return flash_mla.get_mla_metadata()
@@ -98,7 +98,7 @@ def tf32_hc_prenorm_gemm(x: Tensor, fn: Tensor, out: Tensor, sqrsum: Tensor, num
 
 
 def product_is_ours() -> bool:
-    """``_use_deep_gemm_hc_prenorm``: as the user has set it, whatever DeepGEMM is installed."""
+    """``_use_deep_gemm_hc_prenorm``: the user's setting alone, whether or not DeepGEMM is installed."""
     from sglang.srt.environ import envs  # type: ignore[import-not-found]
 
     return bool(envs.SGLANG_OPT_DEEPGEMM_HC_PRENORM.get())
@@ -111,7 +111,10 @@ def dequantize_k_cache_paged_dsv4(
     out: Tensor | None = None,
     layout: Any = "v4",
 ) -> Tensor:
-    """Slots of the cache ``[pages, bytes]`` as bf16 ``[n, 1, 512]``: each slot is the last entry of a request."""
+    """The keys in slots of a cache ``[pages, bytes]``, as bf16 ``[n, 1, 512]``.
+
+    For the op, each slot is the last token of a request that gathers one token.
+    """
     function = "dequantize_k_cache_paged_dsv4"
     name = str(getattr(layout, "value", layout)).lower()
     if name != "v4":
@@ -132,7 +135,7 @@ def dequantize_k_cache_paged_dsv4(
 
 
 class _WithMarlin:
-    """SGLang's platform, of which Marlin's gate asks for 9.0 or 12.x: its kernel runs from 8.0 on, as on 12.x."""
+    """SGLang's platform, reported as 12.x: Marlin's check asks for 9.0 or 12.x, while its kernel runs from 8.0 on."""
 
     is_sm120 = True
 
@@ -144,5 +147,5 @@ class _WithMarlin:
 
 
 def platform_with_marlin(own: Callable[[], Any]) -> Any:
-    """``get_platform`` of ``mxfp4_marlin_moe``."""
+    """``get_platform`` in ``mxfp4_marlin_moe``."""
     return _WithMarlin(own())

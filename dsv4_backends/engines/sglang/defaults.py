@@ -1,4 +1,4 @@
-"""Other defaults for SGLang's settings. A setting in the environment counts as before."""
+"""Changes the defaults of SGLang's settings. A value in the environment still takes precedence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..patching import REPLACED, Row, standing
 
 
 def arm(engine: HookedEngine, module: ModuleType) -> None:
-    """Turn the planned settings off by default."""
+    """Make off the default of the planned settings."""
     engine.attempt(module, functools.partial(_turn_off, engine))
 
 

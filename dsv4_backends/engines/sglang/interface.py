@@ -1,4 +1,4 @@
-"""SGLang's module around FlashMLA: ours in the place of its functions, and these for what no op covers."""
+"""Replaces the functions of SGLang's module around FlashMLA. They still get the calls that no op covers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAMES = ("flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata")
 
 
 def arm(engine: HookedEngine, module: ModuleType) -> None:
-    """Replace the planned functions. A schedule of ours never reaches SGLang's own: it gets one of its own."""
+    """Replace the planned functions. SGLang's own functions never get our schedule: they get one of their own."""
     library = SimpleNamespace(**{name: getattr(module, name) for name in _NAMES})
     engine.attempt(module, functools.partial(_replace, engine, library))
 

@@ -1,7 +1,7 @@
 """What is replaced in SGLang: each name, its role in SGLang, its op, and what replaces it.
 
-Most of SGLang's V4 code imports ``deep_gemm`` inside the functions that call it: ours goes in front of that library
-(``Target.within``). FlashMLA is called through one module of SGLang's, whose functions are replaced.
+Most of SGLang's V4 code imports ``deep_gemm`` inside the functions that call it, so our module is put behind that
+import (``Target.within``). SGLang calls FlashMLA through one module of its own, whose functions are replaced.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
 DEEP_GEMM = "deep_gemm"
 FLASH_MLA = "flash_mla"
 OFF: dict[str, str] = {
-    "SGLANG_OPT_USE_TOPK_V2": "top-k without clusters, which start at 9.0",
-    "SGLANG_OPT_USE_TILELANG_MHC_PRE": "hyper-connections as SGLang has them on 12.x",
-    "SGLANG_OPT_USE_JIT_INDEXER_METADATA": "no kernel for a schedule that nothing reads",
+    "SGLANG_OPT_USE_TOPK_V2": "off: this top-k uses clusters, which 9.0 has first",
+    "SGLANG_OPT_USE_TILELANG_MHC_PRE": "off, as SGLang itself sets it on 12.x: hyper-connections",
+    "SGLANG_OPT_USE_JIT_INDEXER_METADATA": "off: a kernel for a schedule that nothing reads",
 }
-"""Settings of SGLang whose default is off below 9.0. What the user sets counts."""
+"""The settings of SGLang whose default becomes off below 9.0, and why. The user's value takes precedence."""
 
 _OURS = "dsv4_backends.engines.sglang"
 _LACKING = ("<9.0",)
@@ -47,7 +47,7 @@ _POST_PRE = (
 def _library(
     attribute: str, op: str, about: str, within: str, caller: str, signature: tuple[str, ...], goes_with: str = ""
 ) -> Target:
-    """A function of DeepGEMM, imported where it is called."""
+    """A function of DeepGEMM, which SGLang imports inside its caller."""
     ours = f"dsv4_backends.compat.deep_gemm:{attribute}"
     return Target(DEEP_GEMM, attribute, op, about, ours, goes_with, caller, (signature,), within=within)
 
@@ -73,7 +73,7 @@ TARGETS = (
     _library(
         "get_paged_mqa_logits_metadata",
         "",
-        "its schedule",
+        "indexer's schedule",
         "sglang.srt.layers.attention.dsv4.metadata",
         "PagedIndexerMetadata.__post_init__",
         ("self",),
@@ -116,7 +116,7 @@ TARGETS = (
         _MHC,
         "_use_deep_gemm_hc_prenorm",
         "",
-        "whether their product is DeepGEMM's",
+        "whether the hyper-connections call DeepGEMM",
         f"{_OURS}.calls:product_is_ours",
         goes_with="tf32_hc_prenorm_gemm",
         caller="_use_deep_gemm_hc_prenorm",
@@ -128,7 +128,7 @@ TARGETS = (
         FLASH_MLA,
         "flash_mla_with_kvcache",
         "sparse_mla_decode",
-        "attention without FlashMLA's wheel",
+        "attention, without the FlashMLA wheel",
         "dsv4_backends.compat.flash_mla:flash_mla_with_kvcache",
         caller="flash_mla_with_kvcache",
         signatures=(_DECODE,),
@@ -150,7 +150,7 @@ TARGETS = (
         _MARLIN,
         "get_platform",
         "",
-        "experts in MXFP4 by Marlin",
+        "experts in MXFP4: allows Marlin",
         f"{_OURS}.calls:platform_with_marlin",
         around=True,
         caller="Mxfp4MarlinMoEMethod.process_weights_after_loading",
@@ -162,7 +162,7 @@ TARGETS = (
         ENVIRON,
         "Envs.SGLANG_ENABLE_JIT_DEEPGEMM",
         "",
-        "no GEMMs of a DeepGEMM that is not there",
+        "off: the linear layers' GEMMs, which would call DeepGEMM",
         without=DEEP_GEMM,
     ),
 )

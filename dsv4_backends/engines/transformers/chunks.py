@@ -1,4 +1,4 @@
-"""How long calls are cut into chunks, and the sizes from which they are."""
+"""Cuts long calls into chunks."""
 
 from __future__ import annotations
 

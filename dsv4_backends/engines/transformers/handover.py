@@ -84,7 +84,7 @@ def hand_over_pages(layer: Any) -> None:
 
 
 def once(key: Any, positions: Tensor, make: Callable[[], Any]) -> Any:
-    """``make()``, computed once a call for each ``key`` and tensor of positions."""
+    """``make()``, computed once in a call for each ``key`` and tensor of positions."""
     window = None if handover.window is None else handover.window()
     if window is None:
         return make()

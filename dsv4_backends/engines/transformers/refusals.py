@@ -30,5 +30,5 @@ def refuse_autocast(device: torch.device, dtype: torch.dtype) -> None:
         return
     if (target := torch.get_autocast_dtype(device.type)) is dtype is torch.bfloat16:
         return
-    cast = f"torch.autocast to {target} is on and the model is {dtype}: served are a bfloat16 model under autocast to"
-    raise EngineError(Reason("engine-mode", f"{cast} bfloat16, and any model without autocast", "leave torch.autocast"))
+    cast = f"torch.autocast to {target} is on and the model is {dtype}: expected a bfloat16 model and autocast to"
+    raise EngineError(Reason("engine-mode", f"{cast} bfloat16, or no autocast", "leave torch.autocast"))

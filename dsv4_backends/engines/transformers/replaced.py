@@ -16,7 +16,7 @@ from .refusals import refuse_gradients
 @dataclass(frozen=True)
 class Mode:
     fp8: bool
-    previous: str  # the attention implementation before
+    previous: str  # the model's attn_implementation before enable
 
 
 class Replaced:

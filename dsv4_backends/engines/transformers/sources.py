@@ -32,7 +32,7 @@ _SOURCES = {
     },
     "cache_utils": {"DynamicSlidingWindowLayer": "ea27db942c137843"},
 }
-"""By module, with a digest of its source as the version below has it."""
+"""By module, each name with a digest of its source in the version below."""
 TESTED = "5.17.0"
 
 

@@ -1,9 +1,9 @@
 """vLLM, through the entry point ``vllm.general_plugins``, which vLLM calls in every process it starts.
 
-``plan()`` says what would be replaced, ``apply()`` replaces it as the modules are imported, ``undo()`` takes it back.
-``register()`` is what vLLM calls; it does nothing unless ``DSV4_BACKENDS_ENGINE`` asks. Nothing of vLLM is imported
-here, and CUDA is not started: vLLM's modules are changed when vLLM itself has imported them, and DeepGEMM's names when
-vLLM first asks for them.
+``plan()`` returns what would be replaced, ``apply()`` replaces it when vLLM imports the modules, and ``undo()``
+restores the originals. vLLM calls ``register()``, which does nothing unless ``DSV4_BACKENDS_ENGINE`` turns the engine
+on. Nothing of vLLM is imported here, and CUDA is not initialised: vLLM's modules are changed after vLLM itself has
+imported them, and DeepGEMM's names after vLLM has first looked them up.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The ops around attention, with the arguments of vLLM's functions.
+"""The replacements around attention: the ops, with the arguments of vLLM's functions.
 
-Where one takes ``own``, it stands around vLLM's own function, which gets what is not this op's.
+A replacement with the parameter ``own`` wraps vLLM's own function, which gets the calls that the op does not cover.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Own = Callable[..., Any]
 
 
 def _require(function: str, argument: str, expected: object, got: object) -> None:
-    """No op covers anything else."""
+    """Raise if an argument has a value that no op covers."""
     if got != expected:
         raise UnsupportedError(f"{function}: argument {argument}: expected {expected}, got {got}")
 
@@ -39,7 +39,7 @@ def quantised_inverse_rope(
     tma_aligned_scales: bool = False,
     quantize: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``fused_inv_rope_fp8_quant`` before an FP8 projection. ``o`` has padded heads; the first ones are meant."""
+    """``fused_inv_rope_fp8_quant`` before an FP8 projection. ``o`` may have more heads, as padding."""
     if not quantize:
         dims = (nope_dim, rope_dim, quant_group_size)
         rotated: tuple[Tensor, Tensor] = own(
@@ -65,7 +65,7 @@ def inverse_rope(
     tma_aligned_scales: bool = False,
     quantize: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The same before a projection in bf16: there are no scales."""
+    """``fused_inv_rope_fp8_quant`` before a projection in bf16, without scales."""
     if quantize:
         dims = (nope_dim, rope_dim, quant_group_size)
         quantised: tuple[Tensor, Tensor] = own(
@@ -120,7 +120,7 @@ def compress(
     attn_metadata: dict[str, Any],
     pdl_kwargs: dict[str, Any],
 ) -> None:
-    """``DeepseekCompressor._compress_norm_rope_store`` of the attention; the indexer's goes on to vLLM's own."""
+    """``DeepseekCompressor._compress_norm_rope_store`` for attention; vLLM's own serves the indexer."""
     if self.head_dim != HEAD_DIM:
         own(self, state_metadata, state_cache, state_width, positions, rotary_emb, attn_metadata, pdl_kwargs)
         return
@@ -183,7 +183,7 @@ def compress_indexer(
 
 
 def pack(own: Own, x: Tensor, lengths: Tensor, pad_value: float = -float("inf"), *args: Any, **kwargs: Any) -> Tensor:
-    """``pack_seq_triton``: FP8 as the bytes that it is. The padding, which nothing reads, is 0 instead of -inf."""
+    """``pack_seq_triton``, with FP8 passed as bytes. The padding, which nothing reads, is then 0 instead of -inf."""
     if x.dtype is not torch.float8_e4m3fn:
         packed: Tensor = own(x, lengths, pad_value, *args, **kwargs)
         return packed
@@ -191,10 +191,10 @@ def pack(own: Own, x: Tensor, lengths: Tensor, pad_value: float = -float("inf"),
 
 
 def output_weight(own: Own, self: Any, layer: Any) -> None:
-    """``process_weights_after_loading`` of Marlin's FP8 kernel: it leaves the output projection as it was loaded.
+    """``process_weights_after_loading`` of Marlin's FP8 kernel: keeps the output projection's weight in FP8.
 
-    Marlin's own layout is for its own GEMM, and this weight goes to a batched one. FP8 is kept for ``fp8_einsum``: half
-    the bytes of bf16, which is what a decode step waits for. The option ``wo_a_bf16`` makes it bf16.
+    Marlin would repack the weight for its own GEMM, but ``fp8_einsum`` multiplies by it. FP8 has half the bytes of
+    bf16, and a decode step waits for these bytes. With the option ``wo_a_bf16`` the weight becomes bf16.
     """
     if not getattr(layer, "is_bmm", False):
         own(self, layer)
@@ -215,7 +215,7 @@ def output_weight(own: Own, self: Any, layer: Any) -> None:
 
 
 def schedule(own: Own, self: Any, num_decode_tokens: int) -> Any:
-    """``build_tile_scheduler``, which makes none on 12.x: an empty one for each kind of layer, as elsewhere."""
+    """``build_tile_scheduler``. vLLM's makes no schedule on 12.x; this adds an empty one for each kind of layer."""
     from vllm.v1.attention.backends.mla import sparse_swa  # type: ignore[import-not-found]
 
     made = own(self, num_decode_tokens)

@@ -1,7 +1,6 @@
-"""vLLM's hyper-connections where TileLang is missing: in torch, over the op ``hc_prenorm_gemm``.
+"""vLLM's hyper-connections without TileLang: in torch, with the op ``hc_prenorm_gemm``.
 
-Slower than TileLang's fused kernels. vLLM itself cannot be imported up to here without TileLang unless something like
-this stands in.
+They are slower than TileLang's fused kernels, without which vLLM itself does not run the model.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def pre_broadcast(
     norm_eps: float = 1e-6,
     fn_broadcast: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``mhc_pre_broadcast_tilelang``: the same of one stream ``[t, hidden]`` that all begin with."""
+    """``mhc_pre_broadcast_tilelang``: as ``pre``, where all streams are still equal to ``residual [t, hidden]``."""
     assert fn_broadcast is not None
     hc = fn.shape[1] // residual.shape[-1]
     epsilons = (rms_eps, hc_pre_eps, hc_sinkhorn_eps)
@@ -111,7 +110,7 @@ def fused_post_pre(
 
 
 def head(hs_flat: Tensor, fn: Tensor, hc_scale: Tensor, hc_base: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
-    """``hc_head_fused_kernel_tilelang``: ``[t, hc, hidden]`` streams to one."""
+    """``hc_head_fused_kernel_tilelang``: the weighted sum of the streams ``[t, hc, hidden]``."""
     products, squares = ops.hc_prenorm_gemm(hs_flat.flatten(1), fn)
     mixes = products * torch.rsqrt(squares / fn.shape[1] + rms_eps).unsqueeze(-1)
     weights = torch.sigmoid(mixes * hc_scale[0] + hc_base) + hc_eps
@@ -144,7 +143,7 @@ def _mixes(
 
 
 def _normed(y: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm as TileLang's kernel rounds it: the mean is that of fp32, what it scales is bf16."""
+    """RMS norm with the rounding of TileLang's kernel: the mean square is of fp32 values, the result of bf16 ones."""
     if weight is None:
         return y.to(torch.bfloat16)
     root = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)

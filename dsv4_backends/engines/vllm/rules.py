@@ -16,7 +16,7 @@ from .targets import DEEP_GEMM, FLASH_MLA, SM120
 
 
 def judge(target: Target, where: Device, served: Served | None) -> Verdict | None:
-    """Leave to vLLM what it serves better, or calls otherwise, on this kind of GPU."""
+    """Keep what vLLM does not call on this kind of GPU, and what it calls with operands that no op covers."""
     major = where.capability.major if where.capability is not None else 0
     if target.module == FLASH_MLA and major == 12 and SM120 not in policy.engine_options(OPTIONS):
         message = "on compute capability 12.x vLLM's attention layer calls FlashInfer instead"
@@ -35,17 +35,17 @@ def mx_scaled() -> bool:
 
 
 def left_out() -> str:
-    """Why vLLM does not load this plugin: its own list of those that it may load."""
+    """Why vLLM does not load this plugin: ``VLLM_PLUGINS`` lists other ones."""
     return unlisted("vLLM", "VLLM_PLUGINS", lambda text: text.split(","))
 
 
 def look(target: Target, original: Any) -> Verdict | None:
-    """Keep the schedule of a FlashMLA that vLLM was built with."""
+    """Keep ``get_mla_metadata`` if vLLM was built with FlashMLA."""
     if target.attribute == "get_mla_metadata" and getattr(original, "__name__", "") != "_raise_flashmla_unavailable":
         return Verdict(NOT_NEEDED, Reason("engine-served", "vLLM has a FlashMLA of its own"))
     return None
 
 
 def has_deep_gemm() -> bool:
-    """In the place of vLLM's own, which is not asked: it would import the library to find out."""
+    """Replaces vLLM's own, which would import the library to find out."""
     return True

@@ -1,7 +1,7 @@
-"""The names that vLLM keeps DeepGEMM's functions under, which it looks up when it first needs one.
+"""Replaces the names under which vLLM keeps DeepGEMM's functions, right after vLLM has set them.
 
-Its ``_lazy_init`` returns at once when any name is set: one that was set before would leave all others unset. And the
-library must not be imported earlier than vLLM does it. So ours are set right after ``_lazy_init`` has run.
+vLLM sets them in ``_lazy_init``, when it first needs one. If any name is set before, ``_lazy_init`` returns at once and
+leaves the others unset. And the library must not be imported earlier than by vLLM.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SCHEDULE = "get_paged_mqa_logits_metadata"
 
 
 def arm(engine: HookedEngine, module: ModuleType) -> None:
-    """Have ``_lazy_init`` replace the names once, after it has run."""
+    """Have the names replaced once, after ``_lazy_init`` has run."""
     resolve: Callable[[], None] = getattr(module, _INIT)
 
     @functools.wraps(resolve)
@@ -32,7 +32,7 @@ def arm(engine: HookedEngine, module: ModuleType) -> None:
 
 
 def _replace(engine: HookedEngine, row: Row, module: ModuleType) -> None:
-    """Put ours in one slot; what DeepGEMM's function there is called with is put in its own form."""
+    """Set one name to ours. DeepGEMM's own function gets the calls that no op covers, with arguments in its form."""
     original, ours = getattr(module, row.target.attribute), row.target.function()
     native = None
     if original is not None:

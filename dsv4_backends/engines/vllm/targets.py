@@ -12,7 +12,7 @@ _OUR_FLASH_MLA = "dsv4_backends.compat.flash_mla"
 MODEL = "vllm.models.deepseek_v4"
 _OURS = "dsv4_backends.engines.vllm"
 _LACKING = ("<9.0",)
-"""Where vLLM's kernels around attention are not meant to run: on 8.0 and 8.6 they do not compile, on 8.9 not all do."""
+"""Where vLLM does not support its kernels around attention: on 8.0 and 8.6 they do not compile, on 8.9 not all."""
 _METADATA = ("context_lens", "block_size", "num_sms", "indices")
 _LOGITS = ("q", "kv", "weights", "cu_seqlen_ks", "cu_seqlen_ke")
 _PAGED = ("q", "kv_cache", "weights", "context_lens", "block_tables", "schedule_metadata", "max_model_len")
@@ -28,13 +28,13 @@ _OF_DRAFTS = ("mhc_post_tilelang", "hc_head_fused_kernel_tilelang")
 _MHC = {"model": tuple(_OWN_MHC), "mtp": _OF_DRAFTS, "dspark": _OF_DRAFTS}
 """The hyper-connection's functions by vLLM's name, and the modules that call them."""
 SM120 = "flashmla_sm120"
-"""The option by which attention on 12.x is ours."""
+"""The option that runs attention on the ops on 12.x."""
 
 
 def _slot(
     attribute: str, ours: str, op: str, about: str, caller: str, *signatures: tuple[str, ...], goes_with: str = ""
 ) -> Target:
-    """One of the names that vLLM keeps DeepGEMM's functions under."""
+    """One of the names under which vLLM keeps DeepGEMM's functions."""
     return Target(DEEP_GEMM, attribute, op, about, f"{_OUR_DEEP_GEMM}:{ours}", goes_with, caller, signatures)
 
 
@@ -51,7 +51,7 @@ def _without_tilelang(module: str, attribute: str) -> Target:
     return Target(f"{MODEL}.nvidia.{module}", attribute, "hc_prenorm_gemm", about, ours, without="tilelang")
 
 
-# An empty schedule of ours must never reach a kernel of vLLM's own: it goes with the kernel.
+# Our schedule is empty and must not reach vLLM's own kernel, so it goes with the kernel.
 TARGETS = (
     _slot("_fp8_einsum_impl", "fp8_einsum", "fp8_einsum", "output projection", "fp8_einsum", ("args", "kwargs")),
     _slot(
@@ -76,7 +76,7 @@ TARGETS = (
         "_get_paged_mqa_logits_metadata_impl",
         "get_paged_mqa_logits_metadata",
         "paged_mqa_logits",
-        "its schedule",
+        "indexer's schedule",
         "get_paged_mqa_logits_metadata",
         _METADATA,
         goes_with="_fp8_fp4_paged_mqa_logits_impl",
@@ -178,7 +178,7 @@ TARGETS = (
         "vllm.model_executor.kernels.linear.scaled_mm.marlin",
         "MarlinFP8ScaledMMLinearKernel.process_weights_after_loading",
         "",
-        "output projection's weight, kept",
+        "output projection's weight, kept in FP8",
         f"{_OURS}.attention:output_weight",
         around=True,
         lacking=_LACKING,
@@ -196,7 +196,7 @@ TARGETS = (
         "vllm.model_executor.warmup.jit_warmup",
         "JitWarmupRegistry._add",
         "",
-        "warm-up without what is replaced",
+        "warm-up, without replaced kernels",
         f"{_OURS}.warm_up:add",
         around=True,
         caller="JitWarmupRegistry._add",
@@ -206,7 +206,7 @@ TARGETS = (
         "vllm.v1.worker.gpu_worker",
         "kernel_warmup",
         "",
-        "warm-up of ours",
+        "warm-up, with our kernels",
         f"{_OURS}.warm_up:compile_ours",
         around=True,
     ),

@@ -1,6 +1,6 @@
-"""vLLM compiles its kernels before it serves: without those that are replaced, and with ours.
+"""Changes vLLM's warm-up, which compiles kernels before serving: without those that are replaced, and with ours.
 
-A kernel that is replaced may not compile on this GPU at all, and vLLM's start fails with it.
+vLLM does not start if a kernel of its warm-up does not compile, and some of the replaced ones do not on this GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Own = Callable[..., Any]
 
 
 def add(own: Own, self: Any, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """``JitWarmupRegistry._add``: a kernel that nothing calls is not registered."""
+    """``JitWarmupRegistry._add``, which does not register kernels that are replaced."""
     from . import ENGINE
 
     name = type(kernel).__name__
@@ -33,17 +33,17 @@ def add(own: Own, self: Any, kernel: Any, args: tuple[Any, ...], kwargs: dict[st
     if any(name in row.target.kernels for row in rows):
         return
     if name == "PackSeqTritonKernel" and any(row.target.attribute == "pack_seq_triton" for row in rows):
-        kwargs = {**kwargs, "dtype": torch.uint8, "pad_value": 0}  # what ours calls it with
+        kwargs = {**kwargs, "dtype": torch.uint8, "pad_value": 0}  # as attention.pack calls it
     own(self, kernel, args, kwargs)
 
 
 def compile_ours(own: Own, worker: Any, *args: Any, **kwargs: Any) -> Any:
-    """``kernel_warmup`` of a worker: first everything that its model can ask of our providers, then vLLM's own."""
+    """``kernel_warmup`` of a worker: first all kernels of our providers that its model needs, then vLLM's own."""
     config = worker.vllm_config
     if config.kernel_config.enable_jit_warmup:
         try:
             _compile_ours(config, worker.device)
-        except (DSV4Error, ValueError) as error:  # not this model: it is compiled when it is called
+        except (DSV4Error, ValueError) as error:  # for example another model: kernels compile at their first call
             _log.warning("vllm: the ops are not compiled ahead: %s", error)
     return own(worker, *args, **kwargs)
 
@@ -72,7 +72,7 @@ def _compile_ours(config: Any, device: torch.device) -> None:
 
 
 class _Nothing:
-    """A kernel that cannot be there: nothing of it is compiled ahead."""
+    """A kernel whose package is missing: nothing of it is compiled ahead."""
 
     def register_warmup(self, *args: object, **kwargs: object) -> None:
         return
@@ -80,7 +80,7 @@ class _Nothing:
 
 @contextlib.contextmanager
 def _stand_in(name: str) -> Iterator[None]:
-    """Whoever imports the module ``name`` meanwhile gets kernels with nothing to compile."""
+    """Within the block, importing the module ``name`` gives kernels with nothing to compile."""
     if name in sys.modules:  # a constructor inside another
         yield
         return
@@ -97,12 +97,12 @@ def _stand_in(name: str) -> Iterator[None]:
 
 
 def construct_without_tilelang(own: Own, self: Any, *args: Any, **kwargs: Any) -> None:
-    """A constructor that registers TileLang's kernels, where there is no TileLang."""
+    """A constructor that registers TileLang's kernels, run without TileLang."""
     with _stand_in("vllm.model_executor.kernels.mhc.tilelang_kernels"):
         own(self, *args, **kwargs)
 
 
 def construct_without_cutedsl(own: Own, self: Any, *args: Any, **kwargs: Any) -> None:
-    """A constructor that registers the CuTe DSL's kernels, where there is no CuTe DSL."""
+    """A constructor that registers the CuTe DSL's kernels, run without the CuTe DSL."""
     with _stand_in("vllm.models.deepseek_v4.nvidia.ops.sparse_attn_compress_cutedsl"):
         own(self, *args, **kwargs)
