@@ -13,7 +13,7 @@ _served: int | None = None
 
 
 def refuses_device(tensor: Tensor) -> Reason | None:
-    """Why calls on a tensor's GPU cannot be served: an earlier call was on another GPU. None: they can."""
+    """Why calls on a tensor's GPU cannot be served: an earlier call was on another GPU. None if they can."""
     index = tensor.get_device()
     if index < 0 or _served is None or index == _served:
         return None

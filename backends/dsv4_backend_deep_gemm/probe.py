@@ -72,7 +72,7 @@ def built_for(op: str, headers: list[str]) -> tuple[str, ...]:
 
 
 def _compiler_missing() -> Reason | None:
-    """Looks for nvcc in the places where DeepGEMM looks, in its order."""
+    """The reason if there is no nvcc in the places where DeepGEMM looks for it, in its order."""
     if os.environ.get("DG_JIT_USE_NVRTC", "0") not in ("", "0"):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -142,7 +142,7 @@ def _objections(library: Library, module: Any, functions: Functions) -> list[Rea
         if function is None:
             found.append(Reason("library-symbol", f"{library.build} has no {name}"))
         elif have := accepts(function, *forms):
-            message = f"{library.build}: {name} has {have}, expected ({', '.join(forms[0])}) at first"
+            message = f"{library.build}: {name} has {have}, expected ({', '.join(forms[0])}) first"
             found.append(Reason("library-signature", message, "this adapter may be too old for the build"))
     return found
 

@@ -129,7 +129,7 @@ def _loaded_reasons(library: Library) -> dict[str, tuple[Reason, ...]]:
             if function is None:
                 found.append(Reason("library-symbol", f"{library.build} has no {name}"))
             elif have := accepts(function, *forms):
-                message = f"{library.build}: {name} has {have}, expected ({', '.join(forms[-1])}) at first"
+                message = f"{library.build}: {name} has {have}, expected ({', '.join(forms[-1])}) first"
                 found.append(Reason("library-signature", message, "this adapter may be too old for the build"))
         if (missing := _legacy_missing(module)) and not found:
             found.append(Reason("library-kernels", f"{library.build} {missing}", "install a wheel that has them"))

@@ -1,6 +1,6 @@
 """The compressor in fp32: gather the window of every token, and write the entries of tokens that complete one.
 
-The host does not read which tokens do, so an entry is computed for every token.
+The host does not know which tokens do, so an entry is computed for every token.
 """
 
 from __future__ import annotations

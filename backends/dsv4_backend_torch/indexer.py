@@ -105,7 +105,7 @@ def paged_mqa_logits(
     blocks = block_table.shape[1]
     block = (positions // page_size).clamp(max=max(blocks - 1, 0))
     usable = pages > 0 and blocks > 0
-    # A request at a time: its rows share the keys. A chunk of keys is bounded by the products and by the keys.
+    # One request at a time, since its rows share the keys. The products and the keys bound a chunk of keys.
     for request in range(b):
         rows = slice(request * next_n, (request + 1) * next_n)
         for part in row_chunks(max_context_len, 4 * max(next_n * h, d)):

@@ -1,8 +1,8 @@
 """The Triton provider: one code base for compute capability 8.0 and newer.
 
-Plain Triton kernels serve every architecture. Kernels in Gluon, which ships with Triton, are asked first:
-warp-specialised ones on Hopper; ones that place warps by hand for attention and prenorm on SM8x and SM12x. Shapes that
-they do not take go to the plain one.
+Plain Triton kernels serve every architecture and shape. Before them come kernels in Gluon, which ships with Triton, for
+the shapes that they take: warp-specialised ones on Hopper; on SM8x and SM12x ones that place warps by hand, for
+attention and the prenorm GEMM.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .configurations import sources
 from .variants import OPS, kernels
 
 BATCH_INVARIANT = tuple(name for name, op in OPS.items() if op.batch_invariant)
-"""The ops of which no kernel, tile or split follows from the batch. The others have a function more, which is so."""
+"""The ops whose kernel, tile and splits do not depend on the batch. The others have a second function for that."""
 
 _CONFIGURATIONS = "configurations measured on compute capability 9.0; elsewhere derived, not run on hardware"
 
 
 def _implementations() -> Iterable[Implementation]:
-    # Triton's interpreter runs kernels on CPU tensors: for tests, far too slow for anything else.
+    # Triton's interpreter runs kernels on CPU tensors, for tests only, since it is very slow.
     devices = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET", "0") == "1" else ("cuda",)
     for mode in (False, True):
         for name, op in OPS.items():

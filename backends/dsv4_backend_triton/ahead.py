@@ -19,8 +19,8 @@ from .variants import OPS, slower
 
 
 def record(op: str, calls: Iterable[dict[str, Any]], arch: Arch, home: str = "") -> Iterable[Launch]:
-    """The launches of each call, one after the other, as ``arch`` would see them. ``home``: the module of the op's
-    function, where that is not its usual one."""
+    """The launches of each call on ``arch``, one after the other. ``home``: the module of the op's function, if it is
+    not the usual one."""
     for arguments in calls:
         yield from _recorded(op, arguments, arch, home)[1]
 
@@ -43,18 +43,18 @@ def warmup(op: str, calls: Iterable[dict[str, Any]], device: torch.device, home:
             kernel = launch.compile()
             if id(kernel) not in ready:
                 ready.add(id(kernel))
-                _ = kernel.run  # loads the module: a first launch would, perhaps during a graph capture
+                _ = kernel.run  # loads the module, which a first launch would do, perhaps during the capture of a graph
     return len(ready)
 
 
 def workspace(op: str, arguments: dict[str, Any], device: torch.device, home: str = "") -> int:
-    """Bytes that a call allocates on ``device`` beyond its results: what its kernels are given that is neither an
-    argument nor a result.
+    """Bytes that a call allocates on ``device`` beyond its results: tensors that its kernels get and that are neither
+    arguments nor results.
 
     Args:
         op: The contract's name.
         arguments: With tensors on the meta device.
-        device: The GPU, whose multiprocessors decide how often keys are split.
+        device: The GPU. The number of its multiprocessors decides into how many splits keys go.
         home: As for ``record``.
     """
     results, launches = _recorded(op, arguments, arch_of(device), home)
@@ -65,7 +65,7 @@ def workspace(op: str, arguments: dict[str, Any], device: torch.device, home: st
 
 
 def notices(op: str) -> Iterable[Reason]:
-    """What keeps kernels of an op from being compiled here, or makes slower ones serve."""
+    """Why kernels of an op cannot be compiled here, or why slower ones serve."""
     if not interpreting() and (problem := cache_problem()) is not None:
         yield problem
     for variant in OPS[op].variants:
@@ -78,7 +78,7 @@ def _storage(x: torch.Tensor) -> int:
 
 
 def _recorded(op: str, arguments: dict[str, Any], arch: Arch, home: str) -> tuple[Any, list[Launch]]:
-    """What the op's function returns, and the launches that it would make."""
+    """The results of the op's function, and the launches that it would make."""
     function = getattr(importlib.import_module(f"{__package__}.{home or OPS[op].folder + '.op'}"), op)
     launches: list[Launch] = []
     with recording(launches.append, arch):

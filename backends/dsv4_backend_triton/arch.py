@@ -1,4 +1,4 @@
-"""The machine, as far as launches depend on it."""
+"""The machine: what launches depend on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNKNOWN = (99, 100)
 _INTERPRETED = 12
 """Multiprocessors in the interpreter, where programs run one after the other."""
 _FP8 = (">=8.9",)
-"""From here on Triton compiles e4m3 operands."""
+"""The first capability for which Triton compiles e4m3 operands."""
 
 
 class Arch(NamedTuple):
@@ -39,8 +39,8 @@ class Arch(NamedTuple):
         major, minor: Compute capability, perhaps simulated.
         sms: Multiprocessors.
         smem: Bytes of shared memory that one block may use.
-        native_fp8: Triton compiles e4m3 operands there.
-        interpret: Kernels run in Triton's interpreter, on CPU tensors.
+        native_fp8: Whether Triton compiles e4m3 operands for it.
+        interpret: Whether kernels run in Triton's interpreter, on CPU tensors.
     """
 
     major: int
@@ -61,24 +61,24 @@ class Arch(NamedTuple):
 
     @property
     def wgmma(self) -> bool:
-        """Warpgroups multiply from shared memory: SM90 alone."""
+        """Whether it has wgmma: SM90 only."""
         return self.cc == 90
 
     @property
     def pdl(self) -> bool:
-        """A kernel may be launched while the one before it still runs (programmatic dependent launch)."""
+        """Whether a kernel may start while the one before it still runs (programmatic dependent launch)."""
         return self.major >= 9 and not self.interpret
 
     @property
     def fp8(self) -> Any:
-        """The type of e4m3 operands: itself where it exists, else what its bytes are decoded to."""
+        """The type of e4m3 operands: e4m3 if Triton compiles it, else what its bytes are decoded to."""
         if self.interpret:
             return tl.float32
         return tl.float8e4nv if self.native_fp8 else tl.bfloat16
 
     @property
     def fp8_view(self) -> torch.dtype:
-        """How kernels are given e4m3 tensors: as they are, or as bytes."""
+        """The dtype as which kernels get e4m3 tensors: their own, or bytes."""
         return torch.float8_e4m3fn if self.native_fp8 else torch.uint8
 
     @property
@@ -117,7 +117,7 @@ simulated: ContextVar[Arch | None] = ContextVar("dsv4_backend_triton_arch", defa
 
 
 def arch_of(device: torch.device) -> Arch:
-    """The ``Arch`` of a device; ``DSV4_BACKENDS_DEVICE=sm_80`` makes it answer for another capability."""
+    """The ``Arch`` of a device, with the capability of ``DSV4_BACKENDS_DEVICE=sm_80`` if that is set."""
     if device.type == "meta":
         arch = simulated.get()
         assert arch is not None, "tensors of the meta device reach kernels only where launches are recorded"

@@ -1,7 +1,7 @@
-"""The ops whose kernel, tile or splits follow from the batch, in the mode where they do not.
+"""The batch-invariant functions of ops whose kernel, tile or splits otherwise depend on the batch.
 
-What serves a row is then what serves it alone: a row's bits are the same in every batch. The other ops are so in any
-mode, and are not here.
+In this mode they do not, so a row's bits are the same in every batch. The functions of the other ops are always batch
+invariant, and are not here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def has_mode(function: _F) -> _F:
-    """An op's function whose last parameter, ``batch_invariant``, is not in the contract and not in the signature."""
+    """Hide ``batch_invariant``, the last parameter of an op's function, which the contract does not have."""
     signature = inspect.signature(function)
     kept = [p for name, p in signature.parameters.items() if name != "batch_invariant"]
     vars(function)["__signature__"] = signature.replace(parameters=kept)
@@ -30,7 +30,7 @@ def has_mode(function: _F) -> _F:
 
 @cache
 def __getattr__(name: str) -> Callable[..., Any]:
-    """The function of an op, in the mode."""
+    """The batch-invariant function of an op."""
     if name not in OPS or OPS[name].batch_invariant:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     function = getattr(importlib.import_module(f"{__package__}.{OPS[name].folder}.op"), name)

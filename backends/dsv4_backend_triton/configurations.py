@@ -1,7 +1,7 @@
 """Launch configurations: ``tables/OP.json``, measured by tools/sweep.py, or derived where nothing was measured.
 
 A table's ``sources`` say where its rows come from. A row is for a variant of the op and for some compute capabilities,
-and either for calls up to a size or for a role that the variant's ``plan`` names. The first that fits counts.
+and either for calls up to a size or for a role that the variant's ``plan`` names. The first row that fits is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def configured(op: str, variant: str, arch: Arch, *, size: int = 0, role: str = 
 
 
 def row(op: str, variant: str, arch: Arch, *, size: int = 0, role: str = "") -> dict[str, Any]:
-    """The row of the table that has it."""
+    """The row of the table for it."""
     for found in table(op)["rows"]:
         fits = found["variant"] == variant and found.get("role", "") == role and size <= found.get("up_to", size)
         if fits and support(tuple(found["capability"]), arch.capability) is Support.SUPPORTED:

@@ -1,8 +1,7 @@
-"""How kernels are compiled, and launched: all here, so that launches can be recorded where nothing should run.
+"""The only place that compiles and launches kernels, so that launches can also be recorded.
 
-Recording is what warm-up and the compile matrix are made of: the op's own function runs on tensors of the meta device,
-and whatever it would launch is handed over instead. What is compiled ahead is then what dispatch asks for, by
-construction.
+Warm-up and the compile matrix record: the op's own function runs on tensors of the meta device, and what it would
+launch is recorded instead. So they compile exactly what a call launches.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from .arch import Arch, simulated
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that did not happen.
+    """One recorded launch.
 
     Attributes:
         kernel: The ``triton.jit`` or ``gluon.jit`` function.
         arguments: By name, constants included.
-        options: ``num_warps`` and whatever else is the launch's and not the kernel's.
+        options: ``num_warps`` and the other options of the launch.
     """
 
     kernel: Any
@@ -37,7 +36,7 @@ class Launch:
     options: dict[str, Any]
 
     def compile(self) -> Any:
-        """Compile for Triton's active driver, or find that it has been."""
+        """Compile for Triton's active driver, unless that has been done."""
         try:
             return self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
         except Exception as error:
@@ -47,11 +46,11 @@ class Launch:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What the compiler sees besides types, in the kernel's order."""
+        """The compile-time constants, in the kernel's order."""
         return {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
 
 
-# Given at every launch: Triton 3.9 warns without it, and from 3.10 on the default is to multiply and add separately.
+# Passed at every launch: Triton 3.9 warns without it, and from 3.10 on the default is to multiply and add separately.
 _FUSED = {"enable_fp_fusion": True}
 
 _recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("dsv4_backend_triton_recorder", default=None)
@@ -64,7 +63,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any)
         kernel: Its first argument is a tensor, or a tensor map over one.
 
     Raises:
-        CacheError: Triton has to compile the kernel and cannot keep it.
+        CacheError: Triton has to compile the kernel, and cannot use its cache on disk.
     """
     record = _recorder.get()
     if record is None:
@@ -89,8 +88,8 @@ def entry(jit: Callable[..., Any], first: str, *, any_alignment: Sequence[str] =
     """``triton.jit`` or ``gluon.jit`` that specialises a kernel on no number, so that nothing compiles while serving.
 
     Args:
-        first: The first parameter that is a number. All after it are numbers too, but for the constants.
-        any_alignment: Tensors on whose alignment it is not specialised either.
+        first: The first parameter that is a number. All after it are numbers or constants.
+        any_alignment: Tensors on whose alignment the kernel is not specialised either.
     """
 
     def made(kernel: Any) -> Any:
@@ -104,7 +103,7 @@ def entry(jit: Callable[..., Any], first: str, *, any_alignment: Sequence[str] =
 
 @contextmanager
 def recording(record: Callable[[Launch], None], arch: Arch) -> Iterator[None]:
-    """Within the block nothing is launched: ``record`` gets every launch that ``arch`` would see."""
+    """Within the block nothing is launched: ``record`` gets every launch, as for ``arch``."""
     recorder, machine = _recorder.set(record), simulated.set(arch)
     try:
         yield

@@ -1,13 +1,13 @@
-"""The kernels of every op, and why one of them cannot serve: as data.
+"""The kernels of every op as data, and why one of them cannot serve.
 
 A kernel is a variant of its op: a file in the op's folder, named after the instruction that it multiplies with. It has
 
-* ``plan(shape)``: its launch configuration for calls of a shape, or None where another kernel is better or must serve;
-* ``takes(call)``, where strides or addresses can rule it out: whether it can serve the call;
+* ``plan(shape)``: its launch configuration for calls of a shape, or None if another kernel is better or must serve;
+* ``takes(call)``, if strides or addresses can rule it out: whether it can serve the call;
 * ``launch(call, config)``.
 
-Gluon is experimental: its names come, go and change between versions of Triton. A name that is missing costs the
-variants that use it; the next in the list serve in their place, and a log line and ``explain`` say so.
+Gluon is experimental: its names change between versions of Triton. If a name is missing, the variants that use it are
+left out and the next ones in the list serve. A log line and ``explain`` report it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Variant:
     """One kernel of an op.
 
     Attributes:
-        name: Of its file in the op's folder.
+        name: The name of its file in the op's folder.
         needs: Compute capabilities, as in ``Implementation``.
-        gluon: Written in Gluon: not for Triton's interpreter, and only where this Triton has the names that it uses.
+        gluon: Whether it is in Gluon: not for Triton's interpreter, and only if this Triton has the names that it uses.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Op:
-    """Where an op is, and its kernels, best first. The last is plain Triton and takes every call.
+    """An op's folder, and its kernels, best first. The last is plain Triton and takes every call.
 
     Attributes:
         folder: With dots, in this package. Its ``op.py`` has the provider's function.
-        batch_invariant: No kernel, tile or split follows from the batch; else a function more has that, see
-            ``batch_invariant.py``.
+        batch_invariant: Whether kernel, tile and splits never depend on the batch. If they do, the op has a second
+            function: see ``batch_invariant.py``.
     """
 
     folder: str
@@ -95,7 +95,7 @@ _logged: set[str] = set()
 
 
 def run(op: str, call: Any) -> None:
-    """Launch the first kernel of an op that takes a call. ``call.shape``: all that a plan may look at, hashable."""
+    """Launch the first kernel of an op that takes a call. Plans depend on ``call.shape`` only, which is hashable."""
     for takes, launch, config in _choices(op, call.shape):
         if takes is None or takes(call):
             launch(call, config)
@@ -116,18 +116,18 @@ def _choices(op: str, shape: Any) -> tuple[tuple[Any, Any, Any], ...]:
 
 
 def kernels(op: str) -> str:
-    """The variants of an op in words, best first."""
+    """The variants of an op as text, best first."""
     return ", ".join(f"{v.name} ({' or '.join(v.needs)})" for v in OPS[op].variants)
 
 
 def load(op: str, name: str) -> Any:
-    """The file of a variant."""
+    """The module of a variant."""
     return importlib.import_module(f"{__package__}.{OPS[op].folder}.{name}")
 
 
 @cache
 def usable(op: str, variant: Variant, arch: Any) -> Any:
-    """The file of a variant, or None where the machine or this Triton rules it out."""
+    """The module of a variant, or None if the machine or this Triton rules it out."""
     if support(variant.needs, arch.capability) is not Support.SUPPORTED or (variant.gluon and arch.interpret):
         return None
     if why := missing(op, variant):
@@ -139,7 +139,7 @@ def usable(op: str, variant: Variant, arch: Any) -> Any:
 
 
 def slower(op: str, variant: Variant) -> str:
-    """What it costs that a variant is missing, in words; empty where it is not."""
+    """What follows if this Triton rules out a variant, as text; empty if it does not."""
     import triton
 
     why = missing(op, variant)
@@ -149,13 +149,13 @@ def slower(op: str, variant: Variant) -> str:
 
 @cache
 def missing(op: str, variant: Variant) -> str:
-    """What a variant cannot have from this Triton, in words; empty where all is there."""
+    """What this Triton lacks that a variant needs, as text; empty if nothing."""
     if not variant.gluon:
         return ""
     try:
         module = load(op, variant.name)
         return next(unresolved(module), "")
-    except Exception as error:  # whatever an experimental interface raises when it has changed
+    except Exception as error:  # a changed experimental interface may raise anything
         said = " ".join(str(error).split())
         if found := re.match(r"cannot import name '(\w+)' from '([\w.]+)'", said):
             return f"{found[2]} has no {found[1]}"

@@ -260,7 +260,7 @@ def test_replaced_and_put_back(fake_sglang: Callable[..., None], monkeypatch: py
 
 
 def test_what_is_refused_stays_the_librarys(fake_sglang: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    """Of a library that ours is in front of, one name is not replaced as its caller looks otherwise."""
+    """A name whose caller differs is not replaced, while other names of its library are."""
     fake_sglang(
         **{"deep_gemm/__init__.py": DEEP_GEMM, "flash_mla/__init__.py": "", EINSUM: "def _fp8_wo_a_einsum(x): ...\n"}
     )

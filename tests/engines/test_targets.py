@@ -99,7 +99,7 @@ def test_a_method_that_somebody_else_has_replaced_since(make: Any) -> None:
 
 @pytest.mark.parametrize("attribute", ["Kernel.inherited", "Kernel.nothing", "Missing.run"])
 def test_a_method_that_the_class_does_not_have(make: Any, attribute: str) -> None:
-    """An inherited one stands in another class, and would be replaced for others too."""
+    """An inherited method is refused: replacing it would change other subclasses too."""
     engine = make(target(attribute, "run", around=True))
     assert state(engine) == (REFUSED, ["engine-target"])
 

@@ -1,4 +1,4 @@
-"""The compressors: what a call is to their kernels."""
+"""The compressors: a call as their kernels take it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..arch import Arch
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from. ``dim``: 512, or 128 for the indexer."""
+    """All that a plan depends on. ``dim``: 512, or 128 for the indexer."""
 
     arch: Arch
     op: str
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call with work in it."""
+    """A call that is not empty."""
 
     shape: Shape
     positions: Tensor

@@ -1,5 +1,5 @@
-"""The compressors in plain Triton: a block looks at one token or, for long windows, at ``group``, and makes the entries
-of those that complete a window, one after the other.
+"""The compressors in plain Triton: a block has one token or, for long windows, ``group`` tokens. It makes the
+compressed keys (entries) of those that complete a window, one after the other.
 
     role   does
     all    the window's rows, all loaded at once: softmax and sum for each channel; norm, rotation, quantisation, store
@@ -12,7 +12,7 @@ of those that complete a window, one after the other.
     of the HEAD channels, rows spread over its threads, and leaves the sums in a workspace, from which a second launch,
     PHASE 2, makes the entries.
 
-    How many tokens a block looks at changes no entry.
+    The number of tokens of a block changes no entry.
 
     shared memory: that of reductions
     barriers: of the whole block, placed by Triton
@@ -43,8 +43,8 @@ from .plan import Call, Shape
 
 
 class Config(NamedTuple):
-    """``splits``: of the channels; 1 is for 16 rows or fewer. ``blocks``: for each multiprocessor, from where on
-    one looks at several tokens, if channels are split."""
+    """``splits``: of the channels; 1 is for 16 rows or fewer. ``blocks``: with split channels, the number for each
+    multiprocessor from which on a block has several tokens."""
 
     warps: int
     splits: int
@@ -59,11 +59,11 @@ def launch(call: Call, config: Config) -> None:
     _, positions, requests, slots, state, table, weight, eps, cos_sin, cache = call
     arch, _, dim, ratio, overlap, hadamard = call.shape
     tokens, pages, splits = len(positions), cache.shape[0], config.splits
-    # No more than one window of a request's tokens, which lie one after the other.
+    # At most as many tokens as a window has: those of one request, which are adjacent, complete one entry at most.
     group = 1 if splits == 1 else max(1, min(ratio, tokens * splits // (arch.sms * config.blocks)))
     sums = state if splits == 1 else torch.empty((tokens, dim), dtype=torch.float32, device=state.device)
     pdl = splits > 1 and arch.pdl
-    # Rows of a window that surely lie on one page, from a multiple of their number on: a power of two.
+    # Each aligned run of so many rows of a window lies on one page. A power of two.
     run = math.gcd(ratio, state.shape[1])
     run &= -run
 
@@ -88,9 +88,9 @@ def launch(call: Call, config: Config) -> None:
 
 @triton.jit
 def _run(window, first, WIDTH: tl.constexpr, STATE_PAGE: tl.constexpr):
-    """Where runs of rows begin that start at the positions ``first``, and whether they are there."""
+    """The addresses of the runs of rows that begin at the positions ``first``, and whether their pages exist."""
     state_ptr, table_ptr, state_pages, blocks, state_stride = window
-    at = first.to(tl.uint64)  # far beyond the blocks, where it is negative
+    at = first.to(tl.uint64)  # a negative position becomes one far beyond the blocks
     ok = at // STATE_PAGE < blocks.to(tl.uint64)
     page = tl.load(table_ptr + at // STATE_PAGE, mask=ok, other=-1)
     ok = ok & (page >= 0) & (page < state_pages)
@@ -110,7 +110,7 @@ def _rows_in_turn(
     scores = ()
     for first in tl.static_range(0, WINDOW, RUN):
         run, there = _run(window, position - (WINDOW - 1 - first), WIDTH, STATE_PAGE)
-        ok = channel < tl.where(there, HEAD, 0)  # the interpreter has no and of a mask and a scalar
+        ok = channel < tl.where(there, HEAD, 0)  # the interpreter cannot combine a mask and a scalar by and
         run += first // RATIO * HEAD
         for row in tl.static_range(RUN):
             source = run + row * WIDTH + channel
@@ -163,7 +163,7 @@ def _write(
         block = tl.arange(0, 8)[:, None]
         column = tl.arange(0, 64)[None, :]
         nope = tl.arange(0, 8) < 7
-        x = tl.where((tl.arange(0, 4) == 3)[:, None], turned, x)  # the last 128 alone
+        x = tl.where((tl.arange(0, 4) == 3)[:, None], turned, x)  # the last 128 only
         y = round_to(x, tl.bfloat16, OPERAND).reshape(8, 64)
         code, _, exponent = quantize(y.to(tl.float32), NATIVE)
         entry = page + offset * 576
@@ -220,7 +220,7 @@ def _compress(
     else:
         cache_ptr, cache_stride = entries
         mean = tl.sum(c * c, 0) / DIM + eps
-        norm = tl.rsqrt(tl.where(mean > 0, mean, 1.0))  # where it is 0, all of c is
+        norm = tl.rsqrt(tl.where(mean > 0, mean, 1.0))  # a mean of 0 means that all of c is 0
         page, offset = cache_ptr + slot // PAGE * cache_stride, slot % PAGE
         _write(c * norm * weight, cos, sin, page, offset, DIM, PAGE, HADAMARD, ALIGNED, NATIVE, OPERAND)
 
@@ -277,4 +277,4 @@ def _compress_kernel(
             )  # fmt: skip
             token = tl.min(tl.where(ok & (each > token), each, GROUP), 0)
     if PDL and PHASE == 2:
-        gdc_wait()  # no later launch may find the first one still reading
+        gdc_wait()  # so that no later launch starts while the first one still reads

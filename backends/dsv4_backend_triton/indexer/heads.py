@@ -1,4 +1,4 @@
-"""What both indexer kernels share: the head sum, the query tile, the fill, and how a configuration is fitted.
+"""What the kernels of both logits ops share: the head sum, the query tile, the fill, and the fit of a configuration.
 
 ``logits[m, n] = k_scale[n] * sum_h relu(q[m, h] . k[n]) * weights[m, h]``; positions outside a row's range
 are exactly -inf. Every element of the output is written exactly once by the kernel itself: no fill pass, no
@@ -19,9 +19,13 @@ from ..lib.sizes import cdiv, pow2
 
 
 class Config(NamedTuple):
-    """Launch configuration. ``waves``: blocks per multiprocessor, as many as run at once where blocks share all work,
-    and else those aimed at when work is cut along the keys. ``visit``: where blocks share all work, as many tiles take
-    as long as to turn to another request."""
+    """Launch configuration.
+
+    Attributes:
+        waves: Blocks for each multiprocessor. In the paged kernel, whose blocks share all work: as many as run at once.
+            In the other: the number to reach by cutting along the keys.
+        visit: In the paged kernel, the time to turn to another request, in tiles.
+    """
 
     rows: int
     block_n: int
@@ -38,9 +42,10 @@ def padded(h: int, d: int) -> tuple[int, int]:
 
 
 def fitted(op: str, arch: Arch, rows: int | None, h: int, d: int) -> Config:
-    """The configuration of the portable kernel. Bounds rows x heads by what the tile was made for (128 columns, 256 for
-    the paged kernel's rows), and drops stages until operands fit shared memory. ``rows``: as many as there are (times
-    the heads, the size in the paged kernel's table), or None for as many as the tile takes."""
+    """The configuration of the portable kernel, fitted to a call: rows x heads are at most what the tile was made for
+    (128 columns, 256 for the paged kernel's rows), and stages are dropped until the operands fit shared memory.
+    ``rows``: the number of rows, which times the heads is the size in the paged kernel's table; None: as many as the
+    tile takes."""
     block_h, block_d = padded(h, d)
     config = Config(**configured(op, "portable", arch, size=pow2(rows or 0) * block_h))
     size = 1 if arch.native_fp8 else 2
@@ -59,7 +64,7 @@ def chunk_of(columns: int, other_blocks: int, config: Config, sms: int) -> int:
 
 
 def constants(config: Config, arch: Arch, h: int, d: int) -> dict[str, Any]:
-    """Those of both kernels."""
+    """The constants that both kernels have."""
     block_h, block_d = padded(h, d)
     names = dict(H=h, D=d, BLOCK_H=block_h, BLOCK_D=block_d, ROWS=config.rows, BLOCK_N=config.block_n)
     return names | dict(OPERAND=arch.fp8, STAGES=config.stages)

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from .names import either
 
-# Renamed in Triton 3.9. What is missing altogether is noticed for the kernels that use it, see variants.py.
+# Renamed in Triton 3.9. If both names are missing, the kernels that use it are left out: see variants.py.
 # one tensor-map box to shared memory
 load_box = either(either(hopper, "tma"), "async_load", "async_copy_global_to_shared")
 # cp.async
@@ -22,7 +22,7 @@ FROM_3_9 = gl.constexpr(hasattr(gl, "barrier"))
 
 @gluon.jit
 def launch_dependents():
-    """The next kernel may be launched: it waits by itself for what this one writes."""
+    """Let the next kernel start. It waits by itself for what this one writes."""
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )

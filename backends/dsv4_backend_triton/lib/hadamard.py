@@ -20,7 +20,7 @@ def hadamard128(x):
     x = _butterflies(x, 1)
     x = _butterflies(x, 2)
     x = _butterflies(x, 4)
-    # The rest on the transposed rows, so that the elements that meet lie in one thread again.
+    # The other steps on the transposed rows, so that each thread again holds both elements of a pair.
     x = x.reshape(x.shape[0], 16, 8).permute(0, 2, 1).reshape(x.shape[0] * 8, 16)
     x = _butterflies(x, 1)
     x = _butterflies(x, 2)

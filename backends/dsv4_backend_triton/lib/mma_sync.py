@@ -1,7 +1,7 @@
 """What the Gluon kernels for mma.sync share: layouts, and sums that stay with their threads.
 
-mma.sync is bound by what the warps read from shared memory. So the warps of both products lie side by side along the
-columns (keys of S, columns of O), four of them, and where there are eight in two rows along the heads.
+mma.sync is bound by what the warps read from shared memory. So in both products four warps lie side by side along the
+columns (keys of S, columns of O), and eight warps in two such rows, along the heads.
 """
 
 from __future__ import annotations

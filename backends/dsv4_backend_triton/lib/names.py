@@ -1,4 +1,4 @@
-"""Names of Triton that another version of it lacks."""
+"""Names of Triton that some of its versions lack."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 class Missing:
-    """In place of a name that this Triton lacks."""
+    """Replaces a name that this Triton lacks."""
 
     def __init__(self, why: str) -> None:
         self.why = why
 
 
 def either(owner: Any, *names: str) -> Any:
-    """The first of the names that ``owner`` has: what it is called in one version of Triton and in another."""
+    """The first of the names that ``owner`` has. Versions of Triton have different names for it."""
     for name in names:
         if hasattr(owner, name):
             return getattr(owner, name)
@@ -61,7 +61,7 @@ def unresolved(module: ModuleType) -> Iterator[str]:
 
 
 def _value(node: ast.AST, names: dict[str, Any]) -> Any:
-    """What a global name means, or an attribute of a module; None for everything else."""
+    """The value of a global name or of a module's attribute; None for everything else."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Attribute) and isinstance(owner := _value(node.value, names), ModuleType):

@@ -11,7 +11,7 @@ from .gluon import barrier
 
 @gluon.jit
 def barriers(SLOTS: gl.constexpr, COUNTS: gl.constexpr):
-    """Barriers of a ring, initialised: for each count an array of them, each completed by so many arrivals."""
+    """Barriers of a ring, initialised: for each count an array of barriers that so many arrivals complete."""
     arrays = ()
     for _ in gl.static_range(len(COUNTS)):
         arrays += (gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout()),)  # type: ignore[assignment]

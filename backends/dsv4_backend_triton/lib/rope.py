@@ -8,16 +8,16 @@ import triton.language as tl
 
 @triton.jit
 def table_rows(positions, tokens, valid, most):
-    """The rows of a table of ``most`` positions at which tokens are: clamped to it."""
+    """Tokens' rows in a table of ``most`` positions, to which their positions are clamped."""
     position = tl.load(positions + tokens, mask=valid, other=0).to(tl.int64)
     return tl.minimum(tl.maximum(position, 0), most - 1)
 
 
 @triton.jit
 def rotations(cos_sin, at):
-    """Cosines and sines of the 64 pairs of a row [N, 64]: 1 and 0 for the first 32, then what the table has.
+    """Cosines and sines of the 64 pairs of a row [N, 64]: 1 and 0 for the first 32, then those of the table.
 
-    ``at``: where the row's rotation lies from ``cos_sin`` on, ``[N]`` or one for all: 32 cosines, then 32 sines.
+    ``at``: the offset from ``cos_sin`` of the row's 32 cosines and then 32 sines, ``[N]`` or one for all.
     """
     pair = tl.arange(0, 64)[None, :]
     turned = pair >= 32

@@ -1,8 +1,8 @@
 """``hc_prenorm_gemm`` for many rows on mma.sync, in Gluon.
 
-Shared memory is what limits plain Triton here: a quarter of its reads are x a second time, for the squares, and its
-warps share rows, so that more of them read each. Here a warp has rows of its own, takes the squares from its operands,
-and reads all of ``fn``, whose halves go to shared memory once a step.
+Reads of shared memory limit the plain Triton kernel: it reads x a second time for the squares, a quarter of all reads,
+and several of its warps read each row. Here a warp has rows of its own, takes the squares from its operands, and reads
+all of ``fn``, whose halves go to shared memory once a step.
 
     role   warps   does
     all    WARPS   cp.async of the next x; fn of the next step to registers; fn to [high; low] bf16; squares, products

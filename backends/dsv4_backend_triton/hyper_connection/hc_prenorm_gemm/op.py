@@ -1,4 +1,4 @@
-"""The provider's function for ``hc_prenorm_gemm``, what a call is to its kernels, and into how many pieces k is cut."""
+"""The provider's function for ``hc_prenorm_gemm``, a call as its kernels take it, and the number of pieces of k."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ...batch_invariant import has_mode
 from ...lib.sizes import cdiv
 
 _INVARIANT_ROWS, _INVARIANT_SPLITS = 256, 16
-"""The rows that the batch-invariant mode is laid out for, and into how many pieces it cuts k. With fewer pieces, few
+"""The number of rows that the batch-invariant mode is planned for, and of the pieces of k in it. With fewer pieces, few
 rows keep fewer multiprocessors busy; with more, many rows write more partials."""
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from. ``aligned``: rows of x and fn lie on 16-byte boundaries."""
+    """All that a plan depends on. ``aligned``: rows of x and fn lie on 16-byte boundaries."""
 
     arch: Arch
     m: int
@@ -43,8 +43,8 @@ class Call(NamedTuple):
     sqr_sum: Tensor
 
     def pieces(self, config: Any) -> int:
-        """Pieces of k, of at least two k steps each. Where a caller asks for fewer partials than keep the machine busy,
-        there are more pieces, and each partial is the sum of some."""
+        """The number of pieces of k, of at least two k steps each. If the caller asks for fewer partials than keep the
+        GPU busy, there are more pieces, and each partial is the sum of several."""
         shape, results = self.shape, self.num_splits or 1
         busy = min(config.blocks * shape.arch.sms // cdiv(shape.m, config.block_m), 32)
         wanted = min(_INVARIANT_SPLITS if shape.batch_invariant else busy, shape.k // (2 * config.block_k))
@@ -61,7 +61,7 @@ def hc_prenorm_gemm(
     sqr_sum: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See ``dsv4_backends.ops.hc_prenorm_gemm``. Deterministic. Workspace: where k is cut into more pieces than the
+    """See ``dsv4_backends.ops.hc_prenorm_gemm``. Deterministic. Workspace: if k is cut into more pieces than the
     caller asks for (``Call.pieces``), pieces * m * (n + 1) fp32.
     """
     m, k = x.shape
@@ -75,7 +75,7 @@ def hc_prenorm_gemm(
         return out, sqr_sum
     if k == 0:
         return out.zero_(), sqr_sum.zero_()
-    if n == 0:  # the sums of squares are wanted all the same
+    if n == 0:  # the sums of squares are still to be computed
         fn = fn.new_zeros((1, k))
         hc_prenorm_gemm(x, fn, num_splits=num_splits, sqr_sum=sqr_sum, batch_invariant=batch_invariant)
         return out, sqr_sum

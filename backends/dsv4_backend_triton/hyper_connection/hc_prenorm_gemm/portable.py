@@ -45,8 +45,8 @@ class Config(NamedTuple):
 
 
 def plan(shape: Shape) -> Config:
-    """Few rows: launch and latency bound, so little code and TF32 (no splitting of fn). Many rows: x from shared memory
-    straight to the tensor cores, fn as two bf16."""
+    """Few rows are bound by launch and latency: little code, and TF32, which does not split fn. With many rows x goes
+    from shared memory straight to the tensor cores, and fn is split into two bf16."""
     config = Config(**configured("hc_prenorm_gemm", "portable", shape.arch, size=shape.planned_rows))
     config = config._replace(block_n=min(config.block_n, pow2(shape.n, 16)))
     return config._replace(mode="fp32") if shape.arch.interpret else config

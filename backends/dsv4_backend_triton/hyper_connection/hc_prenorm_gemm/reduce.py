@@ -17,12 +17,12 @@ from .op import Call
 def launch_splits(
     kernel: Any, call: Call, config: Any, sources: tuple[Any, Any], strides: tuple[int, ...], blocks: int, **others: Any
 ) -> None:
-    """Launch a kernel and, where it makes more partials than are asked for, what sums them.
+    """Launch a kernel and, if it makes more partials than the caller asks for, the kernel that sums them.
 
     Args:
         sources: x and fn, as tensors or tensor maps.
-        strides: What the kernel takes of them.
-        blocks: Of the columns of ``fn``.
+        strides: Their strides, as the kernel takes them.
+        blocks: The number of blocks along n.
     """
     _, m, n, k, _, _ = call.shape
     out, sqr_sum, arch, results = call.out, call.sqr_sum, call.shape.arch, call.num_splits or 1
@@ -58,7 +58,7 @@ def _sum_partials(src, size, dst, width, stride, block, group, BLOCK: tl.constex
     ok = at < size
     values = ()
     for i in tl.static_range(GROUP):
-        there = ok & (each < tl.where(i < group, BLOCK, 0))  # the interpreter has no and of a mask and a scalar
+        there = ok & (each < tl.where(i < group, BLOCK, 0))  # the interpreter cannot combine a mask and a scalar by and
         values += (tl.load(src + i * size + at, mask=there, other=0.0),)  # type: ignore[assignment]
     total = values[0]  # type: ignore[misc]
     for i in tl.static_range(1, GROUP):

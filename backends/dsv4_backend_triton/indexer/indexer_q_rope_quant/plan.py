@@ -1,4 +1,4 @@
-"""``indexer_q_rope_quant``: what a call is to its kernels."""
+"""``indexer_q_rope_quant``: a call as its kernels take it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...arch import Arch
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from."""
+    """All that a plan depends on."""
 
     arch: Arch
     h: int
@@ -18,7 +18,7 @@ class Shape(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, its results allocated."""
+    """A call with its results allocated."""
 
     shape: Shape
     q: Tensor
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """Rows lie on 16-byte boundaries."""
+        """Whether rows lie on 16-byte boundaries."""
         q, table = self.q, self.cos_sin
         strides = q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0 and table.stride(0) % 4 == 0
         return strides and q.data_ptr() % 16 == 0 and table.data_ptr() % 16 == 0

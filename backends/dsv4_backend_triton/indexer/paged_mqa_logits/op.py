@@ -1,4 +1,4 @@
-"""The provider's function for ``paged_mqa_logits``, and what a call is to its kernels."""
+"""The provider's function for ``paged_mqa_logits``, and a call as its kernels take it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...arch import Arch, arch_of
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from."""
+    """All that a plan depends on."""
 
     arch: Arch
     next_n: int
@@ -21,7 +21,7 @@ class Shape(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, its result allocated; ``q`` in the kernels' element type. ``fill``: -inf beyond the lengths."""
+    """A call with its result allocated; ``q`` in the kernels' element type. ``fill``: write -inf beyond the lengths."""
 
     shape: Shape
     q: Tensor

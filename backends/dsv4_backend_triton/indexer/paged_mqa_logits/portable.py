@@ -1,6 +1,6 @@
 """``paged_mqa_logits`` in plain Triton, persistent: as many blocks as run at once share the tiles of keys equally, then
-the columns beyond them, whatever the lengths are (``schedule.py``). A block has all (or ROWS of the) next_n queries of
-a request at a time. Keys are read once for all of them.
+the columns beyond them, whatever the lengths are (``schedule.py``). A block computes all next_n queries of a request,
+or ROWS of them, at a time, and reads each key once for them.
 
     role   does
     all    tiles of keys: product with all heads of all rows, relu, head sum in registers, store; then -inf elsewhere
@@ -35,7 +35,7 @@ _REGISTERS = 65536  # of a multiprocessor
 
 def plan(shape: Shape) -> Config:
     config = fitted("paged_mqa_logits", shape.arch, shape.next_n, shape.h, shape.d)
-    # The table is for up to 64 heads: with more, S takes more registers. A thread has some 72 besides.
+    # The table is for up to 64 heads: with more, S takes more registers. Each thread takes about 72 others.
     threads, columns = 32 * config.warps, config.rows * padded(shape.h, shape.d)[0]
     most = _REGISTERS // (config.block_n * columns + 72 * threads)
     return config._replace(waves=max(1, min(config.waves, most)))
@@ -51,7 +51,7 @@ def launch(call: Call, config: Config) -> None:
     if k_mode and config.tma and d == block_d and page_stride % 16 == 0 and k_cache.data_ptr() % 16 == 0 and pages:
         k_mode, box = 2, [1, config.block_n, block_d]
         k_desc = TensorDescriptor(k_cache.view(arch.fp8_view), [pages, page_size, d], [page_stride, d, 1], box)
-    # As many as run at once, which the registers must allow. More programs than places have nothing to do.
+    # As many programs as run at once, which the registers limit, and not more than there are places.
     registers = _REGISTERS // (32 * config.warps * config.waves) // 8 * 8
     places = b * cdiv(next_n, config.rows) * (cdiv(columns, config.block_n) + config.visit)
     launch_kernel(

@@ -1,11 +1,11 @@
-"""Who does what in ``paged_mqa_logits``: every block finds its share from the lengths, on the device.
+"""How ``paged_mqa_logits`` divides its work: every program finds its share from the lengths, on the GPU.
 
 An item is one request's rows, or ROWS of them; its index is ``group * B + request``. The row of an item is ``tiles``
 tiles of columns, of which the first hold keys and the others are to be filled: two kinds of work. For either, the items
-lie in a row of places, of which each program takes an equal number. An item has VISIT places more than it has tiles of
-the kind: to fetch its queries takes about as long as so many tiles, and no program walks over many items without work.
+lie in a row of places, of which each program takes an equal number. An item has VISIT more places than it has tiles of
+the kind, since fetching its queries takes about as long as VISIT tiles. So no program visits many items without tiles.
 
-``lengths`` is ``(lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)``: where they are, and at most ``limit``.
+``lengths`` is ``(lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)``. Lengths are clamped to ``limit``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import triton
 import triton.language as tl
 
 FEW, MANY = 32, 256
-"""SCAN: requests whose lengths are read at a time. A scan of FEW stays within a warp."""
+"""SCAN: the number of requests whose lengths are read at a time. A scan of FEW stays within a warp."""
 _NOWHERE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def tiles_of(longest, BLOCK_N: tl.constexpr):
-    """The tiles with keys of an item, by its longest row."""
+    """The number of tiles with keys of an item, by its longest row."""
     longest = tl.maximum(longest, 0)
     return longest // BLOCK_N + (longest % BLOCK_N > 0)
 
 
 @triton.jit
 def item_of(item, lengths, ROWS: tl.constexpr):
-    """Of the index of an item: its request, its first row, and the length of each row."""
+    """The request of an item, its first row, and the length of each of its rows."""
     lens_ptr, B, next_n, limit, len_stride_b, len_stride_n = lengths
     row0 = 0
     if next_n > ROWS:
@@ -40,7 +40,7 @@ def item_of(item, lengths, ROWS: tl.constexpr):
 
 @triton.jit
 def _ends(block, seen, lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr):
-    """Where the places of keys end, for each of SCAN requests, after ``seen`` places of earlier blocks."""
+    """The ends of the places with keys of SCAN requests, after ``seen`` places of earlier items."""
     lens_ptr, B, next_n, limit, len_stride_b, len_stride_n = lengths
     a_group = (B + SCAN - 1) // SCAN
     row0 = block // a_group * ROWS
@@ -56,7 +56,7 @@ def _ends(block, seen, lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN:
 
 @triton.jit
 def count_places(lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr):
-    """Where the places of keys end, for the first SCAN items, and for all."""
+    """The ends of the places with keys, of the first SCAN items and of all items."""
     _, B, next_n, _, _, _ = lengths
     blocks = (next_n + ROWS - 1) // ROWS * ((B + SCAN - 1) // SCAN)
     ends = _ends(0, 0, lengths, ROWS, BLOCK_N, SCAN, VISIT)
@@ -68,8 +68,8 @@ def count_places(lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.co
 
 @triton.jit
 def _first(ends, start, block, tiles, B, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr):
-    """Of a block, the index of the first item whose places go beyond ``start``, _NOWHERE if none does; and where the
-    items before it end."""
+    """Among a block of items, the index of the first one whose places go beyond ``start``, _NOWHERE if none does; and
+    the end of the items before it."""
     a_group = (B + SCAN - 1) // SCAN
     b = block % a_group * SCAN + tl.arange(0, SCAN)
     item = block // a_group * B + b
@@ -84,8 +84,8 @@ def share(
     ends, total, tiles, lengths,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of tiles with keys, or to FILL: its first item, the place in it, and how many places.
-    ``ends`` and ``total`` are from ``count_places``. There is no share where no item has such a tile.
+    """This program's share of the tiles with keys, or of those to FILL: its first item, the first place in it, and the
+    number of places. ``ends`` and ``total`` are from ``count_places``. If no item has such a tile, there is no share.
     """
     _, B, next_n, _, _, _ = lengths
     groups = (next_n + ROWS - 1) // ROWS
@@ -117,6 +117,6 @@ def share(
 
 @triton.jit
 def part(place, count, tiles, VISIT: tl.constexpr):
-    """Of ``count`` places from a place of an item on, which has so many tiles: its first tile among them, one past the
-    last, and the places that remain for the next items."""
+    """An item's part of the next ``count`` places: its first tile, one past its last tile, and the number of places
+    that remain for the next items."""
     return tl.maximum(place - VISIT, 0), tl.minimum(place + count - VISIT, tiles), count - (tiles + VISIT - place)

@@ -1,4 +1,4 @@
-"""The provider's functions for ``indexer_topk`` and ``paged_indexer_topk``, and what a call is to their kernels."""
+"""The provider's functions for ``indexer_topk`` and ``paged_indexer_topk``, and a call as their kernels take it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..paged_mqa_logits.op import write_logits
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from. ``rows``, ``columns`` and ``topk``: rounded up to powers of two. In the
-    batch-invariant mode a row is searched as one alone is."""
+    """All that a plan depends on. ``rows``, ``columns`` and ``topk``: rounded up to powers of two. In the
+    batch-invariant mode every row is searched like the only row of a call."""
 
     op: str
     arch: Arch
@@ -29,8 +29,8 @@ class Shape(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where the keys of each row are: row ``i * next_n + j`` of a call has those from ``starts[i]`` (None: 0) to
-    ``ends[i, j]``, both clamped to ``limit``. In the compressed form they begin at column 0."""
+    """The keys of each row: row ``i * next_n + j`` of a call has those from ``starts[i]`` (None: 0) to ``ends[i, j]``,
+    both clamped to ``limit``. In the compressed form they begin at column 0."""
 
     starts: Tensor | None
     ends: Tensor
@@ -42,12 +42,12 @@ class Rows(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, its result allocated.
+    """A call with its result allocated.
 
     Attributes:
-        items: Such as requests, of ``rows.next_n`` rows each.
-        columns: Of the logits.
-        write: Puts the logits of some items into a buffer. What it leaves there beyond a row's keys is not looked at.
+        items: The number of items, such as requests, of ``rows.next_n`` rows each.
+        columns: The number of columns of the logits.
+        write: Writes the logits of some items into a buffer. What is in it beyond a row's keys is not read.
     """
 
     shape: Shape
@@ -82,7 +82,7 @@ def indexer_topk(
 ) -> Tensor:
     """See ``dsv4_backends.ops.indexer_topk``. The workspace is the logits of some rows, at most 256 MiB.
 
-    Where no row can have fewer keys than there are, the logits are in the full form, which has the faster kernels.
+    If ``max_seqlen_k`` is not below the number of keys, the logits are in the full form, which has faster kernels.
     """
     m, n = q.shape[0], k.shape[0]
     width = None if max_seqlen_k is None or max_seqlen_k >= n else max_seqlen_k

@@ -5,15 +5,15 @@ the largest logits in each of its rows, in three launches.
     rows x splits   the maxima of GROUPS / splits groups of a split's logits
     rows x splits   a bound: the topk-th largest of all maxima of the row, which topk logits reach; and the split's
                     logits that reach it
-    rows            of these, a few more than topk, the topk largest
+    rows            the topk largest of these, which are a few more than topk
 
 A group is every GROUPS-th column, so that neighbours are in different groups; a split has TILE neighbouring groups.
-Where the logits are in any order, 8 groups for each selected key leave 1.07 topk logits. A row of which more than KEEP
-reach its bound, as when many are equal, is searched as a whole by the last launch. Of a row with up to KEEP keys all
-are candidates.
+If the logits are in random order, 8 groups for each selected key leave 1.07 topk logits. If more than KEEP logits of a
+row reach its bound, for example since many are equal, the last launch searches the whole row. If a row has at most KEEP
+keys, all of them are candidates.
 
-Logits are compared by their image: int32 that sorts as they do, with NaN above all and -inf at the end. Nothing of -inf
-is selected. What is selected and its order follow from the logits and the splits alone.
+Logits are compared by their image: int32 that sorts as they do, with NaN above all and -inf last. A logit of -inf is
+never selected. The selection and its order depend on the logits and the splits only.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from ...lib.sizes import cdiv, pow2
 from .op import Call, Shape
 
 _LEAST = 64
-"""Groups of a split, at least."""
+"""The least number of groups of a split."""
 
 
 class Config(NamedTuple):
-    """Launch configuration. ``mib``: of the workspace, which has the logits of some rows. ``waves``: blocks per
-    multiprocessor, up to which rows are split. ``splits``: at most. ``groups``: for each selected key."""
+    """Launch configuration. ``mib``: the size of the workspace, which holds the logits of some rows. ``waves``: blocks
+    for each multiprocessor up to which rows are split. ``splits``: the most of a row. ``groups``: those for each
+    selected key."""
 
     mib: int
     block: int
@@ -46,7 +47,7 @@ class Config(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Rows at a time, and how each is searched."""
+    """The number of rows at a time, and how each is searched."""
 
     config: Config
     rows: int
@@ -56,13 +57,13 @@ class Plan(NamedTuple):
 
 
 def plan(shape: Shape) -> Plan:
-    """The plan for calls of a shape. What is compiled for it follows from the rows at a time and ``topk`` alone, and
-    calls with few rows, which warm-up makes, have every number of splits."""
+    """The plan for calls of a shape. The kernels compiled for it depend only on the rows at a time and ``topk``.
+    Warm-up makes calls with few rows, which have every number of splits."""
     config = Config(**configured(shape.op, "portable", shape.arch))
     groups, keep = min(max(config.groups * shape.topk, 2048), 8192), min(4 * shape.topk, 8192)
     space, each = min(config.mib, 255) * 2**18, max(shape.columns, 64) + groups  # elements
     rows = max(1, min(shape.rows, space // (each + 2 * keep)))
-    blocks = 2 if shape.arch.interpret else config.waves * shape.arch.sms  # the interpreter has one at a time
+    blocks = 2 if shape.arch.interpret else config.waves * shape.arch.sms  # the interpreter runs one at a time
     wanted = max(1, blocks // (1 if shape.batch_invariant else rows))
     splits = min(pow2(wanted + 1) // 2, config.splits, groups // _LEAST)  # rounded down to a power of two
     return Plan(config, max(1, min(rows, space // (each + splits * 2 * keep))), splits, groups, keep)
@@ -72,7 +73,7 @@ def launch(call: Call, config: Plan) -> None:
     tile, rows, out = config.config, call.rows, call.out
     count, next_n, topk, device = call.items, rows.next_n, out.shape[1], out.device
     stride = cdiv(call.columns, 64) * 64  # the last columns of a row are read four at a time
-    items = cdiv(count, cdiv(count, max(1, config.rows // next_n)))  # as many in each chunk
+    items = cdiv(count, cdiv(count, max(1, config.rows // next_n)))  # equal chunks
     most = items * next_n
     logits = torch.empty((most, stride), dtype=torch.float32, device=device)
     maxima = torch.empty((most, config.groups), dtype=torch.int32, device=device)
@@ -111,7 +112,7 @@ def image_of(x):
 
 @triton.jit
 def bound_of(image, topk):
-    """The largest t that at least ``topk`` of the elements reach, or a smaller one that exactly ``topk`` reach."""
+    """The largest t that at least ``topk`` elements reach, or a smaller t that exactly ``topk`` elements reach."""
     low = tl.min(image, axis=0).to(tl.int64)
     high = tl.max(image, axis=0).to(tl.int64)
     while low < high:
@@ -124,7 +125,7 @@ def bound_of(image, topk):
 
 @triton.jit
 def span(row, starts_ptr, ends_ptr, next_n, stride_i, stride_j, limit, compressed, columns):
-    """Of a row: the column of its first key, and how many keys it has."""
+    """The column of a row's first key, and the number of its keys."""
     i = row // next_n
     end = tl.load(ends_ptr + i.to(tl.int64) * stride_i + (row - i * next_n) * stride_j)
     end = tl.minimum(tl.maximum(end, 0), limit)
@@ -137,7 +138,7 @@ def span(row, starts_ptr, ends_ptr, next_n, stride_i, stride_j, limit, compresse
 
 @triton.jit
 def images(row_ptr, column, begin, end):
-    """Of some columns of a row, 4 at a time: the buffer's rows go on past ``columns``."""
+    """The images of some columns of a row, read 4 at a time, since the buffer's rows go on past ``columns``."""
     x = tl.load(row_ptr + column, mask=column < tl.multiple_of((end + 3) // 4 * 4, 4), other=float("-inf"))
     return tl.where((column >= begin) & (column < end), image_of(x), -(2**31))
 
@@ -229,7 +230,7 @@ def _of_candidates(images_ptr, indices_ptr, source, total, out_row, topk, KEEP: 
 def _of_row(row_ptr, begin, end, low, out_row, topk, BLOCK: tl.constexpr):
     """Select among all columns of a row, of which more than ``topk`` reach the image ``low``."""
     block = tl.arange(0, BLOCK)
-    # As bound_of, from a bound on that is most often the result: where so many logits reach it, many are equal to it.
+    # As bound_of, beginning with a bound that mostly is the result: if so many logits reach it, many are equal to it.
     high = low * 0 + (2**31 - 1)
     middle = low + 1
     above = 0  # logits above high

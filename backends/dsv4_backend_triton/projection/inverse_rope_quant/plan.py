@@ -1,4 +1,4 @@
-"""``inverse_rope_quant`` and ``inverse_rope``: what a call is to their kernels."""
+"""``inverse_rope_quant`` and ``inverse_rope``: a call as their kernels take it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ...arch import Arch
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from."""
+    """All that a plan depends on."""
 
     arch: Arch
 
 
 class Call(NamedTuple):
-    """A call, its results allocated as they lie in memory; ``scale`` is None without quantisation."""
+    """A call with its results allocated, by their layout in memory; ``scale`` is None without quantisation."""
 
     shape: Shape
     x: Tensor
@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """Rows lie on 16-byte boundaries."""
+        """Whether rows lie on 16-byte boundaries."""
         x, table = self.x, self.cos_sin
         strides = x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and table.stride(0) % 4 == 0
         return strides and x.data_ptr() % 16 == 0 and table.data_ptr() % 16 == 0

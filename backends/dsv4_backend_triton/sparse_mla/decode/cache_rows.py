@@ -8,11 +8,10 @@ import triton.language as tl
 from ...lib.bits import BF16_TIMES_2_60TH, scaled_e4m3
 
 _TOKEN_BYTES = tl.constexpr(576)  # 448 e4m3, then 64 bf16
-# Decoded keys are kept as value * 2^-60. A byte's e4m3 bits placed into bf16 read as value * 2^-120, so one
-# bf16 multiplication has to undo 2^-120 and apply the E8M0 scale; with 2^60 left over its factor stays a
-# normal number for every scale code up to 194 (2^67), where 2^120 * 2^(code-127) would overflow from code 135
-# on. The 2^60 is applied to the logits (in their scale) and to the output (in the normaliser), where it costs
-# nothing.
+# Decoded keys are kept as value * 2^-60. The bits of an e4m3 byte, moved into bf16, read as value * 2^-120. One bf16
+# multiplication has to undo this and to apply the E8M0 scale. Its factor 2^120 * 2^(code - 127) would overflow from
+# code 135 on; without 2^60 it is a normal number up to code 194 (2^67). The scale of the logits and the normaliser of
+# the output apply the 2^60, which costs nothing.
 BIAS = tl.constexpr(60)
 UNBIAS = tl.constexpr(2.0**60)
 
@@ -44,7 +43,7 @@ def _decode_nope(raw, word, FIRST: tl.constexpr, OPERAND: tl.constexpr, THREADS:
     code = ((word[:, None] >> (group * 8)[None, :]) & 0xFF).to(tl.int32)
     factor = _scale_factor(code, OPERAND)[:, :, None].broadcast_to(raw.shape)
     if OPERAND == tl.bfloat16:
-        # at most as many at once as a thread has: the rest would be undefined and could look like a NaN
+        # at most as many at once as a thread has, since undefined ones could look like a NaN
         if raw.numel >= 16 * THREADS:
             value = tl.inline_asm_elementwise(_ASM16, _CON16, [raw, factor], dtype=tl.bfloat16, is_pure=True, pack=16)
         elif raw.numel >= 8 * THREADS:

@@ -18,10 +18,10 @@ from .plan import Call, Plan
 def launch_splits(
     kernel: Any, call: Call, plan: Plan, *, words: bool, block_heads: int, num_warps: int, **constants: Any
 ) -> None:
-    """Launch a split kernel and, where there is more than one split, what combines them.
+    """Launch a split kernel and, if there are several splits, the kernel that combines them.
 
     Args:
-        words: The kernel takes the caches as 32-bit words, not as bytes.
+        words: Whether the kernel takes the caches as 32-bit words, not as bytes.
         block_heads: Heads of one program.
     """
     arch, scopes, q, out, lse = call.shape.arch, call.scopes, call.q, call.out, call.lse
@@ -62,8 +62,8 @@ def _combine_kernel(
     o_sb: tl.int64, o_ss: tl.int64, o_sh: tl.int64,  # in O_UNIT elements
     BS: tl.constexpr, O_UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The at most ``BS`` splits of one (row, head) into the output. All loads are issued before one is waited for, and
-    no data moves between threads."""
+    """Combine the splits of one (row, head), at most ``BS``, into the output. All loads are issued before the first is
+    waited for, and no data moves between threads."""
     pid = tl.program_id(0)
     row = pid // heads
     head = pid - row * heads
@@ -79,9 +79,9 @@ def _combine_kernel(
         gdc_wait()
     values = ()
     for i in tl.static_range(BS):
-        there = d < tl.where(i < splits, 512, 0)  # a vector: the interpreter does not take a scalar
+        there = d < tl.where(i < splits, 512, 0)  # a vector, since the interpreter does not take a scalar
         values += (tl.load(part + i * heads * 512 + d, mask=there, other=0.0),)  # type: ignore[assignment]
-    # After the partial outputs, else the compiler starts reducing before all loads are in flight.
+    # Loaded after the partial outputs, else the compiler starts reducing before all loads are in flight.
     lses = ()
     for i in tl.static_range(BS):
         lses += (tl.load(part_lse + i * heads, mask=i < splits, other=float("-inf")),)  # type: ignore[assignment]
@@ -94,7 +94,7 @@ def _combine_kernel(
     for i in tl.static_range(BS):
         scale = tl.exp2(lses[i] - m_i)
         l_i += scale
-        # a split without keys has written no values: select, do not multiply
+        # select, do not multiply: a split without keys has written no values
         acc += tl.where(lses[i] != float("-inf"), values[i] * scale, 0.0)
     has_keys = l_i != 0.0
     l_i = tl.where(has_keys, l_i, 1.0)

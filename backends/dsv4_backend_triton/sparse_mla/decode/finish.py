@@ -1,4 +1,4 @@
-"""Sparse MLA decode: what the Gluon kernels store when a split's loop is over."""
+"""Sparse MLA decode: what the Gluon kernels store after a split's loop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def finish(
     acc, m_i, l_i, here, results, sizes, has_sink, SPLIT: gl.constexpr, STORE: gl.constexpr, BOUND_FIRST: gl.constexpr
 ):  # fmt: skip
     """The result of a row, with the sink, in the layout ``STORE``; or with ``SPLIT`` the split's partial result and
-    LSE. Of a split without tiles (``here`` is 0) no partial result is stored: its LSE of -inf says so.
+    LSE. A split without tiles (``here`` is 0) stores only its LSE of -inf.
 
-    ``BOUND_FIRST``: compute the end of the heads before the addresses. Either order is right, and each kernel keeps
-    the one that it was measured with.
+    ``BOUND_FIRST``: compute the end of the heads before the addresses. Both orders are right; each kernel keeps the one
+    that it was measured with.
     """
     out, o_sb, o_ss, o_sh, lse, part, part_lse, sink = results
     heads, block_heads, head_blocks, s_q, splits = sizes

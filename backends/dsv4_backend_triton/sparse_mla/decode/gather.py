@@ -34,7 +34,7 @@ def columns(KEYS: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def _tile_of(i, share):
-    """The i-th tile of a split: whether it is of the first scope, and its number there."""
+    """The i-th tile of a split: whether it is in the first scope, and its number there."""
     here1, split, first2, splits, _, _ = share
     one = i < here1
     return one, gl.where(one, split + i * splits, first2 + (i - here1) * splits)
@@ -42,10 +42,10 @@ def _tile_of(i, share):
 
 @gluon.jit
 def schedule(at, lengths, KEYS: gl.constexpr, SINGLE: gl.constexpr):
-    """This split's share of the tiles, and how many: they go round robin, the second scope's after the first's.
+    """This split's tiles, and their number: tiles go round robin, those of the second scope after those of the first.
 
-    Where a split begins follows from the widths, so that its first indices do not wait for the lengths; where it ends,
-    from the second scope's length too.
+    A split's begin depends on the widths only, so that its first indices do not wait for the lengths. Its end depends
+    on the second scope's length too.
     """
     b, split, splits = at
     len1, len2, has_len1, has_len2, topk1, topk2 = lengths
@@ -74,7 +74,7 @@ def index_of(i, keys, share, indices, lengths):
 
 @gluon.jit
 def find(i, index, keys, share, scopes):
-    """Where the rows of a tile are (their first word), which of them count, and the scale word of each."""
+    """The address of each row of a tile (its first word), whether the row is valid, and its scale word."""
     _, _, _, _, length1, length2 = share
     cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2 = scopes
     one, tile = _tile_of(i, share)

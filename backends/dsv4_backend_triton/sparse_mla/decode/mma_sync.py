@@ -1,7 +1,7 @@
 """The split kernel of sparse MLA decode on mma.sync, in Gluon: for SM8x and SM12x, and for few queries on Hopper too.
 
-One CTA serves one query row, up to 64 heads and one split: each key is gathered and decoded once for all of them, where
-the portable kernel does so for every 16.
+One program serves one query row, up to 64 heads and one split. It gathers and decodes each key once for all its heads,
+while the portable kernel does so for every 16 heads.
 
     role   warps    does
     all    4 or 8   one step after the other: a tile of keys to shared memory, S = Q K^T, the softmax, O += P V
@@ -15,7 +15,7 @@ the portable kernel does so for every 16.
     p_smem [KEYS / 32, HEADS, 32] 1024, in the loop      2048              8192
     b_smem [KEYS] fp32            128, in the loop       128               256
 
-    barriers: of the whole CTA, placed by Triton
+    barriers: of the whole block, placed by Triton
     strides: as the signature says
 """
 
@@ -41,8 +41,8 @@ _STEP = gl.constexpr(64)  # columns of Q and K at a time
 
 
 def plan(shape: Shape) -> Plan | None:
-    """The large tile has 138 KiB, the small one 67 for architectures with 99. Timed on the H200 under SM80's and SM89's
-    names, with as much shared memory as they have."""
+    """The large tile takes 138 KiB; the small one takes 67, for architectures with 99. Both were timed on an H200 with
+    the code of SM80 and SM89, limited to their shared memory."""
     if not shape.vectors:
         return None
     rows, heads, arch = shape.planned_rows, shape.heads, shape.arch
@@ -58,7 +58,7 @@ def plan(shape: Shape) -> Plan | None:
     else:
         below = rows * cdiv(heads, 32) * tiles <= 6 * arch.sms
         tile = small if below or heads <= 32 or arch.smem < large.kib * 1024 else large
-    # a multiprocessor's registers and shared memory; each program's last KiB is the system's
+    # limited by a multiprocessor's registers and shared memory, of which the system takes 1 KiB for each program
     resident = max(1, min(tile.resident, (arch.smem // 1024 + 1) // (tile.kib + 1)))
     programs = rows * cdiv(heads, tile.heads)
     return Plan(tile, splits_for(programs, shape.tiles(tile.keys), arch.sms, resident))
@@ -76,7 +76,7 @@ def launch(call: Call, plan: Plan) -> None:
 
 @gluon.jit
 def _store_p(p_smem, p):
-    """P of a tile, 32 keys a buffer: on the H200 1 to 2 % faster than one buffer for all."""
+    """P of a tile, 32 keys a buffer. This is 1 to 2 % faster on the H200 than one buffer for all."""
     if p.shape[1] == 64:
         low, high = halves(p)
         p_smem.index(0).store(low)

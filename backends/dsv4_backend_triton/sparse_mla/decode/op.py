@@ -28,8 +28,8 @@ def sparse_mla_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``dsv4_backends.ops.sparse_mla_decode``. E8M0 codes are exact up to 194 (2^67).
 
-    Workspace (``dsv4_backends.workspace_bytes`` has the number): where the keys are split, 513 fp32 per row, split and
-    head; where the rows are decoded to bf16 first, 1 KiB + 4 bytes per index and 4 bytes per row and per (row, head).
+    Workspace (``dsv4_backends.workspace_bytes`` returns it): if the keys are split, 513 fp32 for each row, split and
+    head; if keys are decoded to bf16 first, 1 KiB + 4 bytes for each index and 4 bytes for each row and (row, head).
     """
     b, s_q, heads, _ = q.shape
     if out is None:
@@ -54,7 +54,7 @@ def sparse_mla_decode(
         (indices.stride(0), indices.stride(1), *strides2),
         indices.shape[2],
         topk2,
-        # page_size * 576 is a multiple of 64, so the scales are aligned wherever the pages are
+        # page_size * 576 is a multiple of 64, so the scales are aligned if the pages are
         unit=common_unit(cache1.data_ptr(), cache2.data_ptr(), cache1.stride(0), cache2.stride(0)),
         pow2=all(cache.shape[1] & (cache.shape[1] - 1) == 0 for cache in (cache1, cache2)),
     )

@@ -1,4 +1,4 @@
-"""Sparse MLA decode: what a call is to its kernels, and how often the keys of a row are split."""
+"""Sparse MLA decode: a call as its kernels take it, and the number of splits of a row's keys."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from ...arch import Arch
 from ...lib.sizes import cdiv
 
-MOST_SPLITS = 40  # bounded by the registers of the kernel that combines them
-_INVARIANT_ROWS = 16  # the batch that the batch-invariant mode is laid out for
+MOST_SPLITS = 40  # limited by the registers of the kernel that combines them
+_INVARIANT_ROWS = 16  # the number of rows that the batch-invariant mode is planned for
 
-# Of the split kernels, which have the same parameters; the staging kernel has some of them.
+# For the split kernels, which have the same parameters. The staging kernel has some of them.
 ANY_ALIGNMENT = ["sink", "idx1", "len1", "idx2", "len2", "lse"]
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from.
+    """All that a plan depends on.
 
     Attributes:
         rows: b * s_q.
         topk1, topk2: Widths of the two scopes' indices.
-        vectors: Cache pages, queries and output can be read 16 bytes at a time, and page sizes are powers of two.
-        unaligned: Cache pages do not lie on 8-byte boundaries.
+        vectors: Whether cache pages, queries and output can be read 16 bytes at a time and page sizes are powers of 2.
+        unaligned: Whether cache pages are not all on 8-byte boundaries.
     """
 
     arch: Arch
@@ -38,24 +38,24 @@ class Shape(NamedTuple):
 
     @property
     def planned_rows(self) -> int:
-        """In the batch-invariant mode kernel, tile and splits are those of so many rows, whatever ``rows`` is."""
+        """The number of rows to plan for: ``rows``, or a fixed number in the batch-invariant mode."""
         return _INVARIANT_ROWS if self.batch_invariant else self.rows
 
     def tiles(self, keys: int) -> int:
-        """Tiles of so many keys in a row."""
+        """The number of tiles of so many keys in a row."""
         return max(cdiv(self.topk1, keys) + cdiv(self.topk2, keys), 1)
 
 
 class Tile(NamedTuple):
-    """How one program is shaped.
+    """The tile of one program.
 
-    ``keys`` must be 32 or more. A 16-key tile of the portable kernel came out wrong on the H200 (Triton 3.6; the logits
-    right, the product with the values not): its operands get kWidth 8, as if for the byte loads they come from, with a
-    K dimension of 16.
+    ``keys`` must be 32 or more. With 16 keys the portable kernel gave wrong results on the H200 (Triton 3.6): the
+    logits were right, the product with the values was not. Its operands get kWidth 8, as for the byte loads that they
+    come from, while the K dimension is 16.
 
     Attributes:
-        resident: Programs that share a multiprocessor, by their registers.
-        kib: Shared memory of one.
+        resident: How many programs a multiprocessor's registers hold at once.
+        kib: The shared memory of one program.
     """
 
     heads: int
@@ -66,16 +66,16 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A launch of a split kernel: its tile, and into how many splits the keys of a row go."""
+    """A launch of a split kernel: its tile, and the number of splits of a row's keys."""
 
     tile: Tile
     splits: int
-    single: bool = False  # every split is exactly one tile of the widths
+    single: bool = False  # every split is exactly one tile
     block_heads: int = 64  # heads of one program, if fewer than the tile is high: more programs
 
 
 class Scopes(NamedTuple):
-    """Both scopes of a call as the kernels take them. A call with one scope has a second one without indices."""
+    """Both scopes of a call as the kernels take them. If the call has one scope, the second one has no indices."""
 
     cache1: Tensor
     cache2: Tensor
@@ -103,7 +103,7 @@ class Scopes(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, its results allocated. ``q_unit``: strides of ``q`` and ``out`` are passed in this unit, 8 or 1."""
+    """A call with its results allocated. ``q_unit``: strides of ``q`` and ``out`` are passed in this unit, 8 or 1."""
 
     shape: Shape
     q: Tensor
@@ -118,9 +118,10 @@ class Call(NamedTuple):
 def splits_for(programs: int, tiles: int, sms: int, resident: int = 1) -> int:
     """The split count with the least expected time.
 
-    In units of one tile: what the longest program of a wave computes, for every program with which it shares a
-    multiprocessor (``resident`` at most) half as much again, 2 to start and finish a program, 0.0102 to write and read
-    back a program's partial result. The numbers are fitted to sweeps on the H200, 2026-11-27: within 3 % of the best.
+    The unit is the time of one tile. A wave takes the tiles of its longest program, half as many again for each other
+    program on the same multiprocessor (at most ``resident`` share one), and 2 to start and finish a program. Writing
+    and reading a program's partial result takes 0.0102. The numbers are fitted to sweeps on the H200 (2026-11-27),
+    where the choice is within 3 % of the best.
     """
     best, least = 1, float("inf")
     for splits in range(1, min(tiles, MOST_SPLITS) + 1):

@@ -1,9 +1,8 @@
 """Sparse MLA decode over the paged FP8 cache, in plain Triton: one program serves one query row, a block of heads and
 one split of the row's keys.
 
-It gathers every KV row once (K and V are the same vector), decodes it to bf16 in registers and feeds both products from
-it. A row's two scopes are walked as one list of tiles, so their softmax is joint by construction. Loops end at the
-row's own length.
+It gathers every KV row once (K and V are the same vector), decodes it to bf16 in registers and uses it in both
+products. A row's two scopes are one list of tiles, so they share one softmax. Loops end at the row's own length.
 
     role   does
     all    loads the bytes of the next tile; decodes a tile, S = Q K^T, the softmax, O += P V
@@ -33,14 +32,14 @@ from .plan import ANY_ALIGNMENT, MOST_SPLITS, Call, Plan, Shape, Tile, splits_fo
 
 
 def plan(shape: Shape) -> Plan:
-    """Few programs: every one gets a single tile, the smallest that still fits all of them on the machine at once."""
+    """With few rows every program gets one tile, the smallest with which all programs still run at once."""
     programs, sms = shape.planned_rows * cdiv(shape.heads, 16), shape.arch.sms
     for role in ("small", "medium"):
         tile = _tile(shape, role)
         tiles = shape.tiles(tile.keys)
         if programs * tiles <= sms and tiles <= MOST_SPLITS and not (role == "medium" and shape.unaligned):
             return Plan(tile, tiles, single=True)
-    tile = _tile(shape, "bytes" if shape.unaligned else "loop")  # in a loop of byte loads 64 keys outgrow 99 KiB
+    tile = _tile(shape, "bytes" if shape.unaligned else "loop")  # in a loop of byte loads 64 keys take more than 99 KiB
     return Plan(tile, splits_for(programs, shape.tiles(tile.keys), sms))
 
 
@@ -59,7 +58,7 @@ def launch(call: Call, plan: Plan) -> None:
 
 @triton.jit
 def _tile_index(i, here1, first1, first2, splits, idx1, idx2, length1, length2, BN: tl.constexpr):
-    """The indices of the i-th tile of this split, and whether each entry lies within its row's length."""
+    """The indices of the i-th tile of this split, and whether each lies within its row's length."""
     one = i < here1
     tile = tl.where(one, first1 + i * splits, first2 + (i - here1) * splits)
     k = tile * BN + tl.arange(0, BN)
@@ -119,7 +118,7 @@ def _decode_kernel(
     m_i = tl.full([BH], NEGATIVE, tl.float32)
     l_i = tl.zeros([BH], tl.float32)
     if SINGLE:
-        # as many splits as the widths have tiles: which tile is whose does not wait for the lengths
+        # one split for each tile of the widths: a split's tile does not depend on the lengths
         tiles1 = tl.cdiv(topk1, BN)
         one = split < tiles1
         k = tl.where(one, split, split - tiles1) * BN + tl.arange(0, BN)
@@ -130,7 +129,7 @@ def _decode_kernel(
         acc, m_i, l_i = attend(query, 0.0, m_i, l_i, k, valid, scale_log2, OPERAND, True)
     else:
         acc = tl.zeros([BH, 512], tl.float32)
-        # tiles go round robin over the splits, the second scope's after the first's
+        # tiles go round robin over the splits, those of the second scope after those of the first
         tiles1, tiles2 = tl.cdiv(length1, BN), tl.cdiv(length2, BN)
         first2 = (split - tiles1 % splits + splits) % splits
         here1 = tl.maximum(tl.cdiv(tiles1 - split, splits), 0)
@@ -139,7 +138,7 @@ def _decode_kernel(
         for i in range(here):
             valid = (index >= 0) & (index < tl.where(one, slots1, slots2))
             raw = gather(one, scopes, index, valid, UNIT, POW2)
-            # loaded again, not kept: the mask is needed in the layout of the logits, where it costs registers
+            # loaded again, not kept: in the layout of the logits the mask would take registers
             again, one_again = _tile_index(i, here1, split, first2, splits, idx1, idx2, length1, length2, BN)
             valid = (again >= 0) & (again < tl.where(one_again, slots1, slots2))
             index, one = _tile_index(i + 1, here1, split, first2, splits, idx1, idx2, length1, length2, BN)

@@ -1,7 +1,7 @@
-"""Sparse MLA decode in two steps: the chosen rows are decoded to bf16 in a workspace, then attended to as in prefill.
+"""Sparse MLA decode in two steps: decode the selected keys to bf16 in a workspace, then attend to them as in prefill.
 
-For rows enough to keep all multiprocessors busy without splits: then decoding each row once saves more than the
-workspace costs.
+For calls with enough rows to keep all multiprocessors busy without splits. There decoding each key once saves more than
+the workspace costs.
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ def _stage_kernel(
     page1: tl.int32, page2: tl.int32, shift1: tl.int32, shift2: tl.int32,
     BN: tl.constexpr, THREADS: tl.constexpr, POW2: tl.constexpr, UNIT: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a row's keys as bf16 into ``staged`` [rows, topk1 + topk2, 512], both scopes without a gap
-    between.
+    """Write one tile of a row's keys as bf16 into ``staged`` [rows, topk1 + topk2, 512], without a gap between scopes.
 
-    ``places`` says where each key is (-1: invalid) and ``lengths`` how many there are: what prefill takes.
+    Also write what prefill takes: the index of each key into ``places`` (-1: invalid), their number into ``lengths``.
     """
     row = tl.program_id(0)
     tile = tl.program_id(1)

@@ -1,8 +1,8 @@
-"""The split kernel of sparse MLA decode on wgmma, in Gluon: one CTA serves one query row, 64 heads and one split.
+"""The split kernel of sparse MLA decode on wgmma, in Gluon: one program serves one query row, 64 heads and one split.
 
-Work split, tile order and partial results are the portable kernel's. Decoding and tensor work run side by side, and
-slow each other down: on the H200 (128 queries of 128 heads) either role alone would take about 0.7 of what both take.
-Prefetching the rows to L2 ahead of their gather made it slower.
+Splits, order of tiles and partial results are those of the portable kernel. Decoding and products run at the same time
+and slow each other down: on the H200 (128 queries of 128 heads) either role alone takes about 0.7 of the time of both.
+Prefetching the rows to L2 before their gather was slower.
 
     role       warps                      registers   does
     consumer   8                          the rest    S = Q K^T (32 keys a warpgroup), the softmax, O += P V (256
@@ -53,7 +53,7 @@ _RING = gl.constexpr(2)
 
 
 def plan(shape: Shape) -> Plan | None:
-    """Few rows: a program for each tile, and each tile's heads over as many programs as there is room for."""
+    """With few rows each tile has a program, and its heads are spread over as many programs as run at once."""
     if not shape.vectors:
         return None
     rows, heads, sms = shape.planned_rows, shape.heads, shape.arch.sms
@@ -68,7 +68,7 @@ def plan(shape: Shape) -> Plan | None:
 
 @cache
 def _loaders(arch: Arch, single: bool) -> tuple[int, int]:
-    """Loader warps and their registers: where a split is a single tile it is latency alone."""
+    """Loader warps and their registers. If a split is a single tile, its latency is what counts."""
     config = configured("sparse_mla_decode", "wgmma", arch, role="single" if single else "ring")
     return config["loaders"], config["registers"]
 
@@ -101,7 +101,7 @@ def _loader(smem, bars, at, indices, lengths, scopes, SINGLE: gl.constexpr, WARP
         for i in range(here):
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
             deposit(k32.index(slot), b_smem.index(slot), front, back, word, ok)
-            # Before the next loads are issued: the fence would wait for them.
+            # The fence comes before the next loads are issued, since it would wait for them.
             ring.publish(k_full.index(slot))
             start, ok, word = find(i + 1, index, keys, share, scopes)
             front = load_front(start, ok, cols)
@@ -188,8 +188,8 @@ def _consumer(
         for _ in range(here):
             mbarrier.wait(k_full.index(slot), phase)
             if FROM_3_9:
-                # An index that is 0 and opaque: with 0, Triton 3.9 computes the 32 descriptors of the queries before
-                # the loop and spills them.
+                # A 0 that is opaque to the compiler. With a plain 0, Triton 3.9 computes the 32 descriptors of the
+                # queries before the loop and spills them.
                 zero = gl.inline_asm_elementwise(
                     "and.b32 $0, $1, 0;", "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1
                 )
@@ -205,8 +205,8 @@ def _consumer(
 
     l_i = gl.convert_layout(gl.sum(l_parts, 1), o_rows)
     m_i = gl.convert_layout(m_i, o_rows)
-    # The accumulator's layout with the column bits inside a quad exchanged, so that a thread holds 8 neighbouring
-    # columns: a few shuffles make 16-byte stores of 4-byte ones.
+    # The accumulator's layout with the column bits inside a quad exchanged: a thread holds 8 neighbouring columns, so a
+    # few shuffles turn 4-byte stores into 16-byte ones.
     store: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 256]],
         lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],

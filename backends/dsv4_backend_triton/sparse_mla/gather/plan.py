@@ -1,4 +1,4 @@
-"""``gather_dequant_kv``: what a call is to its kernels."""
+"""``gather_dequant_kv``: a call as its kernels take it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ...arch import Arch
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from. ``unit``: bytes that pages are aligned to, 16, 8 or 1."""
+    """All that a plan depends on. ``unit``: bytes that pages are aligned to, 16, 8 or 1."""
 
     arch: Arch
     unit: int
 
 
 class Call(NamedTuple):
-    """A call of at least one row. ``cache``: its bytes, ``[pages, page_size, 584]`` by stride; ``rows``: most of a
-    request."""
+    """A call of at least one row. ``cache``: the cache's bytes, ``[pages, page_size, 584]`` by its strides; ``rows``:
+    the most rows of a request."""
 
     shape: Shape
     cache: Tensor
@@ -32,6 +32,6 @@ class Call(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """Rows of the result lie on 16-byte boundaries."""
+        """Whether rows of the result lie on 16-byte boundaries."""
         out = self.out
         return out.stride(0) % 8 == 0 and out.stride(1) % 8 == 0 and out.data_ptr() % 16 == 0

@@ -1,10 +1,10 @@
-"""``gather_dequant_kv`` in plain Triton: as many programs as the machine holds, each with every so manieth tile.
+"""``gather_dequant_kv`` in plain Triton: as many programs as the machine holds take the tiles round robin.
 
 role   does
 all    ROWS entries of one request: their bytes, their scales, decoded and written
 
-How many entries a request has is known on the GPU alone, so each program adds up the tiles of all requests, REQUESTS at
-a time, and takes those whose number is its own modulo the number of programs: all have as many, whatever the lengths.
+The host does not know how many entries a request has. So each program adds up the tiles of all requests, REQUESTS at a
+time, and takes those whose number is its own modulo the number of programs: equal shares, whatever the lengths.
 
 An entry is 8 groups of 64 columns: 7 of e4m3 bytes with an E8M0 scale each, then one of bf16, which is copied.
 
@@ -59,7 +59,7 @@ def launch(call: Call, config: Config) -> None:
 @entry(triton.jit, "requests", any_alignment=["seq_lens", "gather_lens", "table"])
 def _gather_kernel(
     cache, seq_lens, gather_lens, table, out,
-    requests, room, rows,  # room: entries that a row of the table has; rows: most that are written of a request
+    requests, room, rows,  # room: entries of a row of the table; rows: the most that a request writes
     offset, pages, page_size, page_stride, table_stride, o_stride_r, o_stride_m,
     ROWS: tl.constexpr, REQUESTS: tl.constexpr, GIVEN: tl.constexpr,
     UNIT: tl.constexpr, ALIGNED: tl.constexpr, OPERAND: tl.constexpr,
@@ -84,7 +84,7 @@ def _gather_kernel(
         ends = tl.cumsum(tiles, 0)
         total = tl.sum(tiles, 0)
         for tile in range((own + programs - before % programs) % programs, total, programs):
-            at = tl.sum((ends <= tile).to(tl.int32), 0)  # the request that the tile is of
+            at = tl.sum((ends <= tile).to(tl.int32), 0)  # the request that has the tile
             here = request == start + at
             first = tile - tl.sum(tl.where(here, ends - tiles, 0), 0)
             row = first * ROWS + tl.arange(0, ROWS)
@@ -100,7 +100,7 @@ def _gather_kernel(
             scales = base + page_size.to(tl.int64) * _TOKEN_BYTES + slot * 8
             there3 = there[:, None, None]
             source = data[:, None, None] + column
-            if UNIT > 1:  # 8 bytes to a thread, since it writes 16: wider loads would be moved between threads
+            if UNIT > 1:  # 8 bytes a thread, since it writes 16: data of wider loads would move between threads
                 source = tl.max_contiguous(tl.multiple_of(source, (1, 1, 8)), (1, 1, 8))
             raw = tl.load(source, mask=there3 & (group < 7), other=0)
             last = there3 & (group == 7)

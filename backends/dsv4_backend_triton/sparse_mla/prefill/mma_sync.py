@@ -1,8 +1,8 @@
-"""Sparse MLA prefill on mma.sync, in Gluon: one CTA serves one query row and up to 64 heads.
+"""Sparse MLA prefill on mma.sync, in Gluon: one program serves one query row and up to 64 heads.
 
 A tile of keys lies in shared memory as four buffers of 128 columns. Q K^T reads them one after the other, and so does
-P V: once P V has read a buffer, the same columns of the next tile are copied into it, and the copy is waited for when
-Q K^T comes to them. So the keys need no memory beyond one tile, and their loads have three quarters of a tile's time.
+P V. Once P V has read a buffer, the same columns of the next tile are copied into it, and Q K^T waits for the copy when
+it needs them. So the keys take the memory of one tile, and their loads have three quarters of a tile's time.
 
     role   warps    does
     all    4 or 8   cp.async of the next keys, S = Q K^T, the softmax, O += P V
@@ -15,7 +15,7 @@ Q K^T comes to them. So the keys need no memory beyond one tile, and their loads
     k_smem 4 x [KEYS, 128] bf16     65536                32768     65536
     p_smem [HEADS, KEYS] bf16       1024, in the loop    2048      8192
 
-    barriers: of the whole CTA, placed by Triton; cp.async groups, one a buffer
+    barriers: of the whole block, placed by Triton; cp.async groups, one a buffer
     strides: as the signature says
 """
 
@@ -37,7 +37,7 @@ _STEP = gl.constexpr(64)  # columns of Q and K at a time
 
 
 def plan(shape: Shape) -> Tile | None:
-    """The large tile has 137 KiB, the others 81 and 67: two fit a multiprocessor of SM80, one an architecture of 99."""
+    """The large tile takes 137 KiB, the others 81 and 67: two fit a multiprocessor of SM80, one fits 99 KiB."""
     if not shape.vectors:
         return None
     return Tile(**configured("sparse_mla_prefill", "mma_sync", shape.arch, size=shape.heads))
@@ -58,7 +58,7 @@ def _indices(idx, tile, keys, length):
 
 @gluon.jit
 def _copy(buffer, kv, index, s_kv, kv_ss, cols, part: gl.constexpr):
-    """Start the copy of one part of a tile's rows; of an invalid index it is zeros."""
+    """Start the copy of one part of a tile's rows: zeros for invalid indices."""
     ok = (index >= 0) & (index < s_kv)
     row = kv + gl.where(ok, index, 0).to(gl.int64) * (kv_ss * 8)
     async_load(buffer, row[:, None] + (cols + part * _PART)[None, :], mask=ok[:, None])
@@ -75,7 +75,7 @@ def _score(logits, q_smem, buffer, part: gl.constexpr, lhs: gl.constexpr, rhs: g
 
 @gluon.jit
 def _p_operands(p_smem, lhs: gl.constexpr):
-    """P as operands of 16 keys each; all four products read them."""
+    """P as operands of 16 keys each, which all four products read."""
     first, second = p_smem.slice(0, 16, 1).load(lhs), p_smem.slice(16, 16, 1).load(lhs)
     if p_smem.shape[1] == 32:
         return first, second

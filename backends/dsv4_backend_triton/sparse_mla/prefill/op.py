@@ -1,4 +1,4 @@
-"""The provider's function for ``sparse_mla_prefill``, and what a call is to its kernels."""
+"""The provider's function for ``sparse_mla_prefill``, and a call as its kernels take it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...arch import Arch, arch_of
 from ...lib.sizes import cdiv, common_unit
 from ...lib.softmax import LOG2E
 
-# Of the portable kernel and that for mma.sync, which have the same parameters.
+# For the portable kernel and the one on mma.sync, which have the same parameters.
 ANY_ALIGNMENT = ["sink", "idx", "lengths", "lse", "max_logits"]
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from. ``vectors``: rows lie on 16-byte boundaries."""
+    """All that a plan depends on. ``vectors``: whether rows lie on 16-byte boundaries."""
 
     arch: Arch
     heads: int
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """How one program is shaped."""
+    """The tile of one program."""
 
     heads: int
     keys: int
@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, its results allocated: ``q`` and ``out`` [s_q, h, 512], ``kv`` [s_kv, 512], ``indices`` [s_q, topk].
+    """A call with its results allocated: ``q`` and ``out`` [s_q, h, 512], ``kv`` [s_kv, 512], ``indices`` [s_q, topk].
 
     ``strides``, in elements: query row, query head, key, output row, output head.
     """

@@ -27,7 +27,7 @@ from .op import ANY_ALIGNMENT, Call, Shape, Tile
 
 
 def plan(shape: Shape) -> Tile:
-    """Of the tiles that spill at most 32 bytes with Triton 3.6 and 3.9, the fastest; all take 81 KiB or less, so that
+    """The fastest of the tiles that spill at most 32 bytes with Triton 3.6 and 3.9. All take 81 KiB or less, so that
     two programs fit a multiprocessor of SM80."""
     return Tile(**configured("sparse_mla_prefill", "portable", shape.arch, size=shape.heads))
 
@@ -75,7 +75,7 @@ def _prefill_kernel(
         valid = (index >= 0) & (index < s_kv)
         kv_row = kv + index.to(tl.int64) * (kv_ss * UNIT)
         k = tl.load(kv_row[:, None] + d[None, :], mask=valid[:, None], other=0.0).to(OPERAND)
-        # loaded again, not kept: the mask is needed in the layout of the logits, where it costs 16 registers
+        # loaded again, not kept: in the layout of the logits the mask would take 16 registers
         again = _load_index(idx, tile, length, BN)
         valid = (again >= 0) & (again < s_kv)
         index = _load_index(idx, tile + 1, length, BN)

@@ -1,4 +1,4 @@
-"""Sparse MLA prefill on wgmma, in Gluon: one CTA works on one query row and 64 heads at a time, in a persistent grid.
+"""Sparse MLA prefill on wgmma, in Gluon: a program serves one query row and 64 heads at a time, in a persistent grid.
 
 role         warps  registers  does
 score        4      160        S = Q K^T of 64 keys and the softmax; stores P (bf16) and the rescale factors.
@@ -10,8 +10,8 @@ loader       4      32         gathers key rows by 16-byte cp.async, and their m
                                accumulator. A row whose index is invalid is zero-filled by the copy itself, so that
                                no value of unreferenced memory is read
 
-The 512 registers that a thread of each warpgroup can have between them are split 160 + 2 * 160 + 32; below 160 an
-accumulating warpgroup makes ptxas serialise every wgmma of the kernel.
+The four warpgroups share 512 registers for each thread index: 160 + 2 * 160 + 32. If an accumulating warpgroup has
+fewer than 160, ptxas serialises every wgmma of the kernel.
 
            64 keys                512 columns
 64 heads [   S    ]  K: 512     [ wg 0, wg 1 | wg 0, wg 1 ]  K: 64 keys
@@ -69,13 +69,13 @@ REG_LOAD = gl.constexpr(32)  # leaves 160 for the accumulators: 512 = 160 + 2 * 
 
 
 def plan(shape: Shape) -> Tile | None:
-    """Nothing to choose: any head count is right, and at 8 heads the tile of 64 still takes no longer than the
-    portable kernel does. Tuned on an NVIDIA H200 with Triton 3.6.0, 2026-11-22."""
+    """There is nothing to choose: it takes any number of heads, and at 8 heads its tile of 64 is still as fast as the
+    portable kernel (NVIDIA H200, Triton 3.6.0, 2026-11-22)."""
     return Tile(HEADS.value, BN.value, 8) if shape.vectors else None
 
 
 def launch(call: Call, tile: Tile) -> None:
-    """One CTA on each multiprocessor: it takes all of the shared memory and of the registers."""
+    """One program on each multiprocessor, since it takes all shared memory and all registers."""
     s_q, h_q, _ = call.q.shape
     groups = cdiv(h_q, tile.heads)
     n_items = s_q * groups
@@ -93,7 +93,7 @@ def launch(call: Call, tile: Tile) -> None:
 
 @gluon.jit
 def _row_blocks(len_ptr, row, topk, HAS_LEN: gl.constexpr):
-    """Number of keys to look at for one row, and the number of blocks that hold them."""
+    """The number of keys of one row, and of the blocks that hold them."""
     n = topk
     if HAS_LEN:
         n = gl.maximum(gl.minimum(gl.load(len_ptr + row), topk), 0)
