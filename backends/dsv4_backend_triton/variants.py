@@ -74,7 +74,10 @@ OPS = {
         ),
     ),
     "gather_dequant_kv": Op("sparse_mla.gather", (_PORTABLE,), batch_invariant=True),
-    "mqa_logits": Op("indexer.mqa_logits", (Variant("wgmma", _SM_90), _PORTABLE)),
+    "mqa_logits": Op(
+        "indexer.mqa_logits",
+        (Variant("wgmma", _SM_90), Variant("mma_sync", (">=8.0,<8.9",)), _PORTABLE),
+    ),
     "paged_mqa_logits": Op("indexer.paged_mqa_logits", (_PORTABLE,), batch_invariant=True),
     "indexer_topk": Op("indexer.topk", (_PORTABLE,)),
     "paged_indexer_topk": Op("indexer.topk", (_PORTABLE,)),

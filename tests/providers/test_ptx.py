@@ -21,6 +21,13 @@ def _fma(a: int, b: int, c: int) -> int:
     return int(low) | int(high) << 16
 
 
+def _mul(a: int, b: int) -> int:
+    """``mul.rn.f16x2``. Products of fp16 are exact in fp64."""
+    one, two = (torch.tensor([w & 0xFFFF, w >> 16]).to(torch.uint16).view(torch.float16).double() for w in (a, b))
+    low, high = (one * two).half().view(torch.uint16).tolist()
+    return int(low) | int(high) << 16
+
+
 def _prmt(a: int, b: int, selector: int) -> int:
     source, result = a | b << 32, 0
     for place in range(4):
@@ -45,6 +52,7 @@ OPERATIONS = {
     "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
     "and.b32": lambda a, b: a & b,
     "fma.rn.bf16x2": _fma,
+    "mul.rn.f16x2": _mul,
 }
 
 
@@ -70,6 +78,16 @@ def test_every_code_beside_every_kind_of_neighbour() -> None:
         assert torch.equal(got.isnan(), want.isnan())
         kept = ~want.isnan()
         assert torch.equal(got.view(torch.int16)[kept], want.view(torch.int16)[kept])
+
+
+def test_codes_times_144_are_exact_and_a_nan_is_infinite() -> None:
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double() * 144
+    table = torch.where(table.isnan(), torch.tensor([torch.inf, -torch.inf]).repeat_interleave(128), table)
+    for code, neighbour in itertools.product(range(256), (0x00, 0x80, 0x7F, 0xFF, 0x7E, 0x01)):
+        codes = [code, neighbour, neighbour ^ 0x80, code]
+        words = run(bits.E4M3X4_TIMES_144, 2, sum(byte << 8 * i for i, byte in enumerate(codes)))
+        got = torch.tensor([half for word in words for half in (word & 0xFFFF, word >> 16)]).to(torch.uint16)
+        assert torch.equal(got.view(torch.float16).double(), table[codes])
 
 
 def test_codes_times_scales_are_rounded_once() -> None:

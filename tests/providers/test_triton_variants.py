@@ -30,6 +30,7 @@ GONE = {
     "sparse_mla.decode.wgmma": {"_decode_wgmma_kernel"},
     "sparse_mla.decode.mma_sync": {"_decode_mma_sync_kernel"},
     "indexer.mqa_logits.wgmma": {"_mqa_logits_wgmma_kernel"},
+    "indexer.mqa_logits.mma_sync": {"_mqa_logits_mma_sync_kernel"},
     "projection.fp8_einsum.wgmma": {"_einsum_wgmma_kernel"},
     "projection.fp8_einsum.wgmma_few": {"_einsum_wgmma_few_kernel"},
     "hyper_connection.hc_prenorm_gemm.wgmma": {"_hc_wgmma_kernel"},
@@ -57,7 +58,7 @@ PLAIN = {
     "inverse_rope": {"_inverse_rope_kernel"},
     "mqa_logits": {"_mqa_logits_kernel"},
     "paged_mqa_logits": {"_paged_mqa_logits_kernel"},
-    "indexer_topk": {"_mqa_logits_kernel", "_mqa_logits_wgmma_kernel", *SELECTION},
+    "indexer_topk": {"_mqa_logits_kernel", "_mqa_logits_wgmma_kernel", "_mqa_logits_mma_sync_kernel", *SELECTION},
     "paged_indexer_topk": {"_paged_mqa_logits_kernel", *SELECTION},
     "fp8_einsum": {"_einsum_kernel"},
     "hc_prenorm_gemm": {"_hc_kernel", "_hc_reduce_kernel"},
@@ -207,7 +208,7 @@ def test_a_missing_name_costs_what_uses_it(name: str, found: dict[str, Any]) -> 
         assert len(without["notices"][op]) == len(own)
         # Staged decode attends as prefill does, and a selection has the kernels of its logits.
         touched = bool(own) or (op == "sparse_mla_decode" and any("prefill" in file for file in lost))
-        touched |= op == "indexer_topk" and "indexer.mqa_logits.wgmma" in lost
+        touched |= op == "indexer_topk" and any("indexer.mqa_logits" in file for file in lost)
         for capability in CAPABILITIES:
             before, after = (set(f["launched"][f"{op} {capability}"]) for f in (whole, without))
             if not touched:

@@ -35,13 +35,28 @@ E4M3X4_TO_BF16X4 = """{
     fma.rn.bf16x2 $1, t, o, $1;
 }"""
 _E4M3X4_TO_BF16X4 = tl.constexpr(E4M3X4_TO_BF16X4)
-# The same, each times a bf16, rounded once.
+# Four e4m3 bytes to four fp16, each times 144, exactly: its bits are read as value * 2^-8 (the biases are 7 and 15),
+# and times 36864 the NaN code alone, which reads as 480, is infinite.
+E4M3X4_TIMES_144 = """{
+    .reg .b32 t, k;
+    mov.b32 k, 0x78807880;
+    prmt.b32 t, $2, 0, 0x9180;
+    shl.b32 t, t, 7;
+    and.b32 t, t, 0xbf80bf80;
+    mul.rn.f16x2 $0, t, k;
+    prmt.b32 t, $2, 0, 0xb3a2;
+    shl.b32 t, t, 7;
+    and.b32 t, t, 0xbf80bf80;
+    mul.rn.f16x2 $1, t, k;
+}"""
+# The same as bf16, each times a bf16, rounded once.
 E4M3X4_TIMES_BF16X4 = (
     E4M3X4_TO_BF16X4.removesuffix("}")
     + """    fma.rn.bf16x2 $0, $0, $3, z;
     fma.rn.bf16x2 $1, $1, $4, z;
 }"""
 )
+_E4M3X4_TIMES_144 = tl.constexpr(E4M3X4_TIMES_144)
 _E4M3X4_TIMES_BF16X4 = tl.constexpr(E4M3X4_TIMES_BF16X4)
 
 
@@ -92,6 +107,13 @@ def e4m3_to_fp32(byte):
 def e4m3_to_bf16(byte):
     """e4m3 bytes (uint8) to bf16, exact for all 256 codes. Not for the interpreter (PTX)."""
     return tl.inline_asm_elementwise(_E4M3X4_TO_BF16X4, "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4)
+
+
+@triton.jit
+def e4m3_times_144(byte):
+    """e4m3 bytes (uint8) to fp16, times 144, exactly; a NaN to an infinity. A third fewer instructions than
+    ``e4m3_to_bf16``. Products of finite ones are finite in fp32. Not for the interpreter (PTX)."""
+    return tl.inline_asm_elementwise(_E4M3X4_TIMES_144, "=&r,=&r,r", [byte], dtype=tl.float16, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -155,9 +177,12 @@ def quantize(x, NATIVE: tl.constexpr):
 
 @triton.jit
 def fp8_operand(raw, OPERAND: tl.constexpr):
-    """A loaded e4m3 tile as a dot operand: untouched where the type exists, decoded from bytes elsewhere."""
+    """A loaded e4m3 tile as a dot operand: untouched where the type exists, decoded from bytes elsewhere, with fp16
+    times 144."""
     if OPERAND == tl.float8e4nv:
         return raw
+    elif OPERAND == tl.float16:
+        return e4m3_times_144(raw)
     elif OPERAND == tl.bfloat16:
         return e4m3_to_bf16(raw)
     else:

@@ -1,0 +1,239 @@
+"""``mqa_logits`` (64 heads of 128) on mma.sync where e4m3 is not in hardware, in Gluon.
+
+What limits plain Triton here is the number of instructions: two warps decode each key. Here a warp has keys of its own,
+decodes each once, and reads all queries, which are decoded once a block.
+
+    role   warps   does
+    all    4       cp.async of the next keys; decodes its 32 keys; products, relu, head sum in registers, store
+
+             2 queries of 64 heads
+    KEYS keys [         S         ] -> [KEYS, 2] logits     K: 32 dimensions at a time, 32 columns at a time
+
+Operands are fp16: an e4m3 value times 144, which is exact, and a NaN is infinite or NaN. A product of finite ones is
+finite, so a key with a NaN shows in every head.
+
+    shared memory                     bytes, with STAGES = 3
+    q_smem [128, 128] fp16            32768
+    k_smem [STAGES, KEYS, 128] e4m3   49152
+
+    barriers: of the whole block, placed by Triton; cp.async groups, one a tile
+    strides: q and k in 16 bytes, others in elements
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from ...configurations import configured
+from ...launch import launch as launch_kernel
+from ...lib.bits import E4M3X4_TIMES_144
+from ...lib.gluon import async_load
+from ...lib.mma_sync import ROWS_LAYOUT
+from ...lib.sizes import cdiv
+from .op import Call, Shape
+
+ROWS = gl.constexpr(2)  # queries of a block
+COLUMNS = gl.constexpr(128)
+DIM = gl.constexpr(128)
+KEYS = gl.constexpr(128)  # 32 for each warp
+_PART = gl.constexpr(32)
+_TIMES_144 = gl.constexpr(E4M3X4_TIMES_144)
+
+
+class Config(NamedTuple):
+    stages: int
+    waves: int
+
+
+def plan(shape: Shape) -> Config | None:
+    if shape.rows < ROWS.value or (shape.h, shape.d) != (64, DIM.value):
+        return None
+    return Config(**configured("mqa_logits", "mma_sync", shape.arch))
+
+
+def takes(call: Call) -> bool:
+    """Queries and keys on 16-byte boundaries."""
+    q, k = call.q, call.k
+    return (q.data_ptr() | k.data_ptr() | q.stride(0) | q.stride(1) | k.stride(0)) % 16 == 0
+
+
+def launch(call: Call, config: Config) -> None:
+    (m, _, _), n, columns, arch = call.q.shape, call.k.shape[0], call.out.shape[1], call.shape.arch
+    row_blocks = cdiv(m, ROWS.value)
+    chunk = cdiv(cdiv(columns, cdiv(config.waves * arch.sms, row_blocks)), KEYS.value) * KEYS.value
+    launch_kernel(
+        _mqa_logits_mma_sync_kernel, (row_blocks, cdiv(columns, chunk)),
+        *(call.q, call.k, call.k_scale, call.weights, call.starts, call.ends, call.out),
+        *(m, n, columns, call.q.stride(0) // 16, call.q.stride(1) // 16, call.k.stride(0) // 16),
+        *(call.weights.stride(0), call.out.stride(0), chunk),
+        COMPRESSED=call.shape.compressed, STAGES=config.stages, num_warps=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _times_144(raw):
+    """e4m3 bytes to fp16, each times 144; a NaN becomes infinite."""
+    return gl.inline_asm_elementwise(_TIMES_144, "=&r,=&r,r", [raw], dtype=gl.float16, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _reordered(x):
+    """Of each 16 dimensions the pairs 0, 2, 4, 6 and then 1, 3, 5, 7: a thread that loads four bytes has what one
+    instruction multiplies. Queries and keys alike, and the sum is the same."""
+    rows: gl.constexpr = x.shape[0]
+    pairs = gl.reshape(x, [rows, x.shape[1] // 16, 4, 2, 2])
+    return gl.reshape(gl.permute(pairs, (0, 1, 3, 2, 4)), [rows, x.shape[1]])
+
+
+@gluon.jit
+def _halves(x):
+    """The two halves of the columns; no data moves between threads."""
+    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def _eights(x):
+    """[KEYS, 32] as four of 8 columns."""
+    low, high = _halves(x)
+    return _halves(low) + _halves(high)
+
+
+@gluon.jit
+def _copy(buffer, k_ptr, key, n, k_stride, dims):
+    ok = key < n
+    row = k_ptr + gl.where(ok, key, 0).to(gl.int64) * (k_stride.to(gl.int64) * 16)
+    async_load(buffer, row[:, None] + dims[None, :], mask=ok[:, None])
+
+
+@gluon.jit
+def _fill(out_ptr, row, count, out_stride, begin, end):
+    """-inf to columns [begin, end) of ``count`` rows."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    lane = gl.arange(0, 512, layout=layout)
+    value = gl.full([512], float("-inf"), gl.float32, layout=layout)
+    for j in range(begin, end, 512):
+        for i in range(count):
+            col = j + lane
+            gl.store(out_ptr + (row + i).to(gl.int64) * out_stride + col, value, mask=col < end, cache_modifier=".cs")
+
+
+@gluon.jit
+def _range(row, starts_ptr, ends_ptr, m, n):
+    """First and last key of a row, both 0 if it has none."""
+    at = gl.minimum(row, m - 1)
+    start = gl.minimum(gl.maximum(gl.load(starts_ptr + at), 0), n)
+    end = gl.minimum(gl.maximum(gl.load(ends_ptr + at), 0), n)
+    return start, end
+
+
+_SIZES = ["m", "n", "n_cols", "q_stride_m", "q_stride_h", "k_stride", "w_stride", "out_stride", "chunk"]
+_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
+
+
+@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _mqa_logits_mma_sync_kernel(
+    q_ptr, k_ptr, k_scale_ptr, w_ptr, starts_ptr, ends_ptr, out_ptr,
+    m, n, n_cols,
+    q_stride_m, q_stride_h, k_stride,  # in 16 bytes
+    w_stride, out_stride,
+    chunk,
+    COMPRESSED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
+    raw: gl.constexpr = gl.DotOperandLayout(0, mma, 4)  # four bytes a thread
+    lhs: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    bytes_lay: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    byte_rows: gl.constexpr = gl.SliceLayout(1, bytes_lay)
+    keys_lay: gl.constexpr = gl.SliceLayout(1, mma)
+    q_smem = gl.allocate_shared_memory(gl.float16, [COLUMNS, DIM], ROWS_LAYOUT)
+    k_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, KEYS, DIM], gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
+
+    w_smem = gl.allocate_shared_memory(gl.float32, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+    row0 = gl.program_id(0) * ROWS
+    c0 = gl.program_id(1) * chunk
+    c1 = gl.minimum(c0 + chunk, n_cols)
+    start0, end0 = _range(row0, starts_ptr, ends_ptr, m, n)
+    start1, end1 = _range(row0 + 1, starts_ptr, ends_ptr, m, n)
+
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, bytes_lay))
+    column = gl.arange(0, COLUMNS, byte_rows)
+    q_row = gl.minimum(row0 + column // 64, m - 1).to(gl.int64) * (q_stride_m.to(gl.int64) * 16)
+    q = q_ptr + (q_row + (column % 64) * (q_stride_h * 16))[:, None] + dims[None, :]
+    q16 = _reordered(_times_144(gl.load(q)))
+    q_smem.store(q16 + q16 * 0.0)  # infinite to NaN
+
+    # half, since the relu is doubled, and 1/144 of the keys
+    head = gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [4], [0]))
+    w_row = gl.minimum(row0 + head // 64, m - 1).to(gl.int64) * w_stride
+    w_smem.store(gl.load(w_ptr + w_row + head % 64) * (0.5 / 144))
+
+    copied = gl.arange(0, KEYS, byte_rows)
+    key_of = gl.arange(0, KEYS, keys_lay)
+    groups = 1
+    if COMPRESSED:  # rows that start at different keys have a pass each
+        groups = gl.where(start0 == start1, 1, 2)
+    for group in range(groups):
+        both = groups == 1
+        count = gl.minimum(gl.where(both, ROWS, 1), m - row0 - group)
+        first = row0 + group
+        has0 = (end0 > start0) & (both | (group == 0))
+        has1 = (end1 > start1) & (both | (group == 1)) & (row0 + 1 < m)
+        origin = 0
+        if COMPRESSED:
+            origin = gl.where(group == 0, start0, start1)
+        lo = gl.minimum(gl.where(has0, start0, 2147483647), gl.where(has1, start1, 2147483647))
+        hi = gl.maximum(gl.where(has0, end0, 0), gl.where(has1, end1, 0))
+        lo_col = gl.minimum(gl.maximum(c0, (lo - origin) // KEYS * KEYS), c1)
+        hi_col = gl.maximum(gl.minimum(c1, hi - origin), lo_col)
+        _fill(out_ptr, first, count, out_stride, c0, lo_col)
+        _fill(out_ptr, first, count, out_stride, gl.minimum((hi_col + KEYS - 1) // KEYS * KEYS, c1), c1)
+
+        tiles = (hi_col - lo_col + KEYS - 1) // KEYS
+        key0 = origin + lo_col
+        for i in gl.static_range(STAGES - 1):
+            if i < tiles:
+                _copy(k_smem.index(i), k_ptr, key0 + i * KEYS + copied, n, k_stride, dims)
+            async_copy.commit_group()
+        for tile in range(tiles):
+            async_copy.wait_group(STAGES - 2)
+            key = key0 + tile * KEYS + key_of
+            scale = gl.load(k_scale_ptr + key, mask=key < n, other=0.0) * (1.0 / 144)
+            here = k_smem.index(tile % STAGES)
+            s = ()
+            for _ in gl.static_range(4):
+                s += (gl.zeros([KEYS, _PART], gl.float32, mma),)  # type: ignore[assignment]
+            for c in gl.static_range(DIM // 32):
+                a = gl.convert_layout(_reordered(_times_144(here.slice(c * 32, 32, 1).load(raw))), lhs)
+                summed = ()
+                for part in gl.static_range(4):
+                    b = q_smem.slice(part * _PART, _PART, 0).slice(c * 32, 32, 1).permute((1, 0)).load(rhs)
+                    summed += (mma_v2(a, b, s[part]),)  # type: ignore[assignment]
+                s = summed
+            if tile + STAGES - 1 < tiles:
+                ahead = (tile + STAGES - 1) * KEYS
+                _copy(k_smem.index((tile + STAGES - 1) % STAGES), k_ptr, key0 + ahead + copied, n, k_stride, dims)
+            async_copy.commit_group()
+
+            col = lo_col + tile * KEYS + key_of
+            pieces = ()
+            for part in gl.static_range(4):
+                pieces += _eights(s[part])
+            eight: gl.constexpr = gl.SliceLayout(0, pieces[0].type.layout)  # type: ignore[misc]
+            for i in gl.static_range(2):
+                t = pieces[8 * i] * 0.0  # NaN of a key with a NaN
+                for e in gl.static_range(8):
+                    x = pieces[8 * i + e]  # type: ignore[var-annotated]
+                    t += (x + gl.abs(x)) * w_smem.slice((8 * i + e) * 8, 8).load(eight)[None, :]
+                total = gl.convert_layout(gl.sum(t, 1), keys_lay) * scale
+                start, end = (start0, end0) if i == 0 else (start1, end1)
+                total = gl.where((key >= start) & (key < end), total, float("-inf"))
+                wanted = both | (group == i)
+                ok = (col < c1) & wanted & (row0 + i < m)
+                gl.store(out_ptr + (row0 + i).to(gl.int64) * out_stride + col, total, mask=ok, cache_modifier=".cs")
+        async_copy.wait_group(0)
