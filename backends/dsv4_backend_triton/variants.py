@@ -84,7 +84,10 @@ OPS = {
     "indexer_q_rope_quant": Op("indexer.indexer_q_rope_quant", (_PORTABLE,), batch_invariant=True),
     "compress_norm_rope_insert": Op("compressor", (_PORTABLE,), batch_invariant=True),
     "indexer_compress_insert": Op("compressor", (_PORTABLE,), batch_invariant=True),
-    "fp8_einsum": Op("projection.fp8_einsum", (Variant("wgmma_few", _SM_90), Variant("wgmma", _SM_90), _PORTABLE)),
+    "fp8_einsum": Op(
+        "projection.fp8_einsum",
+        (Variant("wgmma_few", _SM_90), Variant("wgmma", _SM_90), Variant("mma_sync", (">=8.0,<8.9",)), _PORTABLE),
+    ),
     "inverse_rope_quant": Op("projection.inverse_rope_quant", (_PORTABLE,), batch_invariant=True),
     "inverse_rope": Op("projection.inverse_rope", (_PORTABLE,), batch_invariant=True),
     "hc_prenorm_gemm": Op(

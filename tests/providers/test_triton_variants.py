@@ -33,6 +33,7 @@ GONE = {
     "indexer.mqa_logits.mma_sync": {"_mqa_logits_mma_sync_kernel"},
     "projection.fp8_einsum.wgmma": {"_einsum_wgmma_kernel"},
     "projection.fp8_einsum.wgmma_few": {"_einsum_wgmma_few_kernel"},
+    "projection.fp8_einsum.mma_sync": {"_einsum_mma_sync_kernel"},
     "hyper_connection.hc_prenorm_gemm.wgmma": {"_hc_wgmma_kernel"},
     "hyper_connection.hc_prenorm_gemm.mma_sync": {"_hc_mma_sync_kernel"},
 }
