@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import E4M3X4_TIMES_144
 from ...lib.gluon import async_load
 from ...lib.mma_sync import ROWS_LAYOUT
@@ -130,11 +130,7 @@ def _range(row, starts_ptr, ends_ptr, m, n):
     return start, end
 
 
-_SIZES = ["m", "n", "n_cols", "q_stride_m", "q_stride_h", "k_stride", "w_stride", "out_stride", "chunk"]
-_ANY_ALIGNMENT = ["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"]
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+@entry(gluon.jit, "m", any_alignment=["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"])
 def _mqa_logits_mma_sync_kernel(
     q_ptr, k_ptr, k_scale_ptr, w_ptr, starts_ptr, ends_ptr, out_ptr,
     m, n, n_cols,

@@ -32,7 +32,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
-from ...launch import launch as launch_kernel
+from ...launch import entry, launch_kernel
 from ...lib.bits import E4M3X4_TIMES_144
 from ...lib.gluon import async_load
 from ...lib.sizes import cdiv
@@ -102,13 +102,7 @@ def _store(tile, out, d0, N, b0, B, o_stride_b):
     gl.store(ptr, tile, mask=(token < B)[:, None] & (col < N)[None, :])
 
 
-_SIZES = (
-    "B N n_k x_stride_b x_stride_h w_stride_h w_stride_d "
-    "xs_stride_b xs_stride_h xs_stride_k ws_stride_h ws_stride_d ws_stride_k o_stride_b o_stride_h"
-).split()
-
-
-@gluon.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["xs_ptr", "ws_ptr"])
+@entry(gluon.jit, "B", any_alignment=["xs_ptr", "ws_ptr"])
 def _einsum_mma_sync_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, out_ptr,
     B, N, n_k,
