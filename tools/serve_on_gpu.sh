@@ -5,7 +5,7 @@
 #           such as TileLang and z3-solver
 #   OUT     folder for the results
 #   STEP    WHAT:RUN; WHAT is logprobs, speed, mtp or long, and RUN is native, chunks (native, with prefill chunks of
-#           64 tokens), triton, auto, sm_80, sm_86 or sm_89. Several steps that are joined by commas run at a time, on one
+#           64 tokens), triton, torch (the reference), auto, sm_80, sm_86 or sm_89. Several steps that are joined by commas run at a time, on one
 #           GPU.
 # Environment: LOGPROBS, SPEED, MTP and LONG, more arguments of tools/serve/serve.py; STEP_S, seconds for a step (280).
 # An architecture's run pins Triton, and vLLM sees its compute capability; Triton compiles its instructions.
@@ -37,7 +37,7 @@ step() { # WHAT RUN
   case $2 in
     native | chunks) ;;
     auto) settings=(DSV4_BACKENDS_ENGINE=vllm) ;;
-    triton) settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN='*=triton') ;;
+    triton | torch) settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN="*=$2") ;;
     sm_*)
       sm=${2#sm_}
       settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN='*=triton' "DSV4_BACKENDS_DEVICE=$2")

@@ -154,7 +154,8 @@ def covered(op: str, call: Arguments, launches: list[Launch]) -> Iterator[bool]:
             tiles = h * -(-d // taken["BLOCK_D"]) * -(-b // (2 * tile_of(main, "TOKENS")))
             yield 1 <= grid[0] <= tiles
         else:
-            yield grid[0] == h * -(-d // taken["BLOCK_D"]) * -(-b // taken["BLOCK_B"])
+            wide, high = tile_of(main, "BLOCK_D", "TILE"), tile_of(main, "BLOCK_B", "TILE")
+            yield grid[0] == h * -(-d // wide) * -(-b // high)
     elif op == "hc_prenorm_gemm":
         (m, k), n, results = call["x"].shape, len(call["fn"]), call.get("num_splits") or 1
         pieces, step = grid[1], tile_of(main, "BLOCK_K", "STEP")

@@ -2,10 +2,10 @@
 
 What limits plain Triton here is the number of instructions that decode: with a second accumulator, for the scales, a
 warp has registers for 64 x 32 outputs, and decodes 3 words for 4 products. Here the only accumulator is in units of the
-scale of the current K block, so a warp has 64 x 64 outputs, and decodes 2.
+scale of the current K block, so one of 4 warps has 64 x 64 outputs, and decodes 2.
 
     role   warps   does
-    all    4       cp.async of the next operands; the accumulator to the unit of this K block; decodes; products
+    all    WARPS   cp.async of the next operands; the accumulator to the unit of this K block; decodes; products
 
                 128 outputs
     128 tokens [   acc     ]     K: STEP at a time, a new unit every 128
@@ -50,6 +50,7 @@ FEWEST_TOKENS = 257
 
 class Config(NamedTuple):
     stages: int
+    warps: int
 
 
 def plan(shape: Shape) -> Config | None:
@@ -73,7 +74,8 @@ def launch(call: Call, config: Config) -> None:
         _einsum_mma_sync_kernel, (cdiv(d, TILE.value) * cdiv(b, TILE.value) * h,),
         *(x, w, call.xs, call.ws, out), *(b, d, r // 128),
         *(s // 16 for t in (x, w) for s in t.stride()[:2]),
-        *(*call.xs.stride(), *call.ws.stride(), out.stride(0), out.stride(1)), STAGES=config.stages, num_warps=4,
+        *(*call.xs.stride(), *call.ws.stride(), out.stride(0), out.stride(1)), STAGES=config.stages,
+        WARPS=config.warps, num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -92,9 +94,9 @@ def _copy(smem, x, w, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _store(tile, out, d0, N, b0, B, o_stride_b):
+def _store(tile, out, d0, N, b0, B, o_stride_b, WARPS: gl.constexpr):
     """[TILE, 32] outputs from column d0 on."""
-    store: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    store: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
     tile = gl.convert_layout(tile.to(gl.bfloat16), store)
     token = b0 + gl.arange(0, TILE, gl.SliceLayout(1, store))
     col = d0 + gl.arange(0, _PART, gl.SliceLayout(0, store))
@@ -108,12 +110,12 @@ def _einsum_mma_sync_kernel(
     B, N, n_k,
     x_stride_b, x_stride_h, w_stride_h, w_stride_d,  # in 16 bytes
     xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[2, 2], instr_shape=[16, 8])
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS // 2, 2], instr_shape=[16, 8])
     lhs: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 4)
-    lay: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+    lay: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [WARPS, 1], [1, 0])
     rows_lay: gl.constexpr = gl.SliceLayout(1, lay)
     banks: gl.constexpr = gl.SwizzledSharedLayout(16, 2, 4, [1, 0])
     x_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, TILE, STEP], banks)
@@ -147,7 +149,7 @@ def _einsum_mma_sync_kernel(
         if i < steps:
             _copy(smem, x, w, i, STAGES)
         async_copy.commit_group()
-    one_row: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    one_row: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     of_row = gl.minimum(b0 + gl.arange(0, TILE, one_row), B - 1) * xs_stride_b
     bad = gl.zeros([TILE], gl.int32, one_row)
     for kb in range(n_k):
@@ -159,7 +161,7 @@ def _einsum_mma_sync_kernel(
         for _ in gl.static_range(4):
             acc += (gl.zeros([TILE, _PART], gl.float32, mma),)  # type: ignore[assignment]
         unit = gl.load(xs + token) * gl.load(ws)
-        unit_next = unit
+        unit_next = unit * 1.0  # a value of its own: what a loop sets to one that it began with is not carried over
         for kb in range(n_k):
             factor = unit / unit_next
             unit = unit_next
@@ -188,7 +190,7 @@ def _einsum_mma_sync_kernel(
         for part in gl.static_range(4):
             tile = acc[part] * (unit * _INVERSE)[:, None]
             tile += tile * 0.0  # infinite, of a NaN, to NaN
-            _store(tile, out, d0 + part * _PART, n_out, b0, B, o_stride_b)
+            _store(tile, out, d0 + part * _PART, n_out, b0, B, o_stride_b, WARPS)
     else:
         async_copy.wait_group(0)
         for part in range(4):
@@ -210,4 +212,4 @@ def _einsum_mma_sync_kernel(
                 scale = gl.load(xs + at * xs_stride_k + token) * gl.load(ws + at * ws_stride_k)
                 p *= _INVERSE
                 total += (p + p * 0.0) * scale[:, None]
-            _store(total, out, d0 + part * _PART, n_out, b0, B, o_stride_b)
+            _store(total, out, d0 + part * _PART, n_out, b0, B, o_stride_b, WARPS)
