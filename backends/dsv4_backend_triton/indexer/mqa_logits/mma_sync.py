@@ -40,6 +40,8 @@ ROWS = gl.constexpr(2)  # queries of a block
 COLUMNS = gl.constexpr(128)
 DIM = gl.constexpr(128)
 KEYS = gl.constexpr(128)  # 32 for each warp
+ENOUGH = 512
+"""Keys of a block, if that leaves ``fewest_waves`` blocks a multiprocessor."""
 _PART = gl.constexpr(32)
 _TIMES_144 = gl.constexpr(E4M3X4_TIMES_144)
 
@@ -47,6 +49,7 @@ _TIMES_144 = gl.constexpr(E4M3X4_TIMES_144)
 class Config(NamedTuple):
     stages: int
     waves: int
+    fewest_waves: int
 
 
 def plan(shape: Shape) -> Config | None:
@@ -64,7 +67,9 @@ def takes(call: Call) -> bool:
 def launch(call: Call, config: Config) -> None:
     (m, _, _), n, columns, arch = call.q.shape, call.k.shape[0], call.out.shape[1], call.shape.arch
     row_blocks = cdiv(m, ROWS.value)
-    chunk = cdiv(cdiv(columns, cdiv(config.waves * arch.sms, row_blocks)), KEYS.value) * KEYS.value
+    fewest, most = (cdiv(waves * arch.sms, row_blocks) for waves in (config.fewest_waves, config.waves))
+    keys = max(cdiv(columns, most), min(cdiv(columns, fewest), ENOUGH))
+    chunk = cdiv(keys, KEYS.value) * KEYS.value
     launch_kernel(
         _mqa_logits_mma_sync_kernel, (row_blocks, cdiv(columns, chunk)),
         *(call.q, call.k, call.k_scale, call.weights, call.starts, call.ends, call.out),
