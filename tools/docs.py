@@ -818,7 +818,11 @@ def served_logprobs() -> str:
     verdict = f"Above {BAR} times: {', '.join(map(code, over))}." if over else f"None is above {BAR} times."
     header = ("run", "composition", "mean", "max", "top-1 agreement", "mean / native's own")
     lengths = ", ".join(map(str, result.lengths))
-    return f"{_model(result)}, prompts of {lengths} tokens.\n\n{table(header, rows)}\n\n{verdict}"
+    made = f"{_model(result)}, prompts of {lengths} tokens.\n\n{table(header, rows)}\n\n{verdict}"
+    if result.reference:
+        far = ", ".join(f"{code(one.run)} {one.mean:.3f}" for one in result.reference)
+        made += f"\n\nMean difference from `torch`, the reference: {far}."
+    return made
 
 
 def served_speed() -> str:

@@ -22,7 +22,7 @@ from dsv4_backends import records
 from dsv4_backends.bench.provenance import Measured, Provenance, provenance
 
 COMMAND = "tools/serve_on_gpu.sh BUNDLE OUT {}"
-ORDER = ("native", "chunks", "triton", "auto", "sm_80", "sm_86", "sm_89")
+ORDER = ("native", "chunks", "triton", "torch", "auto", "sm_80", "sm_86", "sm_89")
 
 
 def runs_of(folder: Path, what: str) -> dict[str, dict[str, Any]]:
@@ -71,6 +71,7 @@ def files(folder: Path, made: Provenance) -> dict[str, kept.Served]:
             lengths=tuple(logprobs["native"]["arguments"]["lengths"]),
             noise=kept.Distance(**found["noise"]),
             pairs=tuple(kept.ServedDistance(**row) for row in found["rows"]),
+            reference=tuple(kept.ReferenceDistance(**row) for row in found["reference"]),
         )
     if speed := runs_of(folder, "speed"):
         given = next(iter(speed.values()))["arguments"]

@@ -283,6 +283,14 @@ class ServedDistance(Distance):
     ratio: float
 
 
+@dataclass(frozen=True)
+class ReferenceDistance:
+    """The mean distance of a run from the run ``torch``, the reference, over the compositions."""
+
+    run: str
+    mean: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Served(Measured):
     """What tools/serve/serve.py served: Flash's dimensions, but for these, with random weights.
@@ -306,11 +314,13 @@ class ServedLogprobs(Served):
         lengths: Of the prompts.
         noise: The distance of native from itself, where its batches are composed otherwise: the mean over all pairs.
         pairs: Of every other run from native's.
+        reference: Of every other run from that of the reference.
     """
 
     lengths: tuple[int, ...]
     noise: Distance
     pairs: tuple[ServedDistance, ...]
+    reference: tuple[ReferenceDistance, ...] = ()
 
 
 @dataclass(frozen=True)

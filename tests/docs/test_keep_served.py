@@ -28,6 +28,7 @@ COMPARED = {
     "noise": {"mean": 0.02, "max": 1.5, "top1": 0.96},
     "pairs": [],
     "rows": [{"run": "triton", "composition": "usual", "mean": 0.02, "max": 1.0, "top1": 0.97, "ratio": 1.0}],
+    "reference": [{"run": "native", "mean": 0.0312}, {"run": "triton", "mean": 0.0301}],
 }
 LOG = """compiled during inference: before the monitor
 Kernel JIT monitor activated; monitored JIT compilations during inference will use mode=warn.
@@ -65,6 +66,7 @@ def test_files_and_page(out: Path) -> None:
     assert "| 1 | 50.0, 80 ms | 50.0 (1.00), 80 ms | 52 |" in docs.served_speed()
     assert "prompts of 2000, 3000 tokens" in docs.served_logprobs()
     assert "| `triton` | usual | 0.0200 | 1.00 | 97.00% | 1.00 |" in docs.served_logprobs()
+    assert "from `torch`, the reference: `native` 0.031, `triton` 0.030." in docs.served_logprobs()
     once = docs.served_once()
     assert "`tools/serve_on_gpu.sh BUNDLE OUT mtp:triton long:auto`" in once
     assert "`triton`: 5 requests, 16 tokens each" in once

@@ -1,10 +1,11 @@
 """How far the logprobs of runs of serve.py are from each other.
 
-    compare.py FOLDER [--json FILE]      FOLDER: of logprobs-RUN.json, with native and chunks
+    compare.py FOLDER [--json FILE]      FOLDER: of logprobs-RUN.json, with native and chunks, perhaps torch
 
 The noise is the distance of vLLM with its native libraries from itself: the mean over the pairs of a composition of
 native and one of chunks, whose prefill chunks have 64 tokens. Within one run most tokens have the same bits in every
-composition. Every composition of another run is compared with the same one of native.
+composition. Every composition of another run is compared with the same one of native; if there is a run torch, the
+reference, every run also with it.
 """
 
 from __future__ import annotations
@@ -56,8 +57,14 @@ def main() -> int:
             found = distance(runs[run][name], runs["native"][name])
             rows.append({"run": run, "composition": name, **found, "ratio": round(found["mean"] / noise["mean"], 3)})
             print(rows[-1])
+    reference = []
+    for run in sorted(runs.keys() - {"torch"}) if "torch" in runs else ():
+        means = [distance(runs[run][name], runs["torch"][name])["mean"] for name in names]
+        reference.append({"run": run, "mean": round(statistics.mean(means), 4)})
+        print("from the reference:", reference[-1])
     if given.json:
-        given.json.write_text(json.dumps({"noise": noise, "pairs": pairs, "rows": rows}))
+        found = {"noise": noise, "pairs": pairs, "rows": rows, "reference": reference}
+        given.json.write_text(json.dumps(found))
     return 0
 
 
