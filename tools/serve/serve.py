@@ -198,6 +198,7 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
         gpu_memory_utilization=given.memory,
         enforce_eager=given.eager,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
+        kernel_config={"enable_jit_warmup": not given.lazy},
     )
     up = time.perf_counter() - start
     print("up", round(up, 1), flush=True)
@@ -289,6 +290,7 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 3000, 4500, 6000])
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--lazy", action="store_true", help="no warm-up of vLLM's: kernels compile at warm requests")
     parser.add_argument("--input", type=int, default=1024)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 8, 16, 32])

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 # Four e4m3 bytes to four bf16. A byte and its sign spread over 16 bits, its magnitude moved to where bf16 has its own,
-# read as value * 2^-120 (the biases are 7 and 127), subnormals included, and one multiplication by 2^120 puts that
-# right. The NaN code alone reads as 480: times 1.11 * 2^119 it is infinite, where 448 is not yet. Adding 0 times that
-# makes it a NaN and leaves the others. Three integer instructions for two values: machines without e4m3 have least of
-# those. fma with -0 rather than mul: mul.bf16x2 needs SM90.
+# read as value * 2^-120 (the biases are 7 and 127), subnormals included, and one multiplication by 2^120 corrects this.
+# Only the NaN code reads as 480. Times 1.11 * 2^119 it is infinite, and 448 is not. Adding 0 times that makes it a NaN
+# and leaves the others. Two values take three integer instructions: GPUs without e4m3 issue fewest of those. fma with
+# -0 rather than mul: mul.bf16x2 needs SM90.
 E4M3X4_TO_BF16X4 = """{
     .reg .b32 t, k, b, o, z;
     mov.b32 k, 0x7b807b80;
@@ -139,7 +139,7 @@ def e4m3_times_e8m0(byte, code):
 def fp32_to_e4m3(x, NATIVE: tl.constexpr, BOUNDED: tl.constexpr = False):
     """fp32 to e4m3 bytes (uint8): to the nearest, ties to even, at most 448 in magnitude (infinities too); a NaN to a
     NaN. ``NATIVE``: by the conversion of SM89 and newer; the bytes are the same, but it drops a NaN's sign.
-    ``BOUNDED``: x is below 464 in magnitude and no NaN, which three instructions of thirteen are for.
+    ``BOUNDED``: x is below 464 in magnitude and no NaN; this saves three of thirteen instructions.
     """
     if NATIVE:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)

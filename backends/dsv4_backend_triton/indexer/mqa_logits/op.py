@@ -1,4 +1,4 @@
-"""The provider's function for ``mqa_logits``, and what a call is to its kernels."""
+"""The provider's function for ``mqa_logits``, and a call as its kernels take it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INVARIANT_ROWS = 4  # the batch-invariant mode plans for at least as many
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from. ``rows``: of the call, in the batch-invariant mode at least 4."""
+    """All that a plan depends on. ``rows``: of the call, in the batch-invariant mode at least 4."""
 
     arch: Arch
     rows: int
@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, its result allocated; ``q`` and ``k`` in the kernels' element type."""
+    """A call with its result allocated; ``q`` and ``k`` in the kernels' element type."""
 
     shape: Shape
     q: Tensor

@@ -28,7 +28,7 @@ from .op import Call, Shape
 
 
 def plan(shape: Shape) -> Config:
-    """The row count decides only whether more than one row can be used: two variants at most.
+    """Only whether there is more than one row matters, so at most two kernels are compiled.
 
     A tile of 128 keys: one 16-row slice of them for each of the 4 warps and its instruction, so that no key is read, or
     decoded from bytes, by two warps. By the compiled loops, mma.sync is then at its peak or near it (0.95 to 1), with
@@ -98,7 +98,7 @@ def _mqa_logits_kernel(
         selected = row_ok
         origin = 0
         if COMPRESSED:
-            # all rows, or the group's; the interpreter cannot or a scalar into a mask
+            # all rows, or the group's; the interpreter cannot combine a mask and a scalar by or
             row = tl.arange(0, ROWS)
             selected = row_ok & (row == tl.where(shared, row, group))
             origin = tl.where(shared, first, tl.sum(tl.where(tl.arange(0, ROWS) == group, start, 0), axis=0))

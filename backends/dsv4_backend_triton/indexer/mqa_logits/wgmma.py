@@ -81,8 +81,8 @@ def launch(call: Call, config: Config) -> None:
 
 
 def _balanced_chunk(columns: int, row_blocks: int, block_n: int, sms: int) -> int:
-    """Columns per item of the persistent kernel: the number of pieces whose last round is fullest, where
-    each more costs about 2 % of a block's time (refetched queries)."""
+    """The number of columns of an item. A row block is cut into the number of pieces whose last round is fullest; each
+    piece costs about 2 % of a block's time, since the queries are read again."""
     pieces = range(1, max(8, cdiv(sms, row_blocks)) + 1)
     best = min(pieces, key=lambda c: cdiv(row_blocks * c, sms) / c * (1 + 0.02 * c))
     return cdiv(cdiv(columns, best), block_n) * block_n

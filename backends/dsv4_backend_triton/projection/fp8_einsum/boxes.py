@@ -10,7 +10,7 @@ from .op import FP32, Call
 
 
 def _rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, int, int, int] | None:
-    """A 2-D view of [b, h, r]: rows, columns, and each head's row and column offset; None where there is none."""
+    """A 2-D view of [b, h, r]: rows, columns, and each head's row and column offset; None if there is none."""
     if stride_b > 0 and stride_h % stride_b == 0 and stride_b >= r:
         return (h - 1) * (stride_h // stride_b) + b, r, stride_h // stride_b, 0
     if (h - 1) * stride_h + r <= min(stride_b, (1 << 31) - 1):
@@ -19,7 +19,7 @@ def _rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, in
 
 
 def takes(call: Call) -> bool:
-    """fp32 scales, whole K blocks, 16-byte boundaries, and operands of which a 2-D tensor map exists."""
+    """Whether they take a call: fp32 scales, whole K blocks, 16-byte boundaries, and operands with a 2-D tensor map."""
     x, w, (b, h, r) = call.x, call.w, call.x.shape
     pointers = (x.data_ptr() | w.data_ptr() | call.out.data_ptr()) % 16 == 0
     plain = call.x_kind == FP32 and call.w_kind == FP32 and r % 128 == 0 and call.aligned

@@ -1,4 +1,4 @@
-"""The provider's function for ``fp8_einsum``, and what a call is to its kernels."""
+"""The provider's function for ``fp8_einsum``, and a call as its kernels take it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FP32, E8M0, PACKED = 0, 1, 2
 
 
 class Shape(NamedTuple):
-    """All that a plan follows from. ``w_rows``: scales of w are per row, not per 128."""
+    """All that a plan depends on. ``w_rows``: scales of w are per row, not per 128."""
 
     arch: Arch
     b: int
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, its result allocated; operands in the kernels' element type, and the kinds of the scales."""
+    """A call with its result allocated; operands in the kernels' element type, and the kinds of the scales."""
 
     shape: Shape
     x: Tensor

@@ -26,7 +26,7 @@ from ...lib.bits import e8m0_to_fp32, fp8_operand, round_to
 from ...lib.sizes import cdiv
 from .op import Call, Shape
 
-_INVARIANT_TOKENS = 128  # that the batch-invariant mode is laid out for
+_INVARIANT_TOKENS = 128  # the batch-invariant mode is planned for so many
 
 
 class Config(NamedTuple):
@@ -116,7 +116,7 @@ def _einsum_kernel(
     x_stride_b, x_stride_h, w_stride_h, w_stride_d,  # all in elements
     xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k,
     o_stride_s, o_stride_b, o_stride_h,
-    splits,  # 1, with o_stride_s 0: nothing cuts R; without the two, kernels for 17 to 32 tokens spill 8 to 16 bytes
+    splits,  # always 1, o_stride_s 0; without the two, the kernels for 17 to 32 tokens spill 8 to 16 bytes
     X_KIND: tl.constexpr, W_KIND: tl.constexpr, W_ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, ALIGNED: tl.constexpr,
     EVEN_K: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,

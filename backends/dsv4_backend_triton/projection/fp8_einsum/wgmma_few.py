@@ -39,7 +39,7 @@ OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens a
 LINE = gl.constexpr(32)  # the least scales of a box: its place is a multiple of 128 bytes
 FEWEST_TOKENS, MOST_TOKENS = 17, 64  # of a call; more where blocks are few
 _BLOCKS = {16: 1.0, 32: 1.5, 64: 1.0}
-"""How many blocks for each multiprocessor a tile of so many tokens is faster with than the next larger one."""
+"""By the tokens of a tile: the blocks for each multiprocessor up to which it is faster than the next larger tile."""
 
 
 class Config(NamedTuple):
@@ -51,8 +51,8 @@ class Config(NamedTuple):
 
 
 def plan(shape: Shape) -> Config | None:
-    """A block takes the time of streaming its rows of w; the more multiprocessors read, the shorter that is. So few
-    groups get narrower tiles than their tokens need."""
+    """A block takes the time of streaming its rows of w, which is shorter if more multiprocessors read. So few groups
+    get narrower tiles than their tokens need."""
     if shape.w_rows or shape.batch_invariant or shape.b < FEWEST_TOKENS:
         return None
 
