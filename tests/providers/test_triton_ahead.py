@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import plans
 import pytest
 import torch
 import traffic as serving
@@ -14,7 +15,6 @@ import triton
 from compile_matrix import NoGpu
 from dsv4_backend_triton import ahead
 from dsv4_backend_triton.arch import Arch, arch_from_capability
-from dsv4_backend_triton.sparse_mla.decode.plan import MOST_SPLITS
 from packaging.version import Version
 from traffic import Arguments, Limits, served
 
@@ -103,8 +103,7 @@ def test_the_counter_counts(arch: Arch, misses: Misses) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("model", [FLASH, PRO])
 def test_workspace_is_bounded(op: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None for most; decode: an index's KiB and a little, or the split partials; long windows: 2 KiB a token;
-    a selection: the logits of some rows."""
+    """None for most ops; the file of an op in ``plans/`` says how much it takes."""
     for capability in ("8.0", "9.0", "12.0"):
         arch = arch_from_capability(Version(capability))
         monkeypatch.setattr(ahead, "arch_of", lambda _, arch=arch: arch)
@@ -113,24 +112,7 @@ def test_workspace_is_bounded(op: str, model: Any, monkeypatch: pytest.MonkeyPat
             small, large = Limits(max_tokens=64, max_requests=9), Limits(max_tokens=9000, max_requests=300)
             for arguments in served(op, rank, small, 20) + served(op, rank, large, 40):
                 taken = ahead.workspace(op, arguments, torch.device("cuda"))
-                assert taken <= _most(op, arguments, arch), (capability, tp)
-
-
-def _most(op: str, arguments: Arguments, arch: Arch) -> int:
-    if op in ("indexer_topk", "paged_indexer_topk"):  # the logits of some rows at a time
-        return 256 * 2**20
-    if op == "sparse_mla_decode":
-        q, extra = arguments["q"], arguments.get("extra_indices")
-        rows, heads = q.shape[0] * q.shape[1], q.shape[2]
-        indices = arguments["indices"].shape[2] + (0 if extra is None else extra.shape[2])
-        partials = MOST_SPLITS * rows * heads * (512 + 1) * 4
-        return max(rows * (indices * 1028 + 4 + 4 * heads), partials)
-    if op == "hc_prenorm_gemm":  # as many partials as keep the machine busy, whatever the batch
-        two_blocks = 2 * 128 * (24 + 1) * 4  # of mma_sync's rows, for each multiprocessor
-        return 2 << 20 if arch.wgmma else two_blocks * arch.sms
-    if op == "compress_norm_rope_insert" and arguments["ratio"] == 128:  # the sums of a window that a token completes
-        return 4 * 512 * len(arguments["positions"])
-    return 0
+                assert taken <= plans.workspace(op, arguments, arch), (capability, tp)
 
 
 def test_workspace_can_be_asked_for() -> None:

@@ -12,71 +12,50 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
-from dsv4_backend_triton.variants import OPS as KERNELS
+from dsv4_backend_triton import variants
 from paths import ROOT
 
 from dsv4_backends import OPS
 
 PACKAGE = ROOT / "backends" / "dsv4_backend_triton"
 GLUON = "triton.experimental.gluon"
-GONE = {
-    "sparse_mla.prefill.wgmma": {"_prefill_wgmma_kernel"},
-    "sparse_mla.prefill.mma_sync": {"_prefill_mma_sync_kernel"},
-    "sparse_mla.decode.wgmma": {"_decode_wgmma_kernel"},
-    "sparse_mla.decode.mma_sync": {"_decode_mma_sync_kernel"},
-    "indexer.mqa_logits.wgmma": {"_mqa_logits_wgmma_kernel"},
-    "indexer.mqa_logits.mma_sync": {"_mqa_logits_mma_sync_kernel"},
-    "projection.fp8_einsum.wgmma": {"_einsum_wgmma_kernel"},
-    "projection.fp8_einsum.wgmma_few": {"_einsum_wgmma_few_kernel"},
-    "projection.fp8_einsum.mma_sync": {"_einsum_mma_sync_kernel"},
-    "hyper_connection.hc_prenorm_gemm.wgmma": {"_hc_wgmma_kernel"},
-    "hyper_connection.hc_prenorm_gemm.mma_sync": {"_hc_mma_sync_kernel"},
-}
-"""By the file of a variant in Gluon, its kernels."""
 CAPABILITIES = ("8.0", "9.0", "10.0", "12.0")
-SELECTION = {"_maxima_kernel", "_candidates_kernel", "_select_kernel"}
-PLAIN = {
-    "sparse_mla_prefill": {"_prefill_kernel"},
-    # Staged, it attends as prefill does.
-    "sparse_mla_decode": {
-        "_decode_kernel",
-        "_combine_kernel",
-        "_stage_kernel",
-        "_prefill_kernel",
-        "_prefill_mma_sync_kernel",
-        "_prefill_wgmma_kernel",
-    },
-    "gather_dequant_kv": {"_gather_kernel"},
-    "indexer_q_rope_quant": {"_indexer_q_kernel"},
-    "compress_norm_rope_insert": {"_compress_kernel"},
-    "indexer_compress_insert": {"_compress_kernel"},
-    "inverse_rope_quant": {"_inverse_rope_quant_kernel"},
-    "inverse_rope": {"_inverse_rope_kernel"},
-    "mqa_logits": {"_mqa_logits_kernel"},
-    "paged_mqa_logits": {"_paged_mqa_logits_kernel"},
-    "indexer_topk": {"_mqa_logits_kernel", "_mqa_logits_wgmma_kernel", "_mqa_logits_mma_sync_kernel", *SELECTION},
-    "paged_indexer_topk": {"_paged_mqa_logits_kernel", *SELECTION},
-    "fp8_einsum": {"_einsum_kernel"},
-    "hc_prenorm_gemm": {"_hc_kernel", "_hc_reduce_kernel"},
-}
 
 
-def _sources() -> Iterator[ast.Module]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if GLUON in path.read_text():
-            yield ast.parse(path.read_text())
+def _sources() -> dict[str, str]:
+    """Files to their text. A file has dots, from the package on, as in ``sparse_mla.prefill.wgmma``."""
+    files = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in sorted(PACKAGE.rglob("*.py"))}
+    return {".".join(parts): path.read_text() for path, parts in files.items()}
+
+
+def _is_kernel(node: ast.stmt) -> bool:
+    made_by = (one.func for one in getattr(node, "decorator_list", ()) if isinstance(one, ast.Call))
+    return any(ast.unparse(maker) == "entry" for maker in made_by)
+
+
+SOURCES = _sources()
+IN_GLUON = {file for file, text in SOURCES.items() if GLUON in text}
+KERNELS = {f"{file}.{node.name}" for file, text in SOURCES.items() for node in ast.parse(text).body if _is_kernel(node)}
+"""Every kernel that can be launched: the functions with the decorator ``entry``."""
+
+
+def file_of(kernel: str) -> str:
+    return kernel.rpartition(".")[0]
+
+
+def folder_of(kernel: str) -> str:
+    return file_of(file_of(kernel))
 
 
 def names() -> list[tuple[str, str]]:
     """Every (owner, attribute) of Gluon that the sources use: imported, through a module, or of shared memory."""
     found: set[tuple[str, str]] = set()
     methods: set[str] = set()
-    for tree in _sources():
+    for tree in (ast.parse(SOURCES[file]) for file in sorted(IN_GLUON)):
         roots: dict[str, str] = {}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(GLUON):
@@ -120,8 +99,9 @@ def _look() -> dict[str, Any]:
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("dsv4_backends").addHandler(handler)
+    import plans
     import traffic as serving
-    from dsv4_backend_triton import ahead
+    from dsv4_backend_triton import ahead, variants
     from dsv4_backend_triton.arch import arch_from_capability
     from packaging.version import Version
 
@@ -129,27 +109,20 @@ def _look() -> dict[str, Any]:
 
     rank = FLASH.rank(1)
     narrow = serving.Limits(max_tokens=8, max_requests=2, max_context=2000)
-    calls = {op: list(serving.calls(op, rank, narrow))[:4] for op in OPS}
-    calls["sparse_mla_prefill"] += [serving.prefill(heads, 512, 4096, 640) for heads in (16, 64)]
-    calls["sparse_mla_decode"] += [serving.decode(64, b, 1, 128, (512, 64)) for b in (1, 8, 128)]
-    calls["mqa_logits"] = list(serving.calls("mqa_logits", rank, serving.Limits(max_tokens=64, max_context=2000)))[-4:]
-    calls["fp8_einsum"] += [serving.einsum(rank, tokens) for tokens in (16, 32, 200, 4000)]
-    calls["hc_prenorm_gemm"] += [serving.prenorm(m, 4096, 24) for m in (8, 200, 8192)]
+    calls = {op: [*list(serving.calls(op, rank, narrow))[:4], *plans.more_calls(op)] for op in OPS}
     launched = {}
     for op in OPS:
         for capability in CAPABILITIES:
             recorded = ahead.record(op, calls[op], arch_from_capability(Version(capability)))
-            kernels = {one.kernel.__name__ for one in recorded}
-            launched[f"{op} {capability}"] = sorted(kernels)
+            kernels = [f"{one.kernel.fn.__module__}.{one.kernel.__name__}" for one in recorded]
+            launched[f"{op} {capability}"] = [kernel.removeprefix(f"{PACKAGE.name}.") for kernel in kernels]
     notices = {op: [str(r) for r in ahead.notices(op) if r.code == "slower-kernels"] for op in OPS}
-    from dsv4_backend_triton import variants
-
     missing = {f"{variants.OPS[op].folder}.{v.name}": variants.missing(op, v) for op in OPS for v in gluon(op)}
     return {"launched": launched, "said": said, "notices": notices, "missing": missing}
 
 
 def gluon(op: str) -> list[Any]:
-    return [variant for variant in KERNELS[op].variants if variant.gluon]
+    return [variant for variant in variants.OPS[op].variants if variant.gluon]
 
 
 def _child(owner: str, attribute: str) -> dict[str, Any]:
@@ -183,7 +156,9 @@ def found() -> dict[str, Any]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout))
+    answers = dict(json.loads(done.stdout))
+    assert "error" not in answers[""], answers[""]
+    return answers
 
 
 def test_this_triton_has_all_of_them(found: dict[str, Any]) -> None:
@@ -191,8 +166,10 @@ def test_this_triton_has_all_of_them(found: dict[str, Any]) -> None:
     assert whole["said"] == []
     assert set(whole["missing"].values()) == {""}
     launched = {kernel for kernels in whole["launched"].values() for kernel in kernels}
-    assert set(whole["missing"]) == set(GONE)
-    assert set().union(*GONE.values()) <= launched
+    assert launched <= KERNELS, "a kernel without entry"
+    in_gluon = {kernel for kernel in KERNELS if file_of(kernel) in IN_GLUON}
+    assert set(whole["missing"]) == {file_of(kernel) for kernel in in_gluon}
+    assert in_gluon <= launched, "more_calls() of the op in plans/ has calls for which it serves"
 
 
 @pytest.mark.parametrize("name", [f"{owner}:{attribute}" for owner, attribute in NAMES])
@@ -205,19 +182,23 @@ def test_a_missing_name_costs_what_uses_it(name: str, found: dict[str, Any]) -> 
     assert len(set(without["said"])) == len(without["said"]) <= 1
     assert bool(without["said"]) == bool(lost)
     for op in OPS:
-        own = {f"{KERNELS[op].folder}.{variant.name}" for variant in gluon(op)} & lost
+        folder = variants.OPS[op].folder
+        own = {f"{folder}.{variant.name}" for variant in gluon(op)} & lost
         assert len(without["notices"][op]) == len(own)
-        # Staged decode attends as prefill does, and a selection has the kernels of its logits.
-        touched = bool(own) or (op == "sparse_mla_decode" and any("prefill" in file for file in lost))
-        touched |= op == "indexer_topk" and any("indexer.mqa_logits" in file for file in lost)
+        everywhere = {kernel for capability in CAPABILITIES for kernel in whole["launched"][f"{op} {capability}"]}
+        # What an op is made of: staged decode attends as prefill does, a selection has the kernels of its logits.
+        others = {folder_of(kernel) for kernel in everywhere} - {folder}
+        touched = any(file_of(file) in {folder, *others} for file in lost)
+        of_others = {kernel for kernel in KERNELS if folder_of(kernel) in others}
+        plain = {kernel for kernel in KERNELS if folder_of(kernel) == folder and file_of(kernel) not in IN_GLUON}
         for capability in CAPABILITIES:
-            before, after = (set(f["launched"][f"{op} {capability}"]) for f in (whole, without))
+            before, after = (f["launched"][f"{op} {capability}"] for f in (whole, without))
             if not touched:
                 assert after == before
             else:
-                assert after <= before | PLAIN[op]
+                assert set(after) <= {*before, *plain, *of_others}
                 assert after
-            assert not after & set().union(*(GONE[file] for file in lost))
+            assert not {file_of(kernel) for kernel in after} & lost
 
 
 SPARE: set[str] = {f"{GLUON}.language.shared_memory_descriptor:_reinterpret"}

@@ -1,0 +1,27 @@
+"""``mqa_logits``: a program computes one tile of the logits, or one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import traffic
+from dsv4_backend_triton.launch import Launch
+from plans import once, tile_of
+from traffic import Arguments, Limits
+
+from dsv4_backends.contract.models import FLASH
+
+
+def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
+    (one,) = launches
+    grid, taken = one.grid, one.arguments
+    high, wide, chunk = tile_of(one, "ROWS"), tile_of(one, "BLOCK_N", "KEYS"), taken["chunk"]
+    yield chunk % wide == 0
+    if len(grid) == 2:
+        yield from (once(grid[0], high, len(call["q"])), once(grid[1], chunk, taken["n_cols"]))
+    else:
+        yield 1 <= grid[0] <= -(-len(call["q"]) // high) * -(-taken["n"] // chunk)
+
+
+def more_calls() -> Iterator[Arguments]:
+    yield from list(traffic.calls("mqa_logits", FLASH.rank(1), Limits(max_tokens=64, max_context=2000)))[-4:]

@@ -1,0 +1,15 @@
+"""``paged_mqa_logits``: programs share the work by the lengths. The tests of the schedule are in triton_suite.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dsv4_backend_triton.launch import Launch
+from traffic import Arguments
+
+
+def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
+    (one,) = launches
+    grid, taken = one.grid, one.arguments
+    yield from (len(grid) == 1, grid[0] >= 1, taken["max_len"] == call["max_context_len"])
+    yield (taken["B"], taken["next_n"]) == tuple(call["q"].shape[:2])

@@ -1,0 +1,35 @@
+"""``fp8_einsum``: a program computes one tile of the result, or one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import traffic
+from dsv4_backend_triton.launch import Launch
+from plans import tile_of, variant_of
+from traffic import Arguments
+
+from dsv4_backends.contract.models import FLASH
+
+
+def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
+    (one,) = launches
+    grid, taken = one.grid, one.arguments
+    (b, h, _), d = call["x"].shape, call["w"].shape[1]
+    if variant_of(one) == "wgmma_few":
+        yield grid[0] == h * -(-d // tile_of(one, "OUTPUTS")) * -(-b // taken["BLOCK_B"])
+    elif variant_of(one) == "wgmma":
+        tiles = h * -(-d // taken["BLOCK_D"]) * -(-b // (2 * tile_of(one, "TOKENS")))
+        yield 1 <= grid[0] <= tiles
+    else:
+        wide, high = tile_of(one, "BLOCK_D", "TILE"), tile_of(one, "BLOCK_B", "TILE")
+        yield grid[0] == h * -(-d // wide) * -(-b // high)
+
+
+def unusual() -> Iterator[Arguments]:
+    """Packed scales."""
+    yield from (traffic.einsum(FLASH.rank(1), tokens, packed=True) for tokens in (7, 32, 300))
+
+
+def more_calls() -> Iterator[Arguments]:
+    yield from (traffic.einsum(FLASH.rank(1), tokens) for tokens in (16, 32, 200, 4000))
