@@ -102,6 +102,24 @@ def test_the_kernel_compiles(tree: Tree) -> None:
     assert re.search(r": [12] kernels in \d+ s, 0 bad$", made.strip())
 
 
+def test_its_plans_are_tested(tree: Tree) -> None:
+    """By the file that the page adds; without it the tests name the file to write."""
+    command = "pytest tests/providers/test_triton_plans.py tests/providers/test_triton_ahead.py -k rms_norm"
+    tested = shown(tree, command)
+    assert re.search(r"\d+ passed", tested)
+    assert "failed" not in tested
+    name = "tests/providers/plans/norm/rms_norm.py"
+    file = tree.path / name
+    text = file.read_text()
+    for other, said in ((None, f"rms_norm: write {name}"), (text.replace("(rows,)", "(rows + 1,)"), "False, True")):
+        try:
+            file.unlink() if other is None else file.write_text(other)
+            with pytest.raises(AssertionError, match=re.escape(said)):
+                tree.run(command.replace("tests/providers/test_triton_ahead.py ", ""))
+        finally:
+            file.write_text(text)
+
+
 @pytest.mark.usefixtures("triton_interpreter")
 def test_the_kernel_in_the_interpreter(tree: Tree) -> None:
     verified = shown(tree, "TRITON_INTERPRET=1 dsv4-backends verify --op rms_norm --provider triton")
