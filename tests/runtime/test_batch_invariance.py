@@ -15,6 +15,7 @@ import traffic as serving
 from dsv4_backend_triton import BATCH_INVARIANT, ahead, batch_invariant
 from dsv4_backend_triton.arch import arch_from_capability
 from installed import provider
+from launches import tile_of
 from packaging.version import Version
 
 from dsv4_backends import OPS, UnsupportedError, ops
@@ -57,8 +58,7 @@ def code(op: str, capability: str, call: dict[str, Any], mode: bool) -> list[Any
         constants = {name: value for name, value in one.constants.items() if name not in SIZED}
         found.append((one.kernel.__name__, str(constants), one.options, boxes, numbers))
         if "chunk" in one.arguments:  # a key's place in its tile is the same wherever the blocks are cut
-            tile = one.constants.get("BLOCK_N") or one.constants["KEYS"]
-            assert one.arguments["chunk"] % tile == 0
+            assert one.arguments["chunk"] % tile_of(one, "BLOCK_N", "KEYS") == 0
     # A call that takes some rows at a time repeats its launches.
     return [one for index, one in enumerate(found) if one not in found[:index]]
 

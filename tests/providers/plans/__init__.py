@@ -72,10 +72,3 @@ def variant_of(launch: Launch) -> str:
 def once(blocks: int, tile: int, size: int) -> bool:
     """Whether so many tiles cover so many elements, and none of them is beyond the end."""
     return (blocks - 1) * tile < size <= blocks * tile
-
-
-def tile_of(one: Launch, *names: str) -> int:
-    """The first of these constants that the kernel has, in its arguments or in its file."""
-    module = vars(importlib.import_module(one.kernel.fn.__module__))
-    found = (one.arguments.get(name, module.get(name)) for name in names)
-    return int(next(getattr(value, "value", value) for value in found if value is not None))

@@ -8,7 +8,8 @@ import torch
 import traffic
 from dsv4_backend_triton.arch import Arch
 from dsv4_backend_triton.launch import Launch
-from plans import once, tile_of
+from launches import tile_of
+from plans import once
 from traffic import Arguments
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import traffic
 from dsv4_backend_triton.launch import Launch
-from plans import tile_of, variant_of
+from launches import tile_of
+from plans import variant_of
 from traffic import Arguments
 
 from dsv4_backends.contract.models import FLASH
@@ -27,8 +29,12 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
 
 
 def unusual() -> Iterator[Arguments]:
-    """Packed scales."""
+    """Packed scales, and tokens that cannot be read 16 bytes at a time."""
     yield from (traffic.einsum(FLASH.rank(1), tokens, packed=True) for tokens in (7, 32, 300))
+    for tokens in (32, 300):
+        call = traffic.einsum(FLASH.rank(1), tokens)
+        wide = (tokens, call["x"].shape[1], call["x"].shape[2] + 8)
+        yield call | {"x": torch.empty(wide, dtype=call["x"].dtype, device="meta")[..., :-8]}
 
 
 def more_calls() -> Iterator[Arguments]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 import traffic
 from dsv4_backend_triton.launch import Launch
-from plans import once, tile_of
+from launches import tile_of
+from plans import once
 from traffic import Arguments
 
 
