@@ -20,20 +20,10 @@ from dsv4_backends.contract.checker import checked_function, overlaps_itself
 from dsv4_backends.testing.numerics import same_bits
 
 ALL_VECTORS = [
-    ("sparse_mla_prefill", "attn_sink"),
-    ("sparse_mla_prefill", "topk_length"),
-    ("sparse_mla_decode", "attn_sink"),
-    ("sparse_mla_decode", "topk_length"),
-    ("sparse_mla_decode", "extra_topk_length"),
-    ("gather_dequant_kv", "seq_lens"),
-    ("gather_dequant_kv", "gather_lens"),
-    ("indexer_q_rope_quant", "positions"),
-    ("inverse_rope_quant", "positions"),
-    ("inverse_rope", "positions"),
-    ("mqa_logits", "k_scale"),
-    ("mqa_logits", "row_starts"),
-    ("mqa_logits", "row_ends"),
-    ("paged_mqa_logits", "context_lens"),
+    (op, name)
+    for op, contract in CONTRACTS.items()
+    for name, arg in contract.args.items()
+    if isinstance(arg, TensorArg) and arg.layout == "vector"
 ]
 
 FORMS = [(op, with_buffers) for op, contract in CONTRACTS.items() for with_buffers in contract.forms]
