@@ -5,8 +5,8 @@
 #           such as TileLang and z3-solver
 #   OUT     folder for the results
 #   STEP    WHAT:RUN; WHAT is logprobs, speed, mtp or long, and RUN is native, chunks (native, with prefill chunks of
-#           64 tokens), triton, torch (the reference), auto, sm_80, sm_86 or sm_89. Several steps that are joined by commas run at a time, on one
-#           GPU.
+#           64 tokens), triton, torch (the reference), auto, sm_80, sm_86 or sm_89. Several steps that are joined by
+#           commas run at a time, on one GPU.
 # Environment: LOGPROBS, SPEED, MTP and LONG, more arguments of tools/serve/serve.py; STEP_S, seconds for a step (280).
 # An architecture's run pins Triton, and vLLM sees its compute capability; Triton compiles its instructions.
 set -uo pipefail

@@ -1,8 +1,8 @@
 """The Triton provider: one code base for compute capability 8.0 and newer.
 
 Plain Triton kernels serve every architecture and shape. Before them come kernels in Gluon, which ships with Triton, for
-the shapes that they take: warp-specialised ones on Hopper; on SM8x and SM12x ones that place warps by hand, for
-attention and the prenorm GEMM.
+the shapes that they take: warp-specialised ones on Hopper; ones that place warps by hand on SM8x and SM12x, for
+attention and the prenorm GEMM, and on SM80 to SM87, for ``mqa_logits`` and ``fp8_einsum``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _implementations() -> Iterable[Implementation]:
 def dsv4_providers() -> Iterable[ProviderSpec]:
     yield ProviderSpec(
         name="triton",
-        summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and on SM8x and SM12x for attention, prenorm",
+        summary="Triton kernels for SM80 to SM121; in Gluon for Hopper, and on SM8x and SM12x for some ops",
         tier=Tier.PORTABLE,
         requires=("triton>=3.6",),
         implementations=tuple(_implementations()),

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -199,6 +200,33 @@ def test_a_missing_name_costs_what_uses_it(name: str, found: dict[str, Any]) -> 
                 assert set(after) <= {*before, *plain, *of_others}
                 assert after
             assert not {file_of(kernel) for kernel in after} & lost
+
+
+def _not_carried(function: ast.FunctionDef) -> Iterator[str]:
+    """Variables that begin as another one, or another as them, and that a loop sets to it."""
+    for loop in ast.walk(function):
+        if not isinstance(loop, ast.For | ast.While):
+            continue
+        inside = {id(node) for node in ast.walk(loop)}
+        assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+        copies = [
+            (to.id, node.value.id, id(node) in inside)
+            for node in assigned
+            for to in node.targets
+            if isinstance(to, ast.Name) and isinstance(node.value, ast.Name)
+        ]
+        begins = {frozenset((to, other)) for to, other, within in copies if not within}
+        yield from (to for to, other, within in copies if within and frozenset((to, other)) in begins)
+
+
+def test_no_loop_sets_a_variable_to_one_that_it_began_with() -> None:
+    """Triton does not carry it to the next turn: at the first turn it has the same value as before."""
+    wrong = "def f():\n    b = a\n    for i in x:\n        a = b\n        b = load(i)"
+    assert list(_not_carried(ast.parse(wrong).body[0])) == ["a"]  # type: ignore[arg-type]
+    for file, text in SOURCES.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.decorator_list:
+                assert not list(_not_carried(node)), f"{file}.{node.name}"
 
 
 SPARE: set[str] = {f"{GLUON}.language.shared_memory_descriptor:_reinterpret"}

@@ -6,6 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
+from .bits import E4M3X4_TIMES_144
 from .names import either
 
 # Renamed in Triton 3.9. If both names are missing, the kernels that use it are left out: see variants.py.
@@ -18,6 +19,7 @@ barrier = either(gl, "barrier", "thread_barrier")
 # shared memory as another type, shape and layout
 reinterpret = either(either(gl, "shared_memory_descriptor"), "_reinterpret", "reinterpret")
 FROM_3_9 = gl.constexpr(hasattr(gl, "barrier"))
+_TIMES_144 = gl.constexpr(E4M3X4_TIMES_144)
 
 
 @gluon.jit
@@ -26,6 +28,12 @@ def launch_dependents():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def times_144(raw):
+    """e4m3 bytes to fp16, each times 144; a NaN becomes infinite."""
+    return gl.inline_asm_elementwise(_TIMES_144, "=&r,=&r,r", [raw], dtype=gl.float16, is_pure=True, pack=4)
 
 
 @gluon.jit

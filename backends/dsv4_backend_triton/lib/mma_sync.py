@@ -35,8 +35,8 @@ def sums_layout(heads: int, warps: int) -> Any:
 
 @gluon.jit
 def halves(p):
-    """The first 32 of 64 columns, and the others; no data moves between threads."""
-    return gl.split(gl.permute(gl.reshape(p, [p.shape[0], 2, 32]), (0, 2, 1)))
+    """The two halves of the columns, 32 or fewer each; no data moves between threads."""
+    return gl.split(gl.permute(gl.reshape(p, [p.shape[0], 2, p.shape[1] // 2]), (0, 2, 1)))
 
 
 @gluon.jit

@@ -12,9 +12,10 @@ decodes each once, and reads all queries, which are decoded once a block.
 Operands are fp16: an e4m3 value times 144, which is exact, and a NaN is infinite or NaN. A product of finite ones is
 finite, so a key with a NaN shows in every head.
 
-    shared memory                     bytes, with STAGES = 3
+    shared memory                     bytes, with STAGES = 2
     q_smem [128, 128] fp16            32768
-    k_smem [STAGES, KEYS, 128] e4m3   49152
+    k_smem [STAGES, KEYS, 128] e4m3   32768
+    w_smem [128] fp32                   512
 
     barriers: of the whole block, placed by Triton; cp.async groups, one a tile
     strides: q and k in 16 bytes, others in elements
@@ -30,9 +31,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
 from ...launch import entry, launch_kernel
-from ...lib.bits import E4M3X4_TIMES_144
-from ...lib.gluon import async_load
-from ...lib.mma_sync import ROWS_LAYOUT
+from ...lib.gluon import async_load, times_144
+from ...lib.mma_sync import ROWS_LAYOUT, halves
 from ...lib.sizes import cdiv
 from .op import Call, Shape
 
@@ -43,7 +43,6 @@ KEYS = gl.constexpr(128)  # 32 for each warp
 ENOUGH = 512
 """Keys of a block, if that leaves ``fewest_waves`` blocks a multiprocessor."""
 _PART = gl.constexpr(32)
-_TIMES_144 = gl.constexpr(E4M3X4_TIMES_144)
 
 
 class Config(NamedTuple):
@@ -80,12 +79,6 @@ def launch(call: Call, config: Config) -> None:
 
 
 @gluon.jit
-def _times_144(raw):
-    """e4m3 bytes to fp16, each times 144; a NaN becomes infinite."""
-    return gl.inline_asm_elementwise(_TIMES_144, "=&r,=&r,r", [raw], dtype=gl.float16, is_pure=True, pack=4)
-
-
-@gluon.jit
 def _reordered(x):
     """Of each 16 dimensions the pairs 0, 2, 4, 6 and then 1, 3, 5, 7: a thread that loads four bytes has what one
     instruction multiplies. Queries and keys alike, and the sum is the same."""
@@ -95,16 +88,10 @@ def _reordered(x):
 
 
 @gluon.jit
-def _halves(x):
-    """The two halves of the columns; no data moves between threads."""
-    return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-
-
-@gluon.jit
 def _eights(x):
     """[KEYS, 32] as four of 8 columns."""
-    low, high = _halves(x)
-    return _halves(low) + _halves(high)
+    low, high = halves(x)
+    return halves(low) + halves(high)
 
 
 @gluon.jit
@@ -153,7 +140,6 @@ def _mqa_logits_mma_sync_kernel(
     keys_lay: gl.constexpr = gl.SliceLayout(1, mma)
     q_smem = gl.allocate_shared_memory(gl.float16, [COLUMNS, DIM], ROWS_LAYOUT)
     k_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, KEYS, DIM], gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
-
     w_smem = gl.allocate_shared_memory(gl.float32, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     row0 = gl.program_id(0) * ROWS
@@ -166,7 +152,7 @@ def _mqa_logits_mma_sync_kernel(
     column = gl.arange(0, COLUMNS, byte_rows)
     q_row = gl.minimum(row0 + column // 64, m - 1).to(gl.int64) * (q_stride_m.to(gl.int64) * 16)
     q = q_ptr + (q_row + (column % 64) * (q_stride_h * 16))[:, None] + dims[None, :]
-    q16 = _reordered(_times_144(gl.load(q)))
+    q16 = _reordered(times_144(gl.load(q)))
     q_smem.store(q16 + q16 * 0.0)  # infinite to NaN
 
     # half, since the relu is doubled, and 1/144 of the keys
@@ -210,7 +196,7 @@ def _mqa_logits_mma_sync_kernel(
             for _ in gl.static_range(4):
                 s += (gl.zeros([KEYS, _PART], gl.float32, mma),)  # type: ignore[assignment]
             for c in gl.static_range(DIM // 32):
-                a = gl.convert_layout(_reordered(_times_144(here.slice(c * 32, 32, 1).load(raw))), lhs)
+                a = gl.convert_layout(_reordered(times_144(here.slice(c * 32, 32, 1).load(raw))), lhs)
                 summed = ()
                 for part in gl.static_range(4):
                     b = q_smem.slice(part * _PART, _PART, 0).slice(c * 32, 32, 1).permute((1, 0)).load(rhs)

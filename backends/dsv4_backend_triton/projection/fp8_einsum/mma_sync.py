@@ -33,8 +33,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
 from ...launch import entry, launch_kernel
-from ...lib.bits import E4M3X4_TIMES_144
-from ...lib.gluon import async_load
+from ...lib.gluon import async_load, times_144
 from ...lib.sizes import cdiv
 from .op import FP32, Call, Shape
 
@@ -42,7 +41,6 @@ TILE = gl.constexpr(128)  # tokens and outputs
 STEP = gl.constexpr(64)
 HALVES = gl.constexpr(2)  # of a K block
 _PART = gl.constexpr(32)
-_TIMES_144 = gl.constexpr(E4M3X4_TIMES_144)
 _INVERSE = gl.constexpr(1.0 / (144 * 144))
 _LEAST, _MOST = gl.constexpr(2.0**-64), gl.constexpr(2.0**16)
 FEWEST_TOKENS = 257
@@ -77,12 +75,6 @@ def launch(call: Call, config: Config) -> None:
         *(*call.xs.stride(), *call.ws.stride(), out.stride(0), out.stride(1)), STAGES=config.stages,
         WARPS=config.warps, num_warps=config.warps,
     )  # fmt: skip
-
-
-@gluon.jit
-def _times_144(raw):
-    """e4m3 bytes to fp16, each times 144; a NaN becomes infinite."""
-    return gl.inline_asm_elementwise(_TIMES_144, "=&r,=&r,r", [raw], dtype=gl.float16, is_pure=True, pack=4)
 
 
 @gluon.jit
@@ -161,7 +153,7 @@ def _einsum_mma_sync_kernel(
         for _ in gl.static_range(4):
             acc += (gl.zeros([TILE, _PART], gl.float32, mma),)  # type: ignore[assignment]
         unit = gl.load(xs + token) * gl.load(ws)
-        unit_next = unit * 1.0  # a value of its own: what a loop sets to one that it began with is not carried over
+        unit_next = unit * 1.0  # as ``unit`` itself, Triton would not carry ``unit`` from one turn to the next
         for kb in range(n_k):
             factor = unit / unit_next
             unit = unit_next
@@ -177,11 +169,11 @@ def _einsum_mma_sync_kernel(
                     unit_next = gl.load(xs + ahead * xs_stride_k + token) * gl.load(ws + ahead * ws_stride_k)
                 x_here, w_here = x_smem.index(step % STAGES), w_smem.index(step % STAGES)
                 for c in gl.static_range(STEP // 32):
-                    a = _times_144(x_here.slice(c * 32, 32, 1).load(lhs))
+                    a = times_144(x_here.slice(c * 32, 32, 1).load(lhs))
                     summed = ()
                     for part in gl.static_range(4):
                         b = w_here.slice(part * _PART, _PART, 0).slice(c * 32, 32, 1).permute((1, 0)).load(rhs)
-                        summed += (mma_v2(a, _times_144(b), acc[part]),)  # type: ignore[assignment]
+                        summed += (mma_v2(a, times_144(b), acc[part]),)  # type: ignore[assignment]
                     acc = summed
                 if step + STAGES - 1 < steps:
                     _copy(smem, x, w, step + STAGES - 1, STAGES)
@@ -205,9 +197,9 @@ def _einsum_mma_sync_kernel(
                     async_copy.wait_group(0)
                     stage = (kb * HALVES + half) % STAGES
                     for c in gl.static_range(STEP // 32):
-                        a = _times_144(x_smem.index(stage).slice(c * 32, 32, 1).load(lhs))
+                        a = times_144(x_smem.index(stage).slice(c * 32, 32, 1).load(lhs))
                         b = w_smem.index(stage).slice(0, _PART, 0).slice(c * 32, 32, 1).permute((1, 0)).load(rhs)
-                        p = mma_v2(a, _times_144(b), p)
+                        p = mma_v2(a, times_144(b), p)
                 at = gl.to_tensor(kb).to(gl.int64)
                 scale = gl.load(xs + at * xs_stride_k + token) * gl.load(ws + at * ws_stride_k)
                 p *= _INVERSE
