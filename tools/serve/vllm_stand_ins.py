@@ -3,6 +3,7 @@
 - With our hook off: without TileLang, vLLM's hyper-connections run in plain PyTorch (slow); without the CuTe DSL, its
   head-512 compressor is vLLM's own Triton kernel. Our hook replaces both by itself.
 - Dummy weights get the variance of trained ones: the standard +-0.001 makes attention and logits flat.
+- TileLang's kernels are compiled in as many processes as there are cores; vLLM compiles one after another.
 - SERVE_CAPABILITY=8.0 makes vLLM see that compute capability.
 """
 
@@ -12,9 +13,12 @@ import importlib.abc
 import importlib.util
 import math
 import os
+import pickle
+import subprocess
 import sys
 import types
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -103,6 +107,33 @@ def hyper_connections() -> dict[str, Any]:
     }
 
 
+# --------------------------------------------------------------------------------------- TileLang's warm-up
+
+COMPILE = "import pickle, sys; [kind().compile(key) for kind, key in pickle.load(sys.stdin.buffer)]"
+
+
+def compile_side_by_side() -> None:
+    """Before vLLM compiles a kernel's keys, other processes do, into TileLang's cache on disk."""
+    from vllm.model_executor.warmup.jit_warmup_tilelang_helper import VllmTileLangJitKernel
+
+    def compile_many(self: Any, keys: Iterable[Any]) -> None:
+        keys = list(keys)
+        processes = min(len(keys), os.cpu_count() or 1)
+        shares = [pickle.dumps([(type(self), key) for key in keys[i::processes]]) for i in range(processes)]
+        command = [sys.executable, "-c", COMPILE]
+        started = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in shares if processes > 1]
+        for process, share in zip(started, shares, strict=False):
+            assert process.stdin is not None
+            process.stdin.write(share)
+            process.stdin.close()
+        failed = [code for process in started if (code := process.wait())]
+        if failed:
+            print(f"{type(self).__name__}: {len(failed)} of {processes} processes failed", flush=True)
+        super(VllmTileLangJitKernel, self).compile_many(keys)
+
+    VllmTileLangJitKernel.compile_many = compile_many
+
+
 # -------------------------------------------------------------------------------- compressor without the CuTe DSL
 
 
@@ -187,6 +218,8 @@ def register() -> None:
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     DummyModelLoader.load_weights = load_weights
+    if importlib.util.find_spec("tilelang") is not None:
+        compile_side_by_side()
     if capability := os.environ.get("SERVE_CAPABILITY"):
         _report(capability)
     if os.environ.get("DSV4_BACKENDS_ENGINE"):
