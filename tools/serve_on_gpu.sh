@@ -50,8 +50,12 @@ step() { # WHAT RUN
   if [ "$1" != speed ]; then settings+=(VLLM_ENABLE_V1_MULTIPROCESSING=0); fi
   if [ "$2" = chunks ]; then more="$more --chunk 64"; fi
   # shellcheck disable=SC2086
-  timeout -k 10 "${STEP_S:-280}" env "${settings[@]}" python3 tools/serve/serve.py "$1" "$out/$1-$2.json" $more > "$out/$1-$2.log" 2>&1
+  setsid timeout -k 10 "${STEP_S:-280}" env "${settings[@]}" python3 tools/serve/serve.py "$1" "$out/$1-$2.json" $more > "$out/$1-$2.log" 2>&1 &
+  local session=$!
+  wait $session
   echo "$1 $2: exit $? at $(date +%T)"
+  # What vLLM's own processes leave behind holds the GPU's memory.
+  pkill -KILL -s $session || true
 }
 
 for steps in "$@"; do

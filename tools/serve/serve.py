@@ -196,6 +196,7 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
         max_num_seqs=32,
         max_num_batched_tokens=8192,
         gpu_memory_utilization=given.memory,
+        kv_cache_memory_bytes=given.cache << 30 or None,
         enforce_eager=given.eager,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
         kernel_config={"enable_jit_warmup": not given.lazy},
@@ -286,7 +287,7 @@ def main() -> int:
     parser.add_argument("--weights", choices=("bf16", "fp8", "fp4"), default="fp4")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory")
-    parser.add_argument("--cache", type=int, default=2, help="GiB of caches, for logprobs")
+    parser.add_argument("--cache", type=int, help="GiB of caches (2; for speed what the GPU has left)")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 3000, 4500, 6000])
     parser.add_argument("--eager", action="store_true")
@@ -295,6 +296,8 @@ def main() -> int:
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     given = parser.parse_args()
+    if given.cache is None:
+        given.cache = 0 if given.what == "speed" else 2
     result = RUNS[given.what](given)
     try:
         from dsv4_backends.engines import vllm as hook
