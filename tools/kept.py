@@ -175,6 +175,24 @@ class Topk(Measured):
 
 
 @dataclass(frozen=True)
+class PlainGemmRow:
+    """Microseconds and TFLOP/s of an op, and the TFLOP/s of a plain bf16 GEMM."""
+
+    op: str
+    name: str
+    us: float
+    tflops: float
+    plain: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainGemm(Measured):
+    """Of tools/plain_gemm.py."""
+
+    rows: tuple[PlainGemmRow, ...]
+
+
+@dataclass(frozen=True)
 class SameBytesRow:
     """Of ``result``, over so many calls: bytes that were written, and those that vLLM's kernel writes otherwise."""
 

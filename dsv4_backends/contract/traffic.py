@@ -6,6 +6,7 @@ enough to find which provider serves a call, what it compiles, and how much memo
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,6 +191,13 @@ class Traffic:
     tiny: tuple[Row, ...]
     draw: Callable[..., Arguments]
     held: tuple[str, ...] = ()
+
+
+def long_tailed(count: int, mean: int, most: int, seed: int) -> list[int]:
+    """Lengths with few long ones: a lognormal distribution with sigma 1, scaled to the mean and cut at ``most``."""
+    drawn = random.Random(seed)
+    sizes = [drawn.lognormvariate(0, 1) for _ in range(count)]
+    return [min(max(round(size * mean * count / sum(sizes)), 1), most) for size in sizes]
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..traffic import (
     Row,
     Shape,
     Traffic,
+    long_tailed,
     meta,
     round_up,
 )
@@ -273,13 +273,6 @@ def _draw_mqa(draw: Draw, *, m: int, n: int, h: int, d: int, compressed: bool = 
         "row_ends": ends.int(),
         "max_seqlen_k": n if compressed else None,
     }
-
-
-def long_tailed(count: int, mean: int, most: int, seed: int) -> list[int]:
-    """Lengths with few long ones: a lognormal distribution with sigma 1, scaled to the mean and cut at ``most``."""
-    drawn = random.Random(seed)
-    sizes = [drawn.lognormvariate(0, 1) for _ in range(count)]
-    return [min(max(round(size * mean * count / sum(sizes)), 1), most) for size in sizes]
 
 
 def _draw_paged(

@@ -23,7 +23,7 @@ from ..traffic import (
 )
 from .meaning import HEAD_DIM
 
-TOKENS = (1, 8, 32, 128, 512, 4096)
+TOKENS = (1, 8, 16, 32, 128, 200, 512, 4096)
 INVERSE_TOKENS = (1, 8, 32, 128, 1024, 4096, 8192)
 SCALES = ("token-minor", "token-major")
 """Layouts of the activation scales: tokens contiguous and padded to 4, as from vLLM's quantiser; or contiguous

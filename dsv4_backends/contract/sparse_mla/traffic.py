@@ -20,6 +20,7 @@ from ..traffic import (
     Row,
     Shape,
     Traffic,
+    long_tailed,
     meta,
     round_up,
 )
@@ -38,6 +39,11 @@ GATHERS = ((1, 2048), (1, 8192), (1, 32768), (4, 2048), (4, 8192), (4, 32768))
 GATHERED = 4
 """Requests whose keys an engine gathers at a time."""
 DECODE_BATCHES = (1, 8, 16, 32, 64, 128)
+SKEWED = ((64, INDEXER_RATIO, 131072, 2000), (64, 128, 131072, 39200), (16, 128, 1048576, 100000))
+"""Requests of a decode batch, the layer's ratio, the longest context that the engine admits, and the mean of the
+contexts. Few of them are long. An engine's rows of indices are as wide as the longest context needs."""
+FIRST_CHUNK = 4096
+"""Tokens of a chunk that begins its context: its rows are as wide as any, and hold fewer keys."""
 
 
 def prefill(heads: int, tokens: int, keys: int, topk: int, *, lengths: bool = True, sink: bool = True) -> Arguments:
@@ -202,7 +208,7 @@ def _decode_class(q: Shape, indices: Shape) -> tuple[str, int]:
 
 
 def _prefill_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
-    return (row["s_q"], row["h_q"], HEAD_DIM), (row["s_q"], row["window"] + row["selected"])
+    return (row["s_q"], row["h_q"], HEAD_DIM), (row["s_q"], row.get("width", row["window"] + row["selected"]))
 
 
 def _decode_shapes(row: Mapping[str, Any]) -> tuple[Shape, Shape]:
@@ -219,6 +225,14 @@ def _prefill_rows(label: str, rank: Rank) -> Iterator[Row]:
         if 0 in rank.model.compress_ratios:
             name = f"{label} window only s_q={s_q} h={heads} topk={window}"
             yield Row("sparse_mla_prefill", name, {**common, "selected": 0, "compressed": 0})
+    s_q, common = FIRST_CHUNK, {"s_q": FIRST_CHUNK, "h_q": heads, "window": window}
+    name = f"{label} first chunk s_q={s_q} h={heads} topk={window + selected}"
+    params = {"selected": selected, "compressed": s_q // INDEXER_RATIO, "start": 0}
+    yield Row("sparse_mla_prefill", name, {**common, **params})
+    keys = BENCH_CONTEXT // 128
+    width = window + 2 * keys
+    name = f"{label} ratio=128 s_q={s_q} h={heads} topk={width} of which {window + keys}"
+    yield Row("sparse_mla_prefill", name, {**common, "selected": keys, "compressed": keys, "width": width})
 
 
 def _decode_rows(label: str, rank: Rank) -> Iterator[Row]:
@@ -228,6 +242,13 @@ def _decode_rows(label: str, rank: Rank) -> Iterator[Row]:
         params = {"b": b, "s_q": s_q, "h_q": heads, "window": window}
         params |= {"selected": selected, "compressed": BENCH_CONTEXT // INDEXER_RATIO}
         yield Row("sparse_mla_decode", name, params)
+    for b, ratio, most, mean in SKEWED:
+        scope = second_scope(rank, ratio, most)
+        assert scope is not None
+        contexts = f"contexts=lognormal mean {mean} seed 1"
+        name = f"{label} b={b} h={heads} ratio={ratio} topk={window}+{scope[0]} {contexts}"
+        params = {"b": b, "s_q": 1, "h_q": heads, "window": window, "selected": scope[0], "compressed": most // ratio}
+        yield Row("sparse_mla_decode", name, params | {"ratio": ratio, "mean": mean, "seed": 1})
 
 
 def _gather_rows(label: str, rank: Rank) -> Iterator[Row]:
@@ -249,58 +270,108 @@ def _draw_gather(draw: Draw, *, r: int, entries: int) -> Arguments:
     }
 
 
-def _draw_prefill(draw: Draw, *, s_q: int, h_q: int, window: int, selected: int, compressed: int) -> Arguments:
-    """A chunk of ``s_q`` tokens. Keys: the compressed ones of the context, the window before the chunk, its own."""
+def _draw_prefill(
+    draw: Draw,
+    *,
+    s_q: int,
+    h_q: int,
+    window: int,
+    selected: int,
+    compressed: int,
+    start: int = BENCH_CONTEXT,
+    width: int = 0,
+) -> Arguments:
+    """A chunk of ``s_q`` tokens that begins at ``start``. Keys: the compressed ones of the context, the window before
+    the chunk, its own. Where rows of ``width`` hold fewer keys, these come first and their number is given."""
     import torch
 
     kv = draw.normal(compressed + window + s_q, HEAD_DIM, dtype="bfloat16")
-    near = compressed + 1 + draw.range(s_q).unsqueeze(1) + draw.range(window)
-    far = draw.integers(0, max(compressed, 1), s_q, selected)
-    return {
+    back = draw.range(window) + 1 - window
+    near = compressed + window + draw.range(s_q).unsqueeze(1) + back
+    seen = draw.full(compressed, s_q) if start else draw.range(s_q) // INDEXER_RATIO
+    if selected == compressed:  # all of them
+        far = draw.range(selected).expand(s_q, -1)
+    else:
+        far = draw.integers(0, 1 << 30, s_q, selected) % seen.clamp(min=1).unsqueeze(1)
+    indices = torch.cat([near, far], 1)
+    arguments = {
         "q": draw.normal(s_q, h_q, HEAD_DIM, dtype="bfloat16"),
         "kv": kv,
-        "indices": torch.cat([near, far], 1).int(),
+        "indices": indices.int(),
         "sm_scale": HEAD_DIM**-0.5,
         "attn_sink": draw.normal(h_q),
     }
+    if start and not width:
+        return arguments
+    inside = start + draw.range(s_q).unsqueeze(1) + back >= 0
+    valid = torch.cat([inside, draw.range(selected) < seen.unsqueeze(1)], 1)
+    first = valid.int().argsort(dim=1, descending=True, stable=True)
+    rows = draw.full(-1, s_q, width or window + selected)
+    rows[:, : indices.shape[1]] = torch.where(valid, indices, -1).gather(1, first).int()
+    return arguments | {"indices": rows, "topk_length": valid.sum(1).int()}
 
 
-def _draw_cache(draw: Draw, pages: int) -> Tensor:
+def _draw_cache(draw: Draw, pages: int, page: int = WINDOW_PAGE) -> Tensor:
     import torch
 
     from .. import layouts
 
-    stride = round_up(WINDOW_PAGE * layouts.KV_BYTES, layouts.PAGE_ALIGNMENT)
+    stride = round_up(page * layouts.KV_BYTES, layouts.PAGE_ALIGNMENT)
     raw = torch.zeros((pages, stride), dtype=torch.uint8, device=draw.device)
-    cache = raw.as_strided((pages, WINDOW_PAGE, layouts.KV_BYTES), (stride, layouts.KV_BYTES, 1))
-    for slots in draw.range(pages * WINDOW_PAGE).split(PIECE):
+    cache = raw.as_strided((pages, page, layouts.KV_BYTES), (stride, layouts.KV_BYTES, 1))
+    for slots in draw.range(pages * page).split(PIECE):
         layouts.write_kv(cache, slots, draw.normal(len(slots), HEAD_DIM, dtype="bfloat16"))
     return cache
 
 
-def _draw_decode(draw: Draw, *, b: int, s_q: int, h_q: int, window: int, selected: int, compressed: int) -> Arguments:
-    """A batch in which every request has its own window of pages and its own compressed keys, all lengths full."""
-    page = WINDOW_PAGE
+def _draw_decode(
+    draw: Draw,
+    *,
+    b: int,
+    s_q: int,
+    h_q: int,
+    window: int,
+    selected: int,
+    compressed: int,
+    ratio: int = INDEXER_RATIO,
+    mean: int = 0,
+    seed: int = 0,
+) -> Arguments:
+    """A batch in which every request has its own window of pages and its own compressed keys. All contexts are full, or
+    long-tailed with a mean; a request then has as many indices as keys, at most ``selected``, and -1 behind them."""
+    import torch
 
-    def slots(table: Tensor, keys: Tensor) -> Tensor:
+    def slots(table: Tensor, keys: Tensor, page: int) -> Tensor:
         """The slots of ``keys [b, s_q, n]``, by number within a request."""
         return (table.gather(1, (keys // page).flatten(1)).view(keys.shape) * page + keys % page).int()
 
-    near_table = draw.pages(b, -(-(window + s_q + page) // page))
-    first = draw.integers(0, page, b, 1, 1)
+    if mean:
+        contexts = torch.tensor(long_tailed(b, mean, compressed * ratio, seed), device=draw.device)
+    else:
+        contexts = draw.full(compressed * ratio, b)
+    near_count, far_keys = contexts.clamp(max=window), contexts // ratio
+    far_count = far_keys.clamp(max=selected)
+    near_table = draw.pages(b, -(-(window + s_q + WINDOW_PAGE) // WINDOW_PAGE))
+    first = draw.integers(0, WINDOW_PAGE, b, 1, 1)
     near = first + draw.range(s_q).view(1, s_q, 1) + draw.range(window)
-    far_table = draw.pages(b, -(-compressed // page))
-    far = draw.integers(0, compressed, b, s_q, selected)
+    far_page = BLOCK // ratio
+    far_table = draw.pages(b, max(1, -(-int(far_keys.max()) // far_page)))
+    if selected < compressed:
+        far = draw.integers(0, 1 << 30, b, s_q, selected) % far_keys.clamp(min=1).view(b, 1, 1)
+    else:  # all of them
+        far = torch.minimum(draw.range(selected), (far_keys - 1).clamp(min=0).view(b, 1, 1)).expand(b, s_q, -1)
+    far_slots = slots(far_table, far, far_page)
+    far_slots = torch.where(draw.range(selected) < far_count.view(b, 1, 1), far_slots, -1)
     return {
         "q": draw.normal(b, s_q, h_q, HEAD_DIM, dtype="bfloat16"),
         "k_cache": _draw_cache(draw, near_table.numel()),
-        "indices": slots(near_table, near),
+        "indices": slots(near_table, near, WINDOW_PAGE),
         "sm_scale": HEAD_DIM**-0.5,
         "attn_sink": draw.normal(h_q),
-        "topk_length": draw.full(window, b),
-        "extra_k_cache": _draw_cache(draw, far_table.numel()),
-        "extra_indices": slots(far_table, far),
-        "extra_topk_length": draw.full(selected, b),
+        "topk_length": near_count.int(),
+        "extra_k_cache": _draw_cache(draw, far_table.numel(), far_page),
+        "extra_indices": far_slots,
+        "extra_topk_length": far_count.int(),
     }
 
 
@@ -318,6 +389,11 @@ PREFILL = Traffic(
             "tiny window only s_q=4 h=8 topk=16",
             {"s_q": 4, **_TINY, "selected": 0, "compressed": 0},
         ),
+        Row(
+            "sparse_mla_prefill",
+            "tiny first chunk s_q=40 h=8 topk=24",
+            {"s_q": 40, **_TINY, "selected": 8, "compressed": 10, "start": 0},
+        ),
     ),
     draw=_draw_prefill,
 )
@@ -332,6 +408,11 @@ DECODE = Traffic(
             "sparse_mla_decode",
             "tiny b=2 h=8 topk=16+32",
             {"b": 2, "s_q": 1, **_TINY, "selected": 32, "compressed": 64},
+        ),
+        Row(
+            "sparse_mla_decode",
+            "tiny b=3 h=8 ratio=128 topk=16+32 contexts=lognormal mean 300 seed 1",
+            {"b": 3, "s_q": 1, **_TINY, "selected": 32, "compressed": 32, "ratio": 128, "mean": 300, "seed": 1},
         ),
     ),
     draw=_draw_decode,
