@@ -53,12 +53,13 @@ BENCH = "h200-bench.json"
 BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
+"""The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
 BENCH_PATH = "h200-bench-attention-path.json"
 BENCH_PATH_CODE = "h200-bench-attention-path-code-sm_80.json"
 SAME_BYTES = "h200-same-bytes.json"
 TOPK = "h200-topk.json"
+PLAIN_GEMM = "h200-plain-gemm-code-sm_80.json"
 FLOOR = "h200-launch-floor.json"
-"""The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
 
 SERVED_LOGPROBS = "h200-served-logprobs.json"
 SERVED_SPEED = "h200-served-speed.json"
@@ -586,6 +587,17 @@ def topk_times() -> str:
     return f"{_measured_on(result)}\n\n{table(header, rows)}"
 
 
+def plain_gemm() -> str:
+    """Ops of matrix products next to a plain bf16 GEMM, both with SM80's instructions."""
+    result = records.read(kept.PlainGemm, _kept(PLAIN_GEMM))
+    rows = [
+        (code(r.op), r.name, f"{r.us:.1f}", f"{r.tflops:.0f}", f"{r.plain:.0f}", f"{r.tflops / r.plain:.2f}")
+        for r in result.rows
+    ]
+    header = ("op", "row", "`triton`, µs", "TFLOP/s", "plain GEMM, TFLOP/s", "share")
+    return f"{_measured_on(result)}\n\n{table(header, rows)}"
+
+
 def launch_floor() -> str:
     """Small calls next to empty kernels of the same grids, and to such with dependent reads."""
     result = records.read(kept.Floor, _kept(FLOOR))
@@ -979,6 +991,7 @@ PARTS: dict[str, Callable[[], str]] = {
         performance_path,
         launch_floor,
         same_bytes,
+        plain_gemm,
         topk_times,
         provider_fields,
         providers,

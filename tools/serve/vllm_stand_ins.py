@@ -109,6 +109,8 @@ def hyper_connections() -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------- TileLang's warm-up
 
+FEW_KEYS = 3
+"""A process takes as long to start as one or two keys to compile."""
 COMPILE = "import pickle, sys; [kind().compile(key) for kind, key in pickle.load(sys.stdin.buffer)]"
 
 
@@ -118,11 +120,11 @@ def compile_side_by_side() -> None:
 
     def compile_many(self: Any, keys: Iterable[Any]) -> None:
         keys = list(keys)
-        processes = min(len(keys), os.cpu_count() or 1)
+        processes = min(len(keys) // FEW_KEYS, os.cpu_count() or 1)
         shares = [pickle.dumps([(type(self), key) for key in keys[i::processes]]) for i in range(processes)]
         command = [sys.executable, "-c", COMPILE]
-        started = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in shares if processes > 1]
-        for process, share in zip(started, shares, strict=False):
+        started = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in shares]
+        for process, share in zip(started, shares, strict=True):
             assert process.stdin is not None
             process.stdin.write(share)
             process.stdin.close()
