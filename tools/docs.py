@@ -13,6 +13,7 @@ import importlib
 import inspect
 import math
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from packaging.version import Version
 
 from dsv4_backends import records
 from dsv4_backends.bench import results as bench
+from dsv4_backends.bench import tune
 from dsv4_backends.bench.provenance import Measured, said_commit
 from dsv4_backends.commands import cli, shared
 from dsv4_backends.commands import list as list_command
@@ -50,6 +52,8 @@ SAMPLE_PACKAGES = {"torch": "2.13.0", "triton": "3.6.0"}
 
 BENCH = "h200-bench.json"
 """The run of ``dsv4-backends bench`` whose figures the docs show."""
+BENCH_RANKS = {ranks: f"h200-bench-tp{ranks}.json" for ranks in (2, 4, 8)}
+"""The same of one rank of several, for the ops whose sizes depend on their number."""
 BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
@@ -534,9 +538,7 @@ def verified() -> str:
 
 def performance() -> str:
     """The tables of a kept run of ``bench``, one for each op: a column for each provider."""
-    if not _kept(BENCH).exists():
-        return "No run is kept yet."
-    result = bench.read(_kept(BENCH))
+    result = _judged(BENCH)
     rates = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in records.plain(result.rates).items())
     made_of = "; ".join(
         f"`{name}` with {', '.join(f'{n} {v}' for n, v in versions.items())}"
@@ -548,9 +550,35 @@ def performance() -> str:
     return "\n\n".join([*parts, f"{bench.verdict(result.rows)}."])
 
 
+def performance_ranks() -> str:
+    """One rank of several: how the Triton provider compares with the library over the rows of an op."""
+    results = {ranks: _judged(name) for ranks, name in BENCH_RANKS.items()}
+    lines = []
+    for ranks, result in results.items():
+        for op in CONTRACTS:
+            rows = [row for row in result.rows if row.op == op and len(row.rivals) == 2 and "triton" in row.rivals]
+            if not rows:
+                continue
+            (native,) = rows[0].rivals.keys() - {"triton"}
+            found = sorted((row.rivals[native] / row.rivals["triton"], row.name) for row in rows)
+            middle = statistics.median(ratio for ratio, _ in found)
+            numbers = (f"{found[0][0]:.2f}", found[0][1], f"{middle:.2f}", f"{found[-1][0]:.2f}")
+            lines.append((str(ranks), code(op), code(native), str(len(rows)), *numbers))
+    header = ("ranks", "op", "library", "rows", "least", "on", "median", "most")
+    judged = [row for result in (_judged(BENCH), *results.values()) for row in result.rows]
+    measured_on = "\n".join(f"- {_measured_on(result)}" for result in results.values())
+    return f"{measured_on}\n\n{table(header, lines)}\n\nWith the rows above, {bench.verdict(judged)}."
+
+
+def _judged(name: str) -> bench.Result:
+    """A kept run of ``bench``, with the choice that the shipped table makes."""
+    result = bench.read(_kept(name))
+    return tune.chosen(measured.read(measured.FOLDER / "sm_90.json"), result)
+
+
 def performance_scales() -> str:
     """The einsum's table with scales that DeepGEMM has to transpose."""
-    result = bench.read(_kept(BENCH_SCALES))
+    result = _judged(BENCH_SCALES)
     return "\n\n".join([_measured_on(result), *_bench_tables(result)])
 
 
@@ -986,6 +1014,7 @@ PARTS: dict[str, Callable[[], str]] = {
         ops,
         overhead,
         performance,
+        performance_ranks,
         performance_scales,
         performance_code,
         performance_path,

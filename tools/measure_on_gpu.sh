@@ -43,18 +43,20 @@ for step in $steps; do
     overhead) python3 tools/overhead.py --json "$out/$card-overhead.json" ;;
     verify) "${ours[@]}" verify --level default --json > "$out/$card-verify-torch.json" ;;
     bench)
-      results=()
-      for ranks in 1 2 4 8; do
-        results+=("$out/$card-tune-tp$ranks.json")
-        tp=(--tp "$ranks")
-        [ "$ranks" -gt 1 ] || tp=()
-        "${ours[@]}" bench "${tp[@]}" --json "${results[-1]}" | tail -2
+      results=("$out/$card-bench.json")
+      heads=(--op sparse_mla_prefill --op sparse_mla_decode --op fp8_einsum)
+      contested=("${heads[@]}" --op mqa_logits --op paged_mqa_logits --op hc_prenorm_gemm)
+      "${ours[@]}" bench "${contested[@]}" --json "${results[0]}" | tail -2
+      for ranks in 2 4 8; do
+        results+=("$out/$card-bench-tp$ranks.json")
+        "${ours[@]}" bench "${heads[@]}" --tp "$ranks" --json "${results[-1]}" | tail -2
       done
       "${ours[@]}" tune "${results[@]}" --output "dsv4_backends/selection/tables/sm_$capability.json"
-      "${ours[@]}" bench --also-as sm_80 --also-as sm_89 --json "$out/$card-bench.json" | tail -2
       "${ours[@]}" bench --op fp8_einsum --scales token-major --json "$out/$card-bench-token-major.json" | tail -2
       TRITON_OVERRIDE_ARCH=sm80 DSV4_BACKENDS_DEVICE=sm_80 \
-        "${ours[@]}" bench --provider triton --json "$out/$card-bench-code-sm_80.json" | tail -2 ;;
+        "${ours[@]}" bench "${contested[@]}" --provider triton --json "$out/$card-bench-code-sm_80.json" | tail -2
+      TRITON_OVERRIDE_ARCH=sm80 DSV4_BACKENDS_DEVICE=sm_80 \
+        python3 tools/plain_gemm.py --json "$out/$card-plain-gemm-code-sm_80.json" ;;
     conformance)
       suite full "" full
       suite full sm_80 sm_80

@@ -78,6 +78,20 @@ def tune(results: Sequence[Result]) -> Table:
     )
 
 
+def chosen(table: Table, result: Result) -> Result:
+    """The result with the automatic choice that ``table`` gives on each row, in place of the one when it was measured.
+
+    A table does not change how long a provider takes, so one run both makes it and says how good it is.
+    """
+
+    def auto(row: Row) -> str | None:
+        names = [name for name in result.order.get(row.op, ()) if name in row.rivals]
+        found = measured.preferred(table.named, row.op, measured.CLASSES[row.op].of_row(row.params))
+        return found.prefer if found is not None and found.prefer in names else next(iter(names), None)
+
+    return dataclasses.replace(result, rows=tuple(dataclasses.replace(row, auto=auto(row)) for row in result.rows))
+
+
 @dataclass(frozen=True)
 class _Found:
     """A row, the place of the result that it is from, and the providers' order without measurements."""

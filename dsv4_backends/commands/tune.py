@@ -21,10 +21,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output is not None:
         require_writable("--output", args.output)
-    table = tune.tune([results.read(path) for path in args.results])
+    given = [results.read(path) for path in args.results]
+    table = tune.tune(given)
+    verdict = results.verdict(row for result in given for row in tune.chosen(table, result).rows)
     if args.output is not None:
         write("--output", args.output, records.text(table))
-    show(args, lambda: records.plain(table), lambda: text(table))
+    show(args, lambda: records.plain(table), lambda: f"{text(table)}\n\n{verdict}")
     return OK
 
 
