@@ -27,8 +27,11 @@ def takes(call: Call) -> bool:
     return plain and pointers and two_dimensional and _rows(x.stride(0), x.stride(1), b, h, r) is not None
 
 
-def launch_boxes(kernel: Any, grid: int, call: Call, tokens: int, outputs: int, scales: int, **others: Any) -> None:
-    """Launch with boxes of so many tokens, outputs and scales."""
+def launch_boxes(
+    kernel: Any, grid: tuple[int, ...], call: Call, tokens: int, outputs: int, scales: int, group: int, **others: Any
+) -> None:
+    """Launch with boxes of so many tokens, outputs and scales, and stages of ``group`` K blocks: of one where they are
+    no multiple of it. Scales that are not in boxes occupy registers, so they are for two K blocks at most."""
     x, xs, w, ws, out = call.x, call.xs, call.w, call.ws, call.out
     (b, h, r), d = x.shape, w.shape[1]
     view = _rows(x.stride(0), x.stride(1), b, h, r)
@@ -37,13 +40,17 @@ def launch_boxes(kernel: Any, grid: int, call: Call, tokens: int, outputs: int, 
     w_row_h = w.stride(0) // w.stride(1)
     xs_b, xs_h, xs_k = xs.stride()
     scale_box = xs_b == 1 and xs_k % 4 == 0 and xs_k >= b and xs_h % xs_k == 0 and xs.data_ptr() % 16 == 0
+    if r // 128 % group:
+        group = 1
     xs_desc, xs_row_h = None, 0
     if scale_box:
         xs_row_h = xs_h // xs_k
-        xs_desc = boxes(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [1, scales], 32, swizzle=0)
+        xs_desc = boxes(xs, [(h - 1) * xs_row_h + r // 128, b], [xs_k, 1], [group, scales], 32, swizzle=0)
+    else:
+        group = min(group, 2)
     launch_kernel(
-        kernel, (grid,), boxes(x, [rows, columns], [x.stride(0), 1], [tokens, 128], 8),
+        kernel, grid, boxes(x, [rows, columns], [x.stride(0), 1], [tokens, 128], 8),
         boxes(w, [(h - 1) * w_row_h + d, r], [w.stride(1), 1], [outputs, 128], 8), *(xs_desc, xs, ws, out),
         *(b, d, r // 128, h, x_row_h, x_col_h, w_row_h, xs_row_h),
-        *(xs_b, xs_h, xs_k, *ws.stride(), out.stride(0), out.stride(1)), SCALE_BOX=scale_box, **others,
+        *(xs_b, xs_h, xs_k, *ws.stride(), out.stride(0), out.stride(1)), GROUP=group, SCALE_BOX=scale_box, **others,
     )  # fmt: skip

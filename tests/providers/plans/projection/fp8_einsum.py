@@ -19,9 +19,9 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     grid, taken = one.grid, one.arguments
     (b, h, _), d = call["x"].shape, call["w"].shape[1]
     if variant_of(one) == "wgmma_few":
-        yield grid[0] == h * -(-d // tile_of(one, "OUTPUTS")) * -(-b // taken["BLOCK_B"])
+        yield grid == (-(-d // tile_of(one, "OUTPUTS")), -(-b // taken["BLOCK_B"]), h)
     elif variant_of(one) == "wgmma":
-        tiles = h * -(-d // taken["BLOCK_D"]) * -(-b // (2 * tile_of(one, "TOKENS")))
+        tiles = h * -(-d // (taken["BLOCK_D"] * taken["HALVES"])) * -(-b // (2 * tile_of(one, "TOKENS")))
         yield 1 <= grid[0] <= tiles
     else:
         wide, high = tile_of(one, "BLOCK_D", "TILE"), tile_of(one, "BLOCK_B", "TILE")
@@ -38,4 +38,4 @@ def unusual() -> Iterator[Arguments]:
 
 
 def more_calls() -> Iterator[Arguments]:
-    yield from (traffic.einsum(FLASH.rank(1), tokens) for tokens in (16, 32, 200, 4000))
+    yield from (traffic.einsum(FLASH.rank(1), tokens) for tokens in (16, 32, 200, 600, 4000))
