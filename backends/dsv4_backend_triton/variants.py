@@ -78,7 +78,7 @@ OPS = {
         "indexer.mqa_logits",
         (Variant("wgmma", _SM_90), Variant("mma_sync", (">=8.0,<8.9",)), _PORTABLE),
     ),
-    "paged_mqa_logits": Op("indexer.paged_mqa_logits", (_PORTABLE,), batch_invariant=True),
+    "paged_mqa_logits": Op("indexer.paged_mqa_logits", (Variant("wgmma", _SM_90), _PORTABLE), batch_invariant=True),
     "indexer_topk": Op("indexer.topk", (_PORTABLE,)),
     "paged_indexer_topk": Op("indexer.topk", (_PORTABLE,)),
     "indexer_q_rope_quant": Op("indexer.indexer_q_rope_quant", (_PORTABLE,), batch_invariant=True),

@@ -246,11 +246,12 @@ def _count_tiles(
 ):  # fmt: skip
     """Adds 1 for every tile that a program does of an item."""
     lengths = (lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)
-    ends, total = schedule.count_places(lengths, ROWS, BLOCK_N, SCAN, VISIT)
-    item, place, count = schedule.share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL)
+    lane, row = tl.arange(0, SCAN), tl.arange(0, ROWS)
+    ends, total = schedule.count_places(lane, lengths, ROWS, BLOCK_N, SCAN, VISIT)
+    item, place, count = schedule.share(lane, ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL)
     tl.store(places_ptr + tl.program_id(0), count)
     while count > 0:
-        _, _, length = schedule.item_of(item, lengths, ROWS)
+        _, _, length = schedule.item_of(row, item, lengths, ROWS)
         tiles = schedule.tiles_of(tl.max(length, axis=0), BLOCK_N)
         if FILL:
             tiles = all_tiles - tiles

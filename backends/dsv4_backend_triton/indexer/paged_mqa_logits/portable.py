@@ -85,11 +85,12 @@ def _paged_mqa_logits_kernel(
         q_stride_h = tl.multiple_of(q_stride_h.to(tl.int64), 16)
         page_stride = tl.multiple_of(page_stride.to(tl.int64), 16)
     lengths = (lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)
-    ends, total = count_places(lengths, ROWS, BLOCK_N, SCAN, VISIT)
+    lane, row = tl.arange(0, SCAN), tl.arange(0, ROWS)
+    ends, total = count_places(lane, lengths, ROWS, BLOCK_N, SCAN, VISIT)
     all_tiles = (filled + BLOCK_N - 1) // BLOCK_N
-    item, place, count = share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL=False)
+    item, place, count = share(lane, ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL=False)
     while count > 0:
-        b, row0, length = item_of(item, lengths, ROWS)
+        b, row0, length = item_of(row, item, lengths, ROWS)
         longest = tl.max(length, axis=0)
         first, last, count = part(place, count, tiles_of(longest, BLOCK_N), VISIT)
         place = 0
@@ -142,9 +143,9 @@ def _paged_mqa_logits_kernel(
                 ptr = out_ptr + out_row[None, :] * out_stride + col[:, None]
                 tl.store(ptr, s, mask=row_ok[None, :] & (col < max_len)[:, None], cache_modifier=".cs")
 
-    item, place, count = share(ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL=True)
+    item, place, count = share(lane, ends, total, all_tiles, lengths, ROWS, BLOCK_N, SCAN, VISIT, FILL=True)
     while count > 0:
-        b, row0, length = item_of(item, lengths, ROWS)
+        b, row0, length = item_of(row, item, lengths, ROWS)
         tiles = tiles_of(tl.max(length, axis=0), BLOCK_N)
         first, last, count = part(place, count, all_tiles - tiles, VISIT)
         place = 0

@@ -5,6 +5,7 @@ tiles of columns, of which the first hold keys and the others are to be filled: 
 lie in a row of places, of which each program takes an equal number. An item has VISIT more places than it has tiles of
 the kind, since fetching its queries takes about as long as VISIT tiles. So no program visits many items without tiles.
 
+``lane`` is ``tl.arange(0, SCAN)``, and ``row`` is ``tl.arange(0, ROWS)``: in Gluon they have the caller's layouts.
 ``lengths`` is ``(lens_ptr, B, next_n, limit, len_stride_b, len_stride_n)``. Lengths are clamped to ``limit``.
 """
 
@@ -26,7 +27,7 @@ def tiles_of(longest, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def item_of(item, lengths, ROWS: tl.constexpr):
+def item_of(row, item, lengths, ROWS: tl.constexpr):
     """The request of an item, its first row, and the length of each of its rows."""
     lens_ptr, B, next_n, limit, len_stride_b, len_stride_n = lengths
     row0 = 0
@@ -34,18 +35,20 @@ def item_of(item, lengths, ROWS: tl.constexpr):
         row0 = item // B * ROWS
         item = item % B
     b = item.to(tl.int64)
-    row = tl.minimum(row0 + tl.arange(0, ROWS), next_n - 1)
+    row = tl.minimum(row0 + row, next_n - 1)
     return b, row0, tl.minimum(tl.load(lens_ptr + b * len_stride_b + row * len_stride_n), limit)
 
 
 @triton.jit
-def _ends(block, seen, lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr):
+def _ends(
+    lane, block, seen, lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr
+):  # fmt: skip
     """The ends of the places with keys of SCAN requests, after ``seen`` places of earlier items."""
     lens_ptr, B, next_n, limit, len_stride_b, len_stride_n = lengths
     a_group = (B + SCAN - 1) // SCAN
     row0 = block // a_group * ROWS
-    b = block % a_group * SCAN + tl.arange(0, SCAN)
-    longest = tl.zeros([SCAN], tl.int32)
+    b = block % a_group * SCAN + lane
+    longest = lane * 0
     for i in tl.static_range(ROWS):
         row = tl.minimum(row0 + i, next_n - 1)
         ptr = lens_ptr + b.to(tl.int64) * len_stride_b + row * len_stride_n
@@ -55,23 +58,23 @@ def _ends(block, seen, lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN:
 
 
 @triton.jit
-def count_places(lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr):
+def count_places(lane, lengths, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr):
     """The ends of the places with keys, of the first SCAN items and of all items."""
     _, B, next_n, _, _, _ = lengths
     blocks = (next_n + ROWS - 1) // ROWS * ((B + SCAN - 1) // SCAN)
-    ends = _ends(0, 0, lengths, ROWS, BLOCK_N, SCAN, VISIT)
+    ends = _ends(lane, 0, 0, lengths, ROWS, BLOCK_N, SCAN, VISIT)
     total = tl.max(ends, axis=0)
     for block in range(1, blocks):
-        total = tl.max(_ends(block, total, lengths, ROWS, BLOCK_N, SCAN, VISIT), axis=0)
+        total = tl.max(_ends(lane, block, total, lengths, ROWS, BLOCK_N, SCAN, VISIT), axis=0)
     return ends, total
 
 
 @triton.jit
-def _first(ends, start, block, tiles, B, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr):
+def _first(lane, ends, start, block, tiles, B, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr):
     """Among a block of items, the index of the first one whose places go beyond ``start``, _NOWHERE if none does; and
     the end of the items before it."""
     a_group = (B + SCAN - 1) // SCAN
-    b = block % a_group * SCAN + tl.arange(0, SCAN)
+    b = block % a_group * SCAN + lane
     item = block // a_group * B + b
     if FILL:
         ends = (item + 1) * (tiles + 2 * VISIT) - ends
@@ -81,7 +84,7 @@ def _first(ends, start, block, tiles, B, SCAN: tl.constexpr, VISIT: tl.constexpr
 
 @triton.jit
 def share(
-    ends, total, tiles, lengths,
+    lane, ends, total, tiles, lengths,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr, VISIT: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """This program's share of the tiles with keys, or of those to FILL: its first item, the first place in it, and the
@@ -100,13 +103,13 @@ def share(
     start = tl.minimum((program * each).to(tl.int32), places)
     stop = tl.minimum(((program + 1) * each).to(tl.int32), places)
     stop = tl.where(program + 1 == tl.num_programs(0), places, stop)
-    item, before = _first(ends, start, 0, tiles, B, SCAN, VISIT, FILL)
+    item, before = _first(lane, ends, start, 0, tiles, B, SCAN, VISIT, FILL)
     blocks = groups * ((B + SCAN - 1) // SCAN)
     if blocks > 1:
         seen = tl.max(ends, axis=0)
         for block in range(1, blocks):
-            ends = _ends(block, seen, lengths, ROWS, BLOCK_N, SCAN, VISIT)
-            item_here, before_here = _first(ends, start, block, tiles, B, SCAN, VISIT, FILL)
+            ends = _ends(lane, block, seen, lengths, ROWS, BLOCK_N, SCAN, VISIT)
+            item_here, before_here = _first(lane, ends, start, block, tiles, B, SCAN, VISIT, FILL)
             item = tl.minimum(item, item_here)
             before = tl.maximum(before, before_here)
             seen = tl.max(ends, axis=0)

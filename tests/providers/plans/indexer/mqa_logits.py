@@ -16,6 +16,11 @@ from dsv4_backends.contract.models import FLASH
 def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     (one,) = launches
     grid, taken = one.grid, one.arguments
+    if "each" in taken:  # wgmma: tiles of 128 columns, dealt in the order of blocks of 4 rows
+        tiles, each, everything = taken["tiles"], taken["each"], taken["all_tiles"]
+        yield from (tiles * 128 >= taken["columns"], everything == -(-len(call["q"]) // 4) * tiles)
+        yield once(grid[0], each, everything)
+        return
     high, wide, chunk = tile_of(one, "ROWS"), tile_of(one, "BLOCK_N", "KEYS"), taken["chunk"]
     yield chunk % wide == 0
     if len(grid) == 2:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dsv4_backend_triton.launch import Launch
-from traffic import Arguments
+from traffic import Arguments, paged
+
+from dsv4_backends.contract.models import FLASH
 
 
 def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
@@ -13,3 +15,7 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     grid, taken = one.grid, one.arguments
     yield from (len(grid) == 1, grid[0] >= 1, taken["max_len"] == call["max_context_len"])
     yield (taken["B"], taken["next_n"]) == tuple(call["q"].shape[:2])
+
+
+def more_calls() -> Iterator[Arguments]:
+    yield from (paged(FLASH.rank(1), 3, next_n, 2000) for next_n in (2, 3))
