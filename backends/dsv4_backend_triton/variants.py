@@ -92,7 +92,7 @@ OPS = {
     "inverse_rope": Op("projection.inverse_rope", (_PORTABLE,), batch_invariant=True),
     "hc_prenorm_gemm": Op(
         "hyper_connection.hc_prenorm_gemm",
-        (Variant("wgmma", _SM_90), Variant("mma_sync", ("==8.*", "==12.*")), _PORTABLE),
+        (Variant("wgmma_tf32", _SM_90), Variant("wgmma", _SM_90), Variant("mma_sync", ("==8.*", "==12.*")), _PORTABLE),
     ),
 }
 

@@ -44,7 +44,7 @@ def test_it_serves_where_it_is_for(tree: Tree) -> None:
     launched: dict[str, Any] = json.loads(tree.run("python launched.py"))
     ours = [where for where, kernel in launched.items() if kernel == "_hc_tcgen05_kernel"]
     assert ours == ["10.0 65", "10.0 200", "10.3 65", "10.3 200"]
-    assert launched["9.0 200"] == "_hc_wgmma_kernel"
+    assert launched["9.0 200"] == "_hc_wgmma_tf32_kernel"
     assert launched["10.0 64"] == launched["12.0 200"] == "_hc_kernel"
 
 

@@ -10,7 +10,7 @@ from ..inputs import Draw
 from ..models import Rank
 from ..traffic import Arguments, Classes, Deployment, Need, Row, Shape, Traffic, meta
 
-TOKENS = (1, 32, 128, 1024, 8192)
+TOKENS = (1, 32, 128, 256, 600, 1024, 8192)
 
 
 def prenorm(tokens: int, k: int, n: int, num_splits: int | None = None) -> Arguments:
