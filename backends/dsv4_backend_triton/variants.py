@@ -68,6 +68,7 @@ OPS = {
         "sparse_mla.decode",
         (
             Variant("mma_sync", ("==8.*", "==9.0", "==12.*")),
+            Variant("wgmma_long", _SM_90),
             Variant("wgmma", _SM_90),
             Variant("staged", gluon=False),
             _PORTABLE,

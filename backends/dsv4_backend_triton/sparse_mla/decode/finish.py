@@ -9,6 +9,18 @@ from ...lib.gluon import block_index
 from ...lib.softmax import LN2, LOG2E
 from .gather import UNBIAS, place
 
+# The layout of the wgmma kernels' accumulators with the column bits inside a quad exchanged: a thread holds 8
+# neighbouring columns, so a few shuffles turn 4-byte stores into 16-byte ones.
+WGMMA_STORE = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 256]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], [0, 128]],
+        block_bases=[],
+        shape=[64, 512],
+    )
+)
+
 
 @gluon.jit
 def finish(

@@ -63,24 +63,25 @@ def schedule(at, lengths, KEYS: gl.constexpr, SINGLE: gl.constexpr):
 
 
 @gluon.jit
-def index_of(i, keys, share, indices, lengths):
-    """The indices of a tile, -1 beyond the width."""
+def index_of(i, keys, share, indices, lengths, KEYS: gl.constexpr):
+    """The indices of some keys of a tile of ``KEYS``, -1 beyond the width."""
     idx1, idx2 = indices
     _, _, _, _, topk1, topk2 = lengths
     one, tile = _tile_of(i, share)
-    k = tile * keys.shape[0] + keys
+    k = tile * KEYS + keys
     return gl.load(gl.where(one, idx1, idx2) + k, mask=k < gl.where(one, topk1, topk2), other=-1)
 
 
 @gluon.jit
-def find(i, index, keys, share, scopes):
-    """The address of each row of a tile (its first word), whether the row is valid, and its scale word."""
+def find(i, index, keys, share, scopes, KEYS: gl.constexpr):
+    """The address of each row of some keys of a tile (its first word), whether the row is valid, and its scale
+    word."""
     _, _, _, _, length1, length2 = share
     cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2 = scopes
     one, tile = _tile_of(i, share)
     page_size = gl.where(one, page1, page2)
     ok = (index >= 0) & (index < gl.where(one, slots1, slots2))
-    ok = ok & (tile * keys.shape[0] + keys < gl.where(one, length1, length2))
+    ok = ok & (tile * KEYS + keys < gl.where(one, length1, length2))
     safe = gl.where(ok, index, 0)
     page = safe >> gl.where(one, shift1, shift2)
     slot = safe & (page_size - 1)
@@ -92,7 +93,17 @@ def find(i, index, keys, share, scopes):
 
 
 @gluon.jit
-def _load_groups(start, ok, cols, FIRST: gl.constexpr, END: gl.constexpr):
+def load_rope(start, ok, cols_r):
+    """Issue the loads of the rope part of each row."""
+    offset = (cols_r + 112)[None, :]
+    rows_r: gl.constexpr = gl.SliceLayout(1, offset.type.layout)
+    start_r, ok_r = gl.convert_layout(start, rows_r), gl.convert_layout(ok, rows_r)
+    return gl.load(start_r[:, None] + offset, mask=ok_r[:, None], other=0)
+
+
+@gluon.jit
+def load_groups(start, ok, cols, FIRST: gl.constexpr, END: gl.constexpr):
+    """Issue the loads of some nope groups of each row."""
     row = start[:, None] + cols[None, :]
     groups = ()
     for group in gl.static_range(FIRST, END):
@@ -103,21 +114,18 @@ def _load_groups(start, ok, cols, FIRST: gl.constexpr, END: gl.constexpr):
 @gluon.jit
 def load_front(start, ok, cols):
     """Issue the loads of the first four nope groups of each row."""
-    return _load_groups(start, ok, cols, 0, 4)
+    return load_groups(start, ok, cols, 0, 4)
 
 
 @gluon.jit
 def load_back(start, ok, cols, cols_r):
     """Issue the loads of the other three, and of the rope part."""
-    groups = _load_groups(start, ok, cols, 4, 7)
-    offset = (cols_r + 112)[None, :]
-    rows_r: gl.constexpr = gl.SliceLayout(1, offset.type.layout)
-    start_r, ok_r = gl.convert_layout(start, rows_r), gl.convert_layout(ok, rows_r)
-    return groups, gl.load(start_r[:, None] + offset, mask=ok_r[:, None], other=0)
+    return load_groups(start, ok, cols, 4, 7), load_rope(start, ok, cols_r)
 
 
 @gluon.jit
 def _decode_group(raw, word, g: gl.constexpr):
+    """A nope group of each row, decoded: words of two bf16."""
     code = ((word >> (8 * g)) & 0xFF).to(gl.int32)
     bits = gl.where(code == 255, 0x7FC0, gl.minimum(code + 60, 254) << 7)
     factor, _ = gl.broadcast((bits * 0x10001)[:, None], raw)
@@ -128,9 +136,22 @@ def _decode_group(raw, word, g: gl.constexpr):
 
 
 @gluon.jit
-def _beside(left, right):
+def beside(left, right):
     """[N, D] and [N, D] to [N, 2 D]; no data moves between threads."""
     return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [left.shape[0], 2 * left.shape[1]])
+
+
+@gluon.jit
+def decode_tail(group, rope, word):
+    """The last nope group and the rope part of each row, beside each other."""
+    tail = gl.inline_asm_elementwise(BF16_TIMES_2_60TH, "=r,r", [rope], dtype=gl.int32, is_pure=True, pack=1)
+    return beside(gl.convert_layout(_decode_group(group, word, 6), rope.type.layout), tail)
+
+
+@gluon.jit
+def decode_pair(raw, word, g: gl.constexpr):
+    """Two nope groups of each row, beside each other."""
+    return beside(_decode_group(raw[g], word, g), _decode_group(raw[g + 1], word, g + 1))
 
 
 @gluon.jit
@@ -140,8 +161,5 @@ def deposit(keys32, bias, front, back, word, ok):
     groups = front + back
     bias.store(gl.where(ok, 0.0, float("-inf")))
     for i in gl.static_range(3):
-        pair = _beside(_decode_group(groups[2 * i], word, 2 * i), _decode_group(groups[2 * i + 1], word, 2 * i + 1))
-        keys32.slice(64 * i, 64, 1).store(pair)
-    tail = gl.inline_asm_elementwise(BF16_TIMES_2_60TH, "=r,r", [rope], dtype=gl.int32, is_pure=True, pack=1)
-    last = gl.convert_layout(_decode_group(groups[6], word, 6), rope.type.layout)
-    keys32.slice(192, 64, 1).store(_beside(last, tail))
+        keys32.slice(64 * i, 64, 1).store(decode_pair(groups, word, 2 * i))
+    keys32.slice(192, 64, 1).store(decode_tail(groups[6], rope, word))

@@ -127,11 +127,11 @@ def _decode_mma_sync_kernel(
     lengths, indices = (len1, len2, has_len1, has_len2, topk1, topk2), (idx1, idx2)
     share, here = schedule((b, split, splits), lengths, KEYS, False)
     scopes = cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2
-    index = index_of(0, keys, share, indices, lengths)
-    start, ok, word = find(0, index, keys, share, scopes)
+    index = index_of(0, keys, share, indices, lengths, KEYS)
+    start, ok, word = find(0, index, keys, share, scopes, KEYS)
     front = load_front(start, ok, cols)
     back = load_back(start, ok, cols, cols_r)
-    index = index_of(1, keys, share, indices, lengths)
+    index = index_of(1, keys, share, indices, lengths, KEYS)
 
     h = head0 + gl.arange(0, HEADS, gl.SliceLayout(1, q_lay))
     q_cols = gl.arange(0, 512, gl.SliceLayout(0, q_lay))
@@ -148,14 +148,14 @@ def _decode_mma_sync_kernel(
         deposit(k32, b_smem, front, back, word, ok)
         # The next tile is loaded in two parts: all of it at once does not fit the L1 cache that is left, and its loads
         # would delay the reads of shared memory.
-        start, ok, word = find(i + 1, index, keys, share, scopes)
+        start, ok, word = find(i + 1, index, keys, share, scopes, KEYS)
         front = load_front(start, ok, cols)
         logits = gl.zeros([HEADS, KEYS], gl.float32, mma)
         for c in gl.static_range(512 // _STEP):
             queries = q_smem.slice(_STEP * c, _STEP, 1).load(lhs)
             logits = mma_v2(queries, k_smem.slice(_STEP * c, _STEP, 1).permute((1, 0)).load(rhs), logits)
         back = load_back(start, ok, cols, cols_r)
-        index = index_of(i + 2, keys, share, indices, lengths)
+        index = index_of(i + 2, keys, share, indices, lengths, KEYS)
         logits = logits * scale_log2 + b_smem.load(gl.SliceLayout(0, mma))[None, :]
         m_new = gl.maximum(m_i, gl.max(logits, 1))
         p = gl.exp2(logits - m_new[:, None])

@@ -2,7 +2,7 @@
 
 Splits, order of tiles and partial results are those of the portable kernel. Decoding and products run at the same time
 and slow each other down: on the H200 (128 queries of 128 heads) either role alone takes about 0.7 of the time of both.
-Prefetching the rows to L2 before their gather was slower.
+Prefetching the rows to L2 before their gather was slower. Splits of many tiles are left to ``wgmma_long``.
 
     role       warps                      registers   does
     consumer   8                          the rest    S = Q K^T (32 keys a warpgroup), the softmax, O += P V (256
@@ -43,7 +43,7 @@ from ...lib.gluon import FROM_3_9, async_load, launch_dependents, reinterpret
 from ...lib.sizes import cdiv
 from ...lib.softmax import NEGATIVE
 from .combine import launch_splits
-from .finish import finish
+from .finish import WGMMA_STORE, finish
 from .gather import columns, deposit, find, index_of, load_back, load_front, place, schedule
 from .plan import ANY_ALIGNMENT, MOST_SPLITS, Call, Plan, Shape, Tile, splits_for
 
@@ -87,8 +87,8 @@ def _loader(smem, bars, at, indices, lengths, scopes, SINGLE: gl.constexpr, WARP
     k_full, k_empty = bars
     keys, cols, cols_r = columns(_KEYS, WARPS)
     share, here = schedule(at, lengths, _KEYS, SINGLE)
-    index = index_of(0, keys, share, indices, lengths)
-    start, ok, word = find(0, index, keys, share, scopes)
+    index = index_of(0, keys, share, indices, lengths, _KEYS)
+    start, ok, word = find(0, index, keys, share, scopes, _KEYS)
     front = load_front(start, ok, cols)
     back = load_back(start, ok, cols, cols_r)
     if SINGLE:
@@ -97,16 +97,16 @@ def _loader(smem, bars, at, indices, lengths, scopes, SINGLE: gl.constexpr, WARP
     else:
         slot = 0
         phase = 0
-        index = index_of(1, keys, share, indices, lengths)
+        index = index_of(1, keys, share, indices, lengths, _KEYS)
         for i in range(here):
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
             deposit(k32.index(slot), b_smem.index(slot), front, back, word, ok)
             # The fence comes before the next loads are issued, since it would wait for them.
             ring.publish(k_full.index(slot))
-            start, ok, word = find(i + 1, index, keys, share, scopes)
+            start, ok, word = find(i + 1, index, keys, share, scopes, _KEYS)
             front = load_front(start, ok, cols)
             back = load_back(start, ok, cols, cols_r)
-            index = index_of(i + 2, keys, share, indices, lengths)
+            index = index_of(i + 2, keys, share, indices, lengths, _KEYS)
             slot ^= 1
             phase = gl.where(slot == 0, phase ^ 1, phase)
 
@@ -205,16 +205,7 @@ def _consumer(
 
     l_i = gl.convert_layout(gl.sum(l_parts, 1), o_rows)
     m_i = gl.convert_layout(m_i, o_rows)
-    # The accumulator's layout with the column bits inside a quad exchanged: a thread holds 8 neighbouring columns, so a
-    # few shuffles turn 4-byte stores into 16-byte ones.
-    store: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 256]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [0, 128]],
-        block_bases=[],
-        shape=[64, 512],
-    )
-    finish(acc, m_i, l_i, here, results, sizes, has_sink, SPLIT, store, True)
+    finish(acc, m_i, l_i, here, results, sizes, has_sink, SPLIT, WGMMA_STORE, True)
 
 
 @entry(gluon.jit, "has_sink", any_alignment=ANY_ALIGNMENT)
