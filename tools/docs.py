@@ -62,7 +62,6 @@ BENCH_PATH = "h200-bench-attention-path.json"
 BENCH_PATH_CODE = "h200-bench-attention-path-code-sm_80.json"
 SAME_BYTES = "h200-same-bytes.json"
 TOPK = "h200-topk.json"
-PLAIN_GEMM = "h200-plain-gemm-code-sm_80.json"
 FLOOR = "h200-launch-floor.json"
 
 SERVED_LOGPROBS = "h200-served-logprobs.json"
@@ -615,17 +614,6 @@ def topk_times() -> str:
     return f"{_measured_on(result)}\n\n{table(header, rows)}"
 
 
-def plain_gemm() -> str:
-    """Ops of matrix products next to a plain bf16 GEMM, both with SM80's instructions."""
-    result = records.read(kept.PlainGemm, _kept(PLAIN_GEMM))
-    rows = [
-        (code(r.op), r.name, f"{r.us:.1f}", f"{r.tflops:.0f}", f"{r.plain:.0f}", f"{r.tflops / r.plain:.2f}")
-        for r in result.rows
-    ]
-    header = ("op", "row", "`triton`, µs", "TFLOP/s", "plain GEMM, TFLOP/s", "share")
-    return f"{_measured_on(result)}\n\n{table(header, rows)}"
-
-
 def launch_floor() -> str:
     """Small calls next to empty kernels of the same grids, and to such with dependent reads."""
     result = records.read(kept.Floor, _kept(FLOOR))
@@ -1020,7 +1008,6 @@ PARTS: dict[str, Callable[[], str]] = {
         performance_path,
         launch_floor,
         same_bytes,
-        plain_gemm,
         topk_times,
         provider_fields,
         providers,

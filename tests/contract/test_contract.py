@@ -110,6 +110,27 @@ def test_costs_by_hand() -> None:
         1.0,
     )
     assert prefill.flops == 4 * 4096 * 64 * 640 * 512
+    short = CONTRACTS["sparse_mla_prefill"].cost(
+        torch.empty(2, 64, 512, dtype=torch.bfloat16),
+        torch.empty(32768, 512, dtype=torch.bfloat16),
+        torch.empty(2, 640, dtype=torch.int32),
+        1.0,
+        topk_length=torch.tensor([128, 700], dtype=torch.int32),
+    )
+    assert short.flops == 4 * 64 * (128 + 640) * 512
+    assert short.bytes == 4 * 2 * 64 * 512 + 2 * (128 + 640) * 512 + 4 * (128 + 640) + 8 * 2 * 64
+    decode = CONTRACTS["sparse_mla_decode"].cost(
+        torch.empty(2, 3, 64, 512, dtype=torch.bfloat16),
+        torch.empty(100, 64, 584, dtype=torch.uint8),
+        torch.empty(2, 3, 128, dtype=torch.int32),
+        1.0,
+        topk_length=torch.tensor([128, 0], dtype=torch.int32),
+        extra_k_cache=torch.empty(1, 2, 584, dtype=torch.uint8),
+        extra_indices=torch.empty(2, 3, 8192, dtype=torch.int32),
+        extra_topk_length=torch.tensor([10, -1], dtype=torch.int32),
+    )
+    assert decode.flops == 4 * 64 * 3 * 138 * 512
+    assert decode.bytes == 4 * 6 * 64 * 512 + 584 * (3 * 128 + 2) + 4 * 3 * 138 + 4 * 6 * 64
     einsum = CONTRACTS["fp8_einsum"].cost(
         torch.empty(1, 8, 4096, dtype=E4M3, **meta),
         torch.empty(1, 8, 32, **meta),

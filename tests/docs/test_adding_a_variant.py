@@ -66,7 +66,10 @@ def test_the_commands_that_choose(tree: Tree) -> None:
     listed = shown(tree, "dsv4-backends list --device sm_100")
     assert re.search(r"^hc_prenorm_gemm +triton +portable", listed, re.MULTILINE)
     explained = shown(tree, "dsv4-backends explain hc_prenorm_gemm --device sm_100")
-    assert "kernels: tcgen05 (==10.*), wgmma (==9.0), mma_sync (==8.* or ==12.*), portable (>=8.0)" in explained
+    assert (
+        "kernels: tcgen05 (==10.*), wgmma_tf32 (==9.0), wgmma (==9.0), mma_sync (==8.* or ==12.*), portable (>=8.0)"
+        in explained
+    )
     checked = shown(tree, "dsv4-backends check --model flash --device sm_100")
     assert re.search(r"^hc_prenorm_gemm .* triton +portable", checked, re.MULTILINE)
 

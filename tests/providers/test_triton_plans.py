@@ -33,7 +33,8 @@ def recorded(op: str, capability: str) -> list[tuple[Arguments, list[Launch]]]:
     calls = [call for rank in RANKS for call in served(op, rank, LIMITS, 40)]
     for rank in RANKS:  # and as warm-up has them, around each size from which on another kernel serves
         calls += serving.calls(op, rank, Limits(max_tokens=300, max_requests=3, max_context=2000))
-    return [(call, list(ahead.record(op, [call], arch))) for call in (*calls, *plans.unusual(op))]
+    others = (*plans.unusual(op), *plans.more_calls(op))
+    return [(call, list(ahead.record(op, [call], arch))) for call in (*calls, *others)]
 
 
 def variant_of(op: str, launch: Launch) -> str:

@@ -265,13 +265,28 @@ def cost_gather(
     return Cost(flops=448.0 * entries, bytes=entries * (KV_BYTES + 2 * HEAD_DIM) + tables, math="bf16")
 
 
-def cost_prefill(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, **optional: Any) -> Cost:
+def _entries(indices: Tensor, length: Tensor | None, each: int = 1) -> float:
+    """The entries of index rows that count; each length is that of ``each`` rows."""
+    if length is None:
+        return float(indices.numel())
+    return each * float(length.clamp(0, indices.shape[-1]).sum())
+
+
+def cost_prefill(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    *,
+    topk_length: Tensor | None = None,
+    **optional: Any,
+) -> Cost:
     s_q, h_q, _ = q.shape
-    topk = indices.shape[-1]
-    rows = min(kv.shape[0], s_q * topk)
+    entries = _entries(indices, topk_length)
+    rows = min(kv.shape[0], entries)
     return Cost(
-        flops=4.0 * s_q * h_q * topk * HEAD_DIM,
-        bytes=4.0 * s_q * h_q * HEAD_DIM + 2.0 * rows * HEAD_DIM + 4.0 * s_q * topk + 8.0 * s_q * h_q,
+        flops=4.0 * h_q * entries * HEAD_DIM,
+        bytes=4.0 * s_q * h_q * HEAD_DIM + 2.0 * rows * HEAD_DIM + 4.0 * entries + 8.0 * s_q * h_q,
         math="bf16",
     )
 
@@ -282,21 +297,25 @@ def cost_decode(
     indices: Tensor,
     sm_scale: float,
     *,
+    topk_length: Tensor | None = None,
     extra_k_cache: Tensor | None = None,
     extra_indices: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
     **optional: Any,
 ) -> Cost:
     from ..layouts import KV_BYTES
 
     b, s_q, h_q, _ = q.shape
-    keys, kv_bytes = 0, 0.0
-    for cache, index in ((k_cache, indices), (extra_k_cache, extra_indices)):
+    entries, kv_bytes = 0.0, 0.0
+    scopes = ((k_cache, indices, topk_length), (extra_k_cache, extra_indices, extra_topk_length))
+    for cache, index, length in scopes:
         if cache is not None and index is not None:
-            keys += index.shape[-1]
-            kv_bytes += KV_BYTES * min(index.numel(), cache.shape[0] * cache.shape[1])
+            count = _entries(index, length, s_q)
+            entries += count
+            kv_bytes += KV_BYTES * min(count, cache.shape[0] * cache.shape[1])
     return Cost(
-        flops=4.0 * b * s_q * h_q * keys * HEAD_DIM,
-        bytes=4.0 * b * s_q * h_q * HEAD_DIM + kv_bytes + 4.0 * b * s_q * (keys + h_q),
+        flops=4.0 * h_q * entries * HEAD_DIM,
+        bytes=4.0 * b * s_q * h_q * HEAD_DIM + kv_bytes + 4.0 * entries + 4.0 * b * s_q * h_q,
         math="bf16",
     )
 
