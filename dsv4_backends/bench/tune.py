@@ -86,8 +86,10 @@ def chosen(table: Table, result: Result) -> Result:
 
     def auto(row: Row) -> str | None:
         names = [name for name in result.order.get(row.op, ()) if name in row.rivals]
+        if len(names) < 2:
+            return next(iter(names), None)
         found = measured.preferred(table.named, row.op, measured.CLASSES[row.op].of_row(row.params))
-        return found.prefer if found is not None and found.prefer in names else next(iter(names), None)
+        return found.prefer if found is not None and found.prefer in names else names[0]
 
     return dataclasses.replace(result, rows=tuple(dataclasses.replace(row, auto=auto(row)) for row in result.rows))
 
