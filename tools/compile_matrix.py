@@ -83,7 +83,9 @@ class Asked(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{label(self.launch)} warps={self.launch.options['num_warps']}{self.types}"
+        options = self.launch.options
+        registers = f" maxnreg={options['maxnreg']}" if "maxnreg" in options else ""
+        return f"{label(self.launch)} warps={options['num_warps']}{registers}{self.types}"
 
 
 def _types(launch: Launch) -> list[str]:
