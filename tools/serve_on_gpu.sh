@@ -7,7 +7,8 @@
 #   STEP    WHAT:RUN; WHAT is logprobs, speed, mtp or long, and RUN is native, chunks (native, with prefill chunks of
 #           64 tokens), triton, torch (the reference), auto, sm_80, sm_86 or sm_89. Several steps that are joined by
 #           commas run at a time, on one GPU.
-# Environment: LOGPROBS, SPEED, MTP and LONG, more arguments of tools/serve/serve.py; STEP_S, seconds for a step (280).
+# Environment: LOGPROBS, SPEED, MTP and LONG, more arguments of tools/serve/serve.py; STEP_S, seconds for a step (420: a
+# run of speed with cold caches takes more than 5 minutes).
 # An architecture's run pins Triton, and vLLM sees its compute capability; Triton compiles its instructions.
 set -uo pipefail
 out=$(realpath -m "$2")
@@ -50,7 +51,7 @@ step() { # WHAT RUN
   if [ "$1" != speed ]; then settings+=(VLLM_ENABLE_V1_MULTIPROCESSING=0); fi
   if [ "$2" = chunks ]; then more="$more --chunk 64"; fi
   # shellcheck disable=SC2086
-  setsid timeout -k 10 "${STEP_S:-280}" env "${settings[@]}" python3 tools/serve/serve.py "$1" "$out/$1-$2.json" $more > "$out/$1-$2.log" 2>&1 &
+  setsid timeout -k 10 "${STEP_S:-420}" env "${settings[@]}" python3 tools/serve/serve.py "$1" "$out/$1-$2.json" $more > "$out/$1-$2.log" 2>&1 &
   local session=$!
   wait $session
   echo "$1 $2: exit $? at $(date +%T)"

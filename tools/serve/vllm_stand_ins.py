@@ -3,7 +3,8 @@
 - With our hook off: without TileLang, vLLM's hyper-connections run in plain PyTorch (slow); without the CuTe DSL, its
   head-512 compressor is vLLM's own Triton kernel. Our hook replaces both by itself.
 - Dummy weights get the variance of trained ones: the standard +-0.001 makes attention and logits flat.
-- TileLang's kernels are compiled in as many processes as there are cores; vLLM compiles one after another.
+- TileLang's kernels are compiled in as many processes as there are cores, unless its cache has them; vLLM compiles one
+  after another.
 - SERVE_CAPABILITY=8.0 makes vLLM see that compute capability.
 """
 
@@ -19,6 +20,7 @@ import sys
 import types
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,7 +122,9 @@ def compile_side_by_side() -> None:
 
     def compile_many(self: Any, keys: Iterable[Any]) -> None:
         keys = list(keys)
-        processes = min(len(keys) // FEW_KEYS, os.cpu_count() or 1)
+        cache = Path(os.environ.get("TILELANG_CACHE_DIR", Path.home() / ".tilelang" / "cache"))
+        cold = sum(1 for _ in cache.rglob("executable.so")) < len(keys)
+        processes = min(len(keys) // FEW_KEYS, os.cpu_count() or 1) if cold else 0
         shares = [pickle.dumps([(type(self), key) for key in keys[i::processes]]) for i in range(processes)]
         command = [sys.executable, "-c", COMPILE]
         started = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in shares]
