@@ -1,4 +1,4 @@
-"""One variant with one launch configuration, whatever the plan says."""
+"""One variant of an op, whichever is planned."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from dsv4_backend_triton import variants
 
 
 @contextmanager
-def forced(op: str, name: str, config: Any) -> Iterator[None]:
-    """Within the block, calls of an op are served by this variant with this configuration."""
-    choices, launch = variants._choices, variants.load(op, name).launch
+def forced(op: str, name: str, config: Any = None) -> Iterator[None]:
+    """Within the block, calls of an op are served by this variant, with this configuration or the one that it plans."""
+    choices, module = variants._choices, variants.load(op, name)
 
     def one(which: str, shape: Any) -> Any:
-        return ((None, launch, config),) if which == op else choices(which, shape)
+        if which != op:
+            return choices(which, shape)
+        return ((None, module.launch, module.plan(shape) if config is None else config),)
 
     with mock.patch.object(variants, "_choices", one):
         yield
