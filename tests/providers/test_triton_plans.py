@@ -6,6 +6,7 @@ That each compiles and fits the shared memory of its architecture is tools/compi
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 
 import plans
@@ -18,6 +19,7 @@ from dsv4_backend_triton.launch import Launch, recording
 from packaging.version import Version
 from traffic import Arguments, Limits, served
 
+from dsv4_backends import CONTRACTS, OPS
 from dsv4_backends.contract.models import FLASH, PRO
 from dsv4_backends.selection.capability import Support, support
 
@@ -111,3 +113,20 @@ def test_unusual_calls_are_the_plain_kernels(op: str) -> None:
         for call in plans.unusual(op):
             first = next(iter(ahead.record(op, [call], arch)))
             assert variant_of(op, first) in plain, (capability, first.kernel.__name__)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tensor_map_stays_within_its_tensor(op: str) -> None:
+    """For every case of the contract: also where rows overlap, or one is repeated."""
+    contract, arch, launches = CONTRACTS[op], arch_from_capability(Version("9.0")), []
+    home = importlib.import_module(f"{variants.__package__}.{variants.OPS[op].folder}.op")
+    for case in contract.at_level("default"):
+        made = contract.inputs(case, "cpu")
+        with recording(launches.append, arch), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(home, "arch_of", lambda _: arch)
+            getattr(home, op)(**made)
+    maps = [value for one in launches for value in one.arguments.values() if hasattr(value, "block_shape")]
+    for found in maps:
+        reach = sum((size - 1) * stride for size, stride in zip(found.shape, found.strides, strict=True)) + 1
+        base, size = found.base, found.base.element_size()
+        assert base.storage_offset() * size + reach * size <= base.untyped_storage().nbytes(), (op, found)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.util
 import math
@@ -130,8 +131,8 @@ def compile_side_by_side() -> None:
         started = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in shares]
         for process, share in zip(started, shares, strict=True):
             assert process.stdin is not None
-            process.stdin.write(share)
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # its exit code says that it ended early
+                process.stdin.write(share)
         failed = [code for process in started if (code := process.wait())]
         if failed:
             print(f"{type(self).__name__}: {len(failed)} of {processes} processes failed", flush=True)

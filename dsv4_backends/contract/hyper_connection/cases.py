@@ -28,6 +28,8 @@ def make(
     if layout == "strided":
         x = draw.spread(x)
     moved: dict[str, Any] = {"x": draw.move(x, device), "fn": draw.move(fn, device)}
+    if layout == "repeated":  # one row in the memory
+        moved = {name: value[:1].clone().expand_as(value) for name, value in moved.items()}
     return moved | ({"num_splits": num_splits} if num_splits is not None else {})
 
 
@@ -55,6 +57,8 @@ def _cases() -> tuple[Case, ...]:
         case("splits", "smoke", m=5, k=1024, num_splits=5),
         case("more splits than blocks", "smoke", m=3, k=192, num_splits=7),
         case("strided", "smoke", m=6, k=320, layout="strided"),
+        case("repeated row", "smoke", m=5, k=320, layout="repeated"),
+        case("many repeated rows", "default", m=300, k=1024, layout="repeated"),
         case("many rows, more splits than blocks", "default", m=300, k=192, num_splits=7),
         case("many rows, few columns", "default", m=261, k=448, n=5, layout="strided"),
     ]

@@ -152,6 +152,8 @@ def make_mqa(
     made = {"q": q, "k": k, "k_scale": k_scale, "weights": weights}
     made |= {"row_starts": starts.int(), "row_ends": ends.int()}
     moved: dict[str, Any] = {name: draw.move(value, device) for name, value in made.items()}
+    if layout == "repeated":  # one key in the memory
+        moved["k"] = moved["k"][:1].clone().expand_as(moved["k"])
     return moved | ({"max_seqlen_k": compressed} if compressed is not None else {})
 
 
@@ -342,6 +344,8 @@ MQA = (
     _case("compressed", "smoke", m=9, n=150, h=16, d=64, ranges="random", compressed=150),
     _case("compressed and cut", "smoke", m=9, n=150, h=16, d=64, ranges="random", compressed=40),
     _case("strided", "smoke", m=7, n=65, h=8, d=64, ranges="random", layout="strided"),
+    _case("repeated key", "smoke", m=5, n=65, h=8, d=64, layout="repeated"),
+    _case("many repeated keys", "default", m=9, n=700, layout="repeated"),
     _case("hostile values", "smoke", m=40, n=65, h=8, d=64, ranges="any"),
     _case("hostile values compressed", "smoke", m=40, n=65, h=8, d=64, ranges="any", compressed=90),
     _case("v4", "default", m=33, n=513),

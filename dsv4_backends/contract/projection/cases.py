@@ -53,7 +53,10 @@ def make_einsum(
         raw.view(torch.uint8).fill_(draw.POISON)
         x_scale = raw[..., :b].copy_(x_scale.permute(1, 2, 0)).permute(2, 0, 1)
     made = {"x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
-    return {name: draw.move(value, device) for name, value in made.items()}
+    made = {name: draw.move(value, device) for name, value in made.items()}
+    if layout == "repeated":  # one token and one group of weights in the memory
+        made |= {name: made[name][:1].clone().expand_as(made[name]) for name in ("x", "w")}
+    return made
 
 
 def make_inverse(
@@ -145,6 +148,8 @@ def _einsum_cases() -> tuple[Case, ...]:
         case("rows", "smoke", b=2, h=2, r=256, d=130, per_row=True),
         case("any fp32", "smoke", b=6, h=2, r=384, d=256, scales="any fp32"),
         case("contiguous", "smoke", b=6, h=2, r=384, d=256, layout="contiguous"),
+        case("repeated token", "smoke", b=5, h=3, r=256, d=128, layout="repeated"),
+        case("many repeated tokens", "default", b=130, h=2, r=256, d=128, layout="repeated"),
     ]
     for model in (FLASH, PRO):
         short = model.name.rpartition("-")[2].lower()

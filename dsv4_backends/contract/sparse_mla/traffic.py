@@ -270,6 +270,15 @@ def _draw_gather(draw: Draw, *, r: int, entries: int) -> Arguments:
     }
 
 
+def _selected(draw: Draw, keys: Tensor, *shape: int) -> Tensor:
+    """Numbers of keys below ``keys`` for each row: drawn, or all in order where they fit. Further places have any."""
+    import torch
+
+    place = draw.range(shape[-1])
+    drawn = draw.integers(0, 1 << 30, *shape) % keys.clamp(min=1)
+    return torch.where(keys <= shape[-1], torch.minimum(place, (keys - 1).clamp(min=0)), drawn)
+
+
 def _draw_prefill(
     draw: Draw,
     *,
@@ -288,11 +297,8 @@ def _draw_prefill(
     kv = draw.normal(compressed + window + s_q, HEAD_DIM, dtype="bfloat16")
     back = draw.range(window) + 1 - window
     near = compressed + window + draw.range(s_q).unsqueeze(1) + back
-    seen = draw.full(compressed, s_q) if start else draw.range(s_q) // INDEXER_RATIO
-    if selected == compressed:  # all of them
-        far = draw.range(selected).expand(s_q, -1)
-    else:
-        far = draw.integers(0, 1 << 30, s_q, selected) % seen.clamp(min=1).unsqueeze(1)
+    seen = (draw.full(compressed, s_q) if start else (draw.range(s_q) + 1) // INDEXER_RATIO).unsqueeze(1)
+    far = _selected(draw, seen, s_q, selected)
     indices = torch.cat([near, far], 1)
     arguments = {
         "q": draw.normal(s_q, h_q, HEAD_DIM, dtype="bfloat16"),
@@ -304,7 +310,7 @@ def _draw_prefill(
     if start and not width:
         return arguments
     inside = start + draw.range(s_q).unsqueeze(1) + back >= 0
-    valid = torch.cat([inside, draw.range(selected) < seen.unsqueeze(1)], 1)
+    valid = torch.cat([inside, draw.range(selected) < seen], 1)
     first = valid.int().argsort(dim=1, descending=True, stable=True)
     rows = draw.full(-1, s_q, width or window + selected)
     rows[:, : indices.shape[1]] = torch.where(valid, indices, -1).gather(1, first).int()
@@ -356,10 +362,7 @@ def _draw_decode(
     near = first + draw.range(s_q).view(1, s_q, 1) + draw.range(window)
     far_page = BLOCK // ratio
     far_table = draw.pages(b, max(1, -(-int(far_keys.max()) // far_page)))
-    if selected < compressed:
-        far = draw.integers(0, 1 << 30, b, s_q, selected) % far_keys.clamp(min=1).view(b, 1, 1)
-    else:  # all of them
-        far = torch.minimum(draw.range(selected), (far_keys - 1).clamp(min=0).view(b, 1, 1)).expand(b, s_q, -1)
+    far = _selected(draw, far_keys.view(b, 1, 1), b, s_q, selected)
     far_slots = slots(far_table, far, far_page)
     far_slots = torch.where(draw.range(selected) < far_count.view(b, 1, 1), far_slots, -1)
     return {

@@ -18,7 +18,7 @@ rows keep fewer multiprocessors busy; with more, many rows write more partials."
 
 
 class Shape(NamedTuple):
-    """All that a plan depends on. ``aligned``: rows of x and fn lie on 16-byte boundaries."""
+    """All that a plan depends on. ``aligned``: rows of x and fn lie on 16-byte boundaries and do not overlap."""
 
     arch: Arch
     m: int
@@ -87,6 +87,7 @@ def hc_prenorm_gemm(
         return out, sqr_sum
     aligned = x.stride(0) % 8 == 0 and fn.stride(0) % 4 == 0
     aligned = aligned and x.data_ptr() % 16 == 0 and fn.data_ptr() % 16 == 0
+    aligned = aligned and (m == 1 or x.stride(0) >= k) and (n == 1 or fn.stride(0) >= k)
     shape = Shape(arch_of(x.device), m, n, k, aligned, batch_invariant)
     variants.run("hc_prenorm_gemm", Call(shape, x, fn, num_splits, out, sqr_sum))
     return out, sqr_sum

@@ -42,7 +42,8 @@ def launch(call: Call, config: Config) -> None:
     (m, h, d), n, n_cols = q.shape, k.shape[0], out.shape[1]
     block_d = padded(h, d)[1]
     aligned = q.stride(0) % 16 == 0 and q.stride(1) % 16 == 0 and k.stride(0) % 16 == 0
-    tma = config.tma and k.stride(0) % 16 == 0 and k.data_ptr() % 16 == 0 and n > 0 and d == block_d
+    apart = n == 1 or (n > 1 and k.stride(0) >= d)
+    tma = config.tma and k.stride(0) % 16 == 0 and k.data_ptr() % 16 == 0 and apart and d == block_d
     k_src = TensorDescriptor(k, [n, d], [k.stride(0), 1], [config.block_n, block_d]) if tma else k
     row_blocks = cdiv(m, config.rows)
     chunk = chunk_of(n_cols, row_blocks, config, shape.arch.sms)

@@ -46,6 +46,7 @@ KEYS = gl.constexpr(128)  # two products
 DIM = gl.constexpr(128)
 ROWS = gl.constexpr(4)  # queries of a block
 FEWEST_ROWS = 4
+MOST_KEYS = 2**31 - 2**16  # and columns: a program's last tiles lie behind both, and places are int32
 
 
 class Config(NamedTuple):
@@ -60,11 +61,12 @@ def plan(shape: Shape) -> Config | None:
 
 
 def takes(call: Call) -> bool:
-    """Contiguous queries, and keys on 16-byte boundaries."""
+    """Contiguous queries, and keys on 16-byte boundaries, not too many."""
     q, k = call.q, call.k
     contiguous = q.stride(2) == 1 and q.stride(1) == 128 and q.stride(0) == 8192
     pointers = (q.data_ptr() | k.data_ptr()) % 16 == 0
-    return contiguous and pointers and k.stride(0) % 16 == 0 and k.stride(0) >= 128 and k.shape[0] > 0
+    plain = contiguous and pointers and k.stride(0) % 16 == 0 and k.stride(0) >= 128
+    return plain and 0 < k.shape[0] < MOST_KEYS - call.out.shape[1]
 
 
 def launch(call: Call, config: Config) -> None:

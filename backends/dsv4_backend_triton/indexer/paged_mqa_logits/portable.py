@@ -48,7 +48,8 @@ def launch(call: Call, config: Config) -> None:
     block_d = padded(h, d)[1]
     aligned = page_stride % 16 == 0 and all(s % 16 == 0 for s in q.stride()[:3])
     k_mode, k_desc = 0 if page_size % config.block_n else 1, None
-    if k_mode and config.tma and d == block_d and page_stride % 16 == 0 and k_cache.data_ptr() % 16 == 0 and pages:
+    whole = pages > 0 and (pages == 1 or page_stride >= page_size * d)
+    if k_mode and config.tma and d == block_d and page_stride % 16 == 0 and k_cache.data_ptr() % 16 == 0 and whole:
         k_mode, box = 2, [1, config.block_n, block_d]
         k_desc = TensorDescriptor(k_cache.view(arch.fp8_view), [pages, page_size, d], [page_stride, d, 1], box)
     # As many programs as run at once, which the registers limit, and not more than there are places.

@@ -47,6 +47,7 @@ from .schedule import FEW, MANY, count_places, item_of, part, share, tiles_of
 
 KEYS = HALF  # of a page
 DIM = gl.constexpr(128)
+MOST_COLUMNS = 2**31 - 2**16  # the last tile lies behind them, and places are int32
 _PAGE = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=3)
 _SCALES = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
 
@@ -75,7 +76,8 @@ def takes(call: Call) -> bool:
     """Contiguous queries, and pages of 64 keys on 16-byte boundaries."""
     q, cache = call.q, call.k_cache
     dense = q.is_contiguous() and (q.data_ptr() | cache.data_ptr() | cache.stride(0)) % 16 == 0
-    return dense and cache.shape[0] > 0 and cache.shape[1] == 64 and cache.stride(0) >= 64 * 132
+    pages = cache.shape[0] > 0 and cache.shape[1] == 64 and cache.stride(0) >= 64 * 132
+    return dense and pages and call.out.shape[1] < MOST_COLUMNS
 
 
 def launch(call: Call, config: Config) -> None:

@@ -82,7 +82,8 @@ def indexer_topk(
 ) -> Tensor:
     """See ``dsv4_backends.ops.indexer_topk``. The workspace is the logits of some rows, at most 256 MiB.
 
-    If ``max_seqlen_k`` is not below the number of keys, the logits are in the full form, which has faster kernels.
+    If ``max_seqlen_k`` is not below the number of keys, the logits are in the full form. Its kernels
+    are at least as fast.
     """
     m, n = q.shape[0], k.shape[0]
     width = None if max_seqlen_k is None or max_seqlen_k >= n else max_seqlen_k

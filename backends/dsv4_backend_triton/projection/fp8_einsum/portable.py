@@ -54,6 +54,9 @@ def launch(call: Call, config: Config) -> None:
     x, w, out, arch = call.x, call.w, call.out, call.shape.arch
     (b, h, r), d = x.shape, w.shape[1]
     tma = config.tma and call.operands_aligned and x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0
+    # A tensor map needs vectors that do not overlap.
+    tma = tma and (b == 1 or x.stride(0) >= r) and (d == 1 or w.stride(1) >= r)
+    tma = tma and (h == 1 or min(x.stride(1), w.stride(0)) >= r)
     x_src, w_src = x, w
     if tma:
         x_b, x_h, w_h, w_d = (max(stride, 16) for t in (x, w) for stride in t.stride()[:2])

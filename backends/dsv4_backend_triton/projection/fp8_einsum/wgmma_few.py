@@ -42,6 +42,7 @@ OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens a
 LINE = gl.constexpr(32)  # the least scales of a box: its place is a multiple of 128 bytes
 FEWEST_TOKENS = 17
 _TILES = 16, 32, 64  # tokens
+_MOST_HEADS = 65535  # of a grid
 
 
 class Config(NamedTuple):
@@ -57,7 +58,7 @@ def plan(shape: Shape) -> Config | None:
     """A block takes the time of streaming its rows of w, which is shorter if more multiprocessors read. So the tile is
     the narrowest of which every block has a multiprocessor of its own. Roles: ``few`` if the rows of w occupy at most
     half of the multiprocessors, else ``alone``. Where no tile is so wide, two blocks share a multiprocessor."""
-    if shape.w_rows or shape.batch_invariant:
+    if shape.w_rows or shape.batch_invariant or shape.h > _MOST_HEADS:
         return None
     columns = cdiv(shape.d, OUTPUTS.value) * shape.h
     few = 2 * columns <= shape.arch.sms
