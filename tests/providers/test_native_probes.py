@@ -354,9 +354,12 @@ def test_a_call_binds_the_library_or_says_why_not(
     assert (name, function.__module__) == ("deep_gemm", "dsv4_backend_deep_gemm.hyper_connection")
 
 
-def test_the_commands_report_it(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_report_it(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dsv4_backends.commands import cli
 
+    monkeypatch.setenv("DSV4_BACKENDS_MEASURED", "0")
     deep_gemm(site)
     flash_mla(site)
     flash_mla(site, "sgl-flash-mla")
