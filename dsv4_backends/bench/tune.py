@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..contract.traffic import Shape
 from ..errors import PolicyError
 from ..selection import preferences as measured
 from ..selection.preferences import Entry, Source, Table
@@ -48,12 +49,7 @@ def tune(results: Sequence[Result]) -> Table:
     points: dict[tuple[str, str], dict[int, list[_Found]]] = defaultdict(lambda: defaultdict(list))
     for found_row in rows.values():
         row = found_row.row
-        try:
-            classes = measured.CLASSES[row.op]
-            name, load = classes.read(*classes.of_row(row.params))
-        except (KeyError, TypeError) as error:
-            cause = f"{type(error).__name__}: {error}"
-            raise PolicyError(f"tune: {row.op} {row.name}: expected a row of this version's bench ({cause})") from error
+        name, load = measured.CLASSES[row.op].read(*_shapes(row))
         points[row.op, name][load].append(found_row)
     return Table(
         schema_version=measured.SCHEMA_VERSION,
@@ -82,16 +78,28 @@ def chosen(table: Table, result: Result) -> Result:
     """The result with the automatic choice that ``table`` gives on each row, in place of the one when it was measured.
 
     A table does not change how long a provider takes, so one run both makes it and says how good it is.
+
+    Raises:
+        PolicyError: a row is not of this version's bench.
     """
 
     def auto(row: Row) -> str | None:
         names = [name for name in result.order.get(row.op, ()) if name in row.rivals]
         if len(names) < 2:
             return next(iter(names), None)
-        found = measured.preferred(table.named, row.op, measured.CLASSES[row.op].of_row(row.params))
+        found = measured.preferred(table.named, row.op, _shapes(row))
         return found.prefer if found is not None and found.prefer in names else names[0]
 
     return dataclasses.replace(result, rows=tuple(dataclasses.replace(row, auto=auto(row)) for row in result.rows))
+
+
+def _shapes(row: Row) -> tuple[Shape, Shape]:
+    """The shapes of a row that its class is read from."""
+    try:
+        return measured.CLASSES[row.op].of_row(row.params)
+    except (KeyError, TypeError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise PolicyError(f"tune: {row.op} {row.name}: expected a row of this version's bench ({cause})") from error
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,14 @@ def test_every_result_is_computed_once(op: str, capability: str) -> None:
         assert all(checks), (checks, told, shapes)
 
 
+@pytest.mark.parametrize("op", variants.OPS)
+def test_grids_are_launched(op: str) -> None:
+    """CUDA takes 2^31 - 1, 65535 and 65535 blocks."""
+    for capability in CAPABILITIES:
+        grids = [one.grid for _, launches in recorded(op, capability) for one in launches]
+        assert all(grid[0] < 2**31 and max(grid[1:], default=1) < 2**16 for grid in grids), capability
+
+
 def reads_wide(launch: Launch) -> bool:
     """Whether a kernel in Gluon is given tensors whose rows begin at multiples of 16 bytes."""
     tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1]

@@ -158,6 +158,9 @@ def test_the_choice_of_a_table_on_the_rows_that_it_is_made_from() -> None:
     rows = tune.chosen(tune.tune([made]), made).rows
     assert [row.auto for row in rows] == ["b", "a", "b", None, "a"]
     assert [row.timings for row in rows] == [row.timings for row in made.rows]
+    stale = [dataclasses.replace(made.rows[0], params={"b": 1})]
+    with pytest.raises(policy.PolicyError, match="expected a row of this version's bench"):
+        tune.chosen(tune.tune([made]), results(*stale))
     # A preference for who has no time on a row, as one that refuses it, does not hold there.
     other = results(decode("refused", 1, a=20.0, b=None), order=("a", "b"))
     assert [row.auto for row in tune.chosen(tune.tune([made]), other).rows] == ["a"]

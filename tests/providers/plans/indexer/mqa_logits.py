@@ -19,7 +19,7 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     if "each" in taken:  # wgmma: tiles of 128 columns, dealt in the order of blocks of 4 rows
         tiles, each, everything = taken["tiles"], taken["each"], taken["all_tiles"]
         yield from (tiles * 128 >= taken["columns"], everything == -(-len(call["q"]) // 4) * tiles)
-        yield once(grid[0], each, everything)
+        yield from (once(grid[0], each, everything), tiles * 128 < 2**31)
         return
     high, wide, chunk = tile_of(one, "ROWS"), tile_of(one, "BLOCK_N", "KEYS"), taken["chunk"]
     yield chunk % wide == 0
@@ -31,3 +31,4 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
 
 def more_calls() -> Iterator[Arguments]:
     yield from list(traffic.calls("mqa_logits", FLASH.rank(1), Limits(max_tokens=64, max_context=2000)))[-4:]
+    yield traffic.mqa(FLASH.rank(1), 4, 700) | {"max_seqlen_k": 2**31 - 1}

@@ -29,12 +29,16 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
 
 
 def unusual() -> Iterator[Arguments]:
-    """Packed scales, and tokens that cannot be read 16 bytes at a time."""
+    """Packed scales, tokens that cannot be read 16 bytes at a time, and more groups than a grid's third dimension."""
     yield from (traffic.einsum(FLASH.rank(1), tokens, packed=True) for tokens in (7, 32, 300))
     for tokens in (32, 300):
         call = traffic.einsum(FLASH.rank(1), tokens)
         wide = (tokens, call["x"].shape[1], call["x"].shape[2] + 8)
         yield call | {"x": torch.empty(wide, dtype=call["x"].dtype, device="meta")[..., :-8]}
+    many = {"x": (70000, 20, 128), "w": (70000, 64, 128)}
+    x, w = (torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta") for shape in many.values())
+    x_scale, w_scale = (torch.empty((*shape, 1), device="meta") for shape in ((20, 70000), (70000, 1)))
+    yield {"x": x.transpose(0, 1), "x_scale": x_scale, "w": w, "w_scale": w_scale}
 
 
 def more_calls() -> Iterator[Arguments]:
