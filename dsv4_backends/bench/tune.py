@@ -49,7 +49,8 @@ def tune(results: Sequence[Result]) -> Table:
     points: dict[tuple[str, str], dict[int, list[_Found]]] = defaultdict(lambda: defaultdict(list))
     for found_row in rows.values():
         row = found_row.row
-        name, load = measured.CLASSES[row.op].read(*_shapes(row))
+        shapes = _shapes(row)
+        name, load = measured.CLASSES[row.op].read(*shapes)
         points[row.op, name][load].append(found_row)
     return Table(
         schema_version=measured.SCHEMA_VERSION,
