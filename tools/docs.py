@@ -869,16 +869,22 @@ def served_speed() -> str:
                 cells.append("-")
                 continue
             share = f" ({row.tokens_a_second / base.tokens_a_second:.2f})" if base and run != "native" else ""
-            cells.append(f"{row.tokens_a_second:.1f}{share}, {row.first_token_ms:.0f} ms")
+            cells.append(f"{row.tokens_a_second:.1f}{share}, {row.first_token_ms:.0f} ms, {row.token_ms:.2f} ms")
         rows.append((str(count), *cells, str(FIRST_FALLBACK.get(count, "-"))))
     header = ("requests", *map(code, by_run), "first fallback, two RTX PRO 6000")
     compiled = []
     for run in result.runs:
         reported = "" if run.reported is None else f", {run.reported} reported by vLLM's monitor"
         odd = f", {' and '.join(map(str, run.odd))} requests served too" if run.odd else ""
-        count = f"{run.compiled_while_serving} kernels compiled by Triton while serving"
-        compiled.append(f"- {code(run.run)}: up in {run.start_s:.0f} s, {count}{reported}{odd}.")
-    made = f"TP {result.tp}, {result.input} tokens in, {result.output} out"
+        count = f"{len(run.compiled_while_serving)} kernels compiled by Triton while serving"
+        files = ", ".join(map(code, run.compiled_while_serving))
+        compiled.append(
+            f"- {code(run.run)}: up in {run.start_s:.0f} s, {count}{files and f' ({files})'}{reported}{odd}."
+        )
+    made = (
+        f"TP {result.tp}, {result.input} tokens in, {result.output} out; output tokens a second (share of native's), "
+        "time to first token, time per output token after it"
+    )
     return f"{_model(result)}, {made}.\n\n{table(header, rows)}\n\n" + "\n".join(compiled)
 
 

@@ -48,7 +48,7 @@ def speed_run(folder: Path, run: str, found: dict[str, Any]) -> kept.SpeedRun:
     return kept.SpeedRun(
         run=run,
         start_s=found["start_s"],
-        compiled_while_serving=found["compiled_while_serving"],
+        compiled_while_serving=tuple(found["compiled_while_serving"]),
         rows=rows,
         reported=reported(folder / f"speed-{run}.log"),
         odd=tuple(map(int, found.get("odd", ()))),

@@ -343,11 +343,18 @@ class ServedLogprobs(Served):
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """So many requests at a time; the better of two."""
+    """So many requests at a time, sent at once; the better of two. The times are medians over the requests.
+
+    Attributes:
+        tokens_a_second: Output tokens of all requests.
+        first_token_ms: Time to the first token.
+        token_ms: Time per output token after the first.
+    """
 
     requests: int
     tokens_a_second: float
     first_token_ms: float
+    token_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,14 +364,14 @@ class SpeedRun:
     Attributes:
         run: ``native``, ``triton`` or ``auto``.
         start_s: Until the engine was up.
-        compiled_while_serving: Kernels that Triton compiled after the warm-up.
+        compiled_while_serving: Of every kernel that Triton compiled after the warm-up, the file it is written in.
         reported: Compilations that vLLM's own monitor reported while serving; None: it was not on.
         odd: Numbers of requests that fill no CUDA graph, served besides.
     """
 
     run: str
     start_s: float
-    compiled_while_serving: int
+    compiled_while_serving: tuple[str, ...]
     rows: tuple[SpeedRow, ...]
     reported: int | None = None
     odd: tuple[int, ...] = ()

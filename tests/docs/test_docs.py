@@ -133,20 +133,20 @@ def test_logprobs_are_what_the_file_says(
 
 
 def test_speed_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(name: str, compiled: int, *speeds: float, **more: object) -> dict[str, object]:
+    def run(name: str, compiled: list[str], *speeds: float, **more: object) -> dict[str, object]:
         rows = [
-            {"requests": count, "tokens_a_second": speed, "first_token_ms": 80.0}
+            {"requests": count, "tokens_a_second": speed, "first_token_ms": 80.0, "token_ms": 9.5}
             for count, speed in zip((1, 4), speeds, strict=False)
         ]
         return {"run": name, "start_s": 65.2, "compiled_while_serving": compiled, "rows": rows, **more}
 
-    runs = [run("native", 3, 50.0, 100.0), run("auto", 0, 55.0, reported=0, odd=[3, 7])]
+    runs = [run("native", ["a.py"], 50.0, 100.0), run("auto", [], 55.0, reported=0, odd=[3, 7])]
     served(tmp_path, monkeypatch, docs.SERVED_SPEED, {"tp": 2, "input": 1024, "output": 64, "runs": runs})
     made = docs.served_speed()
     assert "TP 2, 1024 tokens in, 64 out" in made
-    assert "| 1 | 50.0, 80 ms | 55.0 (1.10), 80 ms | 52 |" in made
-    assert "| 4 | 100.0, 80 ms | - | 166 |" in made
-    assert "- `native`: up in 65 s, 3 kernels compiled by Triton while serving." in made
+    assert "| 1 | 50.0, 80 ms, 9.50 ms | 55.0 (1.10), 80 ms, 9.50 ms | 52 |" in made
+    assert "| 4 | 100.0, 80 ms, 9.50 ms | - | 166 |" in made
+    assert "- `native`: up in 65 s, 1 kernels compiled by Triton while serving (`a.py`)." in made
     auto = "0 kernels compiled by Triton while serving, 0 reported by vLLM's monitor, 3 and 7 requests served too."
     assert made.endswith(f"- `auto`: up in 65 s, {auto}")
 

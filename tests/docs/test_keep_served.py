@@ -16,10 +16,10 @@ import docs
 from dsv4_backends import records
 
 GIVEN = {"layers": 6, "experts": 16, "weights": "fp8", "tp": 2, "input": 1024, "output": 64, "lengths": [2000, 3000]}
-ROWS = [{"requests": 1, "tokens_a_second": 50.0, "first_token_ms": 80.0, "seconds": [1.3, 1.28]}]
+ROWS = [{"requests": 1, "tokens_a_second": 50.0, "first_token_ms": 80.0, "token_ms": 9.5, "seconds": [1.3, 1.28]}]
 RAW: dict[str, dict[str, Any]] = {
-    "speed-auto": {"start_s": 65.2, "rows": ROWS, "odd": {"3": [[1]], "7": [[1]]}, "compiled_while_serving": 0},
-    "speed-native": {"start_s": 60.0, "rows": ROWS, "compiled_while_serving": 2},
+    "speed-auto": {"start_s": 65.2, "rows": ROWS, "odd": {"3": [[1]], "7": [[1]]}, "compiled_while_serving": []},
+    "speed-native": {"start_s": 60.0, "rows": ROWS, "compiled_while_serving": ["a.py", "b.py"]},
     "logprobs-native": {"usual": []},
     "mtp-triton": {"seconds": 1.25, "tokens": [[5] * 16] * 5},
     "long-auto": {"prompt": 200000, "first_token_s": 12.0, "seconds": 13.0, "peak_mib": 1800},
@@ -60,10 +60,10 @@ def test_files_and_page(out: Path) -> None:
     assert speed.command == "tools/serve_on_gpu.sh BUNDLE OUT speed:native speed:auto"
     assert speed.machine.devices[0].name == "NVIDIA H200"
     assert [(run.run, run.compiled_while_serving, run.reported, run.odd) for run in speed.runs] == [
-        ("native", 2, None, ()),
-        ("auto", 0, 1, (3, 7)),
+        ("native", ("a.py", "b.py"), None, ()),
+        ("auto", (), 1, (3, 7)),
     ]
-    assert "| 1 | 50.0, 80 ms | 50.0 (1.00), 80 ms | 52 |" in docs.served_speed()
+    assert "| 1 | 50.0, 80 ms, 9.50 ms | 50.0 (1.00), 80 ms, 9.50 ms | 52 |" in docs.served_speed()
     assert "prompts of 2000, 3000 tokens" in docs.served_logprobs()
     assert "| `triton` | usual | 0.0200 | 1.00 | 97.00% | 1.00 |" in docs.served_logprobs()
     assert "from `torch`, the reference: `native` 0.031, `triton` 0.030." in docs.served_logprobs()

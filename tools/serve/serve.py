@@ -155,16 +155,24 @@ def logprobs(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cubins() -> int:
+def cubins() -> set[Path]:
     """Compiled kernels in Triton's cache."""
     home = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
-    return sum(1 for _ in home.rglob("*.cubin"))
+    return set(home.rglob("*.cubin"))
+
+
+def source(cubin: Path) -> str:
+    """The file that a compiled kernel was written in, as it is imported."""
+    made = cubin.with_suffix(".source")
+    _, _, rest = made.read_text(encoding="utf-8").partition(' loc("') if made.exists() else ("", "", "")
+    path = rest.partition('"')[0] or cubin.stem
+    return min((path.removeprefix(f"{entry}/") for entry in sys.path if entry), key=len)
 
 
 def serve(
     llm: Any, count: int, length: int, tokens: int, *, scored: bool = False
-) -> tuple[float, list[float], list[list[int]]]:
-    """``count`` requests of one size, sent at once: the seconds for all, those to each first token, and the tokens.
+) -> tuple[list[tuple[float, float]], list[list[int]]]:
+    """``count`` requests of one size, sent at once: the seconds to each one's first and last token, and the tokens.
 
     ``scored``: the tokens' logprobs are computed too, and have to be finite.
     """
@@ -172,19 +180,28 @@ def serve(
 
     more = {"logprobs": 1} if scored else {}
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, **more)
-    begun = time.perf_counter()
+    # The first step sees all requests: else how many had arrived by then would decide how many steps the prompts take.
+    llm.sleep(level=0, mode="keep")
     for i, prompt in enumerate(prompts(count, [length], seed=count)):
-        llm.llm_engine.add_request(f"{begun}-{i}", prompt, sampling)
+        llm.llm_engine.add_request(f"{time.perf_counter()}-{i}", prompt, sampling)
+    begun = time.perf_counter()
+    llm.wake_up(tags=["scheduling"])
     first: dict[str, float] = {}
+    last: dict[str, float] = {}
     made: dict[str, list[int]] = {}
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
             if output.outputs and output.outputs[0].token_ids:
-                first.setdefault(output.request_id, time.perf_counter() - begun)
+                last[output.request_id] = time.perf_counter() - begun
+                first.setdefault(output.request_id, last[output.request_id])
                 made[output.request_id] = list(output.outputs[0].token_ids)
                 for step in output.outputs[0].logprobs or ():
                     assert all(math.isfinite(one.logprob) for one in step.values()), output.request_id
-    return time.perf_counter() - begun, sorted(first.values()), list(made.values())
+    return [(first[name], last[name]) for name in made], list(made.values())
+
+
+def finished(times: list[tuple[float, float]]) -> float:
+    return max(last for _, last in times)
 
 
 def speed(given: argparse.Namespace) -> dict[str, Any]:
@@ -209,19 +226,20 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
     print("warm", round(warm, 1), flush=True)
     before, rows = cubins(), []
     for count in given.requests:
-        taken = [serve(llm, count, given.input, given.output)[:2] for _ in range(2)]
-        seconds, first = min(taken)
+        taken = [serve(llm, count, given.input, given.output)[0] for _ in range(2)]
+        best = min(taken, key=finished)
         rows.append(
             {
                 "requests": count,
-                "tokens_a_second": round(count * given.output / seconds, 2),
-                "first_token_ms": round(statistics.median(first) * 1e3, 1),
-                "seconds": [round(each, 2) for each, _ in taken],
+                "tokens_a_second": round(count * given.output / finished(best), 2),
+                "first_token_ms": round(statistics.median(first for first, _ in best) * 1e3, 1),
+                "token_ms": round(statistics.median(b - a for a, b in best) * 1e3 / (given.output - 1), 2),
+                "seconds": [round(finished(each), 2) for each in taken],
             }
         )
         print(rows[-1], flush=True)
     # Batches that a graph of 4 or 8 rows is padded for: no request may see its neighbours, nor the padding.
-    odd = {count: serve(llm, count, 200, 8, scored=True)[2] for count in (3, 7)}
+    odd = {count: serve(llm, count, 200, 8, scored=True)[1] for count in (3, 7)}
     assert all(len(tokens) == 8 for made in odd.values() for tokens in made)
     return {
         "start_s": round(up, 1),
@@ -230,7 +248,7 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
         "output": given.output,
         "rows": rows,
         "odd": odd,
-        "compiled_while_serving": cubins() - before,
+        "compiled_while_serving": sorted(map(source, cubins() - before)),
     }
 
 
@@ -247,9 +265,9 @@ def mtp(given: argparse.Namespace) -> dict[str, Any]:
         compilation_config={"cudagraph_capture_sizes": [2, 4, 8, 16]},
         speculative_config={"method": "mtp", "num_speculative_tokens": 1},
     )
-    seconds, _, made = serve(llm, 5, 700, 16)
+    times, made = serve(llm, 5, 700, 16)
     assert [len(tokens) for tokens in made] == [16] * 5
-    return {"seconds": round(seconds, 2), "tokens": made}
+    return {"seconds": round(finished(times), 2), "tokens": made}
 
 
 def long(given: argparse.Namespace) -> dict[str, Any]:
@@ -268,17 +286,17 @@ def long(given: argparse.Namespace) -> dict[str, Any]:
     serve(llm, 1, 9000, 2)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    seconds, first, made = serve(llm, 1, given.input, 4)
+    ((first, last),), made = serve(llm, 1, given.input, 4)
     peak = torch.cuda.max_memory_allocated() - before
     assert len(made[0]) == 4
-    return {"prompt": given.input, "first_token_s": round(first[0], 2), "seconds": round(seconds, 2),
+    return {"prompt": given.input, "first_token_s": round(first, 2), "seconds": round(last, 2),
             "peak_mib": round(peak / 2**20)}  # fmt: skip
 
 
 RUNS = {"logprobs": logprobs, "speed": speed, "mtp": mtp, "long": long}
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=RUNS)
     parser.add_argument("out")
@@ -307,8 +325,9 @@ def main() -> int:
         pass
     result["arguments"] = vars(given)
     Path(given.out).write_text(json.dumps(result))
-    return 0
+    sys.stdout.flush()
+    os._exit(0)  # vLLM takes most of a minute to end its processes; tools/serve_on_gpu.sh ends what is left
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
