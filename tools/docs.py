@@ -854,10 +854,12 @@ def served_logprobs() -> str:
 
 
 def served_speed() -> str:
-    """Output tokens a second and time to first token of each run, and whether anything was compiled meanwhile."""
-    result = _served(SERVED_SPEED, kept.ServedSpeed)
-    if result is None:
-        return "Not measured."
+    """Output tokens a second and latencies of each run, whether anything was compiled meanwhile, and GPU time."""
+    found = [result for _, result in _all_kept(kept.ServedSpeed, "served-speed")]
+    return "\n\n".join(map(_served_speed, found)) or "Not measured."
+
+
+def _served_speed(result: kept.ServedSpeed) -> str:
     by_run = {run.run: {row.requests: row for row in run.rows} for run in result.runs}
     native = by_run.get("native", {})
     rows = []
@@ -869,7 +871,8 @@ def served_speed() -> str:
                 cells.append("-")
                 continue
             share = f" ({row.tokens_a_second / base.tokens_a_second:.2f})" if base and run != "native" else ""
-            cells.append(f"{row.tokens_a_second:.1f}{share}, {row.first_token_ms:.0f} ms, {row.token_ms:.2f} ms")
+            per_token = "" if row.token_ms is None else f", {row.token_ms:.2f} ms"
+            cells.append(f"{row.tokens_a_second:.1f}{share}, {row.first_token_ms:.0f} ms{per_token}")
         rows.append((str(count), *cells, str(FIRST_FALLBACK.get(count, "-"))))
     header = ("requests", *map(code, by_run), "first fallback, two RTX PRO 6000")
     compiled = []
@@ -881,11 +884,32 @@ def served_speed() -> str:
         compiled.append(
             f"- {code(run.run)}: up in {run.start_s:.0f} s, {count}{files and f' ({files})'}{reported}{odd}."
         )
-    made = (
-        f"TP {result.tp}, {result.input} tokens in, {result.output} out; output tokens a second (share of native's), "
-        "time to first token, time per output token after it"
-    )
-    return f"{_model(result)}, {made}.\n\n{table(header, rows)}\n\n" + "\n".join(compiled)
+    made = f"TP {result.tp}, {result.input} tokens in, {result.output} out"
+    columns = "A cell: output tokens a second (share of native's), time to first token, time per output token after it."
+    parts = [f"{_model(result)}, {made}. {result.note}".strip(), columns, table(header, rows), "\n".join(compiled)]
+    if profiles := [(run.run, each) for run in result.runs for each in run.profile]:
+        about = "GPU time of one step: 8 prompts of 1024 tokens, or 8 requests' next token. Kernels overlap."
+        parts += [
+            about,
+            table(
+                ("step", "run", "all kernels", "the longest"),
+                [
+                    (each.what, code(run), *_step_profile(each))
+                    for run, each in sorted(profiles, key=lambda p: p[1].what)
+                ],
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def _step_profile(profile: kept.StepProfile) -> tuple[str, str]:
+    """Milliseconds of a step: all, and the kernels that take the most, by the name without its template."""
+    times: dict[str, float] = {}
+    for each in profile.kernels:
+        name = each.name.removeprefix("void ").partition("<")[0].rpartition("::")[2]
+        times[name] = times.get(name, 0.0) + each.ms / profile.steps
+    longest = sorted(times.items(), key=lambda item: -item[1])[:6]
+    return f"{profile.total_ms / profile.steps:.2f} ms", ", ".join(f"{code(name)} {ms:.2f}" for name, ms in longest)
 
 
 def served_once() -> str:

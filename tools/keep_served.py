@@ -22,6 +22,8 @@ from dsv4_backends import records
 from dsv4_backends.bench.provenance import Measured, Provenance, provenance
 
 COMMAND = "tools/serve_on_gpu.sh BUNDLE OUT {}"
+LONGEST = 12
+"""Kernels of a profile that are kept."""
 ORDER = ("native", "chunks", "triton", "torch", "auto", "sm_80", "sm_86", "sm_89")
 
 
@@ -43,8 +45,13 @@ def served(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given["arguments"][name] for name in ("layers", "experts", "weights")}
 
 
+def step_profile(what: str, found: dict[str, Any]) -> kept.StepProfile:
+    times = sorted((kept.KernelTime(*each) for each in found["kernels"]), key=lambda each: -each.ms)
+    return kept.StepProfile(what, found["steps"], round(sum(each.ms for each in times), 2), tuple(times[:LONGEST]))
+
+
 def speed_run(folder: Path, run: str, found: dict[str, Any]) -> kept.SpeedRun:
-    rows = tuple(kept.SpeedRow(*(row[f.name] for f in dataclasses.fields(kept.SpeedRow))) for row in found["rows"])
+    rows = tuple(kept.SpeedRow(*(row.get(f.name) for f in dataclasses.fields(kept.SpeedRow))) for row in found["rows"])
     return kept.SpeedRun(
         run=run,
         start_s=found["start_s"],
@@ -52,6 +59,7 @@ def speed_run(folder: Path, run: str, found: dict[str, Any]) -> kept.SpeedRun:
         rows=rows,
         reported=reported(folder / f"speed-{run}.log"),
         odd=tuple(map(int, found.get("odd", ()))),
+        profile=tuple(step_profile(what, each) for what, each in found.get("profile", {}).items()),
     )
 
 

@@ -348,13 +348,37 @@ class SpeedRow:
     Attributes:
         tokens_a_second: Output tokens of all requests.
         first_token_ms: Time to the first token.
-        token_ms: Time per output token after the first.
+        token_ms: Time per output token after the first; None: not recorded.
     """
 
     requests: int
     tokens_a_second: float
     first_token_ms: float
-    token_ms: float
+    token_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """GPU time of all calls of one kernel."""
+
+    name: str
+    ms: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """GPU time of so many steps, by kernel, the longest first. Kernels may overlap.
+
+    Attributes:
+        what: ``prefill``, 8 prompts of 1024 tokens; or ``decode``, 8 requests.
+        total_ms: Of all kernels, also those that are not listed.
+    """
+
+    what: str
+    steps: int
+    total_ms: float
+    kernels: tuple[KernelTime, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +391,7 @@ class SpeedRun:
         compiled_while_serving: Of every kernel that Triton compiled after the warm-up, the file it is written in.
         reported: Compilations that vLLM's own monitor reported while serving; None: it was not on.
         odd: Numbers of requests that fill no CUDA graph, served besides.
+        profile: Of the first GPU.
     """
 
     run: str
@@ -375,12 +400,18 @@ class SpeedRun:
     rows: tuple[SpeedRow, ...]
     reported: int | None = None
     odd: tuple[int, ...] = ()
+    profile: tuple[StepProfile, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedSpeed(Served):
-    """Of ``serve.py speed``: ``input`` tokens in and ``output`` out, on ``tp`` GPUs."""
+    """Of ``serve.py speed``: ``input`` tokens in and ``output`` out, on ``tp`` GPUs.
 
+    Attributes:
+        note: What sets this file apart from one of the usual name.
+    """
+
+    note: str = ""
     tp: int
     input: int
     output: int

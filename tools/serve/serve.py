@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -204,8 +205,33 @@ def finished(times: list[tuple[float, float]]) -> float:
     return max(last for _, last in times)
 
 
+def kernels(table: str) -> list[tuple[str, float, int]]:
+    """Name, GPU time in ms and calls of each kernel in a table of PyTorch's profiler."""
+    found = []
+    for line in table.splitlines():
+        cells = re.split(r"  +", line.strip())
+        if len(cells) == 11 and cells[-1].isdecimal() and not cells[-5].startswith("0.000"):
+            value, unit = re.fullmatch(r"([\d.]+)(us|ms|s)", cells[-5]).groups()  # type: ignore[union-attr]
+            found.append((cells[0], round(float(value) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit], 4), int(cells[-1])))
+    return found
+
+
+def profiled(llm: Any, folder: Path) -> dict[str, Any]:
+    """GPU time by kernel, on the first GPU: one step of 8 prompts of 1024 tokens, and 8 decode steps after them."""
+    made = {}
+    for name, ahead, steps in (("prefill", 0, 1), ("decode", 16, 8)):
+        llm.start_profile(name, delay_iterations=ahead, max_iterations=steps)
+        serve(llm, 8, 1024, 32)
+        llm.stop_profile()
+        table = next(folder.glob(f"{name}*rank0*.txt")).read_text(encoding="utf-8")
+        made[name] = {"steps": steps, "kernels": kernels(table)}
+    return made
+
+
 def speed(given: argparse.Namespace) -> dict[str, Any]:
     """Requests of one size at each concurrency, all sent at once; greedy, ends ignored. The better of two runs."""
+    traces = Path(tempfile.mkdtemp())
+    profiler = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_activities": ["CUDA"]}
     start = time.perf_counter()
     llm = engine(
         given,
@@ -217,6 +243,7 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
         enforce_eager=given.eager,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
         kernel_config={"enable_jit_warmup": not given.lazy},
+        **({"profiler_config": profiler} if given.profile else {}),
     )
     up = time.perf_counter() - start
     print("up", round(up, 1), flush=True)
@@ -249,6 +276,7 @@ def speed(given: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "odd": odd,
         "compiled_while_serving": sorted(map(source, cubins() - before)),
+        "profile": profiled(llm, traces) if given.profile else {},
     }
 
 
@@ -310,6 +338,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 3000, 4500, 6000])
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--lazy", action="store_true", help="no warm-up of vLLM's: kernels compile at warm requests")
+    parser.add_argument("--profile", action="store_true", help="for speed: the GPU time of a step by kernel, too")
     parser.add_argument("--input", type=int, default=1024)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 8, 16, 32])
