@@ -25,8 +25,8 @@ from kept import Cell
 from packaging.version import Version
 
 from dsv4_backends import records
+from dsv4_backends.bench import compare, tune
 from dsv4_backends.bench import results as bench
-from dsv4_backends.bench import tune
 from dsv4_backends.bench.provenance import Measured, said_commit
 from dsv4_backends.commands import cli, shared
 from dsv4_backends.commands import list as list_command
@@ -58,6 +58,8 @@ BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
 """The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
+BENCH_TRITON = "h200-bench-triton-3.8.json"
+"""Of the run that made ``BENCH``, with another release of Triton."""
 BENCH_PATH = "h200-bench-attention-path.json"
 BENCH_PATH_CODE = "h200-bench-attention-path-code-sm_80.json"
 SAME_BYTES = "h200-same-bytes.json"
@@ -587,6 +589,45 @@ def performance_code() -> str:
     return "\n\n".join([_measured_on(result), *_bench_tables(result)])
 
 
+def performance_triton() -> str:
+    """The rows of the first table with another release of Triton: by op and provider, and what moved."""
+    if not _kept(BENCH_TRITON).exists():
+        return "Not measured."
+    result = bench.read(_kept(BENCH_TRITON))
+    timed = [
+        (change, change.after / change.before)
+        for change in compare.compare(bench.read(_kept(BENCH)), result)
+        if change.before and change.after
+    ]
+    by: dict[tuple[str, str], list[float]] = {}
+    for change, ratio in timed:
+        by.setdefault((change.op, change.provider), []).append(ratio)
+    lines = [
+        (code(op), code(name), str(len(found)), *(f"{of(found):.3f}" for of in (min, statistics.median, max)))
+        for (op, name), found in by.items()
+    ]
+    moved = [
+        (
+            code(change.op),
+            change.row,
+            code(change.provider),
+            f"{change.before:.1f}",
+            f"{change.after:.1f}",
+            f"{ratio:.2f}",
+        )
+        for change, ratio in timed
+        if abs(ratio - 1) > compare.NOISE
+    ]
+    header = ("op", "provider", "rows", "least", "median", "most")
+    names = ("op", "row", "provider", "before, µs", "after, µs", "after / before")
+    parts = [
+        _measured_on(result),
+        table(header, lines),
+        f"Rows that moved by more than {compare.NOISE:.0%}: {len(moved)}.",
+    ]
+    return "\n\n".join([*parts, *([table(names, moved)] if moved else [])])
+
+
 def performance_path() -> str:
     """The ops around attention next to vLLM's own kernels, as far as they are kept."""
     parts = []
@@ -736,9 +777,11 @@ def _choices(
 
 def _conformance(which: str) -> str:
     """The kept results of the conformance suite: a row for each file."""
-    rows, header = [], ""
+    rows, header, usual = [], "", None
     for _, result in _all_kept(kept.Conformance, which):
         header = header or f"{_measured_on(result)}\n\n"
+        triton = result.machine.packages.get("triton")
+        usual = usual or triton
         counts = result.counts
         cells = (counts["passed"], counts["failed"], result.refused, counts["skipped"] - result.refused)
         simulated = result.machine.devices[0].name
@@ -747,6 +790,8 @@ def _conformance(which: str) -> str:
         label = ", ".join(result.libraries.values()) or simulated
         if "--torch-device" in result.command:
             label += "; tensors on cuda:1, cuda:0 current"
+        if triton != usual:
+            label += f"; Triton {triton}"
         ops = ", ".join(code(op) for op in re.findall(r"--op (\w+)", result.command)) or "all of that commit"
         rows.append((label, ops, said_commit(result.commit), result.level, *map(str, cells)))
     names = ("builds", "ops", "commit", "level", "passed", "failed", "refused by shape", "skipped otherwise")
@@ -884,7 +929,7 @@ def _served_speed(result: kept.ServedSpeed) -> str:
         compiled.append(
             f"- {code(run.run)}: up in {run.start_s:.0f} s, {count}{files and f' ({files})'}{reported}{odd}."
         )
-    made = f"TP {result.tp}, {result.input} tokens in, {result.output} out"
+    made = f"TP {result.tp}, {result.input} tokens in, {result.output} out, best of {result.passes} passes"
     columns = "A cell: output tokens a second (share of native's), time to first token, time per output token after it."
     parts = [f"{_model(result)}, {made}. {result.note}".strip(), columns, table(header, rows), "\n".join(compiled)]
     if profiles := [(run.run, each) for run in result.runs for each in run.profile]:
@@ -1034,6 +1079,7 @@ PARTS: dict[str, Callable[[], str]] = {
         performance,
         performance_ranks,
         performance_scales,
+        performance_triton,
         performance_code,
         performance_path,
         launch_floor,

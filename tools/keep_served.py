@@ -88,6 +88,7 @@ def files(folder: Path, made: Provenance) -> dict[str, kept.Served]:
             tp=given["tp"],
             input=given["input"],
             output=given["output"],
+            passes=given["passes"],
             runs=tuple(speed_run(folder, run, found) for run, found in speed.items()),
         )
     mtp, long = runs_of(folder, "mtp"), runs_of(folder, "long")

@@ -343,7 +343,7 @@ class ServedLogprobs(Served):
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """So many requests at a time, sent at once; the better of two. The times are medians over the requests.
+    """So many requests at a time, sent at once; the best pass. The times are medians over the requests.
 
     Attributes:
         tokens_a_second: Output tokens of all requests.
@@ -408,6 +408,7 @@ class ServedSpeed(Served):
     """Of ``serve.py speed``: ``input`` tokens in and ``output`` out, on ``tp`` GPUs.
 
     Attributes:
+        passes: How often each number of requests was served.
         note: What sets this file apart from one of the usual name.
     """
 
@@ -415,6 +416,7 @@ class ServedSpeed(Served):
     tp: int
     input: int
     output: int
+    passes: int
     runs: tuple[SpeedRun, ...]
 
 

@@ -84,6 +84,21 @@ def test_check_finds_a_stale_page(
     assert capsys.readouterr().out == "README.md is not current\nREADME.md written\n"
 
 
+def test_another_triton_is_compared_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert docs.performance_triton() == "Not measured."
+    order = {"mqa_logits": ("a", "b")}
+    for name, one, two in ((docs.BENCH, 20.0, 10.0), (docs.BENCH_TRITON, 20.5, 11.0)):
+        rows = [row_of("mqa_logits", "one", a=8.0, b=one), row_of("mqa_logits", "two", a=None, b=two)]
+        records.write(result_of(*rows, order=order), tmp_path / "docs" / "results" / name)
+    made = docs.performance_triton()
+    assert "| `mqa_logits` | `a` | 1 | 1.000 | 1.000 | 1.000 |" in made
+    assert "| `mqa_logits` | `b` | 2 | 1.025 | 1.062 | 1.100 |" in made
+    assert "by more than 3%: 1." in made
+    assert made.endswith("| `mqa_logits` | two | `b` | 10.0 | 11.0 | 1.10 |")
+
+
 def test_performance_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = {"m": 1, "n": 4096, "h": 8, "d": 64}
     rows = [row_of("mqa_logits", "one", params=params, a=10.0, b=20.0), row_of("fp8_einsum", "two", a=None, b=7.5)]
@@ -141,9 +156,9 @@ def test_speed_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return {"run": name, "start_s": 65.2, "compiled_while_serving": compiled, "rows": rows, **more}
 
     runs = [run("native", ["a.py"], 50.0, 100.0), run("auto", [], 55.0, reported=0, odd=[3, 7])]
-    served(tmp_path, monkeypatch, docs.SERVED_SPEED, {"tp": 2, "input": 1024, "output": 64, "runs": runs})
+    served(tmp_path, monkeypatch, docs.SERVED_SPEED, {"tp": 2, "input": 1024, "output": 64, "passes": 3, "runs": runs})
     made = docs.served_speed()
-    assert "TP 2, 1024 tokens in, 64 out" in made
+    assert "TP 2, 1024 tokens in, 64 out, best of 3 passes" in made
     assert "| 1 | 50.0, 80 ms, 9.50 ms | 55.0 (1.10), 80 ms, 9.50 ms | 52 |" in made
     assert "| 4 | 100.0, 80 ms, 9.50 ms | - | 166 |" in made
     assert "- `native`: up in 65 s, 1 kernels compiled by Triton while serving (`a.py`)." in made

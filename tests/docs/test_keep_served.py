@@ -15,7 +15,16 @@ from paths import ROOT
 import docs
 from dsv4_backends import records
 
-GIVEN = {"layers": 6, "experts": 16, "weights": "fp8", "tp": 2, "input": 1024, "output": 64, "lengths": [2000, 3000]}
+GIVEN = {
+    "layers": 6,
+    "experts": 16,
+    "weights": "fp8",
+    "tp": 2,
+    "input": 1024,
+    "output": 64,
+    "passes": 3,
+    "lengths": [2000, 3000],
+}
 ROWS = [{"requests": 1, "tokens_a_second": 50.0, "first_token_ms": 80.0, "token_ms": 9.5, "seconds": [1.3, 1.28]}]
 RAW: dict[str, dict[str, Any]] = {
     "speed-auto": {"start_s": 65.2, "rows": ROWS, "odd": {"3": [[1]], "7": [[1]]}, "compiled_while_serving": []},
