@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from triton.experimental.gluon import language as gl
+
 from ...launch import launch_kernel
 from ...lib.boxes import boxes
 from .op import FP32, Call
+
+SCALES = gl.constexpr(128)
+"""Of 128 outputs at most, in shared memory: one for each K block."""
 
 
 def _rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, int, int, int] | None:
@@ -19,12 +24,14 @@ def _rows(stride_b: int, stride_h: int, b: int, h: int, r: int) -> tuple[int, in
 
 
 def takes(call: Call) -> bool:
-    """Whether they take a call: fp32 scales, whole K blocks, 16-byte boundaries, and operands with a 2-D tensor map."""
+    """Whether they take a call: fp32 scales, whole K blocks, no more than ``SCALES``, 16-byte boundaries, and operands
+    with a 2-D tensor map."""
     x, w, (b, h, r) = call.x, call.w, call.x.shape
     pointers = (x.data_ptr() | w.data_ptr() | call.out.data_ptr()) % 16 == 0
-    plain = call.x_kind == FP32 and call.w_kind == FP32 and r % 128 == 0 and call.aligned
+    plain = call.x_kind == FP32 and call.w_kind == FP32 and call.aligned
+    whole = r % 128 == 0 and r <= 128 * SCALES.value
     two_dimensional = w.stride(1) >= r and w.stride(0) % w.stride(1) == 0
-    return plain and pointers and two_dimensional and _rows(x.stride(0), x.stride(1), b, h, r) is not None
+    return plain and whole and pointers and two_dimensional and _rows(x.stride(0), x.stride(1), b, h, r) is not None
 
 
 def launch_boxes(

@@ -13,13 +13,15 @@ Triton cannot express: there the product of a block is waited for at once.
 
 A consumer waits for a stage and releases it about as long as it multiplies half a K block. So a stage has GROUP K
 blocks, whose products are issued together, or the outputs have two HALVES, multiplied one after the other, since the
-registers do not hold both products.
+registers do not hold both products. The scales of w for a whole tile come to shared memory while the tile before it is
+computed: a load of one in the loop would wait behind the tiles that are on their way.
 
     shared memory                                narrow   wide     broad
     BLOCK_D, HALVES, GROUP, STAGES               64 1 2 4 128 1 2 3 128 2 1 4
     x_smem [2 STAGES GROUP, 64, 128] e4m3        131072   98304    65536
     w_smem [STAGES GROUP HALVES, BLOCK_D, 128]   65536    98304    131072
     xs_smem [STAGES, GROUP, 128] fp32            4096     3072     2048      with SCALE_BOX
+    ws_smem [2 HALVES SCALES] fp32               1024     1024     2048
 
     barrier           arrives                                    waits       count
     full [STAGES]     the tensor maps' bytes, without second's   consumers   1
@@ -43,7 +45,7 @@ from ...launch import entry
 from ...lib import ring
 from ...lib.gluon import load_box, reinterpret
 from ...lib.sizes import cdiv
-from .boxes import launch_boxes, takes  # noqa: F401
+from .boxes import SCALES, launch_boxes, takes  # noqa: F401
 from .op import Call, Shape
 
 TOKENS = gl.constexpr(64)  # per warpgroup: the M of one wgmma
@@ -102,7 +104,7 @@ def _producer(
     BLOCK_D: gl.constexpr, HALVES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr,
 ):  # fmt: skip
     x_desc, w_desc, xs_desc = descs
-    x_smem, w_smem, xs_smem = smem
+    x_smem, w_smem, xs_smem, _ = smem
     full, second, empty = bars
     x_row_h, x_col_h, w_row_h, xs_row_h = heads
     count, _, _, n_k = tiles
@@ -133,6 +135,19 @@ def _producer(
 
 
 @gluon.jit
+def _scales_of_w(index, tiles, ws_ptr, strides, BLOCK_D: gl.constexpr, HALVES: gl.constexpr):
+    """Those of a tile, or of the last."""
+    spread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    count, _, _, n_k = tiles
+    stride_h, stride_d, stride_k = strides
+    h, _, d0 = _tile(gl.minimum(index, count - 1), tiles, HALVES * BLOCK_D)
+    i = gl.arange(0, HALVES * SCALES, spread)
+    kb = i % SCALES
+    ws = ws_ptr + h.to(gl.int64) * stride_h + (d0 // 128 + i // SCALES).to(gl.int64) * stride_d
+    return gl.load(ws + kb * stride_k, mask=kb < n_k, other=0.0)
+
+
+@gluon.jit
 def _add(acc, part, scale):
     """``acc + part * scale``, which LLVM keeps in its place. It would move it behind the next product, which then needs
     registers of its own, and they would spill. The wait for ``second`` keeps ptxas from the same."""
@@ -150,7 +165,7 @@ def _consumer(
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     store: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     xs_ptr, ws_ptr, out_ptr = tensors
-    x_smem, w_smem, xs_smem = smem
+    x_smem, w_smem, xs_smem, ws_smem = smem
     full, second, empty = bars
     B, N = sizes
     xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h = strides
@@ -159,24 +174,29 @@ def _consumer(
     if SCALE_BOX:
         lines = reinterpret(xs_smem, gl.float32, [STAGES * GROUP, 1, 2 * TOKENS], xs_smem.layout)
     zeros = gl.zeros([TOKENS, BLOCK_D], gl.float32, layout=mma)
+    FIRST: gl.constexpr = WHO * HALVES * SCALES
+    w_line = reinterpret(ws_smem, gl.float32, [2 * HALVES * SCALES, 1], ws_smem.layout)
+    ws_strides = (ws_stride_h, ws_stride_d, ws_stride_k)
+    upcoming = _scales_of_w(gl.program_id(0), tiles, ws_ptr, ws_strides, BLOCK_D, HALVES)
     slot = 0
     phase = 0
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
         h, b0, d0 = _tile(index, tiles, HALVES * BLOCK_D)
         b0 += WHO * TOKENS
-        ws = ws_ptr + h.to(gl.int64) * ws_stride_h + (d0 // 128).to(gl.int64) * ws_stride_d
+        ws_smem.slice(FIRST, HALVES * SCALES).store(upcoming)
+        upcoming = _scales_of_w(index + gl.num_programs(0), tiles, ws_ptr, ws_strides, BLOCK_D, HALVES)
         if not SCALE_BOX:
             token = gl.minimum(b0 + rows, B - 1).to(gl.int64)
             xs = xs_ptr + h.to(gl.int64) * xs_stride_h + token * xs_stride_b
         acc = gl.zeros([TOKENS, BLOCK_D], gl.float32, layout=mma)
         acc_1 = gl.zeros([TOKENS, BLOCK_D], gl.float32, layout=mma)  # with HALVES == 2
-        for _ in range(0, n_k, GROUP):
+        for kb in range(0, n_k, GROUP):
             w_scales = ()
             x_scales = ()
-            for _ in gl.static_range(GROUP):
+            for g in gl.static_range(GROUP):
                 for half in gl.static_range(HALVES):
-                    w_scales += (gl.load(ws + half * ws_stride_d),)  # type: ignore[assignment]
-                ws += ws_stride_k
+                    w_scale = w_line.index(FIRST + half * SCALES + kb + g).load(row_layout)
+                    w_scales += (w_scale,)  # type: ignore[assignment]
                 if not SCALE_BOX:
                     x_scales += (gl.load(xs),)  # type: ignore[assignment]
                     xs += xs_stride_k
@@ -230,6 +250,7 @@ def _einsum_wgmma_kernel(
         xs_smem = gl.allocate_shared_memory(gl.float32, [STAGES, GROUP, 2 * TOKENS], xs_desc.layout)
     else:
         xs_smem = x_smem
+    ws_smem = gl.allocate_shared_memory(gl.float32, [2 * HALVES * SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = ring.barriers(STAGES, (1, 1, 2))
     o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
     o_stride_h = gl.multiple_of(o_stride_h.to(gl.int64), 8)
@@ -237,7 +258,7 @@ def _einsum_wgmma_kernel(
     b_tiles = gl.cdiv(B, 2 * TOKENS)
     tiles = (n_tiles * b_tiles * H, n_tiles, b_tiles, n_k)
     sizes = (B, gl.multiple_of(N.to(gl.int64), 8))
-    tensors, smem = (xs_ptr, ws_ptr, out_ptr), (x_smem, w_smem, xs_smem)
+    tensors, smem = (xs_ptr, ws_ptr, out_ptr), (x_smem, w_smem, xs_smem, ws_smem)
     strides = (xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h)
     descs, heads = (x_desc, w_desc, xs_desc), (x_row_h, x_col_h, w_row_h, xs_row_h)
     gl.warp_specialize(

@@ -8,12 +8,14 @@ producer   1       40          streams rows of w past the tokens, as far ahead a
 64 outputs [     S^T     ]        K: 128 at a time, R in all
 
 A consumer waits for a stage and releases it about as long as it multiplies a K block. So a stage has GROUP K blocks,
-whose products are issued together.
+whose products are issued together. The scales of w come to shared memory before the first product: a load of one in the
+loop would wait behind the tiles that are on their way.
 
 shared memory                                    bytes, with BLOCK_B = 64, GROUP = 4 and STAGES = 3
 x_smem [STAGES GROUP, BLOCK_B, 128] e4m3         98304
 w_smem [STAGES GROUP, 64, 128] e4m3              98304
 xs_smem [STAGES, GROUP, max(BLOCK_B, 32)] fp32   3072, with SCALE_BOX
+ws_smem [SCALES] fp32                            512
 
 barrier         arrives                  waits      count
 full [STAGES]   the tensor maps' bytes   consumer   1
@@ -35,7 +37,7 @@ from ...launch import entry
 from ...lib import ring
 from ...lib.gluon import load_box, reinterpret
 from ...lib.sizes import cdiv
-from .boxes import launch_boxes, takes  # noqa: F401
+from .boxes import SCALES, launch_boxes, takes  # noqa: F401
 from .op import Call, Shape
 
 OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens are the N
@@ -87,7 +89,7 @@ def _producer(
     BLOCK_B: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr,
 ):  # fmt: skip
     x_desc, w_desc, xs_desc = descs
-    x_smem, w_smem, xs_smem = smem
+    x_smem, w_smem, xs_smem, _ = smem
     full, empty = bars
     x_row, x_col, w_row, xs_row, b0 = at
     slot = 0
@@ -112,8 +114,9 @@ def _consumer(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_B, 32])
     tokens: gl.constexpr = gl.SliceLayout(0, mma)
     store: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    spread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     xs, ws, out_ptr = tensors
-    x_smem, w_smem, xs_smem = smem
+    x_smem, w_smem, xs_smem, ws_smem = smem
     full, empty = bars
     d0, b0, B, N = sizes
     xs_stride_b, xs_stride_k, ws_stride_k, o_stride_b = strides
@@ -123,14 +126,16 @@ def _consumer(
     acc = gl.zeros([OUTPUTS, BLOCK_B], gl.float32, mma)
     if not SCALE_BOX:
         xs += gl.minimum(b0 + gl.arange(0, BLOCK_B, tokens), B - 1).to(gl.int64) * xs_stride_b
+    column = gl.arange(0, SCALES, spread)
+    ws_smem.store(gl.load(ws + column * ws_stride_k, mask=column < n_k, other=0.0))
+    w_line = reinterpret(ws_smem, gl.float32, [SCALES, 1], ws_smem.layout)
     slot = 0
     phase = 0
-    for _ in range(0, n_k, GROUP):
+    for kb in range(0, n_k, GROUP):
         w_scales = ()
         x_scales = ()
-        for _ in gl.static_range(GROUP):
-            w_scales += (gl.load(ws),)  # type: ignore[assignment]
-            ws += ws_stride_k
+        for g in gl.static_range(GROUP):
+            w_scales += (w_line.index(kb + g).load(tokens),)  # type: ignore[assignment]
             if not SCALE_BOX:
                 x_scales += (gl.load(xs),)  # type: ignore[assignment]
                 xs += xs_stride_k
@@ -172,6 +177,7 @@ def _einsum_wgmma_few_kernel(
         xs_smem = gl.allocate_shared_memory(gl.float32, [STAGES, GROUP, max(BLOCK_B, LINE)], xs_desc.layout)
     else:
         xs_smem = x_smem
+    ws_smem = gl.allocate_shared_memory(gl.float32, [SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = ring.barriers(STAGES, (1, 1))
     d0 = gl.program_id(0) * OUTPUTS
     b0 = gl.program_id(1) * BLOCK_B
@@ -179,7 +185,7 @@ def _einsum_wgmma_few_kernel(
     h64 = h.to(gl.int64)
     o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
     o_stride_h = gl.multiple_of(o_stride_h.to(gl.int64), 8)
-    smem = (x_smem, w_smem, xs_smem)
+    smem = (x_smem, w_smem, xs_smem, ws_smem)
     tensors = (
         xs_ptr + h64 * xs_stride_h,
         ws_ptr + h64 * ws_stride_h + (d0 // 128).to(gl.int64) * ws_stride_d,

@@ -17,7 +17,9 @@ from dsv4_backends.contract.models import FLASH
 def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     (one,) = launches
     grid, taken = one.grid, one.arguments
-    (b, h, _), d = call["x"].shape, call["w"].shape[1]
+    (b, h, r), d = call["x"].shape, call["w"].shape[1]
+    if variant_of(one) in ("wgmma", "wgmma_few"):
+        yield r <= 128 * tile_of(one, "SCALES")
     if variant_of(one) == "wgmma_few":
         yield grid == (-(-d // tile_of(one, "OUTPUTS")), -(-b // taken["BLOCK_B"]), h)
     elif variant_of(one) == "wgmma":
@@ -29,16 +31,17 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
 
 
 def unusual() -> Iterator[Arguments]:
-    """Packed scales, tokens that cannot be read 16 bytes at a time, and more groups than a grid's third dimension."""
+    """Packed scales, tokens that cannot be read 16 bytes at a time, more groups than a grid's third dimension, and more
+    K blocks than there are places for their scales."""
     yield from (traffic.einsum(FLASH.rank(1), tokens, packed=True) for tokens in (7, 32, 300))
     for tokens in (32, 300):
         call = traffic.einsum(FLASH.rank(1), tokens)
         wide = (tokens, call["x"].shape[1], call["x"].shape[2] + 8)
         yield call | {"x": torch.empty(wide, dtype=call["x"].dtype, device="meta")[..., :-8]}
-    many = {"x": (70000, 20, 128), "w": (70000, 64, 128)}
-    x, w = (torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta") for shape in many.values())
-    x_scale, w_scale = (torch.empty((*shape, 1), device="meta") for shape in ((20, 70000), (70000, 1)))
-    yield {"x": x.transpose(0, 1), "x_scale": x_scale, "w": w, "w_scale": w_scale}
+    for h, b, d, r in ((70000, 20, 64, 128), (1, 20, 64, 128 * 129), (1, 300, 128, 128 * 129)):
+        x, w = (torch.empty(h, n, r, dtype=torch.float8_e4m3fn, device="meta") for n in (b, d))
+        x_scale, w_scale = (torch.empty(*n, r // 128, device="meta") for n in ((b, h), (h, 1)))
+        yield {"x": x.transpose(0, 1), "x_scale": x_scale, "w": w, "w_scale": w_scale}
 
 
 def more_calls() -> Iterator[Arguments]:
