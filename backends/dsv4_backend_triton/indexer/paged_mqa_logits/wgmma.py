@@ -2,11 +2,13 @@
 persistent. The work is shared by the lengths, see ``schedule.py``.
 
 The two consumers take the tiles of a program in turn. Each has one product on the tensor cores while it adds up the
-heads of another: with 2 rows two pages of a tile, with 4 rows two halves of the rows.
+heads of another: with 2 rows two pages of a tile, with 4 rows two halves of the rows. -inf is stored
+while keys are read and multiplied.
 
     role            warps   registers   does
     producer        1       32          fetches queries, keys and their scales through tensor maps
-    consumer 0, 1   4 each  REGISTERS   keys x all queries, relu, head sum in registers, store; then -inf elsewhere
+    filler          2       32          -inf beyond the keys
+    consumer 0, 1   4 each  REGISTERS   keys x all queries, relu, head sum in registers, store
 
             two rows of 64 heads
     64 keys [          S        ] -> [64, 2] logits        K: the 128 dimensions
@@ -101,10 +103,10 @@ def launch(call: Call, config: Config) -> None:
 
 @gluon.jit
 def _producer(
-    descs, smem, bars, shares, lengths, tables, ROWS: gl.constexpr, STAGES: gl.constexpr, VISIT: gl.constexpr
+    descs, smem, bars, share, lengths, tables, ROWS: gl.constexpr, STAGES: gl.constexpr, VISIT: gl.constexpr
 ):  # fmt: skip
     PAGES: gl.constexpr = 4 // ROWS
-    item, place, count, _, _, _, _ = shares
+    item, place, count = share
     q_desc, k_desc, s_desc = descs
     q_smem, k_smem, s_smem = smem
     q_full, q_empty, k_full, k_empty = bars
@@ -153,22 +155,36 @@ def _store(s, w, col, scale, bound, row_ptr, stop):
 
 
 @gluon.jit
-def _fill(out_ptr, out_stride, row, row_ok, begin, end):
-    """-inf to columns [begin, end) of a row."""
-    lane = gl.arange(0, 1024, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    value = gl.full([1024], float("-inf"), gl.float32, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    for j in range(begin, end, 1024):
-        gl.store(out_ptr + row * out_stride + j + lane, value, mask=(j + lane < end) & row_ok, cache_modifier=".cs")
+def _filler(out, share, lengths, ROWS: gl.constexpr, VISIT: gl.constexpr):
+    tile: gl.constexpr = KEYS * 4 // ROWS
+    out_ptr, out_stride, max_len, all_tiles = out
+    _, _, next_n, _, _, _ = lengths
+    item, place, count = share
+    row = gl.arange(0, ROWS, layout=gl.BlockedLayout([ROWS], [32], [2], [0]))
+    lane = gl.arange(0, 1024, layout=gl.BlockedLayout([1], [32], [2], [0]))
+    value = gl.full([1024], float("-inf"), gl.float32, layout=gl.BlockedLayout([1], [32], [2], [0]))
+    while count > 0:
+        b, row0, length = item_of(row, item, lengths, ROWS)
+        tiles = tiles_of(gl.max(length, axis=0), tile)
+        first, last, count = part(place, count, all_tiles - tiles, VISIT)
+        place = 0
+        item += 1
+        begin = (tiles + first) * tile
+        end = gl.minimum((tiles + last) * tile, max_len)
+        for i in range(row0, gl.minimum(row0 + ROWS, next_n)):
+            row_ptr = out_ptr + (b * next_n + i) * out_stride
+            for j in range(begin, end, 1024):
+                gl.store(row_ptr + j + lane, value, mask=j + lane < end, cache_modifier=".cs")
 
 
 @gluon.jit
 def _consumer(
-    WHO: gl.constexpr, tensors, smem, bars, shares, lengths, tables,
+    WHO: gl.constexpr, tensors, smem, bars, share, lengths, tables,
     ROWS: gl.constexpr, STAGES: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
     PAGES: gl.constexpr = 4 // ROWS
     HALVES: gl.constexpr = ROWS // 2
-    item, place, count, fill_item, fill_place, fill_count, all_tiles = shares
+    item, place, count = share
     row = gl.arange(0, ROWS, layout=gl.BlockedLayout([ROWS], [32], [4], [0]))
     head = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LOGITS))
@@ -247,17 +263,6 @@ def _consumer(
             mbarrier.arrive(q_empty.index(slot))
             turn += 1
             done += last - first
-    while fill_count > 0:
-        b, row0, length = item_of(row, fill_item, lengths, ROWS)
-        tiles = tiles_of(gl.max(length, axis=0), PAGES * KEYS)
-        first, last, fill_count = part(fill_place, fill_count, all_tiles - tiles, VISIT)
-        fill_place = 0
-        fill_item += 1
-        begin = (tiles + first) * (PAGES * KEYS)
-        end = gl.minimum((tiles + last) * (PAGES * KEYS), max_len)
-        for i in gl.static_range(HALVES):
-            one = row0 + 2 * i + WHO
-            _fill(out_ptr, out_stride, b * next_n + one, one < next_n, begin, end)
 
 
 @entry(gluon.jit, "B", any_alignment=["w_ptr", "lens_ptr", "table_ptr", "out_ptr"])
@@ -287,17 +292,17 @@ def _paged_mqa_logits_wgmma_kernel(
     all_tiles = (filled + PAGES * KEYS - 1) // (PAGES * KEYS)
     mine = share(lane, ends, total, all_tiles, lengths, ROWS, PAGES * KEYS, SCAN, VISIT, FILL=False)
     to_fill = share(lane, ends, total, all_tiles, lengths, ROWS, PAGES * KEYS, SCAN, VISIT, FILL=True)
-    shares = mine + to_fill + (all_tiles,)
     tables = (table_ptr, table_stride, pages)
     tensors = (w_ptr, out_ptr, w_stride, out_stride, max_len)
     bars, smem = (q_full, q_empty, k_full, k_empty), (q_smem, k_smem, s_smem)
     descs, boxed = (q_desc, k_desc, s_desc), (q_boxes, k_boxes, s_boxes)
     gl.warp_specialize(
         [
-            (_consumer, (0, tensors, smem, bars, shares, lengths, tables, ROWS, STAGES, VISIT)),
-            (_consumer, (1, tensors, smem, bars, shares, lengths, tables, ROWS, STAGES, VISIT)),
-            (_producer, (descs, boxed, bars, shares, lengths, tables, ROWS, STAGES, VISIT)),
+            (_consumer, (0, tensors, smem, bars, mine, lengths, tables, ROWS, STAGES, VISIT)),
+            (_consumer, (1, tensors, smem, bars, mine, lengths, tables, ROWS, STAGES, VISIT)),
+            (_filler, ((out_ptr, out_stride, max_len, all_tiles), to_fill, lengths, ROWS, VISIT)),
+            (_producer, (descs, boxed, bars, mine, lengths, tables, ROWS, STAGES, VISIT)),
         ],
-        [4, 1],
-        [REGISTERS, 32],
+        [4, 2, 1],
+        [REGISTERS, 32, 32],
     )
