@@ -25,6 +25,7 @@ class Shape(NamedTuple):
         topk1, topk2: Widths of the two scopes' indices.
         vectors: Whether cache pages, queries and output can be read 16 bytes at a time and page sizes are powers of 2.
         unaligned: Whether cache pages are not all on 8-byte boundaries.
+        lengths: Whether lengths are given.
     """
 
     arch: Arch
@@ -35,6 +36,7 @@ class Shape(NamedTuple):
     vectors: bool
     unaligned: bool
     batch_invariant: bool
+    lengths: bool
 
     @property
     def planned_rows(self) -> int:
@@ -66,12 +68,18 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A launch of a split kernel: its tile, and the number of splits of a row's keys."""
+    """A launch of a split kernel: its tile, and the number of splits of a row's keys.
+
+    Attributes:
+        even: If rows have different numbers of splits, that of every row if all are equally long; ``splits`` is then
+            the most.
+    """
 
     tile: Tile
     splits: int
     single: bool = False  # every split is exactly one tile
     block_heads: int = 64  # heads of one program, if fewer than the tile is high: more programs
+    even: int = 0
 
 
 class Scopes(NamedTuple):

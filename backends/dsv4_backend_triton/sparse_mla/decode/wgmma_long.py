@@ -1,8 +1,9 @@
 """The split kernel of sparse MLA decode on wgmma for splits of many tiles, in Gluon, with three roles.
 
 One program serves one query row, 64 heads and one split. Splits, order of tiles and partial results are those of the
-portable kernel. The softmax of a tile runs beside P V of the one before. On the H200 the loader takes most of the time:
-it waits for rows, and it has those of 32 keys in flight all the time.
+portable kernel, or those of ``by_lengths.py`` where lengths are given and all programs run at once. The softmax of a
+tile runs beside P V of the one before. On the H200 the loader takes most of the time: it waits for rows, and it has
+those of 32 keys in flight all the time.
 
     role         warps   registers   does
     accumulate   8       160         loads Q; holds the 64 x 512 output, 256 columns a warpgroup, and only rescales,
@@ -56,10 +57,11 @@ from ...lib import ring
 from ...lib.gluon import async_load, launch_dependents, reinterpret
 from ...lib.sizes import cdiv
 from ...lib.softmax import NEGATIVE
+from .by_lengths import MOST_ROWS, OVER, lengths_of, part_of, splits_of, tiles_of
 from .combine import launch_splits
 from .finish import WGMMA_STORE, finish
 from .gather import beside, columns, decode_pair, decode_tail, find, index_of, load_groups, load_rope, place, schedule
-from .plan import ANY_ALIGNMENT, Call, Plan, Shape, Tile, splits_for
+from .plan import ANY_ALIGNMENT, MOST_SPLITS, Call, Plan, Shape, Tile, splits_for
 
 _HEADS = gl.constexpr(64)
 _KEYS = gl.constexpr(64)
@@ -75,28 +77,95 @@ def plan(shape: Shape) -> Plan | None:
         return None
     tile = Tile(_HEADS.value, _KEYS.value, 8)
     tiles = shape.tiles(tile.keys)
-    splits = splits_for(shape.planned_rows * cdiv(shape.heads, tile.heads), tiles, shape.arch.sms)
-    return Plan(tile, splits) if tiles >= _FEWEST_TILES * splits else None
+    programs = shape.planned_rows * cdiv(shape.heads, tile.heads)
+    splits = splits_for(programs, tiles, shape.arch.sms)
+    if tiles < _FEWEST_TILES * splits:
+        return None
+    by_lengths = shape.lengths and not shape.batch_invariant and 1 < shape.rows <= MOST_ROWS.value
+    most = min(OVER * splits, tiles, MOST_SPLITS)
+    if by_lengths and programs * splits <= shape.arch.sms and most > splits:
+        return Plan(tile, most, even=splits)
+    return Plan(tile, splits)
 
 
 def launch(call: Call, plan: Plan) -> None:
     config = configured("sparse_mla_decode", "wgmma_long", call.shape.arch)
     launch_splits(
         _decode_wgmma_long_kernel, call, plan, words=True, block_heads=plan.block_heads,
+        batch=call.q.shape[0], even=plan.even, BY_LENGTHS=plan.even > 0,
         SCORE_REGISTERS=config["score"], LOADER_REGISTERS=config["loader"], num_warps=plan.tile.warps,
     )  # fmt: skip
 
 
 @gluon.jit
-def _loader(smem, bars, at, indices, lengths, scopes):
+def _batch(counts, lengths):
+    """The lengths of the batch, requested; each warp has all."""
+    lay: gl.constexpr = gl.BlockedLayout([MOST_ROWS // 32], [32], [gl.num_warps()], [0])
+    lane = gl.arange(0, MOST_ROWS, lay)
+    length1, length2 = lengths_of(lane, lane < counts[0], lengths)
+    return lane, length1, length2
+
+
+@gluon.jit
+def _own(b, lengths):
+    """A row's lengths, and its tiles."""
+    _, _, _, _, topk1, topk2 = lengths
+    length1, length2 = lengths_of(b, True, lengths)
+    tiles = tiles_of(length1, length2, lengths, _KEYS)
+    return gl.minimum(gl.maximum(length1, 0), topk1), gl.minimum(gl.maximum(length2, 0), topk2), tiles
+
+
+@gluon.jit
+def _splits(tiles, batch, counts, lengths):
+    lane, length1, length2 = batch
+    return splits_of(tiles, lane, length1, length2, lengths, counts, _KEYS)
+
+
+@gluon.jit
+def _share(start, step, own, lengths):
+    """Every ``step``-th tile of a row from ``start`` on, in the form of ``schedule``."""
+    length1, length2, _ = own
+    _, _, _, _, topk1, _ = lengths
+    tiles1 = (topk1 + _KEYS - 1) // _KEYS
+    here1 = (gl.maximum(tiles1 - start, 0) + step - 1) // step
+    return (here1, start, start + here1 * step - tiles1, step, length1, length2)
+
+
+@gluon.jit
+def _begin(at, counts, lengths):
+    """What of ``_schedule`` the other rows do not change: a share of the first tile only."""
+    b, split, _ = at
+    own = _own(b, lengths)
+    start, _, _ = part_of(split, counts[1], 2, own[2])
+    return _share(start, 1, own, lengths)
+
+
+@gluon.jit
+def _schedule(at, batch, counts, lengths):
+    """This split's tiles, their number, and the number of splits that the row takes."""
+    b, split, _ = at
+    own = _own(b, lengths)
+    splits = _splits(own[2], batch, counts, lengths)
+    start, step, here = part_of(split, counts[1], splits, own[2])
+    return _share(start, step, own, lengths), here, splits
+
+
+@gluon.jit
+def _loader(smem, bars, at, indices, counts, lengths, scopes, BY_LENGTHS: gl.constexpr):
     k32, b_smem = smem
     k_full, k_empty = bars
     keys, cols, cols_r = columns(_PART, 4)
-    share, here = schedule(at, lengths, _KEYS, False)
+    if BY_LENGTHS:
+        share = _begin(at, counts, lengths)
+        batch = _batch(counts, lengths)
+    else:
+        share, here = schedule(at, lengths, _KEYS, False)
     index = index_of(0, keys, share, indices, lengths, _KEYS)
     start, ok, word = find(0, index, keys, share, scopes, _KEYS)
     raw = load_groups(start, ok, cols, 0, 7)
     raw += (load_rope(start, ok, cols_r),)
+    if BY_LENGTHS:
+        share, here, _ = _schedule(at, batch, counts, lengths)
     index = index_of(0, keys + _PART, share, indices, lengths, _KEYS)
     slot = 0
     phase = 0
@@ -130,7 +199,7 @@ def _loader(smem, bars, at, indices, lengths, scopes):
 
 
 @gluon.jit
-def _score(smem, bars, at, lengths, scale_log2):
+def _score(smem, bars, at, counts, lengths, scale_log2, BY_LENGTHS: gl.constexpr):
     q_smem, k_smem, b_smem, p_smem, a_smem, m_smem = smem
     k_full, p_full, q_full, done = bars
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -143,7 +212,10 @@ def _score(smem, bars, at, lengths, scale_log2):
         block_bases=[],
         shape=[64, 4],
     )
-    _, here = schedule(at, lengths, _KEYS, False)
+    if BY_LENGTHS:
+        _, here, _ = _schedule(at, _batch(counts, lengths), counts, lengths)
+    else:
+        _, here = schedule(at, lengths, _KEYS, False)
     m_i = gl.full([_HEADS], NEGATIVE, gl.float32, rows)
     l_parts = gl.zeros([_HEADS, 4], gl.float32, sum_lay)
     zero = gl.zeros([_HEADS, _KEYS], gl.float32, mma)
@@ -180,7 +252,9 @@ def _score(smem, bars, at, lengths, scale_log2):
 
 
 @gluon.jit
-def _accumulate(query, results, smem, bars, at, sizes, lengths, has_sink, SPLIT: gl.constexpr):
+def _accumulate(
+    query, results, smem, bars, at, sizes, counts, lengths, has_sink, SPLIT: gl.constexpr, BY_LENGTHS: gl.constexpr
+):  # fmt: skip
     q, q_sh, head0 = query
     q_smem, k_smem, p_smem, a_smem, m_smem = smem
     k_empty, p_full, q_full, done = bars
@@ -194,7 +268,10 @@ def _accumulate(query, results, smem, bars, at, sizes, lengths, has_sink, SPLIT:
     heads_end = gl.minimum(heads, head0 + block_heads)
     async_load(q_smem.index(0), q_row[:, None] + cols[None, :], mask=(h < heads_end)[:, None])
     async_copy.commit_group()
-    _, here = schedule(at, lengths, _KEYS, False)
+    if BY_LENGTHS:
+        _, here, splits = _schedule(at, _batch(counts, lengths), counts, lengths)
+    else:
+        _, here = schedule(at, lengths, _KEYS, False)
     async_copy.wait_group(0)
     ring.publish(q_full)
 
@@ -212,7 +289,14 @@ def _accumulate(query, results, smem, bars, at, sizes, lengths, has_sink, SPLIT:
         phase = gl.where(slot == 0, phase ^ 1, phase)
     mbarrier.wait(done, 0)
     m_i, l_i = m_smem.index(0).load(rows), m_smem.index(1).load(rows)
-    finish(acc, m_i, l_i, here, results, sizes, has_sink, SPLIT, WGMMA_STORE, True)
+    if BY_LENGTHS:
+        if splits == 1:
+            if at[1] == 0:
+                finish(acc, m_i, l_i, here, results, sizes, has_sink, False, WGMMA_STORE, True)
+        elif at[1] < splits:
+            finish(acc, m_i, l_i, here, results, sizes, has_sink, True, WGMMA_STORE, True)
+    else:
+        finish(acc, m_i, l_i, here, results, sizes, has_sink, SPLIT, WGMMA_STORE, True)
 
 
 @entry(gluon.jit, "has_sink", any_alignment=ANY_ALIGNMENT)
@@ -226,13 +310,22 @@ def _decode_wgmma_long_kernel(
     i1_sb: gl.int64, i1_ss: gl.int64, i2_sb: gl.int64, i2_ss: gl.int64,  # in indices
     topk1: gl.int32, topk2: gl.int32, slots1: gl.int32, slots2: gl.int32,
     stride1: gl.int64, stride2: gl.int64,  # of a page, in 16 bytes
-    page1: gl.int32, page2: gl.int32, shift1: gl.int32, shift2: gl.int32,
-    SPLIT: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    page1: gl.int32, page2: gl.int32, shift1: gl.int32, shift2: gl.int32, batch: gl.int32, even: gl.int32,
+    SPLIT: gl.constexpr, BY_LENGTHS: gl.constexpr, SCORE_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
         launch_dependents()
     split = gl.program_id(1)
     _, b, s, head0 = place(gl.program_id(0), block_heads, head_blocks, s_q)
+    lengths, counts = (len1, len2, has_len1, has_len2, topk1, topk2), (batch, even, splits)
+    if BY_LENGTHS:
+        taken = splits
+        if split >= gl.minimum(even, 2):  # the others begin before they know
+            _, _, tiles = _own(b, lengths)
+            taken = _splits(tiles, _batch(counts, lengths), counts, lengths)
+        if split >= taken:
+            return
     b64, s64 = b.to(gl.int64), s.to(gl.int64)
     q += (b64 * q_sb + s64 * q_ss) * 8
     idx1 += b64 * i1_sb + s64 * i1_ss
@@ -251,16 +344,18 @@ def _decode_wgmma_long_kernel(
     q_full, done = ring.barriers(1, (1, 1))
     q_full, done, at = q_full.index(0), done.index(0), (b, split, splits)
     ring.sync()
-    lengths = (len1, len2, has_len1, has_len2, topk1, topk2)
     scopes = (cache1, cache2, slots1, slots2, stride1, stride2, page1, page2, shift1, shift2)
     query, results = (q, q_sh, head0), (out, o_sb, o_ss, o_sh, lse, part, part_lse, sink)
     sizes, sum_bars = (heads, block_heads, head_blocks, s_q, splits), (k_empty, p_full, q_full, done)
     smem, sum_smem = (q_smem, k_smem, b_smem, p_smem, a_smem, m_smem), (q_smem, k_smem, p_smem, a_smem, m_smem)
     gl.warp_specialize(
         [
-            (_accumulate, (query, results, sum_smem, sum_bars, at, sizes, lengths, has_sink, SPLIT)),
-            (_score, (smem, (k_full, p_full, q_full, done), at, lengths, scale_log2)),
-            (_loader, ((k32, b_smem), (k_full, k_empty), at, (idx1, idx2), lengths, scopes)),
+            (
+                _accumulate,
+                (query, results, sum_smem, sum_bars, at, sizes, counts, lengths, has_sink, SPLIT, BY_LENGTHS),
+            ),
+            (_score, (smem, (k_full, p_full, q_full, done), at, counts, lengths, scale_log2, BY_LENGTHS)),
+            (_loader, ((k32, b_smem), (k_full, k_empty), at, (idx1, idx2), counts, lengths, scopes, BY_LENGTHS)),
         ],
         [4, 4],
         [SCORE_REGISTERS, LOADER_REGISTERS],

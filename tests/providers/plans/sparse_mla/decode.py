@@ -27,9 +27,13 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     yield from prefill.covered(flat, [main])
     splits = taken["splits"]
     yield from (main.grid[1] == splits <= MOST_SPLITS, taken["SPLIT"] == (splits > 1) == bool(others))
+    even = taken.get("even", 0)  # splits by the lengths
+    yield not even or isinstance(call.get("topk_length"), torch.Tensor)
     for combine in others:  # all partial results of a row fit the registers of one that combines them
-        yield combine.grid == (rows * heads,)
-        yield combine.arguments["splits"] == splits <= combine.arguments["BS"]
+        found = combine.arguments
+        yield combine.grid == (rows * -(-heads // found.get("BH", 1)),)
+        yield found["splits"] == splits <= (2 * found["HALF"] if even else found["BS"])
+        yield found.get("even", 0) == even <= found.get("HALF", 0)
 
 
 def unusual() -> Iterator[Arguments]:
