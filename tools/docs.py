@@ -58,8 +58,7 @@ BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
 """The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
-BENCH_TRITON = "h200-bench-triton-3.8.json"
-"""Of the run that made ``BENCH``, with another release of Triton."""
+TRITON_TIMES = "h200-triton-times.json"
 BENCH_PATH = "h200-bench-attention-path.json"
 BENCH_PATH_CODE = "h200-bench-attention-path-code-sm_80.json"
 SAME_BYTES = "h200-same-bytes.json"
@@ -590,42 +589,32 @@ def performance_code() -> str:
 
 
 def performance_triton() -> str:
-    """The rows of the first table with another release of Triton: by op and provider, and what moved."""
-    if not _kept(BENCH_TRITON).exists():
-        return "Not measured."
-    result = bench.read(_kept(BENCH_TRITON))
-    timed = [
-        (change, change.after / change.before)
-        for change in compare.compare(bench.read(_kept(BENCH)), result)
-        if change.before and change.after
-    ]
+    """How the times move from one release of Triton to another: by op and provider, and the rows that moved."""
+    result = records.read(kept.TritonTimes, _kept(TRITON_TIMES))
     by: dict[tuple[str, str], list[float]] = {}
-    for change, ratio in timed:
-        by.setdefault((change.op, change.provider), []).append(ratio)
+    for row in result.rows:
+        by.setdefault((row.op, row.provider), []).append(row.after / row.before)
     lines = [
         (code(op), code(name), str(len(found)), *(f"{of(found):.3f}" for of in (min, statistics.median, max)))
         for (op, name), found in by.items()
     ]
     moved = [
-        (
-            code(change.op),
-            change.row,
-            code(change.provider),
-            f"{change.before:.1f}",
-            f"{change.after:.1f}",
-            f"{ratio:.2f}",
-        )
-        for change, ratio in timed
-        if abs(ratio - 1) > compare.NOISE
+        (code(r.op), r.row, code(r.provider), f"{r.before:.1f}", f"{r.after:.1f}", f"{r.after / r.before:.2f}")
+        for r in result.rows
+        if abs(r.after / r.before - 1) > compare.NOISE
     ]
-    header = ("op", "provider", "rows", "least", "median", "most")
-    names = ("op", "row", "provider", "before, µs", "after, µs", "after / before")
-    parts = [
-        _measured_on(result),
-        table(header, lines),
-        f"Rows that moved by more than {compare.NOISE:.0%}: {len(moved)}.",
-    ]
-    return "\n\n".join([*parts, *([table(names, moved)] if moved else [])])
+    after = result.machine.packages["triton"]
+    ratios = table(("op", "provider", "rows", "least", "median", "most"), lines)
+    names = ("op", "row", "provider", f"Triton {result.before}, µs", f"{after}, µs", "ratio")
+    return "\n\n".join(
+        [
+            f"{_measured_on(result)} The other release: {result.before}.",
+            f"Time with {after} divided by that with {result.before}:",
+            ratios,
+            f"Rows that moved by more than {compare.NOISE:.0%}:",
+            table(names, moved),
+        ]
+    )
 
 
 def performance_path() -> str:
@@ -792,6 +781,8 @@ def _conformance(which: str) -> str:
             label += "; tensors on cuda:1, cuda:0 current"
         if triton != usual:
             label += f"; Triton {triton}"
+        if not result.complete:
+            label += "; ended by its time limit"
         ops = ", ".join(code(op) for op in re.findall(r"--op (\w+)", result.command)) or "all of that commit"
         rows.append((label, ops, said_commit(result.commit), result.level, *map(str, cells)))
     names = ("builds", "ops", "commit", "level", "passed", "failed", "refused by shape", "skipped otherwise")

@@ -158,6 +158,29 @@ class Floor(Measured):
 
 
 @dataclass(frozen=True)
+class TimeMove:
+    """Median microseconds of one provider on one row of ``bench``."""
+
+    op: str
+    row: str
+    provider: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonTimes(Measured):
+    """Of tools/compare_tritons.py.
+
+    Attributes:
+        before: The release of Triton that came first; the machine has the other.
+    """
+
+    before: str
+    rows: tuple[TimeMove, ...]
+
+
+@dataclass(frozen=True)
 class TopkRow:
     """Microseconds of a top-k op, and of the logits followed by ``torch.topk``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import shlex
@@ -13,15 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare_tritons
 import pytest
 import torch
-from bench_results import result_of, row_of
+from bench_results import GPU, result_of, row_of
 from installed import distribution
 from pages import BLOCK, PAGES, TEXTS, WRITTEN
 from paths import ROOT
 
 import docs
 from dsv4_backends import records
+from dsv4_backends.bench import results
+from dsv4_backends.bench.provenance import Host
 from dsv4_backends.commands import cli
 from dsv4_backends.commands.shared import FINDINGS
 from dsv4_backends.contract import CONTRACTS, LEVELS
@@ -84,19 +88,25 @@ def test_check_finds_a_stale_page(
     assert capsys.readouterr().out == "README.md is not current\nREADME.md written\n"
 
 
-def test_another_triton_is_compared_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_releases_of_triton_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docs" / "results").mkdir(parents=True)
-    monkeypatch.setattr(docs, "ROOT", tmp_path)
-    assert docs.performance_triton() == "Not measured."
     order = {"mqa_logits": ("a", "b")}
-    for name, one, two in ((docs.BENCH, 20.0, 10.0), (docs.BENCH_TRITON, 20.5, 11.0)):
+    host = Host("3.12", {"torch": "2.11.0", "triton": "3.6.0"}, (GPU,))
+    for name, one, two in (("before", 20.0, 10.0), ("after", 20.5, 11.0)):
         rows = [row_of("mqa_logits", "one", a=8.0, b=one), row_of("mqa_logits", "two", a=None, b=two)]
-        records.write(result_of(*rows, order=order), tmp_path / "docs" / "results" / name)
+        records.write(result_of(*rows, order=order, machine=host), tmp_path / f"{name}.json")
+    given = [tmp_path / "before.json", tmp_path / "after.json", tmp_path / "docs" / "results" / docs.TRITON_TIMES]
+    monkeypatch.setattr(sys, "argv", ["compare_tritons.py", *map(str, given)])
+    assert compare_tritons.main() == 0
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
     made = docs.performance_triton()
     assert "| `mqa_logits` | `a` | 1 | 1.000 | 1.000 | 1.000 |" in made
     assert "| `mqa_logits` | `b` | 2 | 1.025 | 1.062 | 1.100 |" in made
-    assert "by more than 3%: 1." in made
+    assert made.count("| two |") == 1
     assert made.endswith("| `mqa_logits` | two | `b` | 10.0 | 11.0 | 1.10 |")
+    other = dataclasses.replace(results.read(given[0]), commit="another")
+    with pytest.raises(ValueError, match="of one commit and GPU"):
+        compare_tritons.of_both(other, results.read(given[1]))
 
 
 def test_performance_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
