@@ -163,10 +163,10 @@ OTHERS = [
     decode("wgmma_long", 3, b=3, s_q=2, h_q=70, topk=250, extra_topk=130, extra_length="random", sink="none"),
     decode("wgmma_long", 4, b=2, s_q=1, h_q=64, topk=700, invalid="extreme", length="any"),
     # The rows' splits follow from the lengths, with 1, 2 and 3 for rows that are equally long.
-    decode("wgmma_long", 5, b=5, s_q=1, h_q=8, topk=150, length="any", extra_topk=700, extra_length="random"),
-    decode("wgmma_long", 12, b=3, s_q=2, h_q=64, topk=700, length="random", invalid="mixed", sink="mixed"),
+    decode("wgmma_long", 5, b=5, s_q=1, h_q=8, topk=150, length="any", extra_topk=1100, extra_length="random"),
+    decode("wgmma_long", 12, b=3, s_q=2, h_q=64, topk=65, extra_topk=1030, extra_length="random", sink="mixed"),
     decode("wgmma_long", 18, b=3, s_q=1, h_q=70, topk=250, extra_topk=1100, extra_length="any", invalid="extreme"),
-    decode("wgmma_long", 10, b=5, s_q=1, h_q=8, topk=150, length="zero", extra_topk=700, extra_length="zero"),
+    decode("wgmma_long", 10, b=5, s_q=1, h_q=8, topk=150, length="zero", extra_topk=1100, extra_length="zero"),
     # As planned, with the rings of a real launch.
     mqa(0, 132, m=21, n=1000, ranges="causal"),
 ]

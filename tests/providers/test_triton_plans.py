@@ -7,6 +7,7 @@ That each compiles and fits the shared memory of its architecture is tools/compi
 from __future__ import annotations
 
 import importlib
+import itertools
 from functools import cache
 
 import plans
@@ -138,3 +139,21 @@ def test_a_tensor_map_stays_within_its_tensor(op: str) -> None:
         reach = sum((size - 1) * stride for size, stride in zip(found.shape, found.strides, strict=True)) + 1
         base, size = found.base, found.base.element_size()
         assert base.storage_offset() * size + reach * size <= base.untyped_storage().nbytes(), (op, found)
+
+
+def test_decode_splits_by_the_lengths_only_where_rows_of_indices_are_wide() -> None:
+    """Not where a row has the keys that a model selects, not without lengths, not in the batch-invariant mode."""
+    op, arch = "sparse_mla_decode", arch_from_capability(Version("9.0"))
+
+    def by_lengths(call: Arguments, home: str = "") -> set[bool]:
+        return {one.arguments.get("even", 0) > 0 for one in ahead.record(op, [call], arch, home)}
+
+    lengths = "topk_length", "extra_topk_length"
+    for heads, b, s_q in ((128, 16, 1), (128, 64, 1), (64, 16, 1), (64, 64, 1), (128, 8, 2)):
+        wide = serving.decode(heads, b, s_q, 128, (8192, 2))
+        assert by_lengths(wide) == {True}
+        assert by_lengths(wide | dict.fromkeys(lengths)) == {False}
+        assert by_lengths(wide, "batch_invariant") == {False}
+    for heads, b in itertools.product((64, 128), (1, 8, 16, 32, 64, 128)):
+        for selected in ((512, 64), (1024, 64), (1024, 2)):
+            assert by_lengths(serving.decode(heads, b, 1, 128, selected)) == {False}

@@ -1,9 +1,9 @@
 """The split kernel of sparse MLA decode on wgmma for splits of many tiles, in Gluon, with three roles.
 
 One program serves one query row, 64 heads and one split. Splits, order of tiles and partial results are those of the
-portable kernel, or those of ``by_lengths.py`` where lengths are given and all programs run at once. The softmax of a
-tile runs beside P V of the one before. On the H200 the loader takes most of the time: it waits for rows, and it has
-those of 32 keys in flight all the time.
+portable kernel; where the second scope is wide and has lengths, and all programs run at once, those of
+``by_lengths.py``. The softmax of a tile runs beside P V of the one before. On the H200 the loader takes most of the
+time: it waits for rows, and it has those of 32 keys in flight all the time.
 
     role         warps   registers   does
     accumulate   8       160         loads Q; holds the 64 x 512 output, 256 columns a warpgroup, and only rescales,
@@ -71,6 +71,11 @@ _FEWEST_TILES = 5
 """Tiles a split. ``wgmma`` takes 7 to 11 % longer with 9 and more (NVIDIA H200, Triton 3.6.0, 2026-11-29). An earlier
 form of this kernel gained 2 % over it with 5 and nothing with 4.5."""
 
+_WIDE = 1024
+"""Indices of the second scope. Up to so many are what a model selects, and most rows have all of them: splitting by the
+lengths then takes 6 to 9 % longer. Of more, most rows have few: with 8192 it takes 7 to 13 % less (NVIDIA H200, Triton
+3.6.0 and 3.8, 2026-11-29)."""
+
 
 def plan(shape: Shape) -> Plan | None:
     if not shape.vectors:
@@ -81,7 +86,8 @@ def plan(shape: Shape) -> Plan | None:
     splits = splits_for(programs, tiles, shape.arch.sms)
     if tiles < _FEWEST_TILES * splits:
         return None
-    by_lengths = shape.lengths and not shape.batch_invariant and 1 < shape.rows <= MOST_ROWS.value
+    by_lengths = shape.lengths and shape.topk2 > _WIDE and not shape.batch_invariant
+    by_lengths = by_lengths and 1 < shape.rows <= MOST_ROWS.value
     most = min(OVER * splits, tiles, MOST_SPLITS)
     if by_lengths and programs * splits <= shape.arch.sms and most > splits:
         return Plan(tile, most, even=splits)
