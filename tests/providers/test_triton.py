@@ -75,9 +75,9 @@ def test_every_test_in_the_interpreter_asks_whether_it_can_run() -> None:
 
 
 def test_compiles_for_every_architecture(tmp_path: Path) -> None:
-    """Every fifth variant, other ones for each architecture and release of Triton; the docs have all of them."""
+    """Every eighth variant, other ones for each architecture and release of Triton; the docs have all of them."""
     start = version("triton").split(".")[1]
-    part = ("--every", "5", "--start", start)
+    part = ("--every", "8", "--start", start)
     done = run("tools/compile_matrix.py", *part, "--kept", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert ", 0 bad" in done.stdout

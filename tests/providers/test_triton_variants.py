@@ -1,7 +1,8 @@
 """Gluon is experimental: a Triton that lacks a name costs the kernels that use it, and nothing else.
 
 Which names those are is read from the sources. Each in turn is taken from Triton, in a process that was forked after
-Triton's import, and every op is then asked what it would launch on every architecture.
+Triton's import, and what it costs is noted. Of the names that cost the same kernels one is taken again, and every op is
+then asked what it would launch on every architecture.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -92,6 +93,13 @@ def _owner(path: str) -> Any:
     return value
 
 
+def _missing() -> dict[str, str]:
+    """Why this process lacks a kernel of Gluon, by file; empty: it has it."""
+    from dsv4_backend_triton import variants
+
+    return {f"{variants.OPS[op].folder}.{v.name}": variants.missing(op, v) for op in OPS for v in gluon(op)}
+
+
 def _look() -> dict[str, Any]:
     """What every op would launch where, and what is said of it, in this process."""
     import logging
@@ -102,7 +110,7 @@ def _look() -> dict[str, Any]:
     logging.getLogger("dsv4_backends").addHandler(handler)
     import plans
     import traffic as serving
-    from dsv4_backend_triton import ahead, variants
+    from dsv4_backend_triton import ahead
     from dsv4_backend_triton.arch import arch_from_capability
     from packaging.version import Version
 
@@ -118,16 +126,15 @@ def _look() -> dict[str, Any]:
             kernels = [f"{one.kernel.fn.__module__}.{one.kernel.__name__}" for one in recorded]
             launched[f"{op} {capability}"] = [kernel.removeprefix(f"{PACKAGE.name}.") for kernel in kernels]
     notices = {op: [str(r) for r in ahead.notices(op) if r.code == "slower-kernels"] for op in OPS}
-    missing = {f"{variants.OPS[op].folder}.{v.name}": variants.missing(op, v) for op in OPS for v in gluon(op)}
-    return {"launched": launched, "said": said, "notices": notices, "missing": missing}
+    return {"launched": launched, "said": said, "notices": notices, "missing": _missing()}
 
 
 def gluon(op: str) -> list[Any]:
     return [variant for variant in variants.OPS[op].variants if variant.gluon]
 
 
-def _child(owner: str, attribute: str) -> dict[str, Any]:
-    """What ``_look`` finds in a fork of this process from which a name was taken."""
+def _child(owner: str, attribute: str, look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``look`` finds in a fork of this process from which a name was taken."""
     reading, writing = os.pipe()
     if (pid := os.fork()) == 0:
         try:
@@ -136,7 +143,7 @@ def _child(owner: str, attribute: str) -> dict[str, Any]:
                 delattr(_owner(owner), attribute)
                 if isinstance(gone, ModuleType):
                     sys.modules[gone.__name__] = None  # type: ignore[assignment]
-            answer = _look()
+            answer = look()
         except BaseException as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         os.write(writing, json.dumps(answer).encode())
@@ -153,7 +160,10 @@ NAMES = names()
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """By name: what a process without it would launch and say; "" is the process that lacks nothing."""
+    """By name: what a process without it would launch and say; "" is the process that lacks nothing.
+
+    Names that cost the same kernels share what was found without one of them.
+    """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -240,5 +250,11 @@ if __name__ == "__main__":
 
     for module in [m for m in sys.modules if m.startswith("dsv4_backend_triton")]:
         del sys.modules[module]
-    every = [("", ""), *NAMES]
-    print(json.dumps({f"{o}:{a}" if o else "": _child(o, a) for o, a in every}))
+    answers: dict[str, dict[str, Any]] = {"": _child("", "", _look)}
+    by_cost: dict[tuple[str, ...], dict[str, Any]] = {}
+    for owner, attribute in NAMES:
+        lost = tuple(sorted(file for file, why in _child(owner, attribute, _missing).items() if why))
+        if lost not in by_cost:
+            by_cost[lost] = _child(owner, attribute, _look)
+        answers[f"{owner}:{attribute}"] = by_cost[lost]
+    print(json.dumps(answers))
