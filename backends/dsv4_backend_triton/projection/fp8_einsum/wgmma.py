@@ -13,8 +13,8 @@ Triton cannot express: there the product of a block is waited for at once.
 
 A consumer waits for a stage and releases it about as long as it multiplies half a K block. So a stage has GROUP K
 blocks, whose products are issued together, or the outputs have two HALVES, multiplied one after the other, since the
-registers do not hold both products. The scales of w for a whole tile come to shared memory while the tile before it is
-computed: a load of one in the loop would wait behind the tiles that are on their way.
+registers do not hold both products. The scales of w of a whole tile come to shared memory before its loop, which does
+not wait for a load of them; those of the next tile are on their way meanwhile.
 
     shared memory                                narrow   wide     broad
     BLOCK_D, HALVES, GROUP, STAGES               64 1 2 4 128 1 2 3 128 2 1 4
@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from ...configurations import configured
 from ...launch import entry
 from ...lib import ring
-from ...lib.gluon import load_box, reinterpret
+from ...lib.gluon import barrier, load_box, reinterpret
 from ...lib.sizes import cdiv
 from .boxes import SCALES, launch_boxes, takes  # noqa: F401
 from .op import Call, Shape
@@ -184,6 +184,7 @@ def _consumer(
         h, b0, d0 = _tile(index, tiles, HALVES * BLOCK_D)
         b0 += WHO * TOKENS
         ws_smem.slice(FIRST, HALVES * SCALES).store(upcoming)
+        barrier()  # here, or the compiler puts one into the loop
         upcoming = _scales_of_w(index + gl.num_programs(0), tiles, ws_ptr, ws_strides, BLOCK_D, HALVES)
         if not SCALE_BOX:
             token = gl.minimum(b0 + rows, B - 1).to(gl.int64)

@@ -8,8 +8,8 @@ producer   1       40          streams rows of w past the tokens, as far ahead a
 64 outputs [     S^T     ]        K: 128 at a time, R in all
 
 A consumer waits for a stage and releases it about as long as it multiplies a K block. So a stage has GROUP K blocks,
-whose products are issued together. The scales of w come to shared memory before the first product: a load of one in the
-loop would wait behind the tiles that are on their way.
+whose products are issued together. The scales of w come to shared memory before the loop, which does not wait for a
+load of them.
 
 shared memory                                    bytes, with BLOCK_B = 64, GROUP = 4 and STAGES = 3
 x_smem [STAGES GROUP, BLOCK_B, 128] e4m3         98304
@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from ...configurations import configured
 from ...launch import entry
 from ...lib import ring
-from ...lib.gluon import load_box, reinterpret
+from ...lib.gluon import barrier, load_box, reinterpret
 from ...lib.sizes import cdiv
 from .boxes import SCALES, launch_boxes, takes  # noqa: F401
 from .op import Call, Shape
@@ -128,6 +128,7 @@ def _consumer(
         xs += gl.minimum(b0 + gl.arange(0, BLOCK_B, tokens), B - 1).to(gl.int64) * xs_stride_b
     column = gl.arange(0, SCALES, spread)
     ws_smem.store(gl.load(ws + column * ws_stride_k, mask=column < n_k, other=0.0))
+    barrier()  # here, or the compiler puts one into the loop
     w_line = reinterpret(ws_smem, gl.float32, [SCALES, 1], ws_smem.layout)
     slot = 0
     phase = 0
