@@ -72,9 +72,9 @@ _FEWEST_TILES = 5
 form of this kernel gained 2 % over it with 5 and nothing with 4.5."""
 
 _WIDE = 1024
-"""Indices of the second scope. Up to so many are what a model selects, and most rows have all of them: splitting by the
-lengths then takes 6 to 9 % longer. Of more, most rows have few: with 8192 it takes 7 to 13 % less (NVIDIA H200, Triton
-3.6.0 and 3.8, 2026-11-29)."""
+"""Indices of the second scope. Up to so many are what a model selects, and often all rows have all of them: splitting
+by the lengths then took 6 to 9 % longer. Of more, most rows have few: with 8192, and contexts of which few are long, it
+took 6 to 13 % less for 16 rows (NVIDIA H200, Triton 3.6.0, 2026-11-29). Other numbers of rows were not measured."""
 
 
 def plan(shape: Shape) -> Plan | None:
