@@ -14,11 +14,13 @@ from pathlib import Path
 import kept
 
 from dsv4_backends import records
-from dsv4_backends.bench import compare, results
+from dsv4_backends.bench import compare, results, tune
+from dsv4_backends.selection import preferences
 
 
 def of_both(before: results.Result, after: results.Result) -> kept.TritonTimes:
     """Every row and provider that has a time in both."""
+    table = preferences.read(preferences.FOLDER / "sm_90.json")
     of = [f"commit {one.commit}, {one.device.name}" for one in (before, after)]
     if of[0] != of[1]:
         raise ValueError(f"expected two results of one commit and GPU, got {of[0]} and {of[1]}")
@@ -27,6 +29,7 @@ def of_both(before: results.Result, after: results.Result) -> kept.TritonTimes:
         date=after.date,
         commit=after.commit,
         machine=after.machine,
+        choice=results.verdict(tune.chosen(table, after).rows),
         before=before.machine.packages["triton"],
         rows=tuple(
             kept.TimeMove(one.op, one.row, one.provider, one.before, one.after)

@@ -611,6 +611,7 @@ def performance_triton() -> str:
             f"{_measured_on(result)} The other release: {result.before}.",
             f"Time with {after} divided by that with {result.before}:",
             ratios,
+            f"The table of the measured choice was made with {result.before}. With {after}, {result.choice}.",
             f"Rows that moved by more than {compare.NOISE:.0%}:",
             table(names, moved),
         ]

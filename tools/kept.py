@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from dsv4_backends import records
 from dsv4_backends.bench.provenance import Made, Measured
+from dsv4_backends.bench.results import Verdict
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
 
@@ -174,9 +175,11 @@ class TritonTimes(Measured):
 
     Attributes:
         before: The release of Triton that came first; the machine has the other.
+        choice: How good the shipped table's choice is with the other.
     """
 
     before: str
+    choice: Verdict
     rows: tuple[TimeMove, ...]
 
 
