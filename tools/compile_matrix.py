@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import os
 import re
 import subprocess
@@ -43,6 +44,9 @@ CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 RANKS = tuple(model.rank(tp) for model in (FLASH, PRO) for tp in (1, 2, 4, 8))
 # Beyond these no new kernel appears on any rank: more requests and tokens only make the grids larger.
 LIMITS = Limits(max_tokens=4224, max_requests=160, max_context=16384, next_n=2)
+MORE = {"9.0": (Limits(64, 64, max_context=135168), Limits(8, 8, max_context=1048576))}
+"""Where longer contexts have kernels of their own: with room for more than 1024 keys of a layer that compresses 128 to
+one, decode on Hopper splits by the lengths."""
 MOST_STACK = 32
 """A spill of 8 registers."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -106,8 +110,8 @@ def launches(capability: str, ops: tuple[str, ...] = OPS) -> tuple[Asked, ...]:
     for invariant in (False, True):
         home = "batch_invariant" if invariant else ""
         for op in (op for op in ops if op not in BATCH_INVARIANT or not invariant):
-            for rank in RANKS:
-                for launch in ahead.record(op, calls(op, rank, LIMITS, packed_scales=packed), arch, home):
+            for rank, limits in itertools.product(RANKS, (LIMITS, *MORE.get(capability, ()))):
+                for launch in ahead.record(op, calls(op, rank, limits, packed_scales=packed), arch, home):
                     found.setdefault(_identity(launch), Asked(op, launch))
     repeated = collections.Counter(asked.label for asked in found.values())
     return tuple(
