@@ -142,7 +142,10 @@ def test_a_tensor_map_stays_within_its_tensor(op: str) -> None:
 
 
 def test_decode_splits_by_the_lengths_only_where_rows_of_indices_are_wide() -> None:
-    """Not where a row has the keys that a model selects, not without lengths, not in the batch-invariant mode."""
+    """Not where a row has the keys that a model selects, not without lengths, not in the batch-invariant mode.
+
+    Nor where few rows have many splits.
+    """
     op, arch = "sparse_mla_decode", arch_from_capability(Version("9.0"))
 
     def by_lengths(call: Arguments, home: str = "") -> set[bool]:
@@ -154,6 +157,8 @@ def test_decode_splits_by_the_lengths_only_where_rows_of_indices_are_wide() -> N
         assert by_lengths(wide) == {True}
         assert by_lengths(wide | dict.fromkeys(lengths)) == {False}
         assert by_lengths(wide, "batch_invariant") == {False}
+    for heads, b in ((64, 2), (64, 8), (128, 4)):
+        assert by_lengths(serving.decode(heads, b, 1, 128, (8192, 2))) == {False}
     for heads, b in itertools.product((64, 128), (1, 8, 16, 32, 64, 128)):
         for selected in ((512, 64), (1024, 64), (1024, 2)):
             assert by_lengths(serving.decode(heads, b, 1, 128, selected)) == {False}

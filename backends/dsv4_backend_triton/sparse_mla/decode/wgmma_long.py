@@ -75,6 +75,8 @@ _WIDE = 1024
 """Indices of the second scope. Up to so many are what a model selects, and often all rows have all of them: splitting
 by the lengths then took 6 to 9 % longer. Of more, most rows have few: with 8192, and contexts of which few are long, it
 took 6 to 13 % less for 16 rows (NVIDIA H200, Triton 3.6.0, 2026-11-29). Other numbers of rows were not measured."""
+_MOST_EVEN = 8
+"""Splits of a row if all are equally long. 4 and 8 were measured; of more than 20 the combining kernel spills."""
 
 
 def plan(shape: Shape) -> Plan | None:
@@ -87,7 +89,7 @@ def plan(shape: Shape) -> Plan | None:
     if tiles < _FEWEST_TILES * splits:
         return None
     by_lengths = shape.lengths and shape.topk2 > _WIDE and not shape.batch_invariant
-    by_lengths = by_lengths and 1 < shape.rows <= MOST_ROWS.value
+    by_lengths = by_lengths and 1 < shape.rows <= MOST_ROWS.value and splits <= _MOST_EVEN
     most = min(OVER * splits, tiles, MOST_SPLITS)
     if by_lengths and programs * splits <= shape.arch.sms and most > splits:
         return Plan(tile, most, even=splits)
