@@ -16,11 +16,12 @@ import kept
 from dsv4_backends import records
 from dsv4_backends.bench import compare, results, tune
 from dsv4_backends.selection import preferences
+from dsv4_backends.selection.capability import sm
 
 
 def of_both(before: results.Result, after: results.Result) -> kept.TritonTimes:
     """Every row and provider that has a time in both."""
-    table = preferences.read(preferences.FOLDER / "sm_90.json")
+    table = preferences.read(preferences.FOLDER / f"{sm(after.device.capability)}.json")
     of = [f"commit {one.commit}, {one.device.name}" for one in (before, after)]
     if of[0] != of[1]:
         raise ValueError(f"expected two results of one commit and GPU, got {of[0]} and {of[1]}")

@@ -916,12 +916,16 @@ def _served_speed(result: kept.ServedSpeed) -> str:
     for run in result.runs:
         reported = "" if run.reported is None else f", {run.reported} reported by vLLM's monitor"
         odd = f", {' and '.join(map(str, run.odd))} requests served too" if run.odd else ""
-        count = f"{len(run.compiled_while_serving)} kernels compiled by Triton while serving"
+        count = f"kernels that Triton compiled while serving: {len(run.compiled_while_serving)}"
         files = ", ".join(map(code, run.compiled_while_serving))
         compiled.append(
             f"- {code(run.run)}: up in {run.start_s:.0f} s, {count}{files and f' ({files})'}{reported}{odd}."
         )
     made = f"TP {result.tp}, {result.input} tokens in, {result.output} out, best of {result.passes} passes"
+    given = f"--layers {result.layers} --tp {result.tp} --output {result.output} --passes {result.passes}"
+    if any(run.profile for run in result.runs):
+        given += " --profile"
+    made += f"; today's tools take `SPEED='{given}'` for it"
     columns = "A cell: output tokens a second (share of native's), time to first token, time per output token after it."
     parts = [f"{_model(result)}, {made}. {result.note}".strip(), columns, table(header, rows), "\n".join(compiled)]
     if profiles := [(run.run, each) for run in result.runs for each in run.profile]:
@@ -943,7 +947,7 @@ def _step_profile(profile: kept.StepProfile) -> tuple[str, str]:
     """Milliseconds of a step: all, and the kernels that take the most, by the name without its template."""
     times: dict[str, float] = {}
     for each in profile.kernels:
-        name = each.name.removeprefix("void ").partition("<")[0].rpartition("::")[2]
+        name = each.name.removeprefix("void ").partition("<")[0].partition("(")[0].rpartition("::")[2]
         times[name] = times.get(name, 0.0) + each.ms / profile.steps
     longest = sorted(times.items(), key=lambda item: -item[1])[:6]
     return f"{profile.total_ms / profile.steps:.2f} ms", ", ".join(f"{code(name)} {ms:.2f}" for name, ms in longest)

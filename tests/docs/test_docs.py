@@ -171,11 +171,12 @@ def test_speed_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
     runs = [run("native", ["a.py"], 50.0, 100.0), run("auto", [], 55.0, reported=0, odd=[3, 7])]
     served(tmp_path, monkeypatch, docs.SERVED_SPEED, {"tp": 2, "input": 1024, "output": 64, "passes": 3, "runs": runs})
     made = docs.served_speed()
-    assert "TP 2, 1024 tokens in, 64 out, best of 3 passes" in made
+    assert "TP 2, 1024 tokens in, 64 out, best of 3 passes; today's" in made
+    assert "take `SPEED='--layers 6 --tp 2 --output 64 --passes 3'` for it" in made
     assert "| 1 | 50.0, 80 ms, 9.50 ms | 55.0 (1.10), 80 ms, 9.50 ms | 52 |" in made
     assert "| 4 | 100.0, 80 ms, 9.50 ms | - | 166 |" in made
-    assert "- `native`: up in 65 s, 1 kernels compiled by Triton while serving (`a.py`)." in made
-    auto = "0 kernels compiled by Triton while serving, 0 reported by vLLM's monitor, 3 and 7 requests served too."
+    assert "- `native`: up in 65 s, kernels that Triton compiled while serving: 1 (`a.py`)." in made
+    auto = "kernels that Triton compiled while serving: 0, 0 reported by vLLM's monitor, 3 and 7 requests served too."
     assert made.endswith(f"- `auto`: up in 65 s, {auto}")
 
 

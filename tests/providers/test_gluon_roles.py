@@ -175,11 +175,11 @@ OTHERS = [
 @pytest.fixture(autouse=True)
 def one_thread_and_poison() -> Iterator[None]:
     """Roles are many threads, and their products are small. What ``torch.empty`` makes is NaN."""
-    threads = torch.get_num_threads()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
 
 
