@@ -918,8 +918,10 @@ def _served_speed(result: kept.ServedSpeed) -> str:
         odd = f", {' and '.join(map(str, run.odd))} requests served too" if run.odd else ""
         count = f"kernels that Triton compiled while serving: {len(run.compiled_while_serving)}"
         files = ", ".join(map(code, run.compiled_while_serving))
+        spread = [f"{max(row.seconds) / min(row.seconds):.2f}" for row in run.rows if row.seconds]
+        slowest = f" Slowest pass / best, by row: {', '.join(spread)}." if spread else ""
         compiled.append(
-            f"- {code(run.run)}: up in {run.start_s:.0f} s, {count}{files and f' ({files})'}{reported}{odd}."
+            f"- {code(run.run)}: up in {run.start_s:.0f} s, {count}{files and f' ({files})'}{reported}{odd}.{slowest}"
         )
     made = f"TP {result.tp}, {result.input} tokens in, {result.output} out, best of {result.passes} passes"
     given = f"--layers {result.layers} --tp {result.tp} --output {result.output} --passes {result.passes}"

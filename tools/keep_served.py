@@ -51,7 +51,10 @@ def step_profile(what: str, found: dict[str, Any]) -> kept.StepProfile:
 
 
 def speed_run(folder: Path, run: str, found: dict[str, Any]) -> kept.SpeedRun:
-    rows = tuple(kept.SpeedRow(*(row.get(f.name) for f in dataclasses.fields(kept.SpeedRow))) for row in found["rows"])
+    rows = tuple(
+        kept.SpeedRow(**{f.name: row[f.name] for f in dataclasses.fields(kept.SpeedRow) if f.name in row})
+        for row in found["rows"]
+    )
     return kept.SpeedRun(
         run=run,
         start_s=found["start_s"],

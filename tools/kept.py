@@ -375,12 +375,14 @@ class SpeedRow:
         tokens_a_second: Output tokens of all requests.
         first_token_ms: Time to the first token.
         token_ms: Time per output token after the first; None: not recorded.
+        seconds: Of each pass, in order; empty: not recorded.
     """
 
     requests: int
     tokens_a_second: float
     first_token_ms: float
     token_ms: float | None = None
+    seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -169,13 +169,15 @@ def test_speed_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return {"run": name, "start_s": 65.2, "compiled_while_serving": compiled, "rows": rows, **more}
 
     runs = [run("native", ["a.py"], 50.0, 100.0), run("auto", [], 55.0, reported=0, odd=[3, 7])]
+    runs[0]["rows"][0]["seconds"] = [1.3, 1.0]  # type: ignore[index]
     served(tmp_path, monkeypatch, docs.SERVED_SPEED, {"tp": 2, "input": 1024, "output": 64, "passes": 3, "runs": runs})
     made = docs.served_speed()
     assert "TP 2, 1024 tokens in, 64 out, best of 3 passes; today's" in made
     assert "take `SPEED='--layers 6 --tp 2 --output 64 --passes 3'` for it" in made
     assert "| 1 | 50.0, 80 ms, 9.50 ms | 55.0 (1.10), 80 ms, 9.50 ms | 52 |" in made
     assert "| 4 | 100.0, 80 ms, 9.50 ms | - | 166 |" in made
-    assert "- `native`: up in 65 s, kernels that Triton compiled while serving: 1 (`a.py`)." in made
+    native = "- `native`: up in 65 s, kernels that Triton compiled while serving: 1 (`a.py`)."
+    assert f"{native} Slowest pass / best, by row: 1.30." in made
     auto = "kernels that Triton compiled while serving: 0, 0 reported by vLLM's monitor, 3 and 7 requests served too."
     assert made.endswith(f"- `auto`: up in 65 s, {auto}")
 

@@ -82,6 +82,7 @@ def test_files_and_page(out: Path) -> None:
         ("auto", (), 1, (3, 7)),
     ]
     assert "| 1 | 50.0, 80 ms, 9.50 ms | 50.0 (1.00), 80 ms, 9.50 ms | 52 |" in docs.served_speed()
+    assert docs.served_speed().count("Slowest pass / best, by row: 1.02.") == 2
     assert "| decode | `auto` | 2.00 ms | `a` 1.75, `b` 0.25 |" in docs.served_speed()
     assert "prompts of 2000, 3000 tokens" in docs.served_logprobs()
     assert "| `triton` | usual | 0.0200 | 1.00 | 97.00% | 1.00 |" in docs.served_logprobs()
