@@ -43,7 +43,8 @@ from .op import Call, Shape
 OUTPUTS = gl.constexpr(64)  # of a block, where these are the M and the tokens are the N
 LINE = gl.constexpr(32)  # the least scales of a box: its place is a multiple of 128 bytes
 FEWEST_TOKENS = 17
-_TILES = 16, 32, 64  # tokens
+_TILES = {16: 0.5, 32: 1.0, 64: 1.0}
+"""By the tokens of a tile: the blocks for each multiprocessor up to which it is faster than the next larger."""
 _MOST_HEADS = 65535  # of a grid
 
 
@@ -58,19 +59,20 @@ class Config(NamedTuple):
 
 def plan(shape: Shape) -> Config | None:
     """A block takes the time of streaming its rows of w, which is shorter if more multiprocessors read. So the tile is
-    the narrowest of which every block has a multiprocessor of its own. Roles: ``few`` if the rows of w occupy at most
-    half of the multiprocessors, else ``alone``. Where no tile is so wide, two blocks share a multiprocessor."""
+    the narrowest of which every block has a multiprocessor of its own; narrow ones on all of them read the same rows
+    of w too often. Roles: ``few`` if the rows of w occupy at most half of the multiprocessors, else ``alone``. Where no
+    tile is so wide, two blocks share a multiprocessor."""
     if shape.w_rows or shape.batch_invariant or shape.h > _MOST_HEADS:
         return None
     columns = cdiv(shape.d, OUTPUTS.value) * shape.h
     few = 2 * columns <= shape.arch.sms
     if shape.b < FEWEST_TOKENS and not few:
         return None
-    for tokens in _TILES:
-        if columns * cdiv(shape.b, tokens) <= shape.arch.sms:
+    for tokens, most in _TILES.items():
+        if columns * cdiv(shape.b, tokens) <= most * shape.arch.sms:
             role = "few" if few else "alone"
             return Config(**configured("fp8_einsum", "wgmma_few", shape.arch, size=tokens, role=role))
-    if shape.b > _TILES[-1]:
+    if shape.b > max(_TILES):
         return None
     return Config(**configured("fp8_einsum", "wgmma_few", shape.arch, size=shape.b))
 
