@@ -62,8 +62,8 @@ def paged(rows: int, stages: int, visit: int, sms: int, *early: str, **params: A
     return Call("paged_mqa_logits", "wgmma", (rows, stages, 240, visit), sms, params, early)
 
 
-def einsum(block_d: int, halves: int, group: int, stages: int, *early: str, **params: Any) -> Call:
-    config = (block_d, halves, group, stages, 232)
+def einsum(block_d: int, halves: int, group: int, stages: int, *early: str, turns: bool = False, **params: Any) -> Call:
+    config = (block_d, halves, group, stages, 232, turns)
     return Call("fp8_einsum", "wgmma", config, 2, params, early)
 
 
@@ -125,7 +125,7 @@ MAIN = [
     paged(2, 4, 2, 2, *PAGED_EARLY, b=9, context=900, next_n=2, columns=1001),
     paged(4, 4, 2, 2, *PAGED_EARLY, b=9, context=500, next_n=3, columns=555),
     einsum(64, 1, 2, 2, *GROUP_EARLY, b=131, h=2, r=768, d=200),
-    einsum(128, 1, 2, 2, *GROUP_EARLY, b=131, h=2, r=768, d=200, layout="contiguous"),
+    einsum(128, 1, 2, 2, *GROUP_EARLY, turns=True, b=131, h=2, r=768, d=200, layout="contiguous"),
     einsum(128, 2, 1, 2, *HALVES_EARLY, b=131, h=2, r=640, d=256),
     few(32, 2, 2, *GROUP_EARLY, b=39, h=2, r=1024, d=136),
     prenorm("wgmma", (128, 64, 2, 2, 1), 2, *PRENORM_EARLY, m=150, k=448),
@@ -150,6 +150,7 @@ OTHERS = [
     paged(2, 4, 2, 3, b=40, context=200, next_n=2),
     einsum(64, 1, 2, 3, b=131, h=1, r=384, d=72, scales="any fp32"),
     einsum(128, 2, 1, 3, b=70, h=3, r=256, d=512, layout="contiguous"),
+    einsum(128, 2, 1, 3, turns=True, b=131, h=2, r=640, d=256),
     few(16, 4, 2, b=17, h=2, r=1536, d=72),
     few(64, 2, 3, b=70, h=1, r=1024, d=64, layout="contiguous"),
     prenorm("wgmma", (64, 64, 3, 2, 1), 8, m=70, k=1024, n=32),

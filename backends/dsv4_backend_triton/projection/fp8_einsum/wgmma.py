@@ -16,6 +16,9 @@ blocks, whose products are issued together, or the outputs have two HALVES, mult
 registers do not hold both products. The scales of w of a whole tile come to shared memory before its loop, which does
 not wait for a load of them; those of the next tile are on their way meanwhile.
 
+Both consumers begin with the same stage, so they would also scale and add at the same time. With TURNS they issue
+products in turns. That makes wide tiles faster, and the others slower.
+
     shared memory                                narrow   wide     broad
     BLOCK_D, HALVES, GROUP, STAGES               64 1 2 4 128 1 2 3 128 2 1 4
     x_smem [2 STAGES GROUP, 64, 128] e4m3        131072   98304    65536
@@ -27,6 +30,7 @@ not wait for a load of them; those of the next tile are on their way meanwhile.
     full [STAGES]     the tensor maps' bytes, without second's   consumers   1
     second [STAGES]   those of the second half of w              consumers   1
     empty [STAGES]    each consumer                              producer    2
+    turn [2]          the other consumer, its products issued    a consumer  1       with TURNS
 
     strides: in elements. N and the output's are multiples of 8, R of 128; scales are fp32, of w one for 128 outputs.
     SCALE_BOX: scales of x lie token-minor (a new cache line every K block) and come through xs_desc.
@@ -54,13 +58,15 @@ _BROAD = 1.9  # the time of a broad tile over that of a wide one
 
 
 class Config(NamedTuple):
-    """Tiles of 128 tokens x ``halves`` times ``block_d``. ``group``: K blocks of a stage."""
+    """Tiles of 128 tokens x ``halves`` times ``block_d``. ``group``: K blocks of a stage. ``turns``: the consumers
+    issue products in turns."""
 
     block_d: int
     halves: int
     group: int
     stages: int
     registers: int
+    turns: bool
 
 
 def plan(shape: Shape) -> Config | None:
@@ -83,6 +89,7 @@ def launch(call: Call, config: Config) -> None:
     b, h, _ = call.x.shape
     tiles = cdiv(call.shape.d, config.block_d * config.halves) * h * cdiv(b, 128)
     constants = dict(BLOCK_D=config.block_d, HALVES=config.halves, STAGES=config.stages, CONSUMER_REGS=config.registers)
+    constants |= dict(TURNS=config.turns)
     grid = (min(tiles, call.shape.arch.sms),)
     launch_boxes(_einsum_wgmma_kernel, grid, call, 64, config.block_d, 128, config.group, num_warps=4, **constants)
 
@@ -105,7 +112,7 @@ def _producer(
 ):  # fmt: skip
     x_desc, w_desc, xs_desc = descs
     x_smem, w_smem, xs_smem, _ = smem
-    full, second, empty = bars
+    full, second, empty, _ = bars
     x_row_h, x_col_h, w_row_h, xs_row_h = heads
     count, _, _, n_k = tiles
     slot = 0
@@ -160,13 +167,14 @@ def _add(acc, part, scale):
 def _consumer(
     WHO: gl.constexpr, smem, bars, tensors, tiles, sizes, strides,
     BLOCK_D: gl.constexpr, HALVES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     store: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     xs_ptr, ws_ptr, out_ptr = tensors
     x_smem, w_smem, xs_smem, ws_smem = smem
-    full, second, empty = bars
+    full, second, empty, turn = bars
     B, N = sizes
     xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h = strides
     count, _, _, n_k = tiles
@@ -180,6 +188,7 @@ def _consumer(
     upcoming = _scales_of_w(gl.program_id(0), tiles, ws_ptr, ws_strides, BLOCK_D, HALVES)
     slot = 0
     phase = 0
+    mine = 1 - WHO  # the first turn is that of consumer 0
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
         h, b0, d0 = _tile(index, tiles, HALVES * BLOCK_D)
         b0 += WHO * TOKENS
@@ -202,11 +211,16 @@ def _consumer(
                     x_scales += (gl.load(xs),)  # type: ignore[assignment]
                     xs += xs_stride_k
             mbarrier.wait(full.index(slot), phase)
+            if TURNS:
+                mbarrier.wait(turn.index(WHO), mine)
+                mine ^= 1
             parts = ()
             for g in gl.static_range(GROUP):
                 block = slot * GROUP + g
                 x, w = x_smem.index(2 * block + WHO), w_smem.index(block * HALVES).permute((1, 0))
                 parts += (warpgroup_mma(x, w, zeros, use_acc=False, is_async=True),)  # type: ignore[assignment]
+            if TURNS:
+                mbarrier.arrive(turn.index(1 - WHO))
             if SCALE_BOX:
                 for g in gl.static_range(GROUP):
                     line = lines.index(slot * GROUP + g).reshape([2 * TOKENS])
@@ -219,8 +233,13 @@ def _consumer(
                 acc = _add(acc, part, scale) if HALVES == 2 else acc + part * scale
             if HALVES == 2:
                 mbarrier.wait(second.index(slot), phase)
+                if TURNS:
+                    mbarrier.wait(turn.index(WHO), mine)
+                    mine ^= 1
                 x, w = x_smem.index(2 * slot + WHO), w_smem.index(2 * slot + 1).permute((1, 0))
                 part = warpgroup_mma(x, w, zeros, use_acc=False, is_async=True)
+                if TURNS:
+                    mbarrier.arrive(turn.index(1 - WHO))
                 part = warpgroup_mma_wait(0, deps=[part])
                 mbarrier.arrive(empty.index(slot))
                 acc_1 += part * (x_scales[0] * w_scales[1])[:, None]  # type: ignore[misc]
@@ -241,7 +260,7 @@ def _einsum_wgmma_kernel(
     x_row_h, x_col_h, w_row_h, xs_row_h,  # where head h begins in a tensor map: h times these
     xs_stride_b, xs_stride_h, xs_stride_k, ws_stride_h, ws_stride_d, ws_stride_k, o_stride_b, o_stride_h,
     BLOCK_D: gl.constexpr, HALVES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, SCALE_BOX: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, SCALE_BOX: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Boxes: [64, 128] of x, [BLOCK_D, 128] of w, [GROUP, 128] of the scales of x. Rows of the next head that a box
     reaches are not stored."""
@@ -252,7 +271,12 @@ def _einsum_wgmma_kernel(
     else:
         xs_smem = x_smem
     ws_smem = gl.allocate_shared_memory(gl.float32, [2 * HALVES * SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bars = ring.barriers(STAGES, (1, 1, 2))
+    full, second, empty = ring.barriers(STAGES, (1, 1, 2))
+    if TURNS:
+        (turn,) = ring.barriers(2, (1,))
+    else:
+        turn = empty
+    bars = (full, second, empty, turn)
     o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
     o_stride_h = gl.multiple_of(o_stride_h.to(gl.int64), 8)
     n_tiles = gl.cdiv(N, BLOCK_D * HALVES)
@@ -264,8 +288,14 @@ def _einsum_wgmma_kernel(
     descs, heads = (x_desc, w_desc, xs_desc), (x_row_h, x_col_h, w_row_h, xs_row_h)
     gl.warp_specialize(
         [
-            (_consumer, (0, smem, bars, tensors, tiles, sizes, strides, BLOCK_D, HALVES, GROUP, STAGES, SCALE_BOX)),
-            (_consumer, (1, smem, bars, tensors, tiles, sizes, strides, BLOCK_D, HALVES, GROUP, STAGES, SCALE_BOX)),
+            (
+                _consumer,
+                (0, smem, bars, tensors, tiles, sizes, strides, BLOCK_D, HALVES, GROUP, STAGES, SCALE_BOX, TURNS),
+            ),
+            (
+                _consumer,
+                (1, smem, bars, tensors, tiles, sizes, strides, BLOCK_D, HALVES, GROUP, STAGES, SCALE_BOX, TURNS),
+            ),
             (_producer, (descs, smem, bars, tiles, heads, BLOCK_D, HALVES, GROUP, STAGES, SCALE_BOX)),
         ],
         [4, 1],
