@@ -46,7 +46,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import ConstexprFunction, JITFunction
 
 
 class NotEmulated(Exception):
@@ -277,6 +277,10 @@ class Shared:
 
     def __init__(self, t: Tensor, layout: Any) -> None:
         self.t, self.layout = t, layout
+
+    @property
+    def shape(self) -> list[int]:
+        return [*self.t.shape]
 
     def index(self, i: Any) -> Shared:
         at = int(i)
@@ -836,4 +840,6 @@ class Emulation:
             return _emulated(value)
         if isinstance(value, JITFunction):
             return self.function(value)
+        if isinstance(value, ConstexprFunction):
+            return value  # of constants only, a layout for example
         raise NotEmulated(f"{name}, which is {value!r}")

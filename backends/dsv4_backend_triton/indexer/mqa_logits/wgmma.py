@@ -39,7 +39,7 @@ from ...lib import ring
 from ...lib.boxes import boxes
 from ...lib.gluon import load_box
 from ...lib.sizes import cdiv
-from ..head_sum import COLUMNS, HALF, LOGITS, MMA, product, relu_head_sum
+from ..head_sum import COLUMNS, HALF, logits, product, products, relu_head_sum
 from .op import Call, Shape
 
 KEYS = gl.constexpr(128)  # two products
@@ -171,9 +171,9 @@ def _store(s, w, key, scale, begin, end, row_ptr):
 def _consumer(
     WHO: gl.constexpr, tensors, smem, bars, work, STAGES: gl.constexpr, COMPRESSED: gl.constexpr
 ):  # fmt: skip
-    head = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
-    lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, LOGITS))
-    pair = gl.arange(0, 2, layout=gl.SliceLayout(0, LOGITS))
+    head = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, products(2)))
+    lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, logits(2)))
+    pair = gl.arange(0, 2, layout=gl.SliceLayout(0, logits(2)))
     k_scale_ptr, w_ptr, out_ptr, w_stride, out_stride = tensors
     _, _, m, n, _, tiles, first, last = work
     q_smem, k_smem = smem

@@ -2,22 +2,23 @@
 persistent. The work is shared by the lengths, see ``schedule.py``.
 
 The two consumers take the tiles of a program in turn. Each has one product on the tensor cores while it adds up the
-heads of another: with 2 rows two pages of a tile, with 4 rows two halves of the rows.
+heads of another: with 2 rows two pages of a tile, with 3 or 4 rows rows 0 and 1 and the others.
 
     role            warps   registers   does
     producer        1       32          fetches queries, keys and their scales through tensor maps
     consumer 0, 1   4 each  REGISTERS   keys x all queries, relu, head sum in registers, store; then -inf elsewhere
 
-            two rows of 64 heads
-    64 keys [          S        ] -> [64, 2] logits        K: the 128 dimensions
+            two rows of 64 heads, or one
+    64 keys [             S            ] -> [64, 2] or [64, 1] logits        K: the 128 dimensions
 
     shared memory                            bytes, ROWS = 2 and STAGES = 8
-    q_smem [2, ROWS * 64, 128] e4m3          32768     slot turn % 2
+    a_smem [2, 2 * 64, 128] e4m3             32768     queries of rows 0 and 1, slot turn % 2
+    b_smem [2, (ROWS - 2) * 64, 128] e4m3    -         of the others
     k_smem [STAGES, PAGES, 64, 128]          131072
     s_smem [STAGES, PAGES, 64] fp32          4096
 
     barrier          arrives                     waits       count
-    q_full [2]       the tensor map's bytes      consumers   1
+    q_full [2]       the tensor maps' bytes      consumers   1
     q_empty [2]      each consumer               producer    2
     k_full [STAGES]  the tensor maps' bytes      a consumer  1
     k_empty [STAGES] that consumer               producer    1
@@ -41,7 +42,7 @@ from ...lib import ring
 from ...lib.boxes import boxes
 from ...lib.gluon import load_box, reinterpret
 from ...lib.sizes import cdiv
-from ..head_sum import COLUMNS, HALF, LOGITS, MMA, product, relu_head_sum
+from ..head_sum import HALF, logits, product, products, relu_head_sum
 from .op import Call, Shape
 from .schedule import FEW, MANY, count_places, item_of, part, share, tiles_of
 
@@ -53,7 +54,7 @@ _SCALES = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
 
 
 class Config(NamedTuple):
-    """Tiles of ``rows`` x 256 / ``rows`` keys: with 2 rows two pages, with 4 rows one.
+    """Tiles of ``rows`` and, with 2 rows, two pages, with 3 or 4 rows one.
 
     Attributes:
         visit: As in the portable kernel.
@@ -68,7 +69,7 @@ class Config(NamedTuple):
 def plan(shape: Shape) -> Config | None:
     if shape.next_n < 2 or (shape.h, shape.d) != (64, 128):
         return None
-    rows = 2 if shape.next_n == 2 else 4
+    rows = cdiv(shape.next_n, cdiv(shape.next_n, 4))  # as few as keep the number of times that keys are read
     return Config(rows, **configured("paged_mqa_logits", "wgmma", shape.arch, size=rows))
 
 
@@ -83,12 +84,12 @@ def takes(call: Call) -> bool:
 def launch(call: Call, config: Config) -> None:
     q, cache, lens, out, arch = call.q, call.k_cache, call.lens, call.out, call.shape.arch
     (b, next_n, _, _), pages, columns = q.shape, cache.shape[0], out.shape[1]
-    stride, keys = cache.stride(0), 256 // config.rows
+    stride, keys = cache.stride(0), 128 if config.rows == 2 else 64
     scales = cache.as_strided((pages, 256), (stride, 1), cache.storage_offset() + 64 * 128)
     places = b * cdiv(next_n, config.rows) * (cdiv(columns, keys) + config.visit)
     launch_kernel(
         _paged_mqa_logits_wgmma_kernel, (min(arch.sms, places),),
-        boxes(q, [b * next_n * 64, 128], [128, 1], [config.rows * 64, 128], 8),
+        boxes(q, [b * next_n * 64, 128], [128, 1], [64, 128], 8),
         TensorDescriptor(cache.view(arch.fp8_view), [pages, 64, 128], [stride, 128, 1], [1, 64, 128], _PAGE),
         TensorDescriptor(scales, [pages, 256], [stride, 1], [1, 256], _SCALES),
         *(call.weights, lens, call.table, out),
@@ -100,17 +101,24 @@ def launch(call: Call, config: Config) -> None:
 
 
 @gluon.jit
+def _rows(ROWS: gl.constexpr, WARPS: gl.constexpr):
+    """Rows 0 to ROWS - 1; of three the last is repeated."""
+    span: gl.constexpr = 4 if ROWS == 3 else ROWS
+    return gl.minimum(gl.arange(0, span, layout=gl.BlockedLayout([span], [32], [WARPS], [0])), ROWS - 1)
+
+
+@gluon.jit
 def _producer(
     descs, smem, bars, shares, lengths, tables, ROWS: gl.constexpr, STAGES: gl.constexpr, VISIT: gl.constexpr
 ):  # fmt: skip
-    PAGES: gl.constexpr = 4 // ROWS
+    PAGES: gl.constexpr = 2 if ROWS == 2 else 1
     item, place, count, _, _, _, _ = shares
     q_desc, k_desc, s_desc = descs
-    q_smem, k_smem, s_smem = smem
+    a_smem, b_smem, k_smem, s_smem = smem
     q_full, q_empty, k_full, k_empty = bars
     table_ptr, table_stride, _pages = tables
     _, _, next_n, _, _, _ = lengths
-    row = gl.arange(0, ROWS, layout=gl.BlockedLayout([ROWS], [32], [1], [0]))
+    row = _rows(ROWS, 1)
     each = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     step = 0
     turn = 0
@@ -121,15 +129,18 @@ def _producer(
         place = 0
         item += 1
         if first < last:
-            slot = ring.empty_slot(q_empty, turn, 2)
-            mbarrier.expect(q_full.index(slot), ROWS * 64 * DIM)
-            q_row = ((b * next_n + row0) * 64).to(gl.int32)
-            load_box(q_desc, [q_row, 0], q_full.index(slot), q_smem.index(slot))
-            turn += 1
             # 32 entries of the table at a time, and the next ones ahead; a page that no key needs is -1
             page_ptr = table_ptr + b * table_stride
             at = first * PAGES + each
             ahead = gl.load(page_ptr + at, mask=at * KEYS < longest, other=-1)
+            slot = ring.empty_slot(q_empty, turn, 2)
+            mbarrier.expect(q_full.index(slot), ROWS * 64 * DIM)
+            q_row = ((b * next_n + row0) * 64).to(gl.int32)
+            for r in gl.static_range(2):
+                load_box(q_desc, [q_row + r * 64, 0], q_full.index(slot), a_smem.index(slot * 2 + r))
+            for r in gl.static_range(2, ROWS):
+                load_box(q_desc, [q_row + r * 64, 0], q_full.index(slot), b_smem.index(slot * (ROWS - 2) + r - 2))
+            turn += 1
             for begin in range(first * PAGES, last * PAGES, 32):
                 pages = ahead
                 at += 32
@@ -145,6 +156,20 @@ def _producer(
 
 
 @gluon.jit
+def _values(b, row0, head, row, tensors, lengths):
+    """Of the rows of a product: half of the weights, since the relu is doubled; the lengths; where to store, and up to
+    which column."""
+    w_ptr, out_ptr, w_stride, out_stride, max_len = tensors
+    lens_ptr, _, next_n, limit, len_stride_b, len_stride_n = lengths
+    w_row = row0 + head // 64
+    w = 0.5 * gl.load(w_ptr + (b * next_n + w_row) * w_stride + head % 64, mask=w_row < next_n, other=0.0)
+    row += row0
+    length = gl.load(lens_ptr + b * len_stride_b + gl.minimum(row, next_n - 1) * len_stride_n)
+    row_ptr = out_ptr + (b * next_n + row) * out_stride
+    return w, gl.minimum(length, limit), row_ptr, gl.where(row < next_n, max_len, 0)
+
+
+@gluon.jit
 def _store(s, w, col, scale, bound, row_ptr, stop):
     """The logits of keys below the bound of each row, else -inf, in columns below ``stop``."""
     total = relu_head_sum(s, w) * scale[:, None]
@@ -153,12 +178,12 @@ def _store(s, w, col, scale, bound, row_ptr, stop):
 
 
 @gluon.jit
-def _fill(out_ptr, out_stride, row, row_ok, begin, end):
-    """-inf to columns [begin, end) of a row."""
+def _fill(row_ptr, begin, end):
+    """-inf to every second 1024 columns of [begin, end)."""
     lane = gl.arange(0, 1024, layout=gl.BlockedLayout([1], [32], [4], [0]))
     value = gl.full([1024], float("-inf"), gl.float32, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    for j in range(begin, end, 1024):
-        gl.store(out_ptr + row * out_stride + j + lane, value, mask=(j + lane < end) & row_ok, cache_modifier=".cs")
+    for j in range(begin, end, 2048):
+        gl.store(row_ptr + j + lane, value, mask=j + lane < end, cache_modifier=".cs")
 
 
 @gluon.jit
@@ -166,17 +191,20 @@ def _consumer(
     WHO: gl.constexpr, tensors, smem, bars, shares, lengths, tables,
     ROWS: gl.constexpr, STAGES: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
-    PAGES: gl.constexpr = 4 // ROWS
-    HALVES: gl.constexpr = ROWS // 2
+    PAGES: gl.constexpr = 2 if ROWS == 2 else 1
+    ROWS_B: gl.constexpr = 1 if ROWS == 3 else 2  # of the second product
     item, place, count, fill_item, fill_place, fill_count, all_tiles = shares
-    row = gl.arange(0, ROWS, layout=gl.BlockedLayout([ROWS], [32], [4], [0]))
-    head = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, MMA))
-    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LOGITS))
-    pair = gl.arange(0, 2, layout=gl.SliceLayout(0, LOGITS))
-    w_ptr, out_ptr, w_stride, out_stride, max_len = tensors
-    lens_ptr, _, next_n, limit, len_stride_b, len_stride_n = lengths
+    row = _rows(ROWS, 4)
+    head_a = gl.arange(0, 128, layout=gl.SliceLayout(0, products(2)))
+    head_b = gl.arange(0, ROWS_B * 64, layout=gl.SliceLayout(0, products(ROWS_B)))
+    key_a = gl.arange(0, KEYS, layout=gl.SliceLayout(1, logits(2)))
+    key_b = gl.arange(0, KEYS, layout=gl.SliceLayout(1, logits(ROWS_B)))
+    row_a = gl.arange(0, 2, layout=gl.SliceLayout(0, logits(2)))
+    row_b = gl.arange(0, ROWS_B, layout=gl.SliceLayout(0, logits(ROWS_B)))
+    _, out_ptr, _, out_stride, max_len = tensors
+    _, _, next_n, _, _, _ = lengths
     table_ptr, table_stride, pages = tables
-    q_smem, k_smem, s_smem = smem
+    a_smem, b_smem, k_smem, s_smem = smem
     q_full, q_empty, k_full, k_empty = bars
     done = 0  # tiles of the program before this item
     turn = 0
@@ -187,27 +215,15 @@ def _consumer(
         place = 0
         item += 1
         if first < last:
-            w_row = row0 + head // 64
-            w_at = w_ptr + (b * next_n + w_row) * w_stride + head % 64
-            # half of the weights: the relu is doubled
-            w_a = 0.5 * gl.load(w_at, mask=w_row < next_n, other=0.0)
-            rows_a = row0 + pair
-            at = lens_ptr + b * len_stride_b
-            length_a = gl.minimum(gl.load(at + gl.minimum(rows_a, next_n - 1) * len_stride_n), limit)
-            ptr_a = out_ptr + (b * next_n + rows_a) * out_stride
-            stop_a = gl.where(rows_a < next_n, max_len, 0)
-            if ROWS == 4:
-                w_b = 0.5 * gl.load(w_at + 2 * w_stride, mask=w_row + 2 < next_n, other=0.0)
-                rows_b = rows_a + 2
-                length_b = gl.minimum(gl.load(at + gl.minimum(rows_b, next_n - 1) * len_stride_n), limit)
-                ptr_b = out_ptr + (b * next_n + rows_b) * out_stride
-                stop_b = gl.where(rows_b < next_n, max_len, 0)
-            else:
+            w_a, length_a, ptr_a, stop_a = _values(b, row0, head_a, row_a, tensors, lengths)
+            if ROWS == 2:
                 w_b, length_b, ptr_b, stop_b = w_a, length_a, ptr_a, stop_a
+            else:
+                w_b, length_b, ptr_b, stop_b = _values(b, row0 + 2, head_b, row_b, tensors, lengths)
             page_ptr = table_ptr + b * table_stride
             slot = ring.full_slot(q_full, turn, 2)
-            q_a = q_smem.index(slot * HALVES).permute((1, 0))
-            q_b = q_smem.index(slot * HALVES + HALVES - 1).permute((1, 0))
+            q_a = a_smem.index(slot).permute((1, 0))
+            q_b = b_smem.index(slot).permute((1, 0))
             mine = first + (done + WHO) % 2
             if mine < last:
                 step = done + mine - first
@@ -218,7 +234,8 @@ def _consumer(
                 for j in range(mine, last, 2):
                     more = j + 2 < last
                     step += 2
-                    col = j * (PAGES * KEYS) + key
+                    col_a = j * (PAGES * KEYS) + key_a
+                    col_b = j * (PAGES * KEYS) + (PAGES - 1) * KEYS + key_b
                     known_a = (page_a >= 0) & (page_a < pages)
                     known_b = known_a
                     if PAGES == 2:
@@ -226,8 +243,8 @@ def _consumer(
                         next_b = (j + 2) * PAGES + 1
                         page_b = gl.load(page_ptr + next_b, mask=next_b * KEYS < longest, other=-1)
                     page_a = gl.load(page_ptr + (j + 2) * PAGES, mask=more, other=-1)
-                    scale_a = s_smem.index(stage * PAGES).load(gl.SliceLayout(1, LOGITS))
-                    scale_b = s_smem.index(stage * PAGES + PAGES - 1).load(gl.SliceLayout(1, LOGITS))
+                    scale_a = s_smem.index(stage * PAGES).load(gl.SliceLayout(1, logits(2)))
+                    scale_b = s_smem.index(stage * PAGES + PAGES - 1).load(gl.SliceLayout(1, logits(ROWS_B)))
                     s = warpgroup_mma_wait(0, deps=[a])
                     other = product(k_smem.index(stage * PAGES + PAGES - 1), q_b)
                     mbarrier.arrive(k_empty.index((step + STAGES - 4) % STAGES), pred=j > mine)
@@ -235,12 +252,12 @@ def _consumer(
                     mbarrier.wait(k_full.index(after), (step // STAGES) & 1, pred=more)
                     # The branches keep the head sum behind the product's start: the assembler would mix them.
                     if row0 < next_n:
-                        _store(s, w_a, col, scale_a, gl.where(known_a, length_a, 0), ptr_a, stop_a)
+                        _store(s, w_a, col_a, scale_a, gl.where(known_a, length_a, 0), ptr_a, stop_a)
                     s = warpgroup_mma_wait(0, deps=[other])
                     # beyond the last tile: the product of any bytes, which is not used
                     a = product(k_smem.index(after * PAGES), q_a)
                     if row0 < next_n:
-                        _store(s, w_b, col + (PAGES - 1) * KEYS, scale_b, gl.where(known_b, length_b, 0), ptr_b, stop_b)
+                        _store(s, w_b, col_b, scale_b, gl.where(known_b, length_b, 0), ptr_b, stop_b)
                     stage = after
                 warpgroup_mma_wait(0, deps=[a])
                 mbarrier.arrive(k_empty.index((step + STAGES - 2) % STAGES))
@@ -255,9 +272,8 @@ def _consumer(
         fill_item += 1
         begin = (tiles + first) * (PAGES * KEYS)
         end = gl.minimum((tiles + last) * (PAGES * KEYS), max_len)
-        for i in gl.static_range(HALVES):
-            one = row0 + 2 * i + WHO
-            _fill(out_ptr, out_stride, b * next_n + one, one < next_n, begin, end)
+        for i in range(gl.minimum(ROWS, next_n - row0)):
+            _fill(out_ptr + (b * next_n + row0 + i) * out_stride, begin + (i + WHO) % 2 * 1024, end)
 
 
 @entry(gluon.jit, "B", any_alignment=["w_ptr", "lens_ptr", "table_ptr", "out_ptr"])
@@ -270,13 +286,17 @@ def _paged_mqa_logits_wgmma_kernel(
     w_stride, len_stride_b, len_stride_n, table_stride, out_stride,  # in elements
     ROWS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, SCAN: gl.constexpr, VISIT: gl.constexpr,
 ):  # fmt: skip
-    PAGES: gl.constexpr = 4 // ROWS
-    HALVES: gl.constexpr = ROWS // 2
-    q_boxes = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS * 64, DIM], q_desc.layout)
+    PAGES: gl.constexpr = 2 if ROWS == 2 else 1
+    a_boxes = gl.allocate_shared_memory(q_desc.dtype, [4, 64, DIM], q_desc.layout)
     k_boxes = gl.allocate_shared_memory(k_desc.dtype, [STAGES * PAGES, 1, KEYS, DIM], k_desc.layout)
     s_boxes = gl.allocate_shared_memory(s_desc.dtype, [STAGES * PAGES, 1, KEYS * 4], s_desc.layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_smem = reinterpret(q_boxes, q_desc.dtype, [2 * HALVES, COLUMNS, DIM], q_desc.layout)
+    a_smem = reinterpret(a_boxes, q_desc.dtype, [2, 128, DIM], q_desc.layout)
+    if ROWS == 2:
+        b_boxes, b_smem = a_boxes, a_smem
+    else:
+        b_boxes = gl.allocate_shared_memory(q_desc.dtype, [2 * (ROWS - 2), 64, DIM], q_desc.layout)
+        b_smem = reinterpret(b_boxes, q_desc.dtype, [2, (ROWS - 2) * 64, DIM], q_desc.layout)
     k_smem = reinterpret(k_boxes, k_desc.dtype, [STAGES * PAGES, KEYS, DIM], q_desc.layout)
     s_smem = reinterpret(s_boxes, gl.float32, [STAGES * PAGES, KEYS], flat)
     q_full, q_empty = ring.barriers(2, (1, 2))
@@ -290,8 +310,8 @@ def _paged_mqa_logits_wgmma_kernel(
     shares = mine + to_fill + (all_tiles,)
     tables = (table_ptr, table_stride, pages)
     tensors = (w_ptr, out_ptr, w_stride, out_stride, max_len)
-    bars, smem = (q_full, q_empty, k_full, k_empty), (q_smem, k_smem, s_smem)
-    descs, boxed = (q_desc, k_desc, s_desc), (q_boxes, k_boxes, s_boxes)
+    bars, smem = (q_full, q_empty, k_full, k_empty), (a_smem, b_smem, k_smem, s_smem)
+    descs, boxed = (q_desc, k_desc, s_desc), (a_boxes, b_boxes, k_boxes, s_boxes)
     gl.warp_specialize(
         [
             (_consumer, (0, tensors, smem, bars, shares, lengths, tables, ROWS, STAGES, VISIT)),

@@ -18,8 +18,11 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     yield (taken["B"], taken["next_n"]) == tuple(call["q"].shape[:2])
     if variant_of(one) == "wgmma":  # whose last tile may end behind the columns
         yield taken["max_len"] + 64 * 4 < 2**31
+        # Keys are read once for up to four rows, and as few rows as possible are empty.
+        groups = -(-taken["next_n"] // 4)
+        yield taken["ROWS"] == -(-taken["next_n"] // groups)
 
 
 def more_calls() -> Iterator[Arguments]:
-    yield from (paged(FLASH.rank(1), 3, next_n, 2000) for next_n in (2, 3))
+    yield from (paged(FLASH.rank(1), 3, next_n, 2000) for next_n in (2, 3, 5, 7))
     yield paged(FLASH.rank(1), 3, 2, 2**31 - 1)
