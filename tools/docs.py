@@ -64,6 +64,7 @@ BENCH_PATH_CODE = "h200-bench-attention-path-code-sm_80.json"
 SAME_BYTES = "h200-same-bytes.json"
 TOPK = "h200-topk.json"
 FLOOR = "h200-launch-floor.json"
+ACCESS_FLOOR = "h200-access-floor.json"
 
 SERVED_LOGPROBS = "h200-served-logprobs.json"
 SERVED_SPEED = "h200-served-speed.json"
@@ -663,6 +664,25 @@ def launch_floor() -> str:
     return f"{_measured_on(result)}\n\n{table(header, rows)}"
 
 
+def access_floor() -> str:
+    """Calls next to kernels that move the same bytes, and to such that make the same loads and stores."""
+    if not _kept(ACCESS_FLOOR).exists():
+        return "Not measured."
+    result = records.read(kept.Floor, _kept(ACCESS_FLOOR))
+    rows = [
+        (
+            r.name,
+            *(f"{us:.1f}" for us in (r.floor, r.stream, r.access, r.call)),
+            *(f"{r.call / us:.2f}" for us in (r.floor, r.access)),
+        )
+        for r in result.rows
+        if r.floor and r.stream and r.access
+    ]
+    times = ("floor, µs", "same bytes, µs", "loads and stores, µs", "call, µs")
+    header = ("row", *times, "call / floor", "call / loads and stores")
+    return f"{_measured_on(result)}\n\n{table(header, rows)}"
+
+
 def _bench_tables(result: bench.Result) -> list[str]:
     parts = []
     for op in CONTRACTS:
@@ -1081,6 +1101,7 @@ PARTS: dict[str, Callable[[], str]] = {
         performance_code,
         performance_path,
         launch_floor,
+        access_floor,
         same_bytes,
         topk_times,
         provider_fields,

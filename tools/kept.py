@@ -140,7 +140,13 @@ class NativeOverhead(Measured):
 @dataclass(frozen=True)
 class FloorRow:
     """Microseconds of a call of ``launches`` kernels, of empty ones of the same grids, and of such with two or three
-    dependent reads."""
+    dependent reads.
+
+    Attributes:
+        floor: Of the least arithmetic and the least traffic, at the rates of the same run.
+        stream: Of a kernel that reads and writes as many bytes as that traffic, in a row.
+        access: Of one that makes the call's loads and stores, without its products.
+    """
 
     op: str
     name: str
@@ -149,6 +155,9 @@ class FloorRow:
     two: float
     three: float
     launches: int = 1
+    floor: float | None = None
+    stream: float | None = None
+    access: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,6 +142,19 @@ def test_what_was_not_served_is_said(part: str, tmp_path: Path, monkeypatch: pyt
     assert docs.PARTS[part]() == "Not measured."
 
 
+def test_a_call_beside_its_loads_and_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {
+        name: value for name, value in records.load(ROOT / "docs" / "results" / docs.FLOOR).items() if name != "rows"
+    }
+    row = {"op": "paged_mqa_logits", "name": "b=4", "call": 30.0, "empty": 4.0, "two": 5.0, "three": 6.0}
+    rows = [row | {"floor": 15.0, "stream": 20.0, "access": 25.0}, row]
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert docs.access_floor() == "Not measured."
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    records.write(made | {"rows": rows}, tmp_path / "docs" / "results" / docs.ACCESS_FLOOR)
+    assert docs.access_floor().splitlines()[-1] == "| b=4 | 15.0 | 20.0 | 25.0 | 30.0 | 2.00 | 1.20 |"
+
+
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.5, "None is above 1.5 times."), (1.51, "Above 1.5 times: `sm_80`.")])
 def test_logprobs_are_what_the_file_says(
     ratio: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
