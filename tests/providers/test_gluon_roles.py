@@ -123,8 +123,8 @@ def einsum_sync(tokens: int, step: int, **params: Any) -> Call:
     return Call("fp8_einsum", "mma_sync", (tokens, step), 2, params)
 
 
-def mqa_sync(rows: int, stages: int, waves: int, **params: Any) -> Call:
-    return Call("mqa_logits", "mma_sync", (rows, 2 * rows, stages, waves, 1, 168), 2, params)
+def mqa_sync(stages: int, waves: int, **params: Any) -> Call:
+    return Call("mqa_logits", "mma_sync", (stages, waves, 1, 255), 2, params)
 
 
 # One of each kernel and role; these are also run with faults.
@@ -183,11 +183,11 @@ SYNC = [
     einsum_sync(256, 64, b=300, h=1, r=384, d=256),
     einsum_sync(256, 32, b=131, h=2, r=128, d=72, layout="contiguous"),
     einsum_sync(128, 64, b=131, h=1, r=384, d=136, scales="any fp32"),
-    mqa_sync(2, 2, 1, m=21, n=1100, ranges="causal"),
-    mqa_sync(4, 3, 32, m=13, n=1000, ranges="any"),
-    mqa_sync(2, 2, 1, m=10, n=500, ranges="empty"),
-    mqa_sync(4, 4, 1, m=13, n=1000, ranges="any", compressed=300),
-    mqa_sync(2, 2, 32, m=9, n=1000, ranges="random", compressed=1500),
+    mqa_sync(2, 1, m=21, n=1100, ranges="causal"),
+    mqa_sync(3, 32, m=13, n=1000, ranges="any"),
+    mqa_sync(2, 1, m=10, n=500, ranges="empty"),
+    mqa_sync(4, 1, m=13, n=1000, ranges="any", compressed=300),
+    mqa_sync(2, 32, m=9, n=1000, ranges="random", compressed=1500),
 ]
 
 

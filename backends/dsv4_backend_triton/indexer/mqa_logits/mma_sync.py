@@ -23,7 +23,7 @@ finite, so a key with a NaN shows in every head.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,36 +37,28 @@ from ...lib.mma_sync import ROWS_LAYOUT, halves
 from ...lib.sizes import cdiv
 from .op import Call, Shape
 
+ROWS = gl.constexpr(2)  # queries of a block
 DIM = gl.constexpr(128)
 HEADS = gl.constexpr(64)
+COLUMNS = gl.constexpr(128)
+KEYS = gl.constexpr(128)  # 32 for each warp
 ENOUGH = 512
 """Keys of a block, if that leaves ``fewest_waves`` blocks a multiprocessor."""
 _PART = gl.constexpr(32)
 _RELU_TERM = gl.constexpr(RELU_TERM)
-
-
-@gluon.constexpr_function
-def _quads(rows: int, warps: int) -> Any:
-    """Sums over some heads, [keys, rows, 4]: the 4 in registers of one thread."""
-    far = [[16 * warps, 0, 0]]
-    if rows == 2:
-        regs, lanes = far, [[0, 1, 0], [8, 0, 0]]
-    else:
-        regs, lanes = [[8, 0, 0], *far], [[0, 1, 0], [0, 2, 0]]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], [0, 0, 2], *regs],
-        lane_bases=[*lanes, [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        warp_bases=[[16, 0, 0], [32, 0, 0], [64, 0, 0]][: warps // 4 + 1],
+_QUADS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2], [64, 0, 0]],
+        lane_bases=[[0, 1, 0], [8, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        warp_bases=[[16, 0, 0], [32, 0, 0]],
         block_bases=[],
-        shape=[32 * warps, rows, 4],
+        shape=[128, 2, 4],
     )
+)
+"""Sums over some heads, [KEYS, ROWS, 4]: the 4 in registers of one thread."""
 
 
 class Config(NamedTuple):
-    """``rows``: queries of a block, 2 or 4."""
-
-    rows: int
-    warps: int
     stages: int
     waves: int
     fewest_waves: int
@@ -74,7 +66,7 @@ class Config(NamedTuple):
 
 
 def plan(shape: Shape) -> Config | None:
-    if shape.rows < 2 or (shape.h, shape.d) != (HEADS.value, DIM.value):
+    if shape.rows < ROWS.value or (shape.h, shape.d) != (HEADS.value, DIM.value):
         return None
     return Config(**configured("mqa_logits", "mma_sync", shape.arch))
 
@@ -88,17 +80,16 @@ def takes(call: Call) -> bool:
 
 def launch(call: Call, config: Config) -> None:
     (m, _, _), n, columns, arch = call.q.shape, call.k.shape[0], call.out.shape[1], call.shape.arch
-    row_blocks, tile = cdiv(m, config.rows), 32 * config.warps
+    row_blocks = cdiv(m, ROWS.value)
     fewest, most = (cdiv(waves * arch.sms, row_blocks) for waves in (config.fewest_waves, config.waves))
     keys = max(cdiv(columns, most), min(cdiv(columns, fewest), ENOUGH))
-    chunk = cdiv(keys, tile) * tile
+    chunk = cdiv(keys, KEYS.value) * KEYS.value
     launch_kernel(
         _mqa_logits_mma_sync_kernel, (row_blocks, cdiv(columns, chunk)),
         *(call.q, call.k, call.k_scale, call.weights, call.starts, call.ends, call.out),
         *(m, n, columns, call.q.stride(0) // 16, call.q.stride(1) // 16, call.k.stride(0) // 16),
         *(call.weights.stride(0), call.out.stride(0), chunk),
-        COMPRESSED=call.shape.compressed, ROWS=config.rows, WARPS=config.warps, STAGES=config.stages,
-        num_warps=config.warps, maxnreg=config.registers,
+        COMPRESSED=call.shape.compressed, STAGES=config.stages, num_warps=4, maxnreg=config.registers,
     )  # fmt: skip
 
 
@@ -127,12 +118,8 @@ def _add_terms(t, x, w_smem):
 
 @gluon.jit
 def _joined(sums):
-    """The sums of two or four rows, each [keys, 4], as [keys, rows, 4]."""
-    rows = gl.join(sums[0], sums[1])
-    if len(sums) == 4:
-        rows = gl.permute(gl.join(rows, gl.join(sums[2], sums[3])), (0, 1, 3, 2))
-        rows = gl.reshape(rows, [rows.shape[0], 4, 4])
-    return gl.permute(rows, (0, 2, 1))
+    """The sums of the rows, each [KEYS, 4], as [KEYS, ROWS, 4]."""
+    return gl.permute(gl.join(sums[0], sums[1]), (0, 2, 1))
 
 
 @gluon.jit
@@ -143,9 +130,9 @@ def _copy(buffer, k_ptr, key, n, k_stride, dims):
 
 
 @gluon.jit
-def _fill(out_ptr, row, count, out_stride, begin, end, WARPS: gl.constexpr):
+def _fill(out_ptr, row, count, out_stride, begin, end):
     """-inf to columns [begin, end) of ``count`` rows."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     lane = gl.arange(0, 512, layout=layout)
     value = gl.full([512], float("-inf"), gl.float32, layout=layout)
     for j in range(begin, end, 512):
@@ -163,17 +150,6 @@ def _range(row, starts_ptr, ends_ptr, m, n):
     return start, end
 
 
-@gluon.jit
-def _ranges(row, starts_ptr, ends_ptr, m, n, ROWS: gl.constexpr):
-    starts = ()
-    ends = ()
-    for i in gl.static_range(ROWS):
-        start, end = _range(row + i, starts_ptr, ends_ptr, m, n)
-        starts += (start,)  # type: ignore[assignment]
-        ends += (end,)  # type: ignore[assignment]
-    return starts, ends
-
-
 @entry(gluon.jit, "m", any_alignment=["k_scale_ptr", "w_ptr", "starts_ptr", "ends_ptr", "out_ptr"])
 def _mqa_logits_mma_sync_kernel(
     q_ptr, k_ptr, k_scale_ptr, w_ptr, starts_ptr, ends_ptr, out_ptr,
@@ -181,17 +157,14 @@ def _mqa_logits_mma_sync_kernel(
     q_stride_m, q_stride_h, k_stride,  # in 16 bytes
     w_stride, out_stride,
     chunk,
-    COMPRESSED: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    COMPRESSED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    KEYS: gl.constexpr = 32 * WARPS
-    COLUMNS: gl.constexpr = ROWS * HEADS
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
-    quads: gl.constexpr = _quads(ROWS, WARPS)
-    logits: gl.constexpr = gl.SliceLayout(2, quads)  # [KEYS, ROWS]
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
+    logits: gl.constexpr = gl.SliceLayout(2, _QUADS)  # [KEYS, ROWS]
     bytes_of: gl.constexpr = gl.DotOperandLayout(0, mma, 4)  # four a thread
     lhs: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    bytes_lay: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    bytes_lay: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     byte_rows: gl.constexpr = gl.SliceLayout(1, bytes_lay)
     keys_lay: gl.constexpr = gl.SliceLayout(1, logits)
     q_smem = gl.allocate_shared_memory(gl.float16, [COLUMNS, DIM], ROWS_LAYOUT)
@@ -202,14 +175,11 @@ def _mqa_logits_mma_sync_kernel(
     c0 = gl.program_id(1) * chunk
     c1 = gl.minimum(c0 + chunk, n_cols)
     which = gl.arange(0, ROWS, gl.SliceLayout(0, logits))[None, :]
-    starts, ends = _ranges(row0, starts_ptr, ends_ptr, m, n, ROWS)
-    start = gl.where(which == 0, starts[0], starts[1])
-    end = gl.where(which == 0, ends[0], ends[1])
-    apart = (starts[0] != starts[1]).to(gl.int32)
-    for i in gl.static_range(2, ROWS):
-        start = gl.where(which == i, starts[i], start)
-        end = gl.where(which == i, ends[i], end)
-        apart |= (starts[0] != starts[i]).to(gl.int32)
+    start0, end0 = _range(row0, starts_ptr, ends_ptr, m, n)
+    start1, end1 = _range(row0 + 1, starts_ptr, ends_ptr, m, n)
+    start = gl.where(which == 0, start0, start1)
+    end = gl.where(which == 0, end0, end1)
+    apart = (start0 != start1).to(gl.int32)
     out = out_ptr + (row0 + which).to(gl.int64) * out_stride
 
     dims = gl.arange(0, DIM, gl.SliceLayout(0, bytes_lay))
@@ -220,7 +190,7 @@ def _mqa_logits_mma_sync_kernel(
     q_smem.store(q16 + q16 * 0.0)  # infinite to NaN
 
     # half, since the relu is doubled, and 1/144 of the keys
-    head = gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    head = gl.arange(0, COLUMNS, gl.BlockedLayout([1], [32], [4], [0]))
     w_row = gl.minimum(row0 + head // 64, m - 1).to(gl.int64) * w_stride
     w_smem.store(gl.load(w_ptr + w_row + head % 64) * (0.5 / 144))
 
@@ -228,7 +198,7 @@ def _mqa_logits_mma_sync_kernel(
     key_of = gl.arange(0, KEYS, keys_lay)
     groups = 1
     if COMPRESSED:  # rows that start at different keys have a pass each
-        groups = 1 + apart * (ROWS - 1)
+        groups = 1 + apart
     for group in range(groups):
         both = groups == 1
         count = gl.minimum(gl.where(both, ROWS, 1), m - row0 - group)
@@ -237,16 +207,17 @@ def _mqa_logits_mma_sync_kernel(
         lo = 2147483647
         hi = 0
         for i in gl.static_range(ROWS):
+            start_i, end_i = (start0, end0) if i == 0 else (start1, end1)
             if COMPRESSED:
-                origin = gl.where(group == i, starts[i], origin)
-            has = (ends[i] > starts[i]) & (both | (group == i)) & (row0 + i < m)
-            lo = gl.minimum(lo, gl.where(has, starts[i], 2147483647))
-            hi = gl.maximum(hi, gl.where(has, ends[i], 0))
+                origin = gl.where(group == i, start_i, origin)
+            has = (end_i > start_i) & (both | (group == i)) & (row0 + i < m)
+            lo = gl.minimum(lo, gl.where(has, start_i, 2147483647))
+            hi = gl.maximum(hi, gl.where(has, end_i, 0))
         lo_col = gl.minimum(gl.maximum(c0, (lo - origin) // KEYS * KEYS), c1)
         hi_col = gl.maximum(gl.minimum(c1, hi - origin), lo_col)
-        _fill(out_ptr, first, count, out_stride, c0, lo_col, WARPS)
+        _fill(out_ptr, first, count, out_stride, c0, lo_col)
         filled = gl.minimum((hi_col + KEYS - 1) // KEYS * KEYS, c1)
-        _fill(out_ptr, first, count, out_stride, filled, c1, WARPS)
+        _fill(out_ptr, first, count, out_stride, filled, c1)
 
         wanted = (both | (which == group)) & (row0 + which < m)
         tiles = (hi_col - lo_col + KEYS - 1) // KEYS
@@ -284,7 +255,7 @@ def _mqa_logits_mma_sync_kernel(
                     pieces = _eights(s)
             key = key0 + tile * KEYS + key_of
             scale = gl.load(k_scale_ptr + key, mask=key < n, other=0.0) * (1.0 / 144)
-            total = gl.sum(gl.convert_layout(_joined(sums), quads), 2) * scale[:, None]
+            total = gl.sum(gl.convert_layout(_joined(sums), _QUADS), 2) * scale[:, None]
             total = gl.where((key[:, None] >= start) & (key[:, None] < end), total, float("-inf"))
             col = lo_col + tile * KEYS + key_of
             gl.store(out + col[:, None], total, mask=(col < c1)[:, None] & wanted, cache_modifier=".cs")

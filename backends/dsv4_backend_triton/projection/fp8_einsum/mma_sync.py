@@ -53,7 +53,7 @@ FEWEST_TOKENS = 257
 
 
 class Config(NamedTuple):
-    """``tokens`` and the K of a step; ``fewest_waves``: blocks a multiprocessor from which so many tokens are best."""
+    """``tokens`` of a block, and the K of a ``step``."""
 
     tokens: int
     step: int
@@ -183,6 +183,7 @@ def _product(
     factor = _times(_scales(xs, ws, 0, xs_stride_k, ws_stride_k, tokens), inverse)
     summed_tokens = _offsets(b0, B, xs_stride_b, PARTS, ROWS, tokens_lay)
     unit = _scales(xs, ws, 0, xs_stride_k, ws_stride_k, summed_tokens)
+    # Read again: as ``unit`` itself, Triton would not carry ``unit`` from one turn to the next.
     unit_next = _scales(xs, ws, 0, xs_stride_k, ws_stride_k, summed_tokens)
 
     async_copy.wait_group(0)

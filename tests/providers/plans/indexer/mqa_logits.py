@@ -21,8 +21,7 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
         yield from (tiles * 128 >= taken["columns"], everything == -(-len(call["q"]) // 4) * tiles)
         yield from (once(grid[0], each, everything), tiles * 128 < 2**31)
         return
-    wide = 32 * taken["WARPS"] if "WARPS" in taken else tile_of(one, "BLOCK_N")
-    high, chunk = tile_of(one, "ROWS"), taken["chunk"]
+    high, wide, chunk = tile_of(one, "ROWS"), tile_of(one, "BLOCK_N", "KEYS"), taken["chunk"]
     yield chunk % wide == 0
     if len(grid) == 2:
         yield from (once(grid[0], high, len(call["q"])), once(grid[1], chunk, taken["n_cols"]))
