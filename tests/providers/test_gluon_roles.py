@@ -185,7 +185,8 @@ SYNC = [
     einsum_sync(128, 64, b=131, h=1, r=384, d=136, scales="any fp32"),
     mqa_sync(2, 1, m=21, n=1100, ranges="causal"),
     mqa_sync(3, 32, m=13, n=1000, ranges="any"),
-    mqa_sync(2, 1, m=10, n=500, ranges="empty"),
+    mqa_sync(1, 1, m=10, n=500, ranges="empty"),
+    mqa_sync(1, 1, m=21, n=1100, ranges="causal"),
     mqa_sync(4, 1, m=13, n=1000, ranges="any", compressed=300),
     mqa_sync(2, 32, m=9, n=1000, ranges="random", compressed=1500),
 ]

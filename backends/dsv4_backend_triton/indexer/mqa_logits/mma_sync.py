@@ -12,9 +12,9 @@ decodes each once, and reads all queries, which are decoded once a block.
 Operands are fp16: an e4m3 value times 144, which is exact, and a NaN is infinite or NaN. A product of finite ones is
 finite, so a key with a NaN shows in every head.
 
-    shared memory                     bytes, with STAGES = 2
+    shared memory                     bytes, with STAGES = 1
     q_smem [128, 128] fp16            32768
-    k_smem [STAGES, KEYS, 128] e4m3   32768
+    k_smem [STAGES, KEYS, 128] e4m3   16384
     w_smem [128] fp32                   512
 
     barriers: of the whole block, placed by Triton; cp.async groups, one a tile
@@ -59,6 +59,8 @@ _QUADS = gl.constexpr(
 
 
 class Config(NamedTuple):
+    """With one stage and 168 ``registers``, a multiprocessor of 8.0 has room for three blocks."""
+
     stages: int
     waves: int
     fewest_waves: int
@@ -159,6 +161,7 @@ def _mqa_logits_mma_sync_kernel(
     chunk,
     COMPRESSED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    AHEAD: gl.constexpr = max(STAGES - 1, 1)  # with one stage, from when the tile is in registers
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
     logits: gl.constexpr = gl.SliceLayout(2, _QUADS)  # [KEYS, ROWS]
     bytes_of: gl.constexpr = gl.DotOperandLayout(0, mma, 4)  # four a thread
@@ -222,20 +225,24 @@ def _mqa_logits_mma_sync_kernel(
         wanted = (both | (which == group)) & (row0 + which < m)
         tiles = (hi_col - lo_col + KEYS - 1) // KEYS
         key0 = origin + lo_col
-        for i in gl.static_range(STAGES - 1):
+        for i in gl.static_range(AHEAD):
             if i < tiles:
                 _copy(k_smem.index(i), k_ptr, key0 + i * KEYS + copied, n, k_stride, dims)
             async_copy.commit_group()
         for tile in range(tiles):
-            async_copy.wait_group(STAGES - 2)
-            ahead = gl.minimum(tile + STAGES - 1, tiles - 1) * KEYS
-            _copy(k_smem.index((tile + STAGES - 1) % STAGES), k_ptr, key0 + ahead + copied, n, k_stride, dims)
-            async_copy.commit_group()
+            async_copy.wait_group(AHEAD - 1)
+            ahead = key0 + gl.minimum(tile + AHEAD, tiles - 1) * KEYS + copied
+            if STAGES > 1:
+                _copy(k_smem.index((tile + AHEAD) % STAGES), k_ptr, ahead, n, k_stride, dims)
+                async_copy.commit_group()
             here = k_smem.index(tile % STAGES)
             a = ()
             for c in gl.static_range(DIM // 32):
                 raw = here.slice(c * 32, 32, 1).load(bytes_of)
                 a += (gl.convert_layout(_reordered(times_144(raw)), lhs),)  # type: ignore[assignment]
+            if STAGES == 1:
+                _copy(k_smem.index(0), k_ptr, ahead, n, k_stride, dims)
+                async_copy.commit_group()
             sums = ()
             pieces = ()
             for part in gl.static_range(2 * ROWS + 1):  # the sums of one under the products of the next
