@@ -1,7 +1,7 @@
 """The warp-specialised kernels of the Triton provider, without a GPU: their sources, run by ``gluon_roles``.
 
 In these calls every ring wraps several times, ends are odd, and some rows are empty. The launches are those that the
-op's own function makes for compute capability 9.0, with few stages.
+op's own function makes for compute capability 9.0, with few stages. Two kernels on mma.sync for 8.0 are here too.
 """
 
 from __future__ import annotations
@@ -118,6 +118,15 @@ DECODE_LONG_EARLY = (
 )
 ALL_THREADS_EARLY = "warpgroup_mma_wait(0, deps=(acc,))", "warpgroup_mma_wait(1, deps=(acc,))"
 
+
+def einsum_sync(tokens: int, step: int, **params: Any) -> Call:
+    return Call("fp8_einsum", "mma_sync", (tokens, step), 2, params)
+
+
+def mqa_sync(stages: int, waves: int, **params: Any) -> Call:
+    return Call("mqa_logits", "mma_sync", (stages, waves, 1, 255), 2, params)
+
+
 # One of each kernel and role; these are also run with faults.
 MAIN = [
     mqa(2, 2, *MQA_EARLY, m=21, n=1100, ranges="causal"),
@@ -173,6 +182,17 @@ OTHERS = [
     # As planned, with the rings of a real launch.
     mqa(0, 132, m=21, n=1000, ranges="causal"),
 ]
+SYNC = [
+    einsum_sync(256, 64, b=300, h=1, r=384, d=256),
+    einsum_sync(256, 32, b=131, h=2, r=128, d=72, layout="contiguous"),
+    einsum_sync(128, 64, b=131, h=1, r=384, d=136, scales="any fp32"),
+    mqa_sync(2, 1, m=21, n=1100, ranges="causal"),
+    mqa_sync(3, 32, m=13, n=1000, ranges="any"),
+    mqa_sync(1, 1, m=10, n=500, ranges="empty"),
+    mqa_sync(1, 1, m=21, n=1100, ranges="causal"),
+    mqa_sync(4, 1, m=13, n=1000, ranges="any", compressed=300),
+    mqa_sync(2, 32, m=9, n=1000, ranges="random", compressed=1500),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -190,11 +210,12 @@ def one_thread_and_poison() -> Iterator[None]:
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Call, Emulation], str]:
     """Runs a call; returns what is wrong with its results, if anything is."""
 
-    def made(call: Call, emulation: Emulation) -> str:
+    def made(call: Call, emulation: Emulation, change: Callable[..., None] = lambda **_: None) -> str:
         contract = CONTRACTS[call.op]
         arguments = contract.make(torch.device("cpu"), torch.Generator().manual_seed(0), **call.params)
+        change(**arguments)
         home = importlib.import_module(f"dsv4_backend_triton.{variants.OPS[call.op].folder}.op")
-        arch = arch_from_capability(Version("9.0"), call.sms)
+        arch = arch_from_capability(Version("8.0" if call.variant == "mma_sync" else "9.0"), call.sms)
         monkeypatch.setattr(home, "arch_of", lambda _: arch)
         config = variants.load(call.op, call.variant).Config(*call.config) if call.config else None
         with forced(call.op, call.variant, config), recording(emulation, arch):
@@ -222,12 +243,37 @@ def test_every_warp_specialised_kernel_is_here() -> None:
     assert specialised <= {(call.op, call.variant) for call in MAIN}
 
 
-@pytest.mark.parametrize("call", MAIN + OTHERS, ids=str)
+@pytest.mark.parametrize("call", MAIN + OTHERS + SYNC, ids=str)
 def test_results(call: Call, run: Callable[[Call, Emulation], str]) -> None:
     """They are the oracle's, and every element is written once."""
     emulation = Emulation()
     assert run(call, emulation) == ""
     assert emulation.launched[0] == call.variant
+
+
+def _nan_codes(x: torch.Tensor, w: torch.Tensor, **_: Any) -> None:
+    x.view(torch.uint8)[7, 0, 5] = 0x7F
+    w.view(torch.uint8)[0, 9, 200] = 0xFF
+
+
+def _signs(x_scale: torch.Tensor, **_: Any) -> None:
+    x_scale[..., ::2] *= -1
+
+
+def _wide(x_scale: torch.Tensor, **_: Any) -> None:
+    x_scale[3, 0, ::2] = 2.0**-20
+
+
+def _irregular(x_scale: torch.Tensor, **_: Any) -> None:
+    x_scale[3, 0, 1], x_scale[5, 0, 0], x_scale[6] = 0.0, 2.0**100, 1.25
+
+
+@pytest.mark.parametrize("change", [_nan_codes, _signs, _wide, _irregular])
+@pytest.mark.parametrize("scales", ["fp32", "any fp32"])
+def test_every_kind_of_scale(change: Callable[..., None], scales: str, run: Callable[..., str]) -> None:
+    """Of ``fp8_einsum`` on mma.sync: in the operands, with the accumulator to another unit, or with two."""
+    call = einsum_sync(128, 64, b=131, h=1, r=384, d=72, scales=scales)
+    assert run(call, Emulation(), change) == ""
 
 
 ARRIVALS = "mbarrier.arrive(", "async_copy.mbarrier_arrive(", "ring.arrive(", "ring.publish("

@@ -90,6 +90,19 @@ def test_codes_times_144_are_exact_and_a_nan_is_infinite() -> None:
         assert torch.equal(got.view(torch.float16).double(), table[codes])
 
 
+def test_codes_times_144_and_a_power_of_two_are_exact() -> None:
+    """Down to 2^-16, which is how far apart ``fp8_einsum`` takes scales into an operand."""
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double() * 144
+    table = torch.where(table.isnan(), torch.tensor([torch.inf, -torch.inf]).repeat_interleave(128), table)
+    for power, first in itertools.product(range(-16, 1), range(0, 256, 4)):
+        factors = torch.tensor([2.0**power, -(2.0**power)]).half()
+        low, high = factors.view(torch.uint16).tolist()
+        word = sum((first + i) << 8 * i for i in range(4))
+        words = run(bits.E4M3X4_TIMES_144_AND, 2, word, *[low | high << 16] * 2)
+        got = torch.tensor([half for word in words for half in (word & 0xFFFF, word >> 16)]).to(torch.uint16)
+        assert torch.equal(got.view(torch.float16).double(), table[first : first + 4] * factors.double().repeat(2))
+
+
 def test_codes_times_scales_are_rounded_once() -> None:
     """Every code times scales from the least, where products are subnormal or 0, to the largest and NaN."""
     table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()

@@ -179,6 +179,12 @@ class Value:
     def __and__(self, o: Any) -> Any:
         return _binary(torch.bitwise_and, self, o)
 
+    def __rand__(self, o: Any) -> Any:
+        return self & o
+
+    def __ror__(self, o: Any) -> Any:
+        return self | o
+
     def __or__(self, o: Any) -> Any:
         return _binary(torch.bitwise_or, self, o)
 
@@ -377,14 +383,27 @@ def _copies_arrive(barrier: Barrier, *, increment_count: bool = True) -> None:
     role.pause()
 
 
-def _wait_for_copies(pending: int) -> None:
+def _commit_copies() -> None:
     role = _role()
-    if pending or role.arrivals:
-        raise NotEmulated("async_copy.wait_group with copies that stay on their way")
+    group, role.copies = role.copies, []
+    if role.program.random.random() < 0.5:  # they come in at once
+        for copy in group:
+            copy()
+        group = []
+    role.groups.append(group)
+
+
+def _wait_for_copies(pending: int) -> None:
+    """Copies in no group are waited for too: those of a kernel whose threads wait for their own only."""
+    role = _role()
+    if role.arrivals:
+        raise NotEmulated("async_copy.wait_group after async_copy.mbarrier_arrive")
     role.pause()
-    for copy in role.copies:
-        copy()
-    role.copies = []
+    if not pending:
+        _commit_copies()
+    while len(role.groups) > pending:
+        for copy in role.groups.pop(0):
+            copy()
 
 
 # Barriers
@@ -520,7 +539,8 @@ class Role:
         self, program: Program, name: str, warps: int, function: Callable[..., Any], arguments: Sequence[Any]
     ) -> None:
         self.program, self.name, self.warps = program, name, warps
-        self.copies: list[Callable[[], Any]] = []  # cp.async that no arrival waits for yet
+        self.copies: list[Callable[[], Any]] = []  # cp.async in no group, and that no arrival waits for yet
+        self.groups: list[list[Callable[[], Any]]] = []
         self.arrivals: list[Callable[[], None]] = []
         self.products: list[Product] = []
         self.ready: Callable[[], bool] = lambda: True
@@ -536,7 +556,7 @@ class Role:
         try:
             self._take_turn()
             function(*arguments)
-            if self.products or self.copies:
+            if self.products or self.copies or any(self.groups):
                 raise Fault(f"{self.name} ends before its products and copies were waited for")
         except _Stopped:
             pass
@@ -651,6 +671,12 @@ def _reduced(function: Callable[[Tensor, int], Tensor]) -> Callable[[Value, int]
     return lambda x, axis: Value(function(x.t, axis).to(x.t.dtype))
 
 
+def _times_144(raw: Tensor) -> Tensor:
+    values = raw.contiguous().view(torch.float8_e4m3fn).float() * 144
+    infinite = torch.where(raw > 127, -math.inf, math.inf)
+    return torch.where(values.isnan(), infinite, values).half()
+
+
 def _assembly(text: str, constraints: str, arguments: Sequence[Any], *_: Any, **__: Any) -> Value | tuple[Value, ...]:
     if found := re.fullmatch(r"mov\.u32 \$0, %ctaid\.([xyz]);", text):
         return _program_id("xyz".index(found[1]))
@@ -670,6 +696,13 @@ def _assembly(text: str, constraints: str, arguments: Sequence[Any], *_: Any, **
         scaled = values * 2.0**-120 * factor.view(torch.bfloat16).double().view(*raw.shape, 1, 2)
         low, high = scaled.bfloat16().view(torch.int32).squeeze(-1).unbind(-1)
         return Value(low), Value(high)
+    if text == bits.E4M3X4_TIMES_144:
+        return Value(_times_144(arguments[0].t))
+    if text == bits.E4M3X4_TIMES_144_AND:
+        return Value(_times_144(arguments[0].t) * arguments[1].t)
+    if text == bits.RELU_TERM:
+        x, w, added = arguments
+        return Value(((x + Value(x.t.abs())) * w + added).t)
     if text.startswith("griddepcontrol.launch_dependents;"):
         return Value(_tensor(0))
     raise NotEmulated(f"the assembly {text!r}")
@@ -681,7 +714,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "arange": lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
     "async_copy.async_copy_global_to_shared": _load_elements,
     "async_copy.async_load": _load_elements,
-    "async_copy.commit_group": lambda: None,
+    "async_copy.commit_group": _commit_copies,
     "async_copy.mbarrier_arrive": _copies_arrive,
     "async_copy.wait_group": _wait_for_copies,
     "barrier": lambda: None,
@@ -706,6 +739,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "mbarrier.init": _init,
     "mbarrier.wait": _wait,
     "min": _reduced(torch.amin),
+    "mma_v2": lambda a, b, acc: Value(acc.t + _factor(a.t) @ _factor(b.t)),
     "minimum": lambda a, b: Value(torch.minimum(*_promoted(a, b))),
     "multiple_of": lambda x, n: x,
     "num_programs": _num_programs,
@@ -720,6 +754,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "store": _store,
     "sum": _reduced(torch.sum),
     "thread_barrier": lambda: None,
+    "to_tensor": lambda x: x,
     "tma.async_copy_global_to_shared": _load_box,
     "tma.async_load": _load_box,
     "warp_specialize": _warp_specialize,
@@ -841,5 +876,5 @@ class Emulation:
         if isinstance(value, JITFunction):
             return self.function(value)
         if isinstance(value, ConstexprFunction):
-            return value  # of constants only, a layout for example
+            return value.fn  # of constants only, a layout for example
         raise NotEmulated(f"{name}, which is {value!r}")

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from .bits import E4M3X4_TIMES_144
+from .bits import E4M3X4_TIMES_144, E4M3X4_TIMES_144_AND
 from .names import either
 
 # Renamed in Triton 3.9. If both names are missing, the kernels that use it are left out: see variants.py.
@@ -20,6 +20,7 @@ barrier = either(gl, "barrier", "thread_barrier")
 reinterpret = either(either(gl, "shared_memory_descriptor"), "_reinterpret", "reinterpret")
 FROM_3_9 = gl.constexpr(hasattr(gl, "barrier"))
 _TIMES_144 = gl.constexpr(E4M3X4_TIMES_144)
+_TIMES_144_AND = gl.constexpr(E4M3X4_TIMES_144_AND)
 
 
 @gluon.jit
@@ -34,6 +35,14 @@ def launch_dependents():
 def times_144(raw):
     """e4m3 bytes to fp16, each times 144; a NaN becomes infinite."""
     return gl.inline_asm_elementwise(_TIMES_144, "=&r,=&r,r", [raw], dtype=gl.float16, is_pure=True, pack=4)
+
+
+@gluon.jit
+def times_144_and(raw, factor):
+    """The same, each also times an fp16 factor."""
+    return gl.inline_asm_elementwise(
+        _TIMES_144_AND, "=&r,=&r,r,r,r", [raw, factor], dtype=gl.float16, is_pure=True, pack=4
+    )
 
 
 @gluon.jit

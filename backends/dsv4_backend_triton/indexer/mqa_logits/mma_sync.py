@@ -12,9 +12,9 @@ decodes each once, and reads all queries, which are decoded once a block.
 Operands are fp16: an e4m3 value times 144, which is exact, and a NaN is infinite or NaN. A product of finite ones is
 finite, so a key with a NaN shows in every head.
 
-    shared memory                     bytes, with STAGES = 2
+    shared memory                     bytes, with STAGES = 1
     q_smem [128, 128] fp16            32768
-    k_smem [STAGES, KEYS, 128] e4m3   32768
+    k_smem [STAGES, KEYS, 128] e4m3   16384
     w_smem [128] fp32                   512
 
     barriers: of the whole block, placed by Triton; cp.async groups, one a tile
@@ -31,36 +31,53 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
 from ...launch import entry, launch_kernel
+from ...lib.bits import RELU_TERM
 from ...lib.gluon import async_load, times_144
 from ...lib.mma_sync import ROWS_LAYOUT, halves
 from ...lib.sizes import cdiv
 from .op import Call, Shape
 
 ROWS = gl.constexpr(2)  # queries of a block
-COLUMNS = gl.constexpr(128)
 DIM = gl.constexpr(128)
+HEADS = gl.constexpr(64)
+COLUMNS = gl.constexpr(128)
 KEYS = gl.constexpr(128)  # 32 for each warp
 ENOUGH = 512
 """Keys of a block, if that leaves ``fewest_waves`` blocks a multiprocessor."""
 _PART = gl.constexpr(32)
+_RELU_TERM = gl.constexpr(RELU_TERM)
+_QUADS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2], [64, 0, 0]],
+        lane_bases=[[0, 1, 0], [8, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        warp_bases=[[16, 0, 0], [32, 0, 0]],
+        block_bases=[],
+        shape=[128, 2, 4],
+    )
+)
+"""Sums over some heads, [KEYS, ROWS, 4]: the 4 in registers of one thread."""
 
 
 class Config(NamedTuple):
+    """With one stage and 168 ``registers``, a multiprocessor of 8.0 has room for three blocks."""
+
     stages: int
     waves: int
     fewest_waves: int
+    registers: int
 
 
 def plan(shape: Shape) -> Config | None:
-    if shape.rows < ROWS.value or (shape.h, shape.d) != (64, DIM.value):
+    if shape.rows < ROWS.value or (shape.h, shape.d) != (HEADS.value, DIM.value):
         return None
     return Config(**configured("mqa_logits", "mma_sync", shape.arch))
 
 
 def takes(call: Call) -> bool:
-    """Queries and keys on 16-byte boundaries."""
+    """Queries and keys on 16-byte boundaries, and keys within 32 GiB."""
     q, k = call.q, call.k
-    return (q.data_ptr() | k.data_ptr() | q.stride(0) | q.stride(1) | k.stride(0)) % 16 == 0
+    aligned = (q.data_ptr() | k.data_ptr() | q.stride(0) | q.stride(1) | k.stride(0)) % 16 == 0
+    return aligned and k.shape[0] * k.stride(0) < 2**35
 
 
 def launch(call: Call, config: Config) -> None:
@@ -74,7 +91,7 @@ def launch(call: Call, config: Config) -> None:
         *(call.q, call.k, call.k_scale, call.weights, call.starts, call.ends, call.out),
         *(m, n, columns, call.q.stride(0) // 16, call.q.stride(1) // 16, call.k.stride(0) // 16),
         *(call.weights.stride(0), call.out.stride(0), chunk),
-        COMPRESSED=call.shape.compressed, STAGES=config.stages, num_warps=4,
+        COMPRESSED=call.shape.compressed, STAGES=config.stages, num_warps=4, maxnreg=config.registers,
     )  # fmt: skip
 
 
@@ -95,10 +112,23 @@ def _eights(x):
 
 
 @gluon.jit
+def _add_terms(t, x, w_smem):
+    """Twice relu(x) * w, added to ``t``: in place, since the compiler would move it behind the products."""
+    w = w_smem.load(gl.SliceLayout(0, x.type.layout))[None, :]
+    return gl.inline_asm_elementwise(_RELU_TERM, "=f,f,f,f", [x, w, t], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _joined(sums):
+    """The sums of the rows, each [KEYS, 4], as [KEYS, ROWS, 4]."""
+    return gl.permute(gl.join(sums[0], sums[1]), (0, 2, 1))
+
+
+@gluon.jit
 def _copy(buffer, k_ptr, key, n, k_stride, dims):
-    ok = key < n
-    row = k_ptr + gl.where(ok, key, 0).to(gl.int64) * (k_stride.to(gl.int64) * 16)
-    async_load(buffer, row[:, None] + dims[None, :], mask=ok[:, None])
+    """Start the copy of keys. Past the last it is repeated, and not in any row's range."""
+    row = k_ptr + (gl.minimum(key, n - 1) * k_stride).to(gl.int64) * 16
+    async_load(buffer, row[:, None] + dims[None, :])
 
 
 @gluon.jit
@@ -131,13 +161,15 @@ def _mqa_logits_mma_sync_kernel(
     chunk,
     COMPRESSED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    AHEAD: gl.constexpr = max(STAGES - 1, 1)  # with one stage, from when the tile is in registers
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
-    raw: gl.constexpr = gl.DotOperandLayout(0, mma, 4)  # four bytes a thread
+    logits: gl.constexpr = gl.SliceLayout(2, _QUADS)  # [KEYS, ROWS]
+    bytes_of: gl.constexpr = gl.DotOperandLayout(0, mma, 4)  # four a thread
     lhs: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     rhs: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     bytes_lay: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     byte_rows: gl.constexpr = gl.SliceLayout(1, bytes_lay)
-    keys_lay: gl.constexpr = gl.SliceLayout(1, mma)
+    keys_lay: gl.constexpr = gl.SliceLayout(1, logits)
     q_smem = gl.allocate_shared_memory(gl.float16, [COLUMNS, DIM], ROWS_LAYOUT)
     k_smem = gl.allocate_shared_memory(gl.uint8, [STAGES, KEYS, DIM], gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
     w_smem = gl.allocate_shared_memory(gl.float32, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -145,8 +177,13 @@ def _mqa_logits_mma_sync_kernel(
     row0 = gl.program_id(0) * ROWS
     c0 = gl.program_id(1) * chunk
     c1 = gl.minimum(c0 + chunk, n_cols)
+    which = gl.arange(0, ROWS, gl.SliceLayout(0, logits))[None, :]
     start0, end0 = _range(row0, starts_ptr, ends_ptr, m, n)
     start1, end1 = _range(row0 + 1, starts_ptr, ends_ptr, m, n)
+    start = gl.where(which == 0, start0, start1)
+    end = gl.where(which == 0, end0, end1)
+    apart = (start0 != start1).to(gl.int32)
+    out = out_ptr + (row0 + which).to(gl.int64) * out_stride
 
     dims = gl.arange(0, DIM, gl.SliceLayout(0, bytes_lay))
     column = gl.arange(0, COLUMNS, byte_rows)
@@ -164,63 +201,69 @@ def _mqa_logits_mma_sync_kernel(
     key_of = gl.arange(0, KEYS, keys_lay)
     groups = 1
     if COMPRESSED:  # rows that start at different keys have a pass each
-        groups = gl.where(start0 == start1, 1, 2)
+        groups = 1 + apart
     for group in range(groups):
         both = groups == 1
         count = gl.minimum(gl.where(both, ROWS, 1), m - row0 - group)
         first = row0 + group
-        has0 = (end0 > start0) & (both | (group == 0))
-        has1 = (end1 > start1) & (both | (group == 1)) & (row0 + 1 < m)
         origin = 0
-        if COMPRESSED:
-            origin = gl.where(group == 0, start0, start1)
-        lo = gl.minimum(gl.where(has0, start0, 2147483647), gl.where(has1, start1, 2147483647))
-        hi = gl.maximum(gl.where(has0, end0, 0), gl.where(has1, end1, 0))
+        lo = 2147483647
+        hi = 0
+        for i in gl.static_range(ROWS):
+            start_i, end_i = (start0, end0) if i == 0 else (start1, end1)
+            if COMPRESSED:
+                origin = gl.where(group == i, start_i, origin)
+            has = (end_i > start_i) & (both | (group == i)) & (row0 + i < m)
+            lo = gl.minimum(lo, gl.where(has, start_i, 2147483647))
+            hi = gl.maximum(hi, gl.where(has, end_i, 0))
         lo_col = gl.minimum(gl.maximum(c0, (lo - origin) // KEYS * KEYS), c1)
         hi_col = gl.maximum(gl.minimum(c1, hi - origin), lo_col)
         _fill(out_ptr, first, count, out_stride, c0, lo_col)
-        _fill(out_ptr, first, count, out_stride, gl.minimum((hi_col + KEYS - 1) // KEYS * KEYS, c1), c1)
+        filled = gl.minimum((hi_col + KEYS - 1) // KEYS * KEYS, c1)
+        _fill(out_ptr, first, count, out_stride, filled, c1)
 
+        wanted = (both | (which == group)) & (row0 + which < m)
         tiles = (hi_col - lo_col + KEYS - 1) // KEYS
         key0 = origin + lo_col
-        for i in gl.static_range(STAGES - 1):
+        for i in gl.static_range(AHEAD):
             if i < tiles:
                 _copy(k_smem.index(i), k_ptr, key0 + i * KEYS + copied, n, k_stride, dims)
             async_copy.commit_group()
         for tile in range(tiles):
-            async_copy.wait_group(STAGES - 2)
+            async_copy.wait_group(AHEAD - 1)
+            ahead = key0 + gl.minimum(tile + AHEAD, tiles - 1) * KEYS + copied
+            if STAGES > 1:
+                _copy(k_smem.index((tile + AHEAD) % STAGES), k_ptr, ahead, n, k_stride, dims)
+                async_copy.commit_group()
+            here = k_smem.index(tile % STAGES)
+            a = ()
+            for c in gl.static_range(DIM // 32):
+                raw = here.slice(c * 32, 32, 1).load(bytes_of)
+                a += (gl.convert_layout(_reordered(times_144(raw)), lhs),)  # type: ignore[assignment]
+            if STAGES == 1:
+                _copy(k_smem.index(0), k_ptr, ahead, n, k_stride, dims)
+                async_copy.commit_group()
+            sums = ()
+            pieces = ()
+            for part in gl.static_range(2 * ROWS + 1):  # the sums of one under the products of the next
+                if part < 2 * ROWS:
+                    s = gl.zeros([KEYS, _PART], gl.float32, mma)
+                for c in gl.static_range(DIM // 32):
+                    if part < 2 * ROWS:
+                        b = q_smem.slice(part * _PART, _PART, 0).slice(c * 32, 32, 1).permute((1, 0)).load(rhs)
+                        s = mma_v2(a[c], b, s)
+                    if part > 0:
+                        if part % 2 == 1 and c == 0:
+                            t = pieces[0] * 0.0  # type: ignore[misc]  # NaN of a key with a NaN
+                        t = _add_terms(t, pieces[c], w_smem.slice((part - 1) * _PART + c * 8, 8))
+                if part > 0 and part % 2 == 0:
+                    sums += (gl.sum(gl.reshape(t, [KEYS, 4, 2]), 2),)  # type: ignore[assignment]
+                if part < 2 * ROWS:
+                    pieces = _eights(s)
             key = key0 + tile * KEYS + key_of
             scale = gl.load(k_scale_ptr + key, mask=key < n, other=0.0) * (1.0 / 144)
-            here = k_smem.index(tile % STAGES)
-            s = ()
-            for _ in gl.static_range(4):
-                s += (gl.zeros([KEYS, _PART], gl.float32, mma),)  # type: ignore[assignment]
-            for c in gl.static_range(DIM // 32):
-                a = gl.convert_layout(_reordered(times_144(here.slice(c * 32, 32, 1).load(raw))), lhs)
-                summed = ()
-                for part in gl.static_range(4):
-                    b = q_smem.slice(part * _PART, _PART, 0).slice(c * 32, 32, 1).permute((1, 0)).load(rhs)
-                    summed += (mma_v2(a, b, s[part]),)  # type: ignore[assignment]
-                s = summed
-            if tile + STAGES - 1 < tiles:
-                ahead = (tile + STAGES - 1) * KEYS
-                _copy(k_smem.index((tile + STAGES - 1) % STAGES), k_ptr, key0 + ahead + copied, n, k_stride, dims)
-            async_copy.commit_group()
-
+            total = gl.sum(gl.convert_layout(_joined(sums), _QUADS), 2) * scale[:, None]
+            total = gl.where((key[:, None] >= start) & (key[:, None] < end), total, float("-inf"))
             col = lo_col + tile * KEYS + key_of
-            pieces = ()
-            for part in gl.static_range(4):
-                pieces += _eights(s[part])
-            eight: gl.constexpr = gl.SliceLayout(0, pieces[0].type.layout)  # type: ignore[misc]
-            for i in gl.static_range(2):
-                t = pieces[8 * i] * 0.0  # NaN of a key with a NaN
-                for e in gl.static_range(8):
-                    x = pieces[8 * i + e]  # type: ignore[var-annotated]
-                    t += (x + gl.abs(x)) * w_smem.slice((8 * i + e) * 8, 8).load(eight)[None, :]
-                total = gl.convert_layout(gl.sum(t, 1), keys_lay) * scale
-                start, end = (start0, end0) if i == 0 else (start1, end1)
-                total = gl.where((key >= start) & (key < end), total, float("-inf"))
-                wanted = both | (group == i)
-                ok = (col < c1) & wanted & (row0 + i < m)
-                gl.store(out_ptr + (row0 + i).to(gl.int64) * out_stride + col, total, mask=ok, cache_modifier=".cs")
+            gl.store(out + col[:, None], total, mask=(col < c1)[:, None] & wanted, cache_modifier=".cs")
         async_copy.wait_group(0)

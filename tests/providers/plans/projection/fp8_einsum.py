@@ -26,7 +26,7 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
         tiles = h * -(-d // (taken["BLOCK_D"] * taken["HALVES"])) * -(-b // (2 * tile_of(one, "TOKENS")))
         yield 1 <= grid[0] <= tiles
     else:
-        wide, high = tile_of(one, "BLOCK_D", "TILE"), tile_of(one, "BLOCK_B", "TILE")
+        wide, high = tile_of(one, "BLOCK_D", "OUTPUTS"), tile_of(one, "BLOCK_B", "TOKENS")
         yield grid[0] == h * -(-d // wide) * -(-b // high)
 
 
