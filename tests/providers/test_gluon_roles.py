@@ -179,6 +179,7 @@ OTHERS = [
     decode("wgmma_long", 12, b=3, s_q=2, h_q=64, topk=65, extra_topk=1030, extra_length="random", sink="mixed"),
     decode("wgmma_long", 18, b=3, s_q=1, h_q=70, topk=250, extra_topk=1100, extra_length="any", invalid="extreme"),
     decode("wgmma_long", 10, b=5, s_q=1, h_q=8, topk=150, length="zero", extra_topk=1100, extra_length="zero"),
+    decode("wgmma_long", 5, b=5, s_q=1, h_q=8, topk=65, extra_topk=1024, extra_page_size=2, extra_length="random"),
     # As planned, with the rings of a real launch.
     mqa(0, 132, m=21, n=1000, ranges="causal"),
 ]

@@ -141,7 +141,7 @@ def test_a_tensor_map_stays_within_its_tensor(op: str) -> None:
         assert base.storage_offset() * size + reach * size <= base.untyped_storage().nbytes(), (op, found)
 
 
-def test_decode_splits_by_the_lengths_only_where_rows_of_indices_are_wide() -> None:
+def test_decode_splits_by_the_lengths_only_where_rows_have_all_keys_of_their_contexts() -> None:
     """Not where a row has the keys that a model selects, not without lengths, not in the batch-invariant mode.
 
     Nor where few rows have many splits.
@@ -160,5 +160,8 @@ def test_decode_splits_by_the_lengths_only_where_rows_of_indices_are_wide() -> N
     for heads, b in ((64, 2), (64, 8), (128, 4)):
         assert by_lengths(serving.decode(heads, b, 1, 128, (8192, 2))) == {False}
     for heads, b in itertools.product((64, 128), (1, 8, 16, 32, 64, 128)):
-        for selected in ((512, 64), (1024, 64), (1024, 2)):
+        for selected in ((512, 64), (1024, 64)):
             assert by_lengths(serving.decode(heads, b, 1, 128, selected)) == {False}
+        # Rows that hold all keys of their contexts, where no row would be split.
+        assert by_lengths(serving.decode(heads, b, 1, 128, (1024, 2))) == {heads * b == 64 * 128}
+        assert by_lengths(serving.decode(heads, b, 1, 128, (896, 2))) == {False}

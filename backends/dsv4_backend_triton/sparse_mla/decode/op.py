@@ -62,6 +62,6 @@ def sparse_mla_decode(
     vectors, unaligned = scopes.unit == 16 and scopes.pow2 and aligned, scopes.unit == 1
     sizes = (b * s_q, heads, scopes.topk1, scopes.topk2)
     lengths = topk_length is not None or extra_topk_length is not None
-    shape = Shape(arch_of(q.device), *sizes, vectors, unaligned, batch_invariant, lengths)
+    shape = Shape(arch_of(q.device), *sizes, vectors, unaligned, batch_invariant, lengths, cache2.shape[1])
     variants.run("sparse_mla_decode", Call(shape, q, scopes, sm_scale, attn_sink, out, lse, 8 if aligned else 1))
     return out, lse

@@ -26,6 +26,7 @@ class Shape(NamedTuple):
         vectors: Whether cache pages, queries and output can be read 16 bytes at a time and page sizes are powers of 2.
         unaligned: Whether cache pages are not all on 8-byte boundaries.
         lengths: Whether lengths are given.
+        page2: Keys of a page of the second scope; the first one's if there is no second.
     """
 
     arch: Arch
@@ -37,6 +38,7 @@ class Shape(NamedTuple):
     unaligned: bool
     batch_invariant: bool
     lengths: bool
+    page2: int
 
     @property
     def planned_rows(self) -> int:

@@ -72,9 +72,15 @@ _FEWEST_TILES = 5
 form of this kernel gained 2 % over it with 5 and nothing with 4.5."""
 
 _WIDE = 1024
-"""Indices of the second scope. Up to so many are what a model selects, and often all rows have all of them: splitting
-by the lengths then took 6 to 9 % longer. Of more, most rows have few: with 8192, and contexts of which few are long, it
-took 6 to 13 % less for 16 rows (NVIDIA H200, Triton 3.6.0, 2026-11-29). Other numbers of rows were not measured."""
+"""Indices of the second scope. Up to so many may be what a model selects, and often all rows have all of them:
+splitting by the lengths then took 6 to 9 % longer. Of more, most rows have few: with 8192, and contexts of which few
+are long, it took 6 to 12 % less for 16 rows (NVIDIA H200, Triton 3.6.0, 2026-11-29). Other numbers of rows were not
+measured."""
+_SMALL_PAGE = 2
+"""Keys of a page of the second scope in layers that compress 128 keys to one. There rows of ``_WIDE`` indices have all
+keys of their contexts, too. Where no row was split, splitting the long ones took 13 % less (Pro, 64 rows, contexts of
+39200 in the mean, up to 131072), but 7 % longer if all are as long as the longest. Where each had two splits, it took
+9 % longer (Flash, 64 rows; NVIDIA H200, Triton 3.6.0, 2026-11-29)."""
 _MOST_EVEN = 8
 """Splits of a row if all are equally long. 4 and 8 were measured; of more than 20 the combining kernel spills."""
 
@@ -88,7 +94,8 @@ def plan(shape: Shape) -> Plan | None:
     splits = splits_for(programs, tiles, shape.arch.sms)
     if tiles < _FEWEST_TILES * splits:
         return None
-    by_lengths = shape.lengths and shape.topk2 > _WIDE and not shape.batch_invariant
+    wide = shape.topk2 > _WIDE or (shape.topk2 == _WIDE and shape.page2 <= _SMALL_PAGE and splits == 1)
+    by_lengths = wide and shape.lengths and not shape.batch_invariant
     by_lengths = by_lengths and 1 < shape.rows <= MOST_ROWS.value and splits <= _MOST_EVEN
     most = min(OVER * splits, tiles, MOST_SPLITS)
     if by_lengths and programs * splits <= shape.arch.sms and most > splits:

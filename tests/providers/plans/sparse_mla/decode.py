@@ -28,7 +28,8 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     splits = taken["splits"]
     yield from (main.grid[1] == splits <= MOST_SPLITS, taken["SPLIT"] == (splits > 1) == bool(others))
     even = taken.get("even", 0)  # splits by the lengths
-    yield not even or (taken["topk2"] > 1024 and isinstance(call.get("extra_topk_length"), torch.Tensor))
+    wide = taken["topk2"] > 1024 or (taken["topk2"] == 1024 and taken["page2"] == 2 and even == 1)
+    yield not even or (wide and isinstance(call.get("extra_topk_length"), torch.Tensor))
     for combine in others:  # all partial results of a row fit the registers of one that combines them
         found = combine.arguments
         yield combine.grid == (rows * -(-heads // found.get("BH", 1)),)
@@ -46,6 +47,7 @@ def unusual() -> Iterator[Arguments]:
 def more_calls() -> Iterator[Arguments]:
     yield from (traffic.decode(64, b, 1, 128, (512, 64)) for b in (1, 8, 128))
     yield from (traffic.decode(heads, b, 1, 128, (8192, 2)) for heads in (64, 128) for b in (4, 16, 64))
+    yield from (traffic.decode(heads, 8192 // heads, 1, 128, (1024, 2)) for heads in (64, 128))
 
 
 def workspace(call: Arguments, arch: Arch) -> int:
