@@ -16,8 +16,10 @@ from dsv4_backends.selection import policy
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if interpreter.ON and (why := interpreter.trouble_here()):
-        raise pytest.UsageError(f"TRITON_INTERPRET=1: {why}")
+    if interpreter.ON:
+        if why := interpreter.trouble_here():
+            raise pytest.UsageError(f"TRITON_INTERPRET=1: {why}")
+        interpreter.remember()
 
 
 @pytest.fixture
