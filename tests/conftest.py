@@ -22,6 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
         interpreter.remember()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test starts first: started late, the other processes end long before it."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
 @pytest.fixture
 def triton_interpreter() -> None:
     """For tests that start a process with ``TRITON_INTERPRET=1``: the extra ``test`` installs what that needs."""

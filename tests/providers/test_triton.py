@@ -36,7 +36,7 @@ def triton_is_installed() -> None:
 
 
 @pytest.mark.usefixtures("triton_interpreter")
-@pytest.mark.parametrize("device", ["sm_80", "sm_120"])
+@pytest.mark.parametrize("device", [pytest.param("sm_80", marks=pytest.mark.longest), "sm_120"])
 def test_suite_in_the_interpreter(device: str) -> None:
     """The whole conformance suite, level smoke, on CPU tensors; all of it for one architecture's configurations."""
     only = [] if device == "sm_80" else ["-k", "numerics or written"]
