@@ -43,7 +43,7 @@ def test_suite_in_the_interpreter(device: str) -> None:
     # NumPy's own words about the interpreter's arithmetic: what is then masked, and how it reads scalars.
     quiet = ["-W", "ignore:Conversion of an array", "-W", "ignore::RuntimeWarning"]
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, *only, "tests/providers/triton_suite.py"]
-    done = run(*command, TRITON_INTERPRET="1", DSV4_BACKENDS_DEVICE=device)
+    done = run(*command, TRITON_INTERPRET="1", DSV4_BACKENDS_DEVICE=device, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-1]
     assert "passed" in summary
