@@ -9,6 +9,7 @@ from pathlib import Path
 
 import interpreter
 import pytest
+import torch
 from installed import distribution
 
 from dsv4_backends.runtime import bind
@@ -16,8 +17,17 @@ from dsv4_backends.selection import policy
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if interpreter.ON and (why := interpreter.trouble_here()):
-        raise pytest.UsageError(f"TRITON_INTERPRET=1: {why}")
+    if interpreter.ON:
+        if why := interpreter.trouble_here():
+            raise pytest.UsageError(f"TRITON_INTERPRET=1: {why}")
+        interpreter.remember()
+    if hasattr(config, "workerinput"):  # pytest-xdist: each core has a process, so threads would wait for each other
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test starts first: started late, the other processes end long before it."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
 
 
 @pytest.fixture

@@ -36,14 +36,14 @@ def triton_is_installed() -> None:
 
 
 @pytest.mark.usefixtures("triton_interpreter")
-@pytest.mark.parametrize("device", ["sm_80", "sm_120"])
+@pytest.mark.parametrize("device", [pytest.param("sm_80", marks=pytest.mark.longest), "sm_120"])
 def test_suite_in_the_interpreter(device: str) -> None:
     """The whole conformance suite, level smoke, on CPU tensors; all of it for one architecture's configurations."""
     only = [] if device == "sm_80" else ["-k", "numerics or written"]
     # NumPy's own words about the interpreter's arithmetic: what is then masked, and how it reads scalars.
     quiet = ["-W", "ignore:Conversion of an array", "-W", "ignore::RuntimeWarning"]
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, *only, "tests/providers/triton_suite.py"]
-    done = run(*command, TRITON_INTERPRET="1", DSV4_BACKENDS_DEVICE=device)
+    done = run(*command, TRITON_INTERPRET="1", DSV4_BACKENDS_DEVICE=device, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-1]
     assert "passed" in summary

@@ -57,7 +57,10 @@ def install(*, gpu: bool) -> None:
     if not gpu:
         return
     os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
     import torch
+
+    interpreter.remember()
 
     major, minor = map(int, os.environ["FAKE_SM"].split("."))
     made_up = types.SimpleNamespace(
