@@ -58,6 +58,7 @@ BENCH_SCALES = "h200-bench-token-major.json"
 """The same of the einsum alone, with the scales as ``bench --scales token-major`` has them."""
 BENCH_CODE = "h200-bench-code-sm_80.json"
 """The same of the Triton provider alone, with SM80's instructions (TRITON_OVERRIDE_ARCH)."""
+PLAIN_GEMM = "h200-plain-gemm-code-sm_80.json"
 TRITON_TIMES = "h200-triton-times.json"
 BENCH_PATH = "h200-bench-attention-path.json"
 BENCH_PATH_CODE = "h200-bench-attention-path-code-sm_80.json"
@@ -589,6 +590,17 @@ def performance_code() -> str:
     return "\n\n".join([_measured_on(result), *_bench_tables(result)])
 
 
+def plain_gemm() -> str:
+    """Two ops next to a plain GEMM, with SM80's instructions."""
+    result = records.read(kept.PlainGemm, _kept(PLAIN_GEMM))
+    rows = [
+        (code(r.op), r.name, f"{r.us:.1f}", f"{r.tflops:.0f}", f"{r.plain:.0f}", f"{r.tflops / r.plain:.2f}")
+        for r in result.rows
+    ]
+    header = ("op", "row", "`triton`, µs", "its TFLOP/s", "the GEMM's", "ratio")
+    return f"{_measured_on(result)}\n\n{table(header, rows)}"
+
+
 def performance_triton() -> str:
     """How the times move from one release of Triton to another: by op and provider, and the rows that moved."""
     result = records.read(kept.TritonTimes, _kept(TRITON_TIMES))
@@ -1099,6 +1111,7 @@ PARTS: dict[str, Callable[[], str]] = {
         performance_scales,
         performance_triton,
         performance_code,
+        plain_gemm,
         performance_path,
         launch_floor,
         access_floor,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import compare_tritons
+import kept
 import pytest
 import torch
 from bench_results import GPU, result_of, row_of
@@ -25,7 +26,7 @@ from paths import ROOT
 import docs
 from dsv4_backends import records
 from dsv4_backends.bench import results
-from dsv4_backends.bench.provenance import Host
+from dsv4_backends.bench.provenance import Host, provenance
 from dsv4_backends.commands import cli
 from dsv4_backends.commands.shared import FINDINGS
 from dsv4_backends.contract import CONTRACTS, LEVELS
@@ -125,6 +126,15 @@ def test_performance_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.M
     assert "GPU X" in made
     assert "`a` with a-kernels 1" in made
     assert "within 3% of the best provider on 100% of 1 rows" in made
+
+
+def test_ops_next_to_a_plain_gemm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    made = provenance("python tools/plain_gemm.py")
+    rows = (kept.PlainGemmRow("fp8_einsum", "b=512", 100.0, 343.0, 400.0),)
+    records.write(kept.PlainGemm(**made, rows=rows), tmp_path / "docs" / "results" / docs.PLAIN_GEMM)
+    assert "| `fp8_einsum` | b=512 | 100.0 | 343 | 400 | 0.86 |" in docs.plain_gemm()
 
 
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: dict[str, Any]) -> None:
