@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Every measurement that the docs show, made again on this GPU; then `python tools/docs.py` writes the pages.
+# Most measurements that the docs show, made again on this GPU; then `python tools/docs.py` writes the pages. The pages
+# name the commands of the others.
 # Usage: tools/measure_on_gpu.sh WHEELS OUT [STEP...]
 #   WHEELS  folder with a folder of wheels for each release line: tokenspeed, sgl, vllm (see tools/native_on_gpu.sh).
 #           bench and transformers are run with the first of them that is there.
 #   OUT     folder for the results, named as docs/results keeps them; docs/results itself will do
-#   STEP    overhead verify bench conformance transformers native (default: all of them, about 20 minutes on an H200).
+#   STEP    overhead verify bench floors conformance transformers native (default: all, about 20 minutes on an H200).
 #           bench also makes the table of the measured choice, in dsv4_backends/selection/tables.
 # Environment: JOBS, the processes of the suites (8; each needs about 13 GB of the GPU).
 # Needs a python3 with torch for CUDA 13, Triton, pytest, pytest-xdist and transformers, and nvcc. A step that fails does
@@ -12,7 +13,7 @@
 set -uo pipefail
 wheels=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
-steps=${*:-overhead verify bench conformance transformers native}
+steps=${*:-overhead verify bench floors conformance transformers native}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 # An installed copy does not know its commit; a copy of this tree without .git does not either: then set it.
@@ -57,6 +58,11 @@ for step in $steps; do
         "${ours[@]}" bench "${contested[@]}" --provider triton --json "$out/$card-bench-code-sm_80.json" | tail -2
       TRITON_OVERRIDE_ARCH=sm80 DSV4_BACKENDS_DEVICE=sm_80 \
         python3 tools/plain_gemm.py --json "$out/$card-plain-gemm-code-sm_80.json" ;;
+    floors)
+      small=(--op compress_norm_rope_insert --op indexer_compress_insert --op indexer_q_rope_quant)
+      small+=(--op gather_dequant_kv --op inverse_rope_quant --op inverse_rope)
+      python3 tools/launch_floor.py "${small[@]}" --json "$out/$card-launch-floor.json" | tail -2
+      python3 tools/launch_floor.py --op paged_mqa_logits --json "$out/$card-access-floor.json" | tail -2 ;;
     conformance)
       suite full "" full
       suite full sm_80 sm_80
