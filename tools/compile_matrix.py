@@ -43,9 +43,9 @@ from dsv4_backends.selection.capability import sm
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
 RANKS = tuple(model.rank(tp) for model in (FLASH, PRO) for tp in (1, 2, 4, 8))
 # Beyond these no new kernel appears on any rank: more requests and tokens only make the grids larger.
-LIMITS = Limits(max_tokens=4224, max_requests=160, max_context=16384, next_n=2)
+LIMITS = Limits(max_tokens=4224, max_requests=160, max_context=16384, next_n=4)
 MORE = {"9.0": (Limits(64, 64, max_context=135168), Limits(8, 8, max_context=1048576))}
-"""Where longer contexts have kernels of their own: with room for more than 1024 keys of a layer that compresses 128 to
+"""Where longer contexts have kernels of their own: with room for 1024 keys or more of a layer that compresses 128 to
 one, decode on Hopper splits by the lengths."""
 MOST_STACK = 32
 """A spill of 8 registers."""

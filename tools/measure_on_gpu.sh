@@ -67,7 +67,7 @@ for step in $steps; do
       suite full "" full
       suite full sm_80 sm_80
       TRITON_OVERRIDE_ARCH=sm80 suite full sm_80 sm_80-code
-      suite smoke sm_86 sm_86
+      suite full sm_86 sm_86
       suite smoke sm_120 sm_120 ;;
     transformers) python3 tools/transformers_bench.py --json "$out/$card-transformers.json" | tail -20 ;;
     native)

@@ -277,6 +277,14 @@ def test_every_kind_of_scale(change: Callable[..., None], scales: str, run: Call
     assert run(call, Emulation(), change) == ""
 
 
+def test_a_copy_that_is_not_waited_for_is_found(run: Callable[..., str]) -> None:
+    """In a kernel without roles, whose threads wait for their own copies."""
+    call = mqa_sync(3, 1, m=21, n=1100, ranges="causal")
+    waits = "wait_group(AHEAD - 1)"
+    assert waits in call.source
+    assert run(call, Emulation(edit=lambda source: source.replace(waits, "wait_group(AHEAD)")))
+
+
 ARRIVALS = "mbarrier.arrive(", "async_copy.mbarrier_arrive(", "ring.arrive(", "ring.publish("
 
 

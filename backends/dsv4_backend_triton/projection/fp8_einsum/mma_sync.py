@@ -11,7 +11,7 @@ registers allow: each warp has 64 x 64 outputs.
     TOKENS     [   acc     ]     K: STEP at a time
     tokens
 
-Scales that are powers of two, within 2^RANGE of each other for a token, go into the decoded x: the unit of a token's
+Scales that are powers of two, within ``_RANGE`` of each other for a token, go into the decoded x: the unit of a token's
 accumulator is the largest of its scales (those of x times those of w). With other scales the accumulator is multiplied
 to the unit of each K block, which is exact enough where no scale is 2^80 times another. All scales of a tile are read
 first: a tile with others, or with 0, infinite or NaN ones, is multiplied in four parts with two accumulators.

@@ -17,7 +17,7 @@ registers do not hold both products. The scales of w of a whole tile come to sha
 not wait for a load of them; those of the next tile are on their way meanwhile.
 
 Both consumers begin with the same stage, so they would also scale and add at the same time. With TURNS they issue
-products in turns. That makes wide tiles faster, and the others slower.
+products in turns. That makes wide tiles faster where the scales of x come in boxes, and the others slower.
 
     shared memory                                narrow   wide     broad
     BLOCK_D, HALVES, GROUP, STAGES               64 1 2 4 128 1 2 3 128 2 1 4
