@@ -277,6 +277,17 @@ def test_every_kind_of_scale(change: Callable[..., None], scales: str, run: Call
     assert run(call, Emulation(), change) == ""
 
 
+def _overflowing(x_scale: torch.Tensor, **_: Any) -> None:
+    x_scale[3, 0, 1] = 2.0**127
+
+
+@pytest.mark.parametrize("scales", ["fp32", "any fp32"])
+def test_a_result_beyond_bf16_is_infinite(scales: str, run: Callable[..., str]) -> None:
+    """And not NaN. The oracle's is finite: it is not rounded to bf16."""
+    call = einsum_sync(128, 64, b=131, h=1, r=384, d=72, scales=scales)
+    assert "inf instead of" in run(call, Emulation(), _overflowing)
+
+
 def test_a_copy_that_is_not_waited_for_is_found(run: Callable[..., str]) -> None:
     """In a kernel without roles, whose threads wait for their own copies."""
     call = mqa_sync(3, 1, m=21, n=1100, ranges="causal")

@@ -91,7 +91,6 @@ def _store(tile, out, d0, N, b0, B, o_stride_b, WARPS: gl.constexpr):
     """A tile of outputs from token b0 and column d0 on."""
     COLUMNS: gl.constexpr = tile.shape[1] // 8  # threads
     store: gl.constexpr = gl.BlockedLayout([1, 8], [32 // COLUMNS, COLUMNS], [WARPS, 1], [1, 0])
-    tile += tile * 0.0  # infinite, of a NaN, to NaN
     tile = gl.convert_layout(tile.to(gl.bfloat16), store)
     token = b0 + gl.arange(0, tile.shape[0], gl.SliceLayout(1, store))
     col = d0 + gl.arange(0, tile.shape[1], gl.SliceLayout(0, store))
@@ -308,7 +307,8 @@ def _einsum_mma_sync_kernel(
                 PARTS, ROWS, STEP, mma, lay, False,
             )  # fmt: skip
         for i in gl.static_range(PARTS):
-            _store(acc[i], out, d0, n_out, b0 + i * ROWS, B, o_stride_b, WARPS)
+            tile = acc[i] + acc[i] * 0.0  # infinite, of a NaN, to NaN: these scales cannot overflow
+            _store(tile, out, d0, n_out, b0 + i * ROWS, B, o_stride_b, WARPS)
     else:
         tokens = _offsets(b0, B, xs_stride_b, PARTS, ROWS, gl.SliceLayout(1, mma))
         async_copy.wait_group(0)
