@@ -909,11 +909,18 @@ def served_logprobs() -> str:
     result = _served(SERVED_LOGPROBS, kept.ServedLogprobs)
     if result is None:
         return "Not measured."
-    rows = [("native", "each from each", *_distance(result.noise), "1")]
-    rows += [(code(p.run), p.composition, *_distance(p), f"{p.ratio:.2f}") for p in result.pairs]
-    over = sorted({p.run for p in result.pairs if p.ratio > BAR})
-    verdict = f"Above {BAR} times: {', '.join(map(code, over))}." if over else f"None is above {BAR} times."
-    header = ("run", "composition", "mean", "max", "top-1 agreement", "mean / native's own")
+    own = [noise.mean for noise in result.noise]
+    rows = [("native", noise.composition, *_distance(noise), *("" for _ in own)) for noise in result.noise]
+    rows += [
+        (code(p.run), p.composition, *_distance(p), *(f"{p.mean / mean:.2f}" for mean in own)) for p in result.pairs
+    ]
+    verdict = "\n".join(
+        f"- Above {BAR} times `native`'s own difference with {code(noise.composition)}: {', '.join(over) or 'none'}."
+        for noise in result.noise
+        for over in [sorted({code(p.run) for p in result.pairs if p.mean > BAR * noise.mean})]
+    )
+    ratios = [f"mean / native's with {noise.composition}" for noise in result.noise]
+    header = ("run", "composition", "mean", "max", "top-1 agreement", *ratios)
     lengths = ", ".join(map(str, result.lengths))
     made = f"{_model(result)}, prompts of {lengths} tokens.\n\n{table(header, rows)}\n\n{verdict}"
     if result.reference:

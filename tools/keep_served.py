@@ -24,7 +24,8 @@ from dsv4_backends.bench.provenance import Measured, Provenance, provenance
 COMMAND = "tools/serve_on_gpu.sh BUNDLE OUT {}"
 LONGEST = 12
 """Kernels of a profile that are kept."""
-ORDER = ("native", "chunks", "triton", "torch", "auto", "sm_80", "sm_86", "sm_89")
+RUNS = ("native", "chunks", "triton", "torch", "auto", "sm_80", "sm_86", "sm_89")
+ORDER = (*RUNS, *(f"{run}-steps" for run in RUNS))
 
 
 def runs_of(folder: Path, what: str) -> dict[str, dict[str, Any]]:
@@ -80,7 +81,7 @@ def files(folder: Path, made: Provenance) -> dict[str, kept.Served]:
         written["logprobs"] = kept.ServedLogprobs(
             **by("logprobs", logprobs),
             lengths=tuple(logprobs["native"]["arguments"]["lengths"]),
-            noise=kept.Distance(**found["noise"]),
+            noise=tuple(kept.ServedNoise(**row) for row in found["noise"]),
             pairs=tuple(kept.ServedDistance(**row) for row in found["rows"]),
             reference=tuple(kept.ReferenceDistance(**row) for row in found["reference"]),
         )

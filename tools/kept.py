@@ -328,12 +328,18 @@ class Distance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServedNoise(Distance):
+    """Of native from itself, with the batches composed in another way (``composition``)."""
+
+    composition: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServedDistance(Distance):
-    """Of a run from native's, in the same composition of its batches; ``ratio``: its mean by the noise's."""
+    """Of a run from native's, in the same composition of its batches."""
 
     run: str
     composition: str
-    ratio: float
 
 
 @dataclass(frozen=True)
@@ -365,13 +371,13 @@ class ServedLogprobs(Served):
 
     Attributes:
         lengths: Of the prompts.
-        noise: The distance of native from itself, where its batches are composed otherwise: the mean over all pairs.
+        noise: The distance of native from itself, where its batches are composed otherwise: means over all pairs.
         pairs: Of every other run from native's.
         reference: Of every other run from that of the reference.
     """
 
     lengths: tuple[int, ...]
-    noise: Distance
+    noise: tuple[ServedNoise, ...]
     pairs: tuple[ServedDistance, ...]
     reference: tuple[ReferenceDistance, ...] = ()
 

@@ -5,8 +5,9 @@
 #           such as TileLang and z3-solver
 #   OUT     folder for the results
 #   STEP    WHAT:RUN; WHAT is logprobs, speed, mtp or long, and RUN is native, chunks (native, with prefill chunks of
-#           64 tokens), triton, torch (the reference), auto, sm_80, sm_86 or sm_89. Several steps that are joined by
-#           commas run at a time, on one GPU.
+#           64 tokens), triton, torch (the reference), auto, sm_80, sm_86 or sm_89. Of logprobs RUN-steps, such as
+#           native-steps, takes one token of each prompt in a step. Several steps that are joined by commas run at a
+#           time, on one GPU.
 # Environment: LOGPROBS, SPEED, MTP and LONG, more arguments of tools/serve/serve.py; STEP_S, seconds for a step (420: a
 # run of speed with cold caches takes more than 5 minutes).
 # An architecture's run pins Triton, and vLLM sees its compute capability; Triton compiles its instructions.
@@ -34,15 +35,15 @@ export DG_JIT_CACHE_DIR=${DG_JIT_CACHE_DIR:-/tmp/deep_gemm}
 export CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")}
 
 step() { # WHAT RUN
-  local settings=()
-  case $2 in
+  local settings=() run=${2%-steps}
+  case $run in
     native | chunks) ;;
     auto) settings=(DSV4_BACKENDS_ENGINE=vllm) ;;
-    triton | torch) settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN="*=$2") ;;
+    triton | torch) settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN="*=$run") ;;
     sm_*)
-      sm=${2#sm_}
-      settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN='*=triton' "DSV4_BACKENDS_DEVICE=$2")
-      settings+=("SERVE_CAPABILITY=${sm%?}.${sm#"${sm%?}"}" "TRITON_OVERRIDE_ARCH=sm$sm" "TRITON_CACHE_DIR=/tmp/triton-$2")
+      sm=${run#sm_}
+      settings=(DSV4_BACKENDS_ENGINE=vllm DSV4_BACKENDS_PIN='*=triton' "DSV4_BACKENDS_DEVICE=$run")
+      settings+=("SERVE_CAPABILITY=${sm%?}.${sm#"${sm%?}"}" "TRITON_OVERRIDE_ARCH=sm$sm" "TRITON_CACHE_DIR=/tmp/triton-$run")
       ;;
     *) echo "unknown run $2" >&2 && return 2 ;;
   esac
@@ -50,6 +51,7 @@ step() { # WHAT RUN
   local more=${!name:-}
   if [ "$1" != speed ]; then settings+=(VLLM_ENABLE_V1_MULTIPROCESSING=0); fi
   if [ "$2" = chunks ]; then more="$more --chunk 64"; fi
+  if [ "$2" != "$run" ]; then more="$more --steps"; fi
   # shellcheck disable=SC2086
   setsid timeout -k 10 "${STEP_S:-420}" env "${settings[@]}" python3 tools/serve/serve.py "$1" "$out/$1-$2.json" $more > "$out/$1-$2.log" 2>&1 &
   local session=$!

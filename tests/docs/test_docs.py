@@ -165,22 +165,27 @@ def test_a_call_beside_its_loads_and_stores(tmp_path: Path, monkeypatch: pytest.
     assert docs.access_floor().splitlines()[-1] == "| b=4 | 15.0 | 20.0 | 25.0 | 30.0 | 2.00 | 1.20 |"
 
 
-@pytest.mark.parametrize(("ratio", "verdict"), [(1.5, "None is above 1.5 times."), (1.51, "Above 1.5 times: `sm_80`.")])
+@pytest.mark.parametrize(("mean", "over"), [(0.03, "none"), (0.0301, "`sm_80`")])
 def test_logprobs_are_what_the_file_says(
-    ratio: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mean: float, over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = [
-        {"run": run, "composition": "usual", "mean": 0.02, "max": 1.25, "top1": 0.97, "ratio": share}
-        for run, share in (("triton", 1.0), ("sm_80", ratio))
+        {"run": run, "composition": name, "mean": found, "max": 1.25, "top1": 0.97}
+        for run, name, found in (("triton", "usual", 0.02), ("triton", "steps", 0.03), ("sm_80", "usual", mean))
     ]
-    noise = {"mean": 0.02, "max": 1.5, "top1": 0.96}
+    noise = [
+        {"composition": name, "mean": found, "max": 1.5, "top1": 0.96}
+        for name, found in (("chunks", 0.02), ("steps", 0.04))
+    ]
     content = {"lengths": [2000, 3000], "noise": noise, "pairs": pairs}
     served(tmp_path, monkeypatch, docs.SERVED_LOGPROBS, content)
     made = docs.served_logprobs()
     assert "6 layers, 16 experts in fp8, prompts of 2000, 3000 tokens" in made
-    assert "| native | each from each | 0.0200 | 1.50 | 96.00% | 1 |" in made
-    assert "| `triton` | usual | 0.0200 | 1.25 | 97.00% | 1.00 |" in made
-    assert made.endswith(verdict)
+    assert "| native | steps | 0.0400 | 1.50 | 96.00% |  |  |" in made
+    assert "| `triton` | usual | 0.0200 | 1.25 | 97.00% | 1.00 | 0.50 |" in made
+    assert "| `triton` | steps | 0.0300 | 1.25 | 97.00% | 1.50 | 0.75 |" in made
+    said = "- Above 1.5 times `native`'s own difference with"
+    assert made.endswith(f"{said} `chunks`: {over}.\n{said} `steps`: none.")
 
 
 def test_speed_is_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
 """How far the logprobs of runs of serve.py are from each other.
 
-    compare.py FOLDER [--json FILE]      FOLDER: of logprobs-RUN.json, with native and chunks, perhaps torch
+    compare.py FOLDER [--json FILE]      FOLDER: of logprobs-RUN.json, with native, perhaps chunks, native-steps, torch
 
-The noise is the distance of vLLM with its native libraries from itself: the mean over the pairs of a composition of
-native and one of chunks, whose prefill chunks have 64 tokens. Within one run most tokens have the same bits in every
-composition. Every composition of another run is compared with the same one of native; if there is a run torch, the
-reference, every run also with it.
+The noise is the distance of vLLM with its native libraries from itself, with the batches composed in another way: in
+chunks prefill chunks have 64 tokens; in native-steps a step takes one token of each prompt, so decode's kernels compute
+what prefill's do in native. It is the mean over the pairs with native's own compositions, in which most tokens have the
+same bits. Every composition of another run is compared with the same one of native, RUN-steps with native-steps; if
+there is a run torch, the reference, every run also with it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 Scored = list[dict[str, Any]]
@@ -28,9 +29,9 @@ def distance(a: Scored, b: Scored) -> dict[str, float]:
         differences += [abs(x - y) for x, y in zip(one["logprobs"], other["logprobs"], strict=True)]
         same += [x == y for x, y in zip(one["best"], other["best"], strict=True)]
     return {
-        "mean": round(statistics.mean(differences), 4),
+        "mean": round(mean(differences), 4),
         "max": round(max(differences), 3),
-        "top1": round(statistics.mean(same), 4),
+        "top1": round(mean(same), 4),
     }
 
 
@@ -39,32 +40,36 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    names = ("usual", "moved", "alone")
     runs: dict[str, dict[str, Scored]] = {}
     for path in given.folder.glob("logprobs-*.json"):
         scored = json.loads(path.read_text())
-        runs[path.stem.removeprefix("logprobs-")] = {name: scored[name] for name in names}
-    pairs = [distance(a, b) for a, b in itertools.product(runs["native"].values(), runs["chunks"].values())]
-    noise = {
-        "mean": round(statistics.mean(pair["mean"] for pair in pairs), 4),
-        "max": round(statistics.mean(pair["max"] for pair in pairs), 3),
-        "top1": round(statistics.mean(pair["top1"] for pair in pairs), 4),
-    }
-    print("native from itself:", noise, [pair["mean"] for pair in pairs])
-    rows = []
-    for run in sorted(runs.keys() - {"native", "chunks"}):
-        for name in names:
-            found = distance(runs[run][name], runs["native"][name])
-            rows.append({"run": run, "composition": name, **found, "ratio": round(found["mean"] / noise["mean"], 3)})
-            print(rows[-1])
+        found = {name: scored[name] for name in ("usual", "moved", "alone", "steps") if name in scored}
+        runs.setdefault(path.stem.removeprefix("logprobs-").removesuffix("-steps"), {}).update(found)
+    native = runs.pop("native")
+    steps = {name: native.pop(name) for name in ("steps",) if name in native}
+    noise = []
+    for name, others in (("chunks", runs.pop("chunks", {})), ("steps", steps)):
+        pairs = [distance(a, b) for a, b in itertools.product(native.values(), others.values())]
+        if pairs:
+            noise.append({"composition": name} | {key: round(mean(p[key] for p in pairs), 4) for key in pairs[0]})
+            print("native from itself:", noise[-1], [pair["mean"] for pair in pairs])
+    native |= steps
+    rows = [
+        {"run": run, "composition": name, **distance(scored, native[name])}
+        for run, found in sorted(runs.items())
+        for name, scored in found.items()
+        if name in native
+    ]
+    for row in rows:
+        print(row)
     reference = []
-    for run in sorted(runs.keys() - {"torch"}) if "torch" in runs else ():
-        means = [distance(runs[run][name], runs["torch"][name])["mean"] for name in names]
-        reference.append({"run": run, "mean": round(statistics.mean(means), 4)})
-        print("from the reference:", reference[-1])
+    for run, found in sorted({"native": native, **runs}.items()) if "torch" in runs else ():
+        means = [distance(found[name], scored)["mean"] for name, scored in runs["torch"].items() if name in found]
+        if run != "torch" and means:
+            reference.append({"run": run, "mean": round(mean(means), 4)})
+            print("from the reference:", reference[-1])
     if given.json:
-        found = {"noise": noise, "pairs": pairs, "rows": rows, "reference": reference}
-        given.json.write_text(json.dumps(found))
+        given.json.write_text(json.dumps({"noise": noise, "rows": rows, "reference": reference}))
     return 0
 
 

@@ -119,17 +119,20 @@ def engine(given: argparse.Namespace, **more: Any) -> Any:
 
 def logprobs(given: argparse.Namespace) -> dict[str, Any]:
     """Of every token of four prompts, given the ones before it, under three compositions of the batches: the prompts in
-    order, in reverse behind a short one, which moves the bounds of every chunk, and one at a time."""
+    order, in reverse behind a short one, which moves the bounds of every chunk, and one at a time. With --steps under
+    one: a step takes one token of each prompt, so decode's kernels compute everything, in CUDA graphs."""
     from vllm import SamplingParams
 
     llm = engine(
         given,
         max_model_len=8192,
         max_num_seqs=8,
-        max_num_batched_tokens=given.chunk,
+        max_num_batched_tokens=8 if given.steps else given.chunk,
         gpu_memory_utilization=given.memory,
         kv_cache_memory_bytes=given.cache << 30,  # several engines share the GPU, which would spoil a profile
-        enforce_eager=True,
+        enforce_eager=not given.steps,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]},
+        long_prefill_token_threshold=int(given.steps),
     )
     asked = prompts(4, given.lengths)
     greedy = {"temperature": 0, "ignore_eos": True, "detokenize": False}
@@ -149,6 +152,9 @@ def logprobs(given: argparse.Namespace) -> dict[str, Any]:
             )
         return found
 
+    if given.steps:
+        # vLLM's bound of one token holds while there are two requests: another one lasts as long as the longest.
+        return {"steps": scored([*asked, *prompts(1, [max(given.lengths)], seed=2)])[:-1]}
     return {
         "usual": scored(asked),
         "moved": scored([*prompts(1, [333], seed=2), *reversed(asked)])[:0:-1],
@@ -337,6 +343,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=0.85, help="share of the GPU's memory")
     parser.add_argument("--cache", type=int, help="GiB of caches (2; for speed what the GPU has left)")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill chunk")
+    parser.add_argument("--steps", action="store_true", help="for logprobs: a step takes one token of each prompt")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 3000, 4500, 6000])
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--lazy", action="store_true", help="no warm-up of vLLM's: kernels compile at warm requests")
