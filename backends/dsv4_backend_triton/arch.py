@@ -104,7 +104,7 @@ def arch_from_capability(capability: Version, sms: int = 0, *, interpret: bool =
 def _arch_of(device: torch.device, simulated: str) -> Arch:
     interpret = interpreting()
     if device.type == "cpu":
-        named = simulate(simulated).gpus if simulated else ()
+        named = simulate(simulated, "DSV4_BACKENDS_DEVICE").gpus if simulated else ()
         capability = named[0].capability if named else None
         return arch_from_capability(capability or Version("8.0"), interpret=interpret)
     here = device_of(device)

@@ -76,7 +76,8 @@ def bench(
     on_gpu = where.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(where)
-    subjects, absent = _subjects(wanted_ops, providers, where, [cc.sm(cc.parse_capability(text)) for text in also_as])
+    architectures = [cc.sm(cc.parse_capability(text, "also_as")) for text in also_as]
+    subjects, absent = _subjects(wanted_ops, providers, where, architectures)
     rows = shapes.rows(models, tp, wanted_ops, scales)
     rows = rows if on_gpu else shapes.tiny(wanted_ops, scales)
     started = time.perf_counter()

@@ -27,17 +27,30 @@ class Support(enum.Enum):
     UNSUPPORTED = "unsupported"
 
 
-def parse_capability(text: str) -> Version:
-    """Read ``sm_86``, ``sm_90a``, ``sm86``, ``8.6`` as a capability.
+BELOW_10 = ("5.0", "5.2", "5.3", "6.0", "6.1", "6.2", "7.0", "7.2", "7.5", "8.0", "8.6", "8.7", "8.8", "8.9", "9.0")
+"""The capabilities below 10.0 that CUDA 12 or 13 compiles for. No other one will come."""
+
+
+def parse_capability(text: str, name: str = "compute capability", form: str = "the form sm_86 or 8.6") -> Version:
+    """Read ``sm_86``, ``sm_90a``, ``sm86``, ``8.6`` as a capability. One from 10.0 on may be a newer GPU's.
+
+    Args:
+        text: What the user wrote.
+        name: What an error calls it.
+        form: What an error says is expected.
 
     Raises:
-        PolicyError: the text is none of these.
+        PolicyError: the text is none of these, or no GPU has that capability.
     """
-    if match := re.fullmatch(r"(?:sm_?)(\d{1,2})(\d)[af]?", text.strip().lower()):
-        return Version(f"{match[1]}.{match[2]}")
-    if match := re.fullmatch(r"(\d{1,2})\.(\d)", text.strip()):
-        return Version(match[0])
-    raise PolicyError(f"compute capability: expected the form sm_86 or 8.6, got {text!r}")
+    match = re.fullmatch(r"sm_?([0-9]{1,2})([0-9])[af]?|([0-9]{1,2})\.([0-9])", text.strip().lower())
+    refused = f"{name}: expected {form}, got {text!r}"
+    if match is None:
+        raise PolicyError(refused)
+    capability = Version(f"{match[1] or match[3]}.{match[2] or match[4]}")
+    if capability.major < 10 and str(capability) not in BELOW_10:
+        family = ", ".join(known for known in BELOW_10 if known.startswith(f"{capability.major}."))
+        raise PolicyError(f"{refused}: CUDA has no compute capability {capability}" + (family and f", only {family}"))
+    return capability
 
 
 def sm(capability: Version) -> str:

@@ -139,18 +139,19 @@ class Machine:
         return any(word in self.note for word in ("cuInit", "probe", "ROCm"))
 
 
-def simulate(text: str) -> Machine:
+def simulate(text: str, name: str = "device") -> Machine:
     """A machine with this machine's packages and one device: ``cpu``, or a GPU such as ``sm_86``.
 
+    Args:
+        text: The device.
+        name: What an error calls it.
+
     Raises:
-        PolicyError: the text is neither.
+        PolicyError: the text is neither, or no GPU has that compute capability.
     """
     if text.strip().lower() == "cpu":
         return Machine(note="simulated: cpu", simulated=True)
-    try:
-        capability = cc.parse_capability(text)
-    except PolicyError:
-        raise PolicyError(f"device: expected cpu or a GPU such as sm_86 or 8.6, got {text!r}") from None
+    capability = cc.parse_capability(text, name, "cpu or a GPU such as sm_86 or 8.6")
     device = Device("cuda", None, f"simulated {cc.sm(capability)} GPU", capability)
     return Machine((device,), note=f"simulated: {cc.sm(capability)}", simulated=True)
 
@@ -158,7 +159,7 @@ def simulate(text: str) -> Machine:
 def probe() -> Machine:
     """This machine, or the one that ``DSV4_BACKENDS_DEVICE`` names. No CUDA context is created in this process."""
     if text := os.environ.get("DSV4_BACKENDS_DEVICE", "").strip():
-        return simulate(text)
+        return simulate(text, "DSV4_BACKENDS_DEVICE")
     if hip := rocm():
         return Machine(note=f"torch is built for ROCm (HIP {hip}), and no provider serves AMD GPUs; the CPU remains")
     return _probe(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER"))
@@ -210,7 +211,7 @@ def device_of(torch_device: Any) -> Device:
     capability = Version(f"{properties.major}.{properties.minor}")
     name = properties.name
     if text := os.environ.get("DSV4_BACKENDS_DEVICE", "").strip():
-        simulated = simulate(text)
+        simulated = simulate(text, "DSV4_BACKENDS_DEVICE")
         if simulated.gpus:
             capability = simulated.gpus[0].capability or capability
             name = f"{name} as {cc.sm(capability)}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..contract import OPS
 from ..errors import PolicyError
+from . import machine
 
 ESSENTIAL = "torch"
 """The provider that cannot be disabled: it gives every op its meaning, on every machine."""
@@ -103,7 +104,8 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
     """Read the ``DSV4_BACKENDS_*`` family.
 
     Raises:
-        PolicyError: an unknown variable of the family, a malformed pin, or a switch that is neither 0 nor 1.
+        PolicyError: an unknown variable of the family, a malformed pin, a device that does not exist, or a switch that
+            is neither 0 nor 1.
     """
     environ = os.environ if environ is None else environ
     if unknown := sorted({n for n in environ if n.startswith(PREFIX)} - VARIABLES.keys() - set(of_a_service(environ))):
@@ -113,6 +115,8 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         return tuple(word.strip() for word in environ.get(PREFIX + key, "").split(",") if word.strip())
 
     engines(environ)
+    if device := environ.get(PREFIX + "DEVICE", "").strip():
+        machine.simulate(device, PREFIX + "DEVICE")  # a call on the CPU would not ask for it
     pairs: list[tuple[str, str]] = []
     for word in names("PIN"):
         op, equals, provider = (part.strip() for part in word.partition("="))

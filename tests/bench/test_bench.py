@@ -113,7 +113,7 @@ def test_rows_of_a_configuration(tmp_path: Path) -> None:
         (["--model", "nothing.json"], "nothing.json"),
         (["--tp", "0"], "tensor parallel size: expected at least 1, got 0"),
         (["--provider", "nobody"], "unknown provider 'nobody'"),
-        (["--also-as", "cpu"], "expected the form sm_86 or 8.6, got 'cpu'"),
+        (["--also-as", "cpu"], "also_as: expected the form sm_86 or 8.6, got 'cpu'"),
     ],
 )
 def test_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

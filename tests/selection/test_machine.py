@@ -107,11 +107,16 @@ def test_simulate(text: str, capability: str | None) -> None:
 def test_simulate_refuses() -> None:
     with pytest.raises(PolicyError, match=r"device: expected cpu or a GPU such as sm_86 or 8\.6, got 'h100'"):
         machine.simulate("h100")
+    with pytest.raises(PolicyError, match=r"device: .*, got 'sm_99': CUDA has no compute capability 9\.9, only 9\.0"):
+        machine.simulate("sm_99")
 
 
 def test_variable_simulates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSV4_BACKENDS_DEVICE", "sm_120")
     assert machine.probe().devices[0].capability == Version("12.0")
+    monkeypatch.setenv("DSV4_BACKENDS_DEVICE", "sm_99")
+    with pytest.raises(PolicyError, match=r"DSV4_BACKENDS_DEVICE: expected cpu or a GPU .*, got 'sm_99'"):
+        machine.probe()
 
 
 def test_installed_looks_up_on_demand() -> None:

@@ -54,6 +54,7 @@ def test_empty_values_are_not_set() -> None:
         ({"PIN": "mqa_logits"}, "expected op=provider pairs, got 'mqa_logits'"),
         ({"PIN": "mqa_logit=torch"}, "unknown op 'mqa_logit', did you mean 'mqa_logits'?"),
         ({"EXPERIMENTAL": "yes"}, "expected 0 or 1, got 'yes'"),
+        ({"DEVICE": "sm_99"}, "DSV4_BACKENDS_DEVICE: expected cpu or a GPU such as sm_86 or 8.6, got 'sm_99'"),
         ({"BATCH_INVARIANT": "true"}, "DSV4_BACKENDS_BATCH_INVARIANT: expected 0 or 1, got 'true'"),
     ],
 )
