@@ -139,6 +139,12 @@ class Engine:
     by_variable: ClassVar[bool] = False
     """Whether ``DSV4_BACKENDS_ENGINE`` turns it on."""
 
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if target.option and target.option not in OPTIONS:
+                expected = f"expected a word of dsv4_backends.engines.OPTIONS ({', '.join(OPTIONS)})"
+                raise ValueError(f"engine {self.name}: {target.key}: option: {expected}, got {target.option!r}")
+
     def __repr__(self) -> str:
         return f"<engine {self.name}>"
 

@@ -237,7 +237,8 @@ class ProviderSpec:
         name: Lower-case identifier that users type.
         summary: One line for people.
         tier: See ``Tier``.
-        implementations: One per op and claim; several for one op are allowed where their claims differ.
+        implementations: One per op and claim; several for one op are allowed where their claims or their ``refuses``
+            differ.
         requires: PEP 508 requirements, all of which must be installed, e.g. ``("triton>=3.6",)``.
         hint: The next step for a user who lacks what ``requires`` names, e.g. ``"pip install triton"``.
         probe: Optional ``"package.module:function"`` for a library that comes in several distributions or builds.
@@ -265,6 +266,16 @@ class ProviderSpec:
         _want(where, "api", self.api, int, "an int")
         _want_each(where, "implementations", self.implementations, Implementation, "Implementation")
         _want_each(where, "requires", self.requires, str, "requirements")
+        seen: set[tuple[object, ...]] = set()
+        for made in self.implementations:
+            claim = (made.deterministic, made.batch_invariant, made.only_batch_invariant)
+            key = (made.op, frozenset(made.devices), frozenset(made.capability), claim, made.refuses)
+            if key in seen:
+                message = (
+                    f"expected one implementation of {made.op!r} for a claim, got two with the same claim and refuses"
+                )
+                raise ValueError(f"{where}: {message}")
+            seen.add(key)
         if self.probe is not None:
             _want_target(where, "probe", self.probe)
         for text in self.requires:

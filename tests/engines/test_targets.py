@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from dsv4_backends.commands import cli
 from dsv4_backends.engines import patching
 from dsv4_backends.engines.base import HookedEngine
 from dsv4_backends.engines.patching import NOT_NEEDED, PLANNED, REFUSED, REPLACED, Target
+from dsv4_backends.selection.policy import VARIABLES
 
 OP = "hc_prenorm_gemm"
 KERNELS = """
@@ -163,6 +165,19 @@ def test_a_package_that_the_engine_needs(make: Any, tmp_path: Path) -> None:
     # The second is for its absence alone, so it is not even listed.
     assert [(row.target.attribute, row.state) for row in engine.plan("sm_90").rows] == [("outer", NOT_NEEDED)]
     assert [(row.target.attribute, row.state) for row in engine.plan("sm_80").rows] == [("outer", PLANNED)]
+
+
+def test_help_names_every_option() -> None:
+    assert VARIABLES["DSV4_BACKENDS_ENGINE_OPTIONS"].endswith(f": {','.join(engines.OPTIONS)}")
+
+
+def test_an_option_that_nobody_can_turn_on(make: Any) -> None:
+    expected = (
+        "engine small_engine: small_engine.kernels:outer: option: expected a word of dsv4_backends.engines.OPTIONS "
+        f"({', '.join(engines.OPTIONS)}), got 'small'"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        make(target("outer", "plain", option="small"))
 
 
 def test_an_option(make: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,7 @@ KINDS = (
     hook("h_late", "yield spec()\nraise Panic('late')", "plugin-failed", "Panic: late"),
     hook("h_endless", "while True: yield spec()", "plugin-type", "more than 256"),
     hook("h_twice", "for _ in 'ab': yield spec(impl=dict(op='another_op'))", "plugin-duplicate", "provides that name"),
+    field("f_twice", "implementations=2 * spec().implementations", "got two with the same claim and refuses"),
     hook("h_ours", "return spec(name='torch')", "plugin-duplicate", "provides that name"),
     hook("h_future", "return spec(api=99)", "plugin-api", "interface 99"),
     hook("h_bare", "return object.__new__(d.ProviderSpec)", "plugin-type", "AttributeError"),
