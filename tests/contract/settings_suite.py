@@ -33,6 +33,9 @@ DEVICE = default_device()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PROVIDERS = ["triton"] if INTERPRETED else ["torch", "triton"] if DEVICE.type == "cuda" else ["torch"]
 
+OTHER_THREADS = 1 if torch.get_num_threads() > 1 else 2
+"""A number of threads that is not the one without a setting, which OMP_NUM_THREADS may have made 1."""
+
 Setting = Callable[[], AbstractContextManager[Any]]
 
 
@@ -109,7 +112,7 @@ SETTINGS: dict[str, Setting] = {
     "inference mode": torch.inference_mode,
     "no_grad": torch.no_grad,
     "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
-    "one thread": lambda: changed(torch.get_num_threads, torch.set_num_threads, 1),
+    "other threads": lambda: changed(torch.get_num_threads, torch.set_num_threads, OTHER_THREADS),
     "flush denormals": flush_denormal,
     "a dispatch mode": lambda: FlopCounterMode(display=False),
     "several": everything,
@@ -162,6 +165,13 @@ def before_any_setting() -> None:
         for case in cases(op):
             for provider in PROVIDERS:
                 served(op, case.name, provider)
+
+
+def test_the_number_of_threads_is_another_one() -> None:
+    usual = torch.get_num_threads()
+    with SETTINGS["other threads"]():
+        assert torch.get_num_threads() == OTHER_THREADS != usual
+    assert torch.get_num_threads() == usual
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
