@@ -142,7 +142,8 @@ def test_a_tensor_map_stays_within_its_tensor(op: str) -> None:
 
 
 def test_decode_splits_by_the_lengths_only_where_rows_have_all_keys_of_their_contexts() -> None:
-    """Not where a row has the keys that a model selects, not without lengths, not in the batch-invariant mode.
+    """Not where a row has the keys that a model selects, not in the batch-invariant mode, not without the lengths of
+    the second scope: then all rows have as many tiles, and those of the first scope change nothing.
 
     Nor where few rows have many splits.
     """
@@ -156,6 +157,8 @@ def test_decode_splits_by_the_lengths_only_where_rows_have_all_keys_of_their_con
         wide = serving.decode(heads, b, s_q, 128, (8192, 2))
         assert by_lengths(wide) == {True}
         assert by_lengths(wide | dict.fromkeys(lengths)) == {False}
+        assert by_lengths(wide | {"extra_topk_length": None}) == {False}
+        assert by_lengths(wide | {"topk_length": None}) == {True}
         assert by_lengths(wide, "batch_invariant") == {False}
     for heads, b in ((64, 2), (64, 8), (128, 4)):
         assert by_lengths(serving.decode(heads, b, 1, 128, (8192, 2))) == {False}

@@ -61,7 +61,7 @@ def sparse_mla_decode(
     aligned = common_unit(q.data_ptr(), out.data_ptr(), *(2 * x for t in (q, out) for x in t.stride()[:3])) == 16
     vectors, unaligned = scopes.unit == 16 and scopes.pow2 and aligned, scopes.unit == 1
     sizes = (b * s_q, heads, scopes.topk1, scopes.topk2)
-    lengths = topk_length is not None or extra_topk_length is not None
-    shape = Shape(arch_of(q.device), *sizes, vectors, unaligned, batch_invariant, lengths, cache2.shape[1])
+    lengths2 = extra_topk_length is not None
+    shape = Shape(arch_of(q.device), *sizes, vectors, unaligned, batch_invariant, lengths2, cache2.shape[1])
     variants.run("sparse_mla_decode", Call(shape, q, scopes, sm_scale, attn_sink, out, lse, 8 if aligned else 1))
     return out, lse

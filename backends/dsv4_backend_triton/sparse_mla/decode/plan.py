@@ -25,7 +25,7 @@ class Shape(NamedTuple):
         topk1, topk2: Widths of the two scopes' indices.
         vectors: Whether cache pages, queries and output can be read 16 bytes at a time and page sizes are powers of 2.
         unaligned: Whether cache pages are not all on 8-byte boundaries.
-        lengths: Whether lengths are given.
+        lengths2: Whether lengths of the second scope are given. Without them all rows have as many tiles.
         page2: Keys of a page of the second scope; the first one's if there is no second.
     """
 
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
     vectors: bool
     unaligned: bool
     batch_invariant: bool
-    lengths: bool
+    lengths2: bool
     page2: int
 
     @property

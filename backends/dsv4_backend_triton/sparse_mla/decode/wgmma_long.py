@@ -95,7 +95,7 @@ def plan(shape: Shape) -> Plan | None:
     if tiles < _FEWEST_TILES * splits:
         return None
     wide = shape.topk2 > _WIDE or (shape.topk2 == _WIDE and shape.page2 <= _SMALL_PAGE and splits == 1)
-    by_lengths = wide and shape.lengths and not shape.batch_invariant
+    by_lengths = wide and shape.lengths2 and not shape.batch_invariant
     by_lengths = by_lengths and 1 < shape.rows <= MOST_ROWS.value and splits <= _MOST_EVEN
     most = min(OVER * splits, tiles, MOST_SPLITS)
     if by_lengths and programs * splits <= shape.arch.sms and most > splits:
