@@ -294,6 +294,19 @@ def _ours_too() -> None:
     machine.device_of = _always(gpu)
 
 
+def router_in_cute_dsl() -> None:
+    """The experts' router on 9.0 and 10.x, which wants tensors on a GPU and launches for itself."""
+    from vllm.model_executor.kernels.linear.cute_dsl.ll_bf16 import LLBf16Gemm
+
+    def gemm(self: Any, x: torch.Tensor, weight: torch.Tensor, output_dtype: torch.dtype = torch.float32) -> Any:
+        sizes = {"M": x.shape[0], "K": x.shape[1], "N": weight.shape[0]}
+        key = self.dispatch(**sizes, output_dtype=output_dtype)
+        _record(f"cutedsl:{type(self).__name__}", lambda: self.compile(key))
+        return torch.zeros(sizes["M"], sizes["N"], dtype=output_dtype)
+
+    LLBf16Gemm.__call__ = gemm
+
+
 def pretend() -> None:
     """All of it, for this process."""
     _pretend_torch()

@@ -1,14 +1,16 @@
 """CUDA's shared libraries, empty: enough for vLLM's compiled libraries to load beside the CPU build of torch.
 
 vLLM's libraries use torch's stable interface. What they need beyond the CPU build are functions of CUDA's runtime and
-driver and a few of ``libtorch_cuda``. Each gets a function that answers "no device", or the
-address of a text. With them the libraries register every op with its real schema, and nothing of them is called.
+driver and a few of ``libtorch_cuda``; vLLM's Python looks up more of the runtime by name. Each gets a function that
+answers "no device", or the address of a text. With them the libraries register every op with its real schema, and
+nothing of them is called.
 """
 
 from __future__ import annotations
 
 import ctypes
 import glob
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,7 +23,7 @@ _OF_TORCH = ("cublas", "aoti_torch_get_current_cuda", "torch_get_current_cuda", 
 
 
 def _needed(vllm: Path) -> dict[str, set[str]]:
-    """The functions that vLLM's libraries want from each of CUDA's."""
+    """The functions that vLLM's libraries and its wrapper of the runtime want from each of CUDA's."""
     wanted: dict[str, set[str]] = {name: set() for name in (_RUNTIME, _DRIVER, _TORCH, *_WITHOUT_FUNCTIONS)}
     for library in (*glob.glob(f"{vllm}/*.so"), *glob.glob(f"{vllm}/third_party/deep_gemm/*.so")):
         listed = subprocess.run(
@@ -35,6 +37,8 @@ def _needed(vllm: Path) -> dict[str, set[str]]:
                 wanted[_TORCH].add(name)
             elif name.startswith("cu") and name[2:3].isupper():
                 wanted[_DRIVER].add(name)
+    by_name = (vllm / "distributed/device_communicators/cuda_wrapper.py").read_text()
+    wanted[_RUNTIME] |= set(re.findall(r'"(cuda[A-Z]\w+)"', by_name))
     return wanted
 
 

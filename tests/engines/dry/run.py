@@ -91,6 +91,7 @@ try:
 
     load_general_plugins()
     compiled_ops.deep_gemm_of_its_own()
+    gpu.router_in_cute_dsl()
 
     folder = Path(tempfile.mkdtemp())
     model.write(folder, options.experts)
