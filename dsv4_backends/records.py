@@ -88,7 +88,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise PolicyError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise PolicyError(f"{path}: {error}") from error
+        raise PolicyError(f"{path}: expected JSON in UTF-8, got something else: {error}") from error
     if not isinstance(content, dict):
         raise PolicyError(f"{path}: expected a JSON object, got {_kind(content)}")
     return content

@@ -24,12 +24,12 @@ def require(path: str | Path) -> None:
         PolicyError: matplotlib does not import, or the suffix is not one of a format.
     """
     if Path(path).suffix.lower() not in SUFFIXES:
-        raise PolicyError(f"a plot is a file that ends with {', '.join(SUFFIXES)}, got {str(path)!r}")
+        raise PolicyError(f"plot: expected a file that ends with {', '.join(SUFFIXES)}, got {str(path)!r}")
     try:
         from matplotlib import pyplot  # noqa: F401
     except Exception as error:  # built for another NumPy it may raise anything
         found = f"{type(error).__name__}: {error}"
-        raise PolicyError(f"a plot needs matplotlib (pip install matplotlib): {found}") from error
+        raise PolicyError(f"plot: needs matplotlib (pip install matplotlib): {found}") from error
 
 
 def plot(result: Result, path: str | Path) -> None:

@@ -26,6 +26,7 @@ from .shared import (
     show,
     tell,
     torch_device,
+    whole,
     write,
 )
 
@@ -47,7 +48,7 @@ def add(command: AddCommand) -> None:
         default=[],
         help="flash, pro, or the path of a config.json; may be repeated; default: flash and pro",
     )
-    bench.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
+    bench.add_argument("--tp", type=whole, default=1, metavar="N", help="tensor parallel size (default: 1)")
     bench.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON there; without FILE print it, not the text"
     )

@@ -170,16 +170,24 @@ def need_torch() -> None:
 
 
 def known_providers(names: Sequence[str]) -> None:
-    """Raise ``PolicyError`` for a provider that is not installed."""
+    """Raise ``PolicyError`` for a provider of ``--provider`` that is not installed."""
     from ..selection import plugins, policy
 
     loaded = plugins.load(policy.from_environment().deny)
-    policy.Policy(order=tuple(names)).validate({p.name for p in loaded.providers})
+    policy.known_providers("--provider", names, {p.name for p in loaded.providers})
+
+
+def whole(text: str) -> int:
+    """An int, for argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
 
 def positive(text: str) -> int:
     """An int of at least 1, for argparse."""
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value

@@ -7,7 +7,7 @@ import argparse
 from ..contract import OPS
 from ..errors import PolicyError
 from .render import SCHEMA_VERSION, table
-from .shared import OK, AddCommand, need_torch, show, tell, torch_device
+from .shared import OK, AddCommand, need_torch, show, tell, torch_device, whole
 
 
 def add(command: AddCommand) -> None:
@@ -18,7 +18,7 @@ def add(command: AddCommand) -> None:
         "--model", required=True, metavar="MODEL", help="flash, pro, a config.json or the folder that it is in"
     )
     warmup.add_argument("--op", action="append", choices=OPS, metavar="OP", help="only this op; may be repeated")
-    warmup.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel size (default: 1)")
+    warmup.add_argument("--tp", type=whole, default=1, metavar="N", help="tensor parallel size (default: 1)")
     limits = {
         "max_tokens": "query tokens of one step",
         "max_requests": "requests of one decode step",
@@ -29,7 +29,7 @@ def add(command: AddCommand) -> None:
     for name, about in limits.items():
         default = getattr(Limits, name)
         flag = f"--{name.replace('_', '-')}"
-        warmup.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default: {default})")
+        warmup.add_argument(flag, type=whole, default=default, metavar="N", help=f"{about} (default: {default})")
     warmup.add_argument(
         "--torch-device", metavar="DEVICE", help="a torch device (default: the current GPU, else the CPU)"
     )

@@ -90,7 +90,7 @@ def locate(source: str | Path) -> Path:
     """
     text = os.fspath(source)
     if not text or "\0" in text:
-        raise ValueError(f"expected a path, got {text!r}")
+        raise ValueError(f"model: expected a path, got {text!r}")
     path = _home(text)
     if path.is_dir():
         return _in_folder(path)

@@ -88,9 +88,13 @@ class Policy:
         Raises:
             PolicyError: an unknown provider, with the known ones, or an attempt to disable ``torch``.
         """
-        named = {*self.order, *(self.allow or ()), *self.deny, *self.pins.values()}
-        if unknown := sorted(named - set(known)):
-            raise PolicyError(_unknown("provider", unknown[0], known))
+        for setting, named in (
+            ("order", self.order),
+            ("allow", self.allow or ()),
+            ("deny", self.deny),
+            ("pin", self.pins.values()),
+        ):
+            known_providers(setting, named, known)
         if ESSENTIAL in self.deny:
             raise PolicyError(f"the provider {ESSENTIAL!r} cannot be denied: it is the reference and the last resort")
         return self
@@ -124,6 +128,8 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
             raise PolicyError(f"{PREFIX}PIN: expected op=provider pairs, got {word!r}")
         if (twice := dict(pairs).get(op)) is not None:
             raise PolicyError(f"{PREFIX}PIN: {op} is pinned twice, to {twice} and to {provider}")
+        if op != "*":
+            known_op(op, f"{PREFIX}PIN: ")
         pairs.append((op, provider))
     return Policy(
         order=names("ORDER"),
@@ -264,14 +270,24 @@ def _pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, str]:
     return MappingProxyType(pins)
 
 
-def known_op(name: object) -> str:
-    """The name of an op, wherever a caller gives one.
+def known_providers(setting: str, named: Iterable[str], known: Collection[str]) -> None:
+    """Check the providers that a setting or an argument names.
+
+    Raises:
+        PolicyError: one is unknown, with those that there are.
+    """
+    if unknown := sorted(set(named) - set(known)):
+        raise PolicyError(f"{setting}: {_unknown('provider', unknown[0], known)}")
+
+
+def known_op(name: object, where: str = "") -> str:
+    """The name of an op, wherever a caller gives one. An error begins with ``where``.
 
     Raises:
         PolicyError: it is none, with those that there are.
     """
     if not isinstance(name, str) or name not in OPS:
-        raise PolicyError(_unknown("op", name, OPS))
+        raise PolicyError(where + _unknown("op", name, OPS))
     return name
 
 

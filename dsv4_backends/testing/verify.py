@@ -93,7 +93,7 @@ def verify(
         raise PolicyError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     loaded = plugins.load(policy.from_environment().deny)
     implemented = {spec.name: {i.op for i in spec.implementations} for spec in loaded.providers}
-    policy.Policy(order=providers).validate(implemented)
+    policy.known_providers("providers", providers, implemented)
     where = machine.torch_device(device)
     for name in providers:
         if not implemented[name] & set(ops):

@@ -112,7 +112,7 @@ def test_rows_of_a_configuration(tmp_path: Path) -> None:
     [
         (["--model", "nothing.json"], "nothing.json"),
         (["--tp", "0"], "tensor parallel size: expected at least 1, got 0"),
-        (["--provider", "nobody"], "unknown provider 'nobody'"),
+        (["--provider", "nobody"], "--provider: unknown provider 'nobody'"),
         (["--also-as", "cpu"], "also_as: expected the form sm_86 or 8.6, got 'cpu'"),
     ],
 )

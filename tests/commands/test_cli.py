@@ -323,7 +323,7 @@ def test_verify_says_when_there_is_nothing_to_run(
     ("argv", "words"),
     [
         (["list", "--device", "h100"], "expected cpu or a GPU such as sm_86"),
-        (["verify", "--provider", "nobody"], "unknown provider 'nobody'"),
+        (["verify", "--provider", "nobody"], "providers: unknown provider 'nobody'"),
     ],
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:

@@ -78,6 +78,30 @@ def test_an_empty_device(command: str, capsys: pytest.CaptureFixture[str]) -> No
     refused(capsys, [*EVERY[command], "--device", ""], "expected cpu or a GPU such as sm_86 or 8.6, got ''")
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"), [("check", "--tp"), ("check", "--next-n"), ("bench", "--tp"), ("warmup", "--max-tokens")]
+)
+def test_a_number_that_is_none(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*EVERY[command], flag, "two"])
+    assert caught.value.code == cli.USAGE
+    assert f"argument {flag}: expected a whole number, got 'two'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "warmup", "bench"])
+def test_a_model_without_a_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, [command, "--model", ""], "model: expected a path, got ''")
+
+
+@pytest.mark.parametrize("argv", [["bench", "compare", "b.json", "a.json"], ["tune", "b.json"]])
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
+def test_a_result_that_is_no_json(
+    argv: list[str], content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "b.json").write_bytes(content)
+    refused(capsys, argv, "b.json: expected JSON in UTF-8, got something else: ")
+
+
 TOO_LONG = "x" * 300 + ".svg"
 
 
@@ -101,7 +125,7 @@ def test_a_plot_that_nothing_draws(
     argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "bench", lambda *_: pytest.fail("measured first"))
-    refused(capsys, argv, ".svg, .png, .pdf", "'plot.bmp'")
+    refused(capsys, argv, "plot: expected a file that ends with .svg, .png, .pdf, got 'plot.bmp'")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(capsys, [*argv[:-1], "plot.svg"], "needs matplotlib")
 

@@ -52,7 +52,7 @@ def test_empty_values_are_not_set() -> None:
             "unknown environment variable 'DSV4_BACKENDS_PINN', did you mean 'DSV4_BACKENDS_PIN'?",
         ),
         ({"PIN": "mqa_logits"}, "expected op=provider pairs, got 'mqa_logits'"),
-        ({"PIN": "mqa_logit=torch"}, "unknown op 'mqa_logit', did you mean 'mqa_logits'?"),
+        ({"PIN": "mqa_logit=torch"}, "DSV4_BACKENDS_PIN: unknown op 'mqa_logit', did you mean 'mqa_logits'?"),
         ({"EXPERIMENTAL": "yes"}, "expected 0 or 1, got 'yes'"),
         ({"DEVICE": "sm_99"}, "DSV4_BACKENDS_DEVICE: expected cpu or a GPU such as sm_86 or 8.6, got 'sm_99'"),
         ({"BATCH_INVARIANT": "true"}, "DSV4_BACKENDS_BATCH_INVARIANT: expected 0 or 1, got 'true'"),
@@ -106,6 +106,13 @@ def test_nothing_is_guessed_that_is_not_near(name: str) -> None:
 def test_unknown_provider_lists_the_known() -> None:
     with pytest.raises(PolicyError, match=r"unknown provider 'tritn', did you mean 'triton'\? Known: torch, triton"):
         read(ORDER="tritn").validate({"triton", "torch"})
+
+
+@pytest.mark.parametrize("setting", ["order", "allow", "deny", "pin"])
+def test_unknown_provider_names_the_setting(setting: str) -> None:
+    value = "mqa_logits=tritn" if setting == "pin" else "torch,tritn"
+    with pytest.raises(PolicyError, match=f"^{setting}: unknown provider 'tritn'"):
+        read(**{setting.upper(): value}).validate({"triton", "torch"})
 
 
 def test_torch_cannot_be_denied() -> None:
