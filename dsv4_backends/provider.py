@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .compat import native
 from .errors import NoProviderError
-from .runtime.launching import cache_error, cache_problem, elsewhere, launch, on_its_device
+from .runtime.launching import cache_error, cache_problem, elsewhere, launch, launch_by_arguments, on_its_device
 from .runtime.steps import once_a_step
 from .selection.capability import Support, support
 from .selection.hookspecs import hookimpl
@@ -32,6 +32,7 @@ __all__ = [
     "find_library",
     "hookimpl",
     "launch",
+    "launch_by_arguments",
     "native",
     "on_its_device",
     "once_a_step",

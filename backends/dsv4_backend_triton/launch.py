@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dsv4_backends.provider import cache_error, elsewhere, on_its_device
+from dsv4_backends.provider import cache_error, elsewhere, launch_by_arguments, on_its_device
 
 from .arch import Arch, simulated
 
@@ -50,9 +50,6 @@ class Launch:
         return {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
 
 
-# Passed at every launch: Triton 3.9 warns without it, and from 3.10 on the default is to multiply and add separately.
-_FUSED = {"enable_fp_fusion": True}
-
 _recorder: ContextVar[Callable[[Launch], None] | None] = ContextVar("dsv4_backend_triton_recorder", default=None)
 
 
@@ -65,23 +62,19 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any)
     Raises:
         CacheError: Triton has to compile the kernel, and cannot use its cache on disk.
     """
+    kwargs["enable_fp_fusion"] = True  # Triton 3.9 warns without it, and 3.10 multiplies and adds separately without it
     record = _recorder.get()
     if record is None:
         where = args[0] if isinstance(args[0], Tensor) else args[0].base
-        try:
-            if elsewhere(where):
-                with on_its_device(where):
-                    kernel[grid](*args, **kwargs, **_FUSED)
-            else:
-                kernel[grid](*args, **kwargs, **_FUSED)
-        except Exception as error:
-            if (named := cache_error(error)) is not None:
-                raise named from error
-            raise
+        if elsewhere(where):
+            with on_its_device(where):
+                launch_by_arguments(kernel, where.get_device(), grid, args, kwargs)
+        else:
+            launch_by_arguments(kernel, where.get_device(), grid, args, kwargs)
         return
     names = kernel.arg_names
     arguments = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-    record(Launch(kernel, grid, arguments, {k: v for k, v in kwargs.items() if k not in names} | _FUSED))
+    record(Launch(kernel, grid, arguments, {k: v for k, v in kwargs.items() if k not in names}))
 
 
 def entry(jit: Callable[..., Any], first: str, *, any_alignment: Sequence[str] = ()) -> Callable[[Any], Any]:

@@ -1,4 +1,4 @@
-"""For authors of providers: launches on the device of the tensors, short launches of small Triton kernels, and errors
+"""For authors of providers: launches on the device of the tensors, short launches of Triton kernels, and errors
 of Triton's cache on disk.
 
 A launch, of a kernel or inside a library, goes to the current device and to its current stream. The tensors of a call
@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from operator import itemgetter, or_
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CacheError
@@ -44,34 +45,75 @@ def on_its_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.get_device())
 
 
-# ------------------------------------------------------------------------------------------ small kernels of adapters
-
-_compiled: dict[Hashable, Callable[..., Any]] = {}
+# --------------------------------------------------------------------------------------------------- short launches
+#
+# ``kernel[grid](...)`` takes tens of microseconds of Python: Triton looks at each argument for what it compiled, and
+# prepares what hooks might ask for. What it compiled is kept here, and launched when the next call would find it again.
 
 
 @functools.cache
-def _known_launcher() -> bool:
-    """Whether a compiled kernel's C launcher is the one that ``_runner`` calls, which Triton 3.6 has."""
+def _parts() -> tuple[Any, ...]:
+    """Triton's settings, and PyTorch's functions for the current stream and for a tensor's address and dtype."""
+    import torch
+    from triton import knobs
+
+    stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return knobs.runtime, knobs.compilation, stream, torch.Tensor.data_ptr, torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+def _observed(kernel: Any) -> bool:
+    """Whether Triton has more to do at a launch now: to call hooks, or to compile for a setting that it reads anew."""
+    now, compilation, *_ = _parts()
+    enter, leave = now.launch_enter_hook, now.launch_exit_hook  # chains of hooks, empty at first
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or now.debug
+        or now.add_stages_inspection_hook
+        or compilation.instrumentation_mode
+        or getattr(kernel, "pre_run_hooks", True)  # what has none is no kernel that Triton compiles
+    )
+
+
+def _runner(compiled: Any) -> Callable[[tuple[int, ...], int, tuple[Any, ...]], None] | None:
+    """What runs a compiled kernel on the current device: ``run(grid, device, arguments)``, with addresses for tensors,
+    about which the launcher would ask the driver. None if nothing was compiled, or not for CUDA."""
     import triton
 
-    return str(triton.__version__).startswith("3.6.")
+    launcher: Any = getattr(compiled, "run", None)  # Triton's interpreter compiles nothing
+    if type(launcher).__name__ != "CudaLauncher":
+        return None
+    release = triton.__version__.rpartition(".")[0]
+    if launcher.global_scratch_size or launcher.profile_scratch_size or release not in _KNOWN:
+        return lambda grid, device, arguments: compiled[(*grid, 1, 1)[:3]](*arguments)  # slower, and in every release
+    launch, stream, flat = launcher.launch, _parts()[2], release == "3.6"
+    how = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+    # Neither scratch memory nor hooks and their metadata, whose preparation takes longer than the launch.
+    scratch, nobody = (None, None), (None, None, None)
+    how += (*scratch, compiled.packed_metadata, *nobody) if flat else (compiled.packed_metadata, *nobody, *scratch)
+    how += () if flat else (launcher.arg_annotations, launcher.kernel_signature)
+
+    def run(grid: tuple[int, ...], device: int, arguments: tuple[Any, ...], held: Any = compiled) -> None:
+        # ``held``: Triton unloads a compiled kernel that nobody has.
+        launch(*(*grid, 1, 1)[:3], stream(device), *how, *(arguments if flat else (arguments,)))
+
+    return run
 
 
-def _runner(compiled: Any, device: int, flags: tuple[Any, ...]) -> Callable[..., Any]:
-    """What runs a compiled kernel: ``run(grid, tensors, numbers)``."""
-    if not _known_launcher() or compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
-        # Slower: the form of Triton's tutorials.
-        return lambda grid, tensors, numbers: compiled[grid](*tensors, *numbers, *flags)
-    import torch
+def _triton(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Triton's own launch, which compiles the kernel if it has to."""
+    try:
+        return kernel[grid](*args, **options)
+    except Exception as error:
+        if (named := cache_error(error)) is not None:
+            raise named from error
+        raise
 
-    run, stream, address = compiled.run, torch._C._cuda_getCurrentRawStream, torch.Tensor.data_ptr
-    c_launcher, function, metadata = run.launch, compiled.function, compiled.packed_metadata
-    # No scratch memory, and no hooks and their metadata, whose preparation takes longer than the launch. Addresses
-    # instead of tensors, about which the launcher would ask the driver.
-    fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
-    return lambda grid, tensors, numbers: c_launcher(
-        *grid, stream(device), *fixed, *map(address, tensors), *numbers, *flags
-    )
+
+_KNOWN = ("3.6", "3.8", "3.9")
+"""Releases of Triton whose launcher is called directly."""
+
+_compiled: dict[Hashable, Callable[..., None]] = {}
 
 
 def launch(
@@ -84,7 +126,7 @@ def launch(
     aligned: bool = True,
     early: bool = False,
 ) -> None:
-    """Launch a Triton kernel without Triton's inspection of every argument, which can take longer than the kernel.
+    """Launch a Triton kernel that is compiled alike for all arguments, without any look at them.
 
     The compiled kernel is kept by ``kernel``, ``device``, ``flags`` and ``aligned`` alone. The kernel must therefore be
     compiled alike for all other arguments: with ``do_not_specialize`` and ``do_not_specialize_on_alignment``, and with
@@ -103,18 +145,119 @@ def launch(
     """
     key = (kernel.fn, device, flags, aligned)
     found = _compiled.get(key)
-    if found is not None:
-        found(grid, tensors, numbers)
+    observed = _observed(kernel)
+    if found is not None and not observed:
+        found(grid, device, (*map(_parts()[3], tensors), *numbers, *flags))
         return
-    options = {"launch_pdl": True} if early else {}
-    try:
-        compiled = kernel[grid](*tensors, *numbers, *flags, enable_fp_fusion=True, **options)
-    except Exception as error:
-        if (named := cache_error(error)) is not None:
-            raise named from error
-        raise
-    if compiled is not None:  # Triton's interpreter compiles nothing
-        _compiled[key] = _runner(compiled, device, flags)
+    options = {"enable_fp_fusion": True, **({"launch_pdl": True} if early else {})}
+    run = _runner(_triton(kernel, grid, (*tensors, *numbers, *flags), options))
+    if run is not None and not observed:
+        _compiled[key] = run
+
+
+class _Form:
+    """The calls of a kernel with arguments of the same types and options of the same names.
+
+    Attributes:
+        kernel: Held, since its ``id`` is what finds this.
+        direct: Whether the rest is known, so that a compiled kernel can be found as Triton finds it.
+        tensors: Takes the tensors from the arguments.
+        aligned: Takes from the tensors' addresses those whose alignment the kernel is compiled for.
+        numbers: Takes the integers from the arguments that are as wide as their value.
+        maps: Where tensor descriptors are.
+        constants: Takes from the arguments the values of ``constexpr`` parameters.
+        whole: Takes what the launcher gets, by the kernel's parameters, from arguments, addresses and None.
+        compiled: What runs the kernel, by device and by what Triton compiles for.
+    """
+
+    def __init__(self, kernel: Any, types: tuple[type, ...], names: tuple[str, ...]) -> None:
+        from torch import Tensor
+
+        self.kernel, self.direct = kernel, False
+        self.compiled: dict[Hashable, Callable[..., None]] = {}
+        given, rest = kernel.params[: len(types)], kernel.params[len(types) :]
+        if any(p.kind is p.VAR_POSITIONAL for p in kernel.signature.parameters.values()):
+            return
+        if len(given) < len(types) or not all(p.is_constexpr for p in rest) or {p.name for p in given} & {*names}:
+            return
+        tensors: list[int] = []
+        aligned: list[int] = []
+        numbers: list[int] = []
+        constants: list[int] = []
+        self.maps: list[int] = []
+        for i, (p, kind) in enumerate(zip(given, types, strict=True)):
+            if p.is_constexpr:
+                constants.append(i)
+            elif issubclass(kind, Tensor):
+                if not (p.do_not_specialize or p.do_not_specialize_on_alignment):
+                    aligned.append(len(tensors))
+                tensors.append(i)
+            elif kind.__name__ == "TensorDescriptor" and kind.__module__.startswith("triton."):
+                self.maps.append(i)
+            elif kind is int and p.do_not_specialize:
+                if not p.annotation_type:
+                    numbers.append(i)
+            elif kind not in (float, bool, type(None)):
+                return
+        self.direct = True
+        self.tensors, self.aligned = _taking(tensors), _taking(aligned)
+        self.numbers, self.constants = _taking(numbers), _taking(constants)
+        count, none = len(types), len(types) + len(tensors)
+        places = [count + tensors.index(i) if i in tensors else i for i in range(count)]
+        self.whole = _taking(places + [none] * len(rest))
+
+
+def _taking(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes the elements at these places from a sequence."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[i] for i in places)
+
+
+_WIDE = 1 << 31
+_forms: dict[tuple[int, tuple[type, ...], tuple[str, ...]], _Form] = {}
+
+
+def launch_by_arguments(
+    kernel: Any, device: int, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """``kernel[grid](*args, **options)``, in fewer microseconds from the second call on.
+
+    Every call looks at what Triton compiles for: the types of arguments, dtypes and alignment of tensors, constants and
+    options. Triton's own launch serves while there are hooks, for a number of 64 bits whose parameter declares no type,
+    and for a kernel that is specialised on numbers. Values that a kernel reads from its module must stay as they are.
+
+    Args:
+        kernel: Made by ``triton.jit`` or ``gluon.jit``.
+        device: The GPU of the tensors, which must be current: see ``elsewhere`` and ``on_its_device``. Or -1.
+        options: ``constexpr`` parameters, ``num_warps`` and so on.
+
+    Raises:
+        CacheError: Triton has to compile the kernel and cannot keep it.
+    """
+    if device < 0 or _observed(kernel):
+        _triton(kernel, grid, args, options)
+        return
+    _, _, _, address, dtype = _parts()
+    kind = (id(kernel), tuple(map(type, args)), tuple(options))
+    form = _forms.get(kind)
+    if form is None:
+        form = _forms[kind] = _Form(kernel, *kind[1:])
+    numbers = form.numbers(args) if form.direct else (_WIDE,)
+    if numbers and (max(numbers) >= _WIDE or min(numbers) < -_WIDE):
+        _triton(kernel, grid, args, options)
+        return
+    tensors = form.tensors(args)
+    addresses = tuple(map(address, tensors))
+    aligned = form.aligned(addresses)
+    multiples = () if not functools.reduce(or_, aligned, 0) & 15 else tuple(a & 15 == 0 for a in aligned)
+    maps = [(args[i].base.dtype, getattr(args[i], "layout", None), *args[i].block_shape) for i in form.maps]
+    key = (device, *map(dtype, tensors), *multiples, *maps, *form.constants(args), *options.values())
+    run = form.compiled.get(key)
+    if run is not None:
+        run(grid, device, form.whole((*args, *addresses, None)))
+    elif (made := _runner(_triton(kernel, grid, args, options))) is not None:
+        form.compiled[key] = made
 
 
 # ------------------------------------------------------------------------------------------- Triton's cache on disk
