@@ -18,6 +18,7 @@ import triton.language as tl
 from compile_matrix import NoGpu
 from dsv4_backend_triton import ahead
 from dsv4_backend_triton.arch import arch_from_capability
+from dsv4_backend_triton.launch import launch_kernel
 from packaging.version import Version
 from traffic import Limits
 from triton.experimental.gluon import language as gl
@@ -258,6 +259,15 @@ def test_a_key_that_lacks_something_is_found(
     assert (how, launcher is _by_triton(kernel, **CALLS[other])) == ("direct", False)
 
 
+def test_a_width_that_is_not_looked_at_is_found(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_WIDE", 1 << 64)
+    kernel = full()
+    for name in ("as it is", "64 bits"):
+        launching.launch_by_arguments(kernel, 0, (1,), **CALLS[name])
+    how, launcher, _ = CudaLauncher.noted.pop()
+    assert (how, launcher is _by_triton(kernel, **CALLS["64 bits"])) == ("direct", False)
+
+
 def test_numbers_on_which_a_kernel_is_specialised_are_for_triton(driver: Driver) -> None:
     kernel = _kernel(_of_tuple)
     for n in (1, 16, 5, 1, 16, 5):
@@ -464,3 +474,19 @@ def test_every_kernel_of_ours_is_launched_directly(op: str, capability: str) -> 
         named = {p.name for p in launch.kernel.params if p.is_constexpr} | {*launch.options}
         types = tuple(type(value) for name, value in launch.arguments.items() if name not in named)
         assert launching._Form(launch.kernel, types, tuple(named)).direct, launch
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on cuda:0."""
+
+    def get_device(self) -> int:
+        return 0
+
+
+def test_the_kernels_of_ours_are_launched_so(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION")  # 3.9 warns, unless each launch says it
+    monkeypatch.setattr(launching, "_current_device", lambda: lambda: 0)
+    for n in (3, 4):
+        launch_kernel(kernel, (2, 3), X.as_subclass(OnGpu), n, what=4)
+    (by, *_), (how, _, (grid, stream, *given)) = CudaLauncher.noted
+    assert (by, how, grid, stream, given) == ("triton", "direct", (2, 3, 1), 70, [X.data_ptr(), 4, None])
