@@ -340,6 +340,8 @@ def _load_box(source: Boxes, at: Sequence[Any], barrier: Barrier, target: Shared
     if list(target.t.shape) != source.box or target.t.dtype != source.dtype:
         raise Fault(f"a box of {source.dtype} {source.box} to {target.t.dtype} {[*target.t.shape]}")
     first = [int(i) for i in at]
+    if first[-1] * source.dtype.itemsize % 16:  # an H200 raises "illegal instruction"
+        raise Fault(f"a box of {source.dtype} that begins at column {first[-1]}, no multiple of 16 bytes")
 
     def arrive() -> None:
         target.t.view(torch.uint8).zero_()
