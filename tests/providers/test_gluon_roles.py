@@ -346,7 +346,7 @@ def test_a_slot_released_early_is_found(call: Call, run: Callable[[Call, Emulati
     [
         ("mbarrier.wait(full.index(slot), phase)", "pass", "nan instead of"),
         ("GROUP * ((2 * TOKENS", "2 * GROUP * ((2 * TOKENS", "program .*_producer 2 at wgmma.py"),
-        ("mask=(token < B)[:, None] & (col < N)[None, :]", "mask=(token < B)[:, None]", "written|elements"),
+        ("(token < B))[:, None] & (col < N)[None, :]", "(token < B))[:, None]", "written|elements"),
         ("x_smem.index(2 * block + 1)", "x_smem.index(2 * block + 200)", "buffer 2.. of 8 in shared memory"),
         ("gl.convert_layout(", "gl.gather(", "triton.language.core.gather"),
     ],

@@ -106,8 +106,15 @@ def _tile(index, tiles, OUTPUTS: gl.constexpr):
 
 
 @gluon.jit
+def _last_tile(B):
+    """Where the last tile of tokens begins: it is as full as the others, so that its blocks keep pace and read w when
+    they do. A place in a box of scales is a multiple of 16 bytes."""
+    return gl.maximum(B - 2 * TOKENS + 3, 0) // 4 * 4
+
+
+@gluon.jit
 def _producer(
-    descs, smem, bars, tiles, heads,
+    descs, smem, bars, tiles, heads, B,
     BLOCK_D: gl.constexpr, HALVES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, SCALE_BOX: gl.constexpr,
 ):  # fmt: skip
     x_desc, w_desc, xs_desc = descs
@@ -119,6 +126,7 @@ def _producer(
     phase = 1
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
         h, b0, d0 = _tile(index, tiles, HALVES * BLOCK_D)
+        b0 = gl.minimum(b0, _last_tile(B))
         x_row = b0 + h * x_row_h
         x_col = h * x_col_h
         w_row = d0 + h * w_row_h
@@ -190,8 +198,8 @@ def _consumer(
     phase = 0
     mine = 1 - WHO  # the first turn is that of consumer 0
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        h, b0, d0 = _tile(index, tiles, HALVES * BLOCK_D)
-        b0 += WHO * TOKENS
+        h, first, d0 = _tile(index, tiles, HALVES * BLOCK_D)
+        b0 = gl.minimum(first, _last_tile(B)) + WHO * TOKENS
         ws_smem.slice(FIRST, HALVES * SCALES).store(upcoming)
         barrier()  # here, or the compiler puts one into the loop
         upcoming = _scales_of_w(index + gl.num_programs(0), tiles, ws_ptr, ws_strides, BLOCK_D, HALVES)
@@ -249,7 +257,7 @@ def _consumer(
             tile = gl.convert_layout((acc_1 if half else acc).to(gl.bfloat16), store)
             col = d0 + half * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, store))
             ptr = out_ptr + h.to(gl.int64) * o_stride_h + token.to(gl.int64)[:, None] * o_stride_b + col[None, :]
-            gl.store(ptr, tile, mask=(token < B)[:, None] & (col < N)[None, :])
+            gl.store(ptr, tile, mask=((token >= first) & (token < B))[:, None] & (col < N)[None, :])
 
 
 @entry(gluon.jit, "B", any_alignment=["xs_ptr", "ws_ptr"])
@@ -296,7 +304,7 @@ def _einsum_wgmma_kernel(
                 _consumer,
                 (1, smem, bars, tensors, tiles, sizes, strides, BLOCK_D, HALVES, GROUP, STAGES, SCALE_BOX, TURNS),
             ),
-            (_producer, (descs, smem, bars, tiles, heads, BLOCK_D, HALVES, GROUP, STAGES, SCALE_BOX)),
+            (_producer, (descs, smem, bars, tiles, heads, B, BLOCK_D, HALVES, GROUP, STAGES, SCALE_BOX)),
         ],
         [4, 1],
         [CONSUMER_REGS, 40],

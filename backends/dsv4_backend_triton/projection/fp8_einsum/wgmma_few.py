@@ -120,7 +120,7 @@ def _consumer(
     xs, ws, out_ptr = tensors
     x_smem, w_smem, xs_smem, ws_smem = smem
     full, empty = bars
-    d0, b0, B, N = sizes
+    d0, b0, first, B, N = sizes
     xs_stride_b, xs_stride_k, ws_stride_k, o_stride_b = strides
     if SCALE_BOX:
         lines = reinterpret(xs_smem, gl.float32, [STAGES * GROUP, 1, max(BLOCK_B, LINE)], xs_smem.layout)
@@ -161,7 +161,7 @@ def _consumer(
     col = d0 + gl.arange(0, OUTPUTS, gl.SliceLayout(1, store))
     token = b0 + gl.arange(0, BLOCK_B, gl.SliceLayout(0, store))
     ptr = out_ptr + token.to(gl.int64)[None, :] * o_stride_b + col[:, None]
-    gl.store(ptr, tile, mask=(token < B)[None, :] & (col < N)[:, None])
+    gl.store(ptr, tile, mask=((token >= first) & (token < B))[None, :] & (col < N)[:, None])
 
 
 @entry(gluon.jit, "B", any_alignment=["xs_ptr", "ws_ptr"])
@@ -183,7 +183,8 @@ def _einsum_wgmma_few_kernel(
     ws_smem = gl.allocate_shared_memory(gl.float32, [SCALES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = ring.barriers(STAGES, (1, 1))
     d0 = gl.program_id(0) * OUTPUTS
-    b0 = gl.program_id(1) * BLOCK_B
+    first = gl.program_id(1) * BLOCK_B
+    b0 = gl.minimum(first, gl.maximum(B - BLOCK_B + 3, 0) // 4 * 4)  # as in wgmma.py
     h = gl.program_id(2)
     h64 = h.to(gl.int64)
     o_stride_b = gl.multiple_of(o_stride_b.to(gl.int64), 8)
@@ -194,7 +195,7 @@ def _einsum_wgmma_few_kernel(
         ws_ptr + h64 * ws_stride_h + (d0 // 128).to(gl.int64) * ws_stride_d,
         out_ptr + h64 * o_stride_h,
     )
-    sizes = (d0, b0, B, gl.multiple_of(N.to(gl.int64), 8))
+    sizes = (d0, b0, first, B, gl.multiple_of(N.to(gl.int64), 8))
     strides = (xs_stride_b, xs_stride_k, ws_stride_k, o_stride_b)
     at = (h * x_row_h, h * x_col_h, d0 + h * w_row_h, h * xs_row_h, b0)
     gl.warp_specialize(
