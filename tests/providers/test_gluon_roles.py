@@ -123,8 +123,8 @@ def einsum_sync(tokens: int, step: int, **params: Any) -> Call:
     return Call("fp8_einsum", "mma_sync", (tokens, step), 2, params)
 
 
-def mqa_sync(stages: int, waves: int, **params: Any) -> Call:
-    return Call("mqa_logits", "mma_sync", (stages, waves, 1, 255), 2, params)
+def mqa_sync(stages: int, blocks: int, **params: Any) -> Call:
+    return Call("mqa_logits", "mma_sync", (stages, blocks, 255, stages == 1), 2, params)
 
 
 # One of each kernel and role; these are also run with faults.
@@ -193,6 +193,8 @@ SYNC = [
     mqa_sync(1, 1, m=21, n=1100, ranges="causal"),
     mqa_sync(4, 1, m=13, n=1000, ranges="any", compressed=300),
     mqa_sync(2, 32, m=9, n=1000, ranges="random", compressed=1500),
+    mqa_sync(1, 1, m=3, n=3700, ranges="causal"),  # two waves
+    mqa_sync(1, 3, m=5, n=4000, ranges="random", compressed=3700),
 ]
 
 

@@ -42,8 +42,10 @@ DIM = gl.constexpr(128)
 HEADS = gl.constexpr(64)
 COLUMNS = gl.constexpr(128)
 KEYS = gl.constexpr(128)  # 32 for each warp
-ENOUGH = 512
-"""Keys of a block, if that leaves ``fewest_waves`` blocks a multiprocessor."""
+FEW = 12
+"""Tiles for each slot, which is room for a block, up to which the slots are not filled in turns."""
+LEAST = 2
+"""Tiles of the smallest chunk of a call with more."""
 _PART = gl.constexpr(32)
 _RELU_TERM = gl.constexpr(RELU_TERM)
 _QUADS = gl.constexpr(
@@ -56,15 +58,36 @@ _QUADS = gl.constexpr(
     )
 )
 """Sums over some heads, [KEYS, ROWS, 4]: the 4 in registers of one thread."""
+_ROW_EACH = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 1], [8, 0, 0, 0], [64, 0, 0, 0]],
+        lane_bases=[[0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        warp_bases=[[16, 0, 0, 0], [32, 0, 0, 0]],
+        block_bases=[],
+        shape=[128, 2, 2, 2],
+    )
+)
+"""The same, [KEYS, ROWS, 2, 2]: a thread has both of the last 2, and one row."""
+_KEY_EACH = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [64, 0, 0]],
+        lane_bases=[[0, 1, 0], [8, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        warp_bases=[[16, 0, 0], [32, 0, 0]],
+        block_bases=[],
+        shape=[128, 2, 2],
+    )
+)
+"""Sums over more heads, [KEYS, ROWS, 2]: a thread has both, and two keys."""
 
 
 class Config(NamedTuple):
-    """With one stage and 168 ``registers``, a multiprocessor of 8.0 has room for three blocks."""
+    """``blocks``: that a multiprocessor has room for. ``shuffles``: the last head sums need no shared memory, and about
+    2 % more time."""
 
     stages: int
-    waves: int
-    fewest_waves: int
+    blocks: int
     registers: int
+    shuffles: bool
 
 
 def plan(shape: Shape) -> Config | None:
@@ -74,25 +97,69 @@ def plan(shape: Shape) -> Config | None:
 
 
 def takes(call: Call) -> bool:
-    """Queries and keys on 16-byte boundaries, and keys within 32 GiB."""
+    """Queries and keys on 16-byte boundaries, keys within 32 GiB, and places of columns in int32."""
     q, k = call.q, call.k
     aligned = (q.data_ptr() | k.data_ptr() | q.stride(0) | q.stride(1) | k.stride(0)) % 16 == 0
-    return aligned and k.shape[0] * k.stride(0) < 2**35
+    return aligned and k.shape[0] * k.stride(0) < 2**35 and call.out.shape[1] < 2**31 - 2**16
+
+
+class Cut(NamedTuple):
+    """How the tiles with keys of a block of queries are cut: ``wave`` equal chunks have what is left but for one
+    ``rest``-th, the next ones what is left then. A chunk has at least ``least`` tiles."""
+
+    wave: int
+    rest: int
+    least: int
+
+    def chunks(self, tiles: int) -> int:
+        found = 0
+        while tiles > 0:
+            size = max(cdiv(tiles - tiles // self.rest, self.wave), self.least)
+            found += min(self.wave, cdiv(tiles, size))
+            tiles -= self.wave * size
+        return found
+
+
+def cut(tiles: int, row_blocks: int, slots: int) -> Cut:
+    """Blocks start in order, so the first chunks are long and the last short: few blocks decode queries, and all slots
+    have work until the end. The first take at most three quarters of the time of the call."""
+    if tiles * row_blocks <= FEW * slots:  # a block for each slot or more, of at most 4 tiles
+        size = min(cdiv(3 * tiles * row_blocks, 4 * slots), 4)
+        return Cut(cdiv(tiles, size), tiles + 1, 1)
+    wave = max(slots // row_blocks, 1)
+    rest = max(row_blocks // slots, 3 if 4 * row_blocks >= 5 * slots else 2)
+    return Cut(wave, rest, LEAST)
 
 
 def launch(call: Call, config: Config) -> None:
     (m, _, _), n, columns, arch = call.q.shape, call.k.shape[0], call.out.shape[1], call.shape.arch
     row_blocks = cdiv(m, ROWS.value)
-    fewest, most = (cdiv(waves * arch.sms, row_blocks) for waves in (config.fewest_waves, config.waves))
-    keys = max(cdiv(columns, most), min(cdiv(columns, fewest), ENOUGH))
-    chunk = cdiv(keys, KEYS.value) * KEYS.value
+    tiles = cdiv(columns, KEYS.value)
+    by = cut(tiles, row_blocks, config.blocks * arch.sms)
     launch_kernel(
-        _mqa_logits_mma_sync_kernel, (row_blocks, cdiv(columns, chunk)),
+        _mqa_logits_mma_sync_kernel, (row_blocks, by.chunks(tiles)),
         *(call.q, call.k, call.k_scale, call.weights, call.starts, call.ends, call.out),
         *(m, n, columns, call.q.stride(0) // 16, call.q.stride(1) // 16, call.k.stride(0) // 16),
-        *(call.weights.stride(0), call.out.stride(0), chunk),
-        COMPRESSED=call.shape.compressed, STAGES=config.stages, num_warps=4, maxnreg=config.registers,
+        *(call.weights.stride(0), call.out.stride(0), *by),
+        COMPRESSED=call.shape.compressed, STAGES=config.stages, SHUFFLES=config.shuffles, num_warps=4,
+        maxnreg=config.registers,
     )  # fmt: skip
+
+
+@gluon.jit
+def _chunk(tiles, by):
+    """The first tile of this block's chunk, and behind its last: see ``Cut``. The last block has whatever is left."""
+    wave, rest, least = by
+    index = gl.program_id(1)
+    left = tiles
+    size = gl.maximum((left - left // rest + wave - 1) // wave, least)
+    while index >= wave:
+        index -= wave
+        left -= wave * size
+        size = gl.maximum((left - left // rest + wave - 1) // wave, least)
+    first = gl.minimum(tiles - left + index * size, tiles)
+    last = gl.where(gl.program_id(1) == gl.num_programs(1) - 1, tiles, gl.minimum(first + size, tiles))
+    return first, last
 
 
 @gluon.jit
@@ -119,9 +186,15 @@ def _add_terms(t, x, w_smem):
 
 
 @gluon.jit
-def _joined(sums):
-    """The sums of the rows, each [KEYS, 4], as [KEYS, ROWS, 4]."""
-    return gl.permute(gl.join(sums[0], sums[1]), (0, 2, 1))
+def _total(sums, SHUFFLES: gl.constexpr):
+    """The sums of the rows, each [KEYS, 4] in four threads, as [KEYS, ROWS]."""
+    joined = gl.permute(gl.join(sums[0], sums[1]), (0, 2, 1))
+    if SHUFFLES:  # two steps, each of which exchanges one bit of the place
+        pairs = gl.sum(gl.convert_layout(gl.reshape(joined, [KEYS, ROWS, 2, 2]), _ROW_EACH), 3)
+        total = gl.sum(gl.convert_layout(pairs, _KEY_EACH), 2)
+    else:
+        total = gl.sum(gl.convert_layout(joined, _QUADS), 2)
+    return gl.convert_layout(total, gl.SliceLayout(2, _QUADS))
 
 
 @gluon.jit
@@ -158,8 +231,8 @@ def _mqa_logits_mma_sync_kernel(
     m, n, n_cols,
     q_stride_m, q_stride_h, k_stride,  # in 16 bytes
     w_stride, out_stride,
-    chunk,
-    COMPRESSED: gl.constexpr, STAGES: gl.constexpr,
+    wave, rest, least,
+    COMPRESSED: gl.constexpr, STAGES: gl.constexpr, SHUFFLES: gl.constexpr,
 ):  # fmt: skip
     AHEAD: gl.constexpr = max(STAGES - 1, 1)  # with one stage, from when the tile is in registers
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
@@ -175,8 +248,6 @@ def _mqa_logits_mma_sync_kernel(
     w_smem = gl.allocate_shared_memory(gl.float32, [COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     row0 = gl.program_id(0) * ROWS
-    c0 = gl.program_id(1) * chunk
-    c1 = gl.minimum(c0 + chunk, n_cols)
     which = gl.arange(0, ROWS, gl.SliceLayout(0, logits))[None, :]
     start0, end0 = _range(row0, starts_ptr, ends_ptr, m, n)
     start1, end1 = _range(row0 + 1, starts_ptr, ends_ptr, m, n)
@@ -216,14 +287,22 @@ def _mqa_logits_mma_sync_kernel(
             has = (end_i > start_i) & (both | (group == i)) & (row0 + i < m)
             lo = gl.minimum(lo, gl.where(has, start_i, 2147483647))
             hi = gl.maximum(hi, gl.where(has, end_i, 0))
-        lo_col = gl.minimum(gl.maximum(c0, (lo - origin) // KEYS * KEYS), c1)
-        hi_col = gl.maximum(gl.minimum(c1, hi - origin), lo_col)
-        _fill(out_ptr, first, count, out_stride, c0, lo_col)
-        filled = gl.minimum((hi_col + KEYS - 1) // KEYS * KEYS, c1)
-        _fill(out_ptr, first, count, out_stride, filled, c1)
+        # tiles of the output: all, those with keys, and the block's
+        all_tiles = (n_cols + KEYS - 1) // KEYS
+        first_tile = gl.minimum((lo - origin) // KEYS, all_tiles)
+        tiles = gl.maximum((gl.minimum(hi - origin, n_cols) + KEYS - 1) // KEYS - first_tile, 0)
+        begin, last = _chunk(tiles, (wave, rest, least))
+        # this block's part of the columns without keys, before and behind those with keys
+        some = (all_tiles - tiles + gl.num_programs(1) - 1) // gl.num_programs(1)
+        gap = gl.program_id(1) * some
+        before, behind = gl.minimum(gap, first_tile), gl.minimum(gap + some, first_tile)
+        _fill(out_ptr, first, count, out_stride, before * KEYS, gl.minimum(behind * KEYS, n_cols))
+        before, behind = gl.maximum(gap, first_tile) + tiles, gl.minimum(gap + some, all_tiles - tiles) + tiles
+        _fill(out_ptr, first, count, out_stride, before * KEYS, gl.minimum(behind * KEYS, n_cols))
+        lo_col = (first_tile + begin) * KEYS
+        tiles = last - begin
 
         wanted = (both | (which == group)) & (row0 + which < m)
-        tiles = (hi_col - lo_col + KEYS - 1) // KEYS
         key0 = origin + lo_col
         for i in gl.static_range(AHEAD):
             if i < tiles:
@@ -262,8 +341,8 @@ def _mqa_logits_mma_sync_kernel(
                     pieces = _eights(s)
             key = key0 + tile * KEYS + key_of
             scale = gl.load(k_scale_ptr + key, mask=key < n, other=0.0) * (1.0 / 144)
-            total = gl.sum(gl.convert_layout(_joined(sums), _QUADS), 2) * scale[:, None]
+            total = _total(sums, SHUFFLES) * scale[:, None]
             total = gl.where((key[:, None] >= start) & (key[:, None] < end), total, float("-inf"))
             col = lo_col + tile * KEYS + key_of
-            gl.store(out + col[:, None], total, mask=(col < c1)[:, None] & wanted, cache_modifier=".cs")
+            gl.store(out + col[:, None], total, mask=(col < n_cols)[:, None] & wanted, cache_modifier=".cs")
         async_copy.wait_group(0)

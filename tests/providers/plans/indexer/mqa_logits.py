@@ -21,7 +21,16 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
         yield from (tiles * 128 >= taken["columns"], everything == -(-len(call["q"]) // 4) * tiles)
         yield from (once(grid[0], each, everything), tiles * 128 < 2**31)
         return
-    high, wide, chunk = tile_of(one, "ROWS"), tile_of(one, "BLOCK_N", "KEYS"), taken["chunk"]
+    high, wide = tile_of(one, "ROWS"), tile_of(one, "BLOCK_N", "KEYS")
+    if "rest" in taken:  # mma_sync: chunks of tiles that become shorter
+        tiles, sizes = -(-taken["n_cols"] // wide), []
+        while (left := tiles - sum(sizes)) > 0:
+            size = max(-(-(left - left // taken["rest"]) // taken["wave"]), taken["least"])
+            sizes += [size] * min(taken["wave"], -(-left // size))
+        yield from (once(grid[0], high, len(call["q"])), grid[1] == len(sizes) < 2**16)
+        yield from (sizes == sorted(sizes, reverse=True), tiles * wide < 2**31)
+        return
+    chunk = taken["chunk"]
     yield chunk % wide == 0
     if len(grid) == 2:
         yield from (once(grid[0], high, len(call["q"])), once(grid[1], chunk, taken["n_cols"]))
