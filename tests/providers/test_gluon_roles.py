@@ -184,8 +184,10 @@ OTHERS = [
     mqa(0, 132, m=21, n=1000, ranges="causal"),
 ]
 SYNC = [
-    einsum_sync(256, 64, b=300, h=1, r=384, d=256),
-    einsum_sync(256, 32, b=131, h=2, r=128, d=72, layout="contiguous"),
+    einsum_sync(256, 128, b=300, h=1, r=512, d=256),
+    einsum_sync(256, 128, b=300, h=1, r=384, d=256),  # with half of the step
+    einsum_sync(256, 128, b=131, h=1, r=768, d=72, scales="any fp32"),
+    einsum_sync(128, 32, b=131, h=2, r=128, d=72, layout="contiguous"),
     einsum_sync(128, 64, b=131, h=1, r=384, d=136, scales="any fp32"),
     mqa_sync(2, 1, m=21, n=1100, ranges="causal"),
     mqa_sync(3, 32, m=13, n=1000, ranges="any"),

@@ -162,6 +162,7 @@ def _einsum_cases() -> tuple[Case, ...]:
     cases += [
         case("flash packed", "default", b=33, h=2, r=4096, d=1024, scales="packed", per_row=True),
         case("flash e8m0", "default", b=130, h=1, r=4096, d=1024, scales="e8m0"),
+        case("many tokens, any fp32", "full", b=300, h=8, r=512, d=1024, scales="any fp32"),
     ]
     return tuple(cases)
 

@@ -1,29 +1,33 @@
 """``fp8_einsum`` for many tokens on mma.sync where e4m3 is not in hardware, in Gluon.
 
-What limits a kernel here is the number of instructions beside the products, most of which decode. So every operand is
-decoded once a block, to fp16 in shared memory, while those decoded before are multiplied, and a block is as large as
-registers allow: each warp has 64 x 64 outputs.
+What limits a kernel here is the number of instructions beside the products, most of which decode, and the time after
+each barrier. A warp has 32 tokens and all columns of its block: no other warp needs its x, so that stays e4m3 in shared
+memory and is decoded in registers, just before it is multiplied. w is decoded once a block, to fp16 in shared memory, a
+step ahead. The barrier of a step stands before its last products, whose operands are in registers by then: they keep
+the tensor cores busy while the next step begins.
 
     role   warps       does
-    all    TOKENS / 32 cp.async of the bytes of step i + 2; decodes those of i + 1; products of i
+    all    TOKENS / 32 step i: decodes x, 16 of K at a time, and multiplies; decodes w of i + 1; after the barrier
+                       cp.async of the bytes of x of i + 2 and of w of i + 3
 
-                128 outputs
-    TOKENS     [   acc     ]     K: STEP at a time
+                OUTPUTS columns
+    TOKENS     [     acc      ]     K: STEP at a time
     tokens
 
 Scales that are powers of two, within ``_RANGE`` of each other for a token, go into the decoded x: the unit of a token's
 accumulator is the largest of its scales (those of x times those of w). With other scales the accumulator is multiplied
 to the unit of each K block, which is exact enough where no scale is 2^80 times another. All scales of a tile are read
-first: a tile with others, or with 0, infinite or NaN ones, is multiplied in four parts with two accumulators.
+first: a tile with others, or with 0, infinite or NaN ones, is multiplied in parts with two accumulators.
 
-Operands are fp16: an e4m3 value times 144, which is exact, and a NaN is infinite. A sum of finite ones is finite.
+Operands are fp16: an e4m3 value times 144, which is exact, and a NaN is infinite. A sum of finite ones is finite. Both
+have K in the order of ``_reordered``.
 
-    shared memory                    bytes, with TOKENS = 256, STEP = 64
-    x_raw [2][TOKENS, STEP] e4m3     32768
-    w_raw [2][128, STEP] e4m3        16384
-    x_op  [2][TOKENS, STEP] fp16     65536
-    w_op  [2][128, STEP] fp16        32768
-    units [TOKENS] fp32               1024
+    shared memory                        bytes, with TOKENS = 256, STEP = 128
+    x_raw [2][TOKENS, STEP] e4m3         65536
+    w_raw [2][OUTPUTS, STEP] e4m3        32768
+    w_op  [2][PARTS][ROWS, STEP] fp16    65536    PARTS * ROWS = OUTPUTS; each part a buffer, since Triton 3.6 places
+                                                  barriers between stores to parts of one
+    units [TOKENS] fp32                   1024
 
     barriers: of the whole block, placed by Triton; one a step, since no buffer is read and written between two of them
     strides: x and w in 16 bytes, others in elements
@@ -49,7 +53,9 @@ _PART = gl.constexpr(32)
 _INVERSE = gl.constexpr(1.0 / (144 * 144))
 _LEAST, _MOST = gl.constexpr(2.0**-64), gl.constexpr(2.0**16)
 _RANGE = gl.constexpr(2.0**16)
-FEWEST_TOKENS = 257
+_PAIR, _ALONE = 1.08, 0.7
+"""How long two small tiles take that share a multiprocessor, and one that has it alone, if a large one takes 1."""
+FEWEST_TOKENS = 65
 
 
 class Config(NamedTuple):
@@ -58,13 +64,25 @@ class Config(NamedTuple):
     tokens: int
     step: int
 
+    def tiles(self, shape: Shape) -> int:
+        return cdiv(shape.b, self.tokens) * cdiv(shape.d, OUTPUTS.value) * shape.h
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return 2 * self.step * (self.tokens + 3 * OUTPUTS.value) + 4 * self.tokens
+
 
 def plan(shape: Shape) -> Config | None:
+    """The tile whose waves over the multiprocessors take less time, unless half of them or more are idle."""
     if shape.w_rows or shape.batch_invariant or shape.b < FEWEST_TOKENS:
         return None
-    config = Config(**configured("fp8_einsum", "mma_sync", shape.arch))
-    tiles = cdiv(shape.b, config.tokens) * cdiv(shape.d, OUTPUTS.value) * shape.h
-    return config if tiles >= shape.arch.sms * 3 // 4 else None
+    arch = shape.arch
+    large, small = (Config(**configured("fp8_einsum", "mma_sync", arch, role=role)) for role in ("large", "small"))
+    pair = _PAIR if 2 * small.shared <= arch.smem else 2 * _ALONE
+    pairs, alone = divmod(cdiv(small.tiles(shape), arch.sms), 2)
+    config = small if pairs * pair + alone * _ALONE < cdiv(large.tiles(shape), arch.sms) else large
+    return config if 2 * config.tiles(shape) > arch.sms else None
 
 
 def takes(call: Call) -> bool:
@@ -77,12 +95,13 @@ def takes(call: Call) -> bool:
 def launch(call: Call, config: Config) -> None:
     x, w, out = call.x, call.w, call.out
     (b, h, r), d = x.shape, w.shape[1]
+    step = config.step if r % (2 * config.step) == 0 else min(config.step, K_BLOCK.value // 2)
     launch_kernel(
         _einsum_mma_sync_kernel, (cdiv(d, OUTPUTS.value) * cdiv(b, config.tokens) * h,),
         *(x, w, call.xs, call.ws, out), *(b, d, r // K_BLOCK.value),
         *(s // 16 for t in (x, w) for s in t.stride()[:2]),
         *(*call.xs.stride(), *call.ws.stride(), out.stride(0), out.stride(1)),
-        TOKENS=config.tokens, STEP=config.step, num_warps=config.tokens // 32,
+        TOKENS=config.tokens, STEP=step, num_warps=config.tokens // 32,
     )  # fmt: skip
 
 
@@ -115,119 +134,139 @@ def _zeros(PARTS: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, mma: 
 
 
 @gluon.jit
-def _multiply(acc, x_op, first: gl.constexpr, w_op, c: gl.constexpr, mma: gl.constexpr):
-    """``acc`` of every part plus its product over 16 of a step."""
-    b = w_op.slice(c * 16, 16, 1).permute((1, 0)).load(gl.DotOperandLayout(1, mma, 2))
-    found = ()
-    for i in gl.static_range(len(acc)):
-        a = x_op[first + i].slice(c * 16, 16, 1).load(gl.DotOperandLayout(0, mma, 2))
-        found += (mma_v2(a, b, acc[i]),)  # type: ignore[assignment]
-    return found
+def _reordered(x):
+    """Of each 16 of K the pairs 0, 2, 4, 6 and then 1, 3, 5, 7: a thread that loads four bytes has what one
+    instruction multiplies. x and w alike, and the sum is the same."""
+    rows: gl.constexpr = x.shape[0]
+    pairs = gl.reshape(x, [rows, x.shape[1] // 16, 4, 2, 2])
+    return gl.reshape(gl.permute(pairs, (0, 1, 3, 2, 4)), [rows, x.shape[1]])
 
 
 @gluon.jit
-def _decode(raw, op, factor, layout: gl.constexpr, SCALED: gl.constexpr):
-    """Bytes to fp16, with SCALED each row also times its factor."""
-    values = raw.load(layout)
+def _raw(x_raw, c: gl.constexpr, mma: gl.constexpr):
+    """The bytes of 32 of a step's x, as two of 16."""
+    raw = x_raw.slice(c * 32, 32, 1).load(gl.DotOperandLayout(0, mma, 4))
+    return gl.split(gl.permute(gl.reshape(raw, [raw.shape[0], 2, 16]), (0, 2, 1)))
+
+
+@gluon.jit
+def _decoded(raw, factor, mma: gl.constexpr, SCALED: gl.constexpr):
+    """Bytes of x as an operand, with SCALED each row also times its factor."""
     if SCALED:
-        op.store(times_144_and(values, factor[:, None]))
+        a = times_144_and(raw, gl.convert_layout(factor, gl.SliceLayout(1, raw.type.layout))[:, None])
     else:
-        op.store(times_144(values))
+        a = times_144(raw)
+    return gl.convert_layout(_reordered(a), gl.DotOperandLayout(0, mma, 2))
 
 
 @gluon.jit
-def _offsets(b0, B, stride, PARTS: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
-    """Of the scales of each part's tokens. Rows past the last repeat it and are not stored."""
-    found = ()
-    for i in gl.static_range(PARTS):
-        found += (gl.minimum(b0 + i * ROWS + gl.arange(0, ROWS, layout), B - 1) * stride,)  # type: ignore[assignment]
-    return found
+def _right(w_op, k: gl.constexpr, mma: gl.constexpr):
+    """16 of a step's w, of one part of the columns."""
+    return w_op.slice(k * 16, 16, 1).permute((1, 0)).load(gl.DotOperandLayout(1, mma, 2))
 
 
 @gluon.jit
-def _scales(xs, ws, kb, xs_stride_k, ws_stride_k, offsets):
-    """Of x times those of w, for each part's tokens."""
-    w_scale = gl.load(ws + kb * ws_stride_k)
-    found = ()
-    for i in gl.static_range(len(offsets)):
-        found += (gl.load(xs + kb * xs_stride_k + offsets[i]) * w_scale,)  # type: ignore[assignment]
-    return found
+def _decode(raw, op, layout: gl.constexpr):
+    """Bytes of w to fp16."""
+    op.store(_reordered(times_144(raw.load(layout))))
 
 
 @gluon.jit
-def _times(scales, by):
-    """As fp16."""
-    found = ()
-    for i in gl.static_range(len(scales)):
-        found += ((scales[i] * by[i]).to(gl.float16),)  # type: ignore[assignment]
-    return found
+def _scales(xs, ws, kb, xs_stride_k, ws_stride_k, tokens):
+    """Of x times those of w, for each token."""
+    return gl.load(xs + kb * xs_stride_k + tokens) * gl.load(ws + kb * ws_stride_k)
 
 
 @gluon.jit
 def _product(
-    x_raw, w_raw, x_op, w_op, units, x, w, xs, ws, xs_stride_b, xs_stride_k, ws_stride_k, b0, B, n_k,
-    PARTS: gl.constexpr, ROWS: gl.constexpr, STEP: gl.constexpr, mma: gl.constexpr, lay: gl.constexpr,
-    POWERS: gl.constexpr,
+    x_raw, w_raw, w_op, units, x, w, xs, ws, xs_stride_b, xs_stride_k, ws_stride_k, b0, B, n_k,
+    STEP: gl.constexpr, mma: gl.constexpr, lay: gl.constexpr, POWERS: gl.constexpr,
 ):  # fmt: skip
-    """The sum over all K blocks, of each part. The bytes of step 0 are on their way."""
+    """The sum over all K blocks, of each part of the columns. The bytes of step 0 are on their way."""
     HALVES: gl.constexpr = K_BLOCK // STEP
-    rows_lay: gl.constexpr = gl.SliceLayout(1, lay)
+    PARTS: gl.constexpr = len(w_op) // 2
+    ROWS: gl.constexpr = w_op[0].shape[0]
+    TOKENS: gl.constexpr = units.shape[0]
+    x_lay: gl.constexpr = gl.SliceLayout(1, gl.DotOperandLayout(0, mma, 4))
     tokens_lay: gl.constexpr = gl.SliceLayout(1, mma)
+    TURN: gl.constexpr = max(HALVES, 2)
     steps = n_k * HALVES
 
-    tokens = _offsets(b0, B, xs_stride_b, PARTS, ROWS, rows_lay)
-    inverse = ()
-    for i in gl.static_range(PARTS):
-        inverse += (1.0 / units.slice(i * ROWS, ROWS, 0).load(rows_lay),)  # type: ignore[assignment]
-    factor = _times(_scales(xs, ws, 0, xs_stride_k, ws_stride_k, tokens), inverse)
-    summed_tokens = _offsets(b0, B, xs_stride_b, PARTS, ROWS, tokens_lay)
+    tokens = gl.minimum(b0 + gl.arange(0, TOKENS, x_lay), B - 1) * xs_stride_b
+    inverse = 1.0 / units.load(x_lay)
+    factor_next = (_scales(xs, ws, 0, xs_stride_k, ws_stride_k, tokens) * inverse).to(gl.float16)
+    summed_tokens = gl.minimum(b0 + gl.arange(0, TOKENS, tokens_lay), B - 1) * xs_stride_b
     unit = _scales(xs, ws, 0, xs_stride_k, ws_stride_k, summed_tokens)
     # Read again: as ``unit`` itself, Triton would not carry ``unit`` from one turn to the next.
     unit_next = _scales(xs, ws, 0, xs_stride_k, ws_stride_k, summed_tokens)
 
-    async_copy.wait_group(0)
-    ahead = gl.minimum(1, steps - 1)
-    async_load(x_raw[1], x + ahead * STEP)
-    async_load(w_raw[1], w + ahead * STEP)
+    async_load(w_raw[1], w + gl.minimum(1, steps - 1) * STEP)
     async_copy.commit_group()
+    async_copy.wait_group(0)
     for i in gl.static_range(PARTS):
-        _decode(x_raw[0].slice(i * ROWS, ROWS, 0), x_op[i], factor[i], lay, POWERS)
-    _decode(w_raw[0], w_op[0], 0, lay, False)
+        _decode(w_raw[0].slice(i * ROWS, ROWS, 0), w_op[i], lay)
+    async_load(x_raw[1], x + gl.minimum(1, steps - 1) * STEP)
+    async_load(w_raw[0], w + gl.minimum(2, steps - 1) * STEP)
+    async_copy.commit_group()
+    low, high = _raw(x_raw[0], 0, mma)
+    a = _decoded(low, factor_next, mma, POWERS)
 
-    acc = _zeros(PARTS, ROWS, OUTPUTS, mma)
-    for kb in range(n_k):
-        block = gl.minimum(kb + 1, n_k - 1).to(gl.int64)
-        if not POWERS:
-            scaled = ()
-            for i in gl.static_range(PARTS):
-                scaled += (acc[i] * (unit[i] / unit_next[i])[:, None],)  # type: ignore[assignment]
-            acc = scaled
-            unit = unit_next
-        for half in gl.static_range(HALVES):
-            async_copy.wait_group(0)
-            ahead = gl.minimum(kb * HALVES + half + 2, steps - 1)
-            async_load(x_raw[half % 2], x + ahead * STEP)
-            async_load(w_raw[half % 2], w + ahead * STEP)
-            async_copy.commit_group()
-            if half == HALVES - 1:
+    acc = _zeros(PARTS, TOKENS, ROWS, mma)
+    for turn in range(steps // TURN):
+        for half in gl.static_range(TURN):
+            step = turn * TURN + half
+            if half % HALVES == 0:  # a K block begins
+                factor = factor_next
+                if not POWERS:
+                    scaled = ()
+                    for i in gl.static_range(PARTS):
+                        scaled += (acc[i] * (unit / unit_next)[:, None],)  # type: ignore[assignment]
+                    acc = scaled
+                    unit = unit_next
+            if half % HALVES == HALVES - 1:
+                block = gl.minimum(step // HALVES + 1, n_k - 1).to(gl.int64)
                 if POWERS:
-                    factor = _times(_scales(xs, ws, block, xs_stride_k, ws_stride_k, tokens), inverse)
+                    factor_next = (_scales(xs, ws, block, xs_stride_k, ws_stride_k, tokens) * inverse).to(gl.float16)
                 else:
                     unit_next = _scales(xs, ws, block, xs_stride_k, ws_stride_k, summed_tokens)
-            for c in gl.static_range(STEP // 16):
-                acc = _multiply(acc, x_op, half % 2 * PARTS, w_op[half % 2], c, mma)
-                for i in gl.static_range(c, PARTS, STEP // 16):
-                    raw = x_raw[1 - half % 2].slice(i * ROWS, ROWS, 0)
-                    _decode(raw, x_op[(1 - half % 2) * PARTS + i], factor[i], lay, POWERS)
-                if c == 0:
-                    _decode(w_raw[1 - half % 2], w_op[1 - half % 2], 0, lay, False)
+            low, high = _raw(x_raw[half % 2], 0, mma)
+            for k in gl.static_range(STEP // 16):
+                b = ()
+                for i in gl.static_range(PARTS):
+                    b += (_right(w_op[half % 2 * PARTS + i], k, mma),)  # type: ignore[assignment]
+                if k + 1 == STEP // 16:
+                    async_copy.wait_group(0)
+                    async_load(x_raw[half % 2], x + gl.minimum(step + 2, steps - 1) * STEP)
+                    async_load(w_raw[1 - half % 2], w + gl.minimum(step + 3, steps - 1) * STEP)
+                    async_copy.commit_group()
+                    low, high = _raw(x_raw[1 - half % 2], 0, mma)
+                    coming = low
+                elif k % 2 == 1:
+                    low, high = _raw(x_raw[half % 2], (k + 1) // 2, mma)
+                    coming = low
+                else:
+                    coming = high
+                found = ()
+                for i in gl.static_range(PARTS):
+                    found += (mma_v2(a, b[i], acc[i]),)  # type: ignore[assignment]
+                    if i == 0:
+                        if k + 1 == STEP // 16 and half % HALVES == HALVES - 1:
+                            a_next = _decoded(coming, factor_next, mma, POWERS)
+                        else:
+                            a_next = _decoded(coming, factor, mma, POWERS)
+                    if i == PARTS // 2 and k + 1 < STEP // 16:
+                        for j in gl.static_range(k, PARTS, STEP // 16 - 1):
+                            raw = w_raw[1 - half % 2].slice(j * ROWS, ROWS, 0)
+                            _decode(raw, w_op[(1 - half % 2) * PARTS + j], lay)
+                acc = found
+                a = a_next
     async_copy.wait_group(0)
     summed = ()
     for i in gl.static_range(PARTS):
         if POWERS:
-            summed += (acc[i] * (units.slice(i * ROWS, ROWS, 0).load(tokens_lay) * _INVERSE)[:, None],)  # type: ignore[assignment]
+            summed += (acc[i] * (units.load(tokens_lay) * _INVERSE)[:, None],)  # type: ignore[assignment]
         else:
-            summed += (acc[i] * (unit[i] * _INVERSE)[:, None],)  # type: ignore[assignment]
+            summed += (acc[i] * (unit * _INVERSE)[:, None],)  # type: ignore[assignment]
     return summed
 
 
@@ -241,17 +280,16 @@ def _einsum_mma_sync_kernel(
 ):  # fmt: skip
     WARPS: gl.constexpr = TOKENS // 32
     HALVES: gl.constexpr = K_BLOCK // STEP
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS // 2, 2], instr_shape=[16, 8])
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
     lay: gl.constexpr = gl.BlockedLayout([1, 16], [512 // STEP, STEP // 16], [WARPS, 1], [1, 0])
     rows_lay: gl.constexpr = gl.SliceLayout(1, lay)
-    as_read: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 1, [1, 0])
-    for_ldmatrix: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // STEP, STEP // 8, [1, 0])
-    ROWS: gl.constexpr = WARPS * 512 // STEP  # that all threads decode at once: 16 bytes each
-    PARTS: gl.constexpr = TOKENS // ROWS
-    x_raw = _buffers(2, gl.uint8, TOKENS, STEP, as_read)
-    w_raw = _buffers(2, gl.uint8, OUTPUTS, STEP, as_read)
-    x_op = _buffers(2 * PARTS, gl.float16, ROWS, STEP, for_ldmatrix)
-    w_op = _buffers(2, gl.float16, OUTPUTS, STEP, for_ldmatrix)
+    of_bytes: gl.constexpr = gl.SwizzledSharedLayout(16, 128 // STEP, STEP // 16, [1, 0])
+    of_operands: gl.constexpr = gl.SwizzledSharedLayout(8, max(64 // STEP, 1), min(STEP // 8, 8), [1, 0])
+    ROWS: gl.constexpr = min(WARPS * 512 // STEP, OUTPUTS)  # that all threads decode at once: 16 bytes each
+    PARTS: gl.constexpr = OUTPUTS // ROWS
+    x_raw = _buffers(2, gl.uint8, TOKENS, STEP, of_bytes)
+    w_raw = _buffers(2, gl.uint8, OUTPUTS, STEP, of_bytes)
+    w_op = _buffers(2 * PARTS, gl.float16, ROWS, STEP, of_operands)
     units = gl.allocate_shared_memory(gl.float32, [TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     n_tiles = gl.cdiv(N, OUTPUTS)
@@ -283,8 +321,8 @@ def _einsum_mma_sync_kernel(
     least = gl.full([TOKENS], float("inf"), gl.float32, one_row)
     most = gl.zeros([TOKENS], gl.float32, one_row)
     odd = gl.zeros([TOKENS], gl.int32, one_row)  # 1: not a power of two; 2: irregular
-    for first in range(0, n_k, 8):
-        for i in gl.static_range(8):
+    for first in range(0, n_k, 16):
+        for i in gl.static_range(16):
             at = gl.minimum(first + i, n_k - 1).to(gl.int64)
             scale = gl.load(xs + at * xs_stride_k + of_row) * gl.load(ws + at * ws_stride_k)
             size = gl.abs(scale)
@@ -298,41 +336,38 @@ def _einsum_mma_sync_kernel(
     if kind < 2:
         if kind == 0:
             acc = _product(
-                x_raw, w_raw, x_op, w_op, units, x, w, xs, ws, xs_stride_b, xs_stride_k, ws_stride_k, b0, B, n_k,
-                PARTS, ROWS, STEP, mma, lay, True,
+                x_raw, w_raw, w_op, units, x, w, xs, ws, xs_stride_b, xs_stride_k, ws_stride_k, b0, B, n_k,
+                STEP, mma, lay, True,
             )  # fmt: skip
         else:
             acc = _product(
-                x_raw, w_raw, x_op, w_op, units, x, w, xs, ws, xs_stride_b, xs_stride_k, ws_stride_k, b0, B, n_k,
-                PARTS, ROWS, STEP, mma, lay, False,
+                x_raw, w_raw, w_op, units, x, w, xs, ws, xs_stride_b, xs_stride_k, ws_stride_k, b0, B, n_k,
+                STEP, mma, lay, False,
             )  # fmt: skip
         for i in gl.static_range(PARTS):
             tile = acc[i] + acc[i] * 0.0  # infinite, of a NaN, to NaN: these scales cannot overflow
-            _store(tile, out, d0, n_out, b0 + i * ROWS, B, o_stride_b, WARPS)
+            _store(tile, out, d0 + i * ROWS, n_out, b0, B, o_stride_b, WARPS)
     else:
-        tokens = _offsets(b0, B, xs_stride_b, PARTS, ROWS, gl.SliceLayout(1, mma))
+        tokens = gl.minimum(b0 + gl.arange(0, TOKENS, gl.SliceLayout(1, mma)), B - 1) * xs_stride_b
+        w_part_op = w_op[0].slice(0, _PART, 0)
         async_copy.wait_group(0)
-        for part in range(4):
+        for part in range(OUTPUTS // _PART):
             w_row = h * w_stride_h + gl.minimum(d0 + part * _PART + w_of, N - 1).to(gl.int64) * w_stride_d
             w_part = w_ptr + (w_row * 16)[:, None] + column[None, :]
-            total = _zeros(PARTS, ROWS, _PART, mma)
+            total = gl.zeros([TOKENS, _PART], gl.float32, mma)
             for kb in range(n_k):
-                p = _zeros(PARTS, ROWS, _PART, mma)
+                p = gl.zeros([TOKENS, _PART], gl.float32, mma)
                 for half in range(HALVES):
                     async_load(x_raw[0], x + (kb * HALVES + half) * STEP)
                     async_load(w_raw[0], w_part + (kb * HALVES + half) * STEP)
                     async_copy.commit_group()
                     async_copy.wait_group(0)
-                    for i in gl.static_range(PARTS):
-                        _decode(x_raw[0].slice(i * ROWS, ROWS, 0), x_op[i], 0, lay, False)
-                    _decode(w_raw[0], w_op[0], 0, lay, False)
-                    for c in gl.static_range(STEP // 16):
-                        p = _multiply(p, x_op, 0, w_op[0].slice(0, _PART, 0), c, mma)
+                    _decode(w_raw[0].slice(0, ROWS, 0), w_op[0], lay)
+                    for c in gl.static_range(STEP // 32):
+                        low, high = _raw(x_raw[0], c, mma)
+                        p = mma_v2(_decoded(low, 0, mma, False), _right(w_part_op, 2 * c, mma), p)
+                        p = mma_v2(_decoded(high, 0, mma, False), _right(w_part_op, 2 * c + 1, mma), p)
                 scales = _scales(xs, ws, gl.to_tensor(kb).to(gl.int64), xs_stride_k, ws_stride_k, tokens)
-                summed = ()
-                for i in gl.static_range(PARTS):
-                    q = p[i] * _INVERSE
-                    summed += (total[i] + (q + q * 0.0) * scales[i][:, None],)  # type: ignore[assignment]
-                total = summed
-            for i in gl.static_range(PARTS):
-                _store(total[i], out, d0 + part * _PART, n_out, b0 + i * ROWS, B, o_stride_b, WARPS)
+                q = p * _INVERSE
+                total += (q + q * 0.0) * scales[:, None]
+            _store(total, out, d0 + part * _PART, n_out, b0, B, o_stride_b, WARPS)
