@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ...configurations import configured
 from ...launch import entry, launch_kernel
 from ...lib.bits import RELU_TERM
-from ...lib.gluon import async_load, times_144
+from ...lib.gluon import async_load, reordered, times_144
 from ...lib.mma_sync import ROWS_LAYOUT, halves
 from ...lib.sizes import cdiv
 from .op import Call, Shape
@@ -163,15 +163,6 @@ def _chunk(tiles, by):
 
 
 @gluon.jit
-def _reordered(x):
-    """Of each 16 dimensions the pairs 0, 2, 4, 6 and then 1, 3, 5, 7: a thread that loads four bytes has what one
-    instruction multiplies. Queries and keys alike, and the sum is the same."""
-    rows: gl.constexpr = x.shape[0]
-    pairs = gl.reshape(x, [rows, x.shape[1] // 16, 4, 2, 2])
-    return gl.reshape(gl.permute(pairs, (0, 1, 3, 2, 4)), [rows, x.shape[1]])
-
-
-@gluon.jit
 def _eights(x):
     """[KEYS, 32] as four of 8 columns."""
     low, high = halves(x)
@@ -260,7 +251,7 @@ def _mqa_logits_mma_sync_kernel(
     column = gl.arange(0, COLUMNS, byte_rows)
     q_row = gl.minimum(row0 + column // 64, m - 1).to(gl.int64) * (q_stride_m.to(gl.int64) * 16)
     q = q_ptr + (q_row + (column % 64) * (q_stride_h * 16))[:, None] + dims[None, :]
-    q16 = _reordered(times_144(gl.load(q)))
+    q16 = reordered(times_144(gl.load(q)))
     q_smem.store(q16 + q16 * 0.0)  # infinite to NaN
 
     # half, since the relu is doubled, and 1/144 of the keys
@@ -318,7 +309,7 @@ def _mqa_logits_mma_sync_kernel(
             a = ()
             for c in gl.static_range(DIM // 32):
                 raw = here.slice(c * 32, 32, 1).load(bytes_of)
-                a += (gl.convert_layout(_reordered(times_144(raw)), lhs),)  # type: ignore[assignment]
+                a += (gl.convert_layout(reordered(times_144(raw)), lhs),)  # type: ignore[assignment]
             if STAGES == 1:
                 _copy(k_smem.index(0), k_ptr, ahead, n, k_stride, dims)
                 async_copy.commit_group()

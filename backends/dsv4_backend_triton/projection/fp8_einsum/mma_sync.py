@@ -20,7 +20,7 @@ to the unit of each K block, which is exact enough where no scale is 2^80 times 
 first: a tile with others, or with 0, infinite or NaN ones, is multiplied in parts with two accumulators.
 
 Operands are fp16: an e4m3 value times 144, which is exact, and a NaN is infinite. A sum of finite ones is finite. Both
-have K in the order of ``_reordered``.
+have K in the order of ``lib.gluon.reordered``.
 
     shared memory                        bytes, with TOKENS = 256, STEP = 128
     x_raw [2][TOKENS, STEP] e4m3         65536
@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ...configurations import configured
 from ...launch import entry, launch_kernel
-from ...lib.gluon import async_load, times_144, times_144_and
+from ...lib.gluon import async_load, reordered, times_144, times_144_and
 from ...lib.sizes import cdiv
 from .op import FP32, Call, Shape
 
@@ -134,15 +134,6 @@ def _zeros(PARTS: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, mma: 
 
 
 @gluon.jit
-def _reordered(x):
-    """Of each 16 of K the pairs 0, 2, 4, 6 and then 1, 3, 5, 7: a thread that loads four bytes has what one
-    instruction multiplies. x and w alike, and the sum is the same."""
-    rows: gl.constexpr = x.shape[0]
-    pairs = gl.reshape(x, [rows, x.shape[1] // 16, 4, 2, 2])
-    return gl.reshape(gl.permute(pairs, (0, 1, 3, 2, 4)), [rows, x.shape[1]])
-
-
-@gluon.jit
 def _raw(x_raw, c: gl.constexpr, mma: gl.constexpr):
     """The bytes of 32 of a step's x, as two of 16."""
     raw = x_raw.slice(c * 32, 32, 1).load(gl.DotOperandLayout(0, mma, 4))
@@ -156,7 +147,7 @@ def _decoded(raw, factor, mma: gl.constexpr, SCALED: gl.constexpr):
         a = times_144_and(raw, gl.convert_layout(factor, gl.SliceLayout(1, raw.type.layout))[:, None])
     else:
         a = times_144(raw)
-    return gl.convert_layout(_reordered(a), gl.DotOperandLayout(0, mma, 2))
+    return gl.convert_layout(reordered(a), gl.DotOperandLayout(0, mma, 2))
 
 
 @gluon.jit
@@ -168,7 +159,7 @@ def _right(w_op, k: gl.constexpr, mma: gl.constexpr):
 @gluon.jit
 def _decode(raw, op, layout: gl.constexpr):
     """Bytes of w to fp16."""
-    op.store(_reordered(times_144(raw.load(layout))))
+    op.store(reordered(times_144(raw.load(layout))))
 
 
 @gluon.jit
