@@ -49,8 +49,21 @@ class Subject:
     device: torch.device
 
     def run(self, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-        results = contained(self.function, **arguments)
-        return results if isinstance(results, tuple) else (results,)
+        """The results of one call.
+
+        Raises:
+            CheckFailed: not as many tensors as the contract has results.
+        """
+        returned = contained(self.function, **arguments)
+        results = returned if isinstance(returned, tuple) else (returned,)
+        names = self.contract.returns
+        if len(results) != len(names):
+            what = f"{len(results)} results, expected {len(names)}: {', '.join(names)}"
+            raise CheckFailed("fake", f"{self.name}: {what}")
+        for name, result in zip(names, results, strict=True):
+            if not isinstance(result, Tensor):
+                raise CheckFailed("fake", f"{self.name}: {name} is a {type(result).__name__}, no tensor")
+        return results
 
     def refusal(self, arguments: dict[str, Any]) -> Any:
         return None if self.refuses is None else contained(self.refuses, **arguments)
@@ -159,14 +172,33 @@ def _storage(x: Tensor) -> Tensor:
     return flat.set_(x.untyped_storage())
 
 
-def _buffers(target: Subject, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _outside(x: Tensor) -> Tensor:
+    """Which bytes of the memory behind x are none of its elements: the gaps between rows, and what is around them."""
+    free = torch.full_like(_storage(x), 255)
+    of_x = torch.empty(0, dtype=numerics.INTEGERS[x.element_size()], device=x.device)
+    of_x.set_(free.untyped_storage(), x.storage_offset(), x.shape, x.stride()).zero_()
+    return free.bool()
+
+
+_AROUND = 16
+"""Elements before and after each row of a buffer in a larger tensor: rows are as aligned as those of a packed one."""
+
+
+def _buffers(target: Subject, case: Case, arguments: dict[str, Any]) -> dict[str, Tensor]:
     """Result buffers, named as the contract's arguments: filled with NaN (integers: their largest), or what an op in
-    place changes."""
+    place changes. In every other case they are parts of larger tensors, unless ``refuses`` refuses these."""
     if target.contract.in_place:
         return {name: arguments[name] for name in target.contract.buffers}
     fake = target.contract.function(**arguments)
     results = dict(zip(target.contract.returns, fake if isinstance(fake, tuple) else (fake,), strict=True))
-    return {name: spoilt(results[name]) for name in target.contract.buffers}
+    packed = {name: spoilt(results[name]) for name in target.contract.buffers}
+    if target.contract.cases.index(case) % 2:
+        return packed
+    parts = {}
+    for name, x in packed.items():
+        larger = spoilt(x.new_empty(*x.shape[:-1], x.shape[-1] + 2 * _AROUND))
+        parts[name] = larger[..., _AROUND : _AROUND + x.shape[-1]]
+    return packed if isinstance(target.refusal(arguments | parts), Reason) else parts
 
 
 def spoilt(x: Tensor) -> Tensor:
@@ -239,6 +271,8 @@ def check_refusal(target: Subject, case: Case) -> None:
     if answer is None:
         try:
             target.run(arguments)
+        except CheckFailed:
+            raise
         except Exception as error:
             message = f"accepted, then raised {type(error).__name__}: {error}"
             raise CheckFailed("refusal", f"{target.name}: {case.name}: {message}") from error
@@ -249,12 +283,7 @@ def check_fake(target: Subject, case: Case) -> None:
     arguments = _inputs(target, case)
     fake = target.contract.function(**arguments)
     fakes = fake if isinstance(fake, tuple) else (fake,)
-    results = target.run(arguments)
-    if len(results) != len(fakes):
-        raise CheckFailed("fake", f"{target.name}: {case.name}: {len(results)} results, expected {len(fakes)}")
-    for name, result, want in zip(target.contract.returns, results, fakes, strict=True):
-        if not isinstance(result, Tensor):
-            raise CheckFailed("fake", f"{target.name}: {case.name}: {name} is a {type(result).__name__}, no tensor")
+    for name, result, want in zip(target.contract.returns, target.run(arguments), fakes, strict=True):
         have_all = (result.dtype, list(result.shape), result.device)
         want_all = (want.dtype, list(want.shape), want.device)
         if have_all != want_all:
@@ -309,15 +338,19 @@ def check_numerics(target: Subject, case: Case) -> None:
 
 
 def check_written(target: Subject, case: Case) -> None:
-    """With NaN in the caller's buffers and in all new memory, results are right and in the caller's buffers."""
+    """With NaN in new memory and in the caller's buffers, packed or not, results are right, there and nowhere else."""
     arguments = _inputs(target, case)
-    buffers = _buffers(target, arguments)
+    buffers = _buffers(target, case, arguments)
+    before = {name: _storage(buffer).clone() for name, buffer in buffers.items()}
     with _poisoned_allocations():
         results = target.run(arguments | buffers)
     for name, buffer in buffers.items():
         result = results[target.contract.returns.index(name)]
         if result.data_ptr() != buffer.data_ptr() or result.shape != buffer.shape:
             raise CheckFailed("written", f"{target.name}: {case.name}: the result is not the buffer given as {name}")
+        if bool(((_storage(buffer) != before[name]) & _outside(buffer)).any()):
+            message = f"bytes between or around the rows of {name} (strides {buffer.stride()}) were written"
+            raise CheckFailed("written", f"{target.name}: {case.name}: {message}")
     _judge("written", target, case, arguments, results, what=" (NaN-filled buffers)")
 
 

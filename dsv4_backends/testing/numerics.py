@@ -32,12 +32,12 @@ class Error:
         return self.ratio <= 1.0
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype hold the same bits, NaN included."""
-    integer = _INTEGERS[a.element_size()]
+    integer = INTEGERS[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
 
 
@@ -54,7 +54,10 @@ PIECE = 1 << 24
 
 
 def compare(result: Tensor, reference: Tensor, tolerance: Tolerance) -> Error:
-    """Judge ``result`` against an fp64 ``reference`` of the same shape."""
+    """Judge ``result`` against an fp64 ``reference``."""
+    if result.shape != reference.shape:
+        note = f"shape {list(result.shape)} instead of {list(reference.shape)}"
+        return Error(math.inf, math.inf, math.inf, note)
     if result.numel() == 0:
         return Error(0.0, 0.0, 0.0)
     pairs = list(zip(result.reshape(-1).split(PIECE), reference.reshape(-1).split(PIECE), strict=True))

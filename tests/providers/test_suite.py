@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -134,6 +135,33 @@ def ignores_buffer(**a: Any) -> Tensor:
     return honest(**(a | {"out": None}))
 
 
+def ignores_strides(**a: Any) -> Tensor:
+    """Writes as if the buffer were packed."""
+    if a["out"] is None:
+        return honest(**a)
+    result = honest(**(a | {"out": None}))
+    a["out"].as_strided(result.shape, result.stride()).copy_(result)
+    return a["out"]
+
+
+def writes_between_rows(**a: Any) -> Tensor:
+    """Right, and one element too many in each row but the last."""
+    result = honest(**a)
+    if a["out"] is not None and result.stride(0) > result.shape[1]:
+        result.as_strided(
+            (len(result) - 1, 1), (result.stride(0), 1), result.storage_offset() + result.shape[1]
+        ).zero_()
+    return result
+
+
+def nothing(**a: Any) -> None:
+    honest(**a)
+
+
+def one_too_many(**a: Any) -> Any:
+    return honest(**a), a["k"]
+
+
 def leaves_holes(**a: Any) -> Tensor:
     """Relies on the content of new memory: writes everything but the part outside the ranges."""
     result = honest(**(a | {"out": None}))
@@ -190,7 +218,11 @@ CHEATS = [
     (wrong_dtype, "fake"),
     (wrong_shape, "fake"),
     (a_list, "fake"),
+    (nothing, "fake"),
+    (one_too_many, "fake"),
     (ignores_buffer, "written"),
+    (ignores_strides, "written"),
+    (writes_between_rows, "written"),
     (leaves_holes, "written"),
     (cached, "fresh"),
     (one_buffer, "fresh"),
@@ -207,6 +239,28 @@ def test_the_honest_one_passes() -> None:
 def test_cheats(change: Callable[..., Any], expected: str) -> None:
     _cache.clear()
     assert first_failure(subject(cheat(change))) == expected
+
+
+@pytest.mark.parametrize("op", [op for op, contract in CONTRACTS.items() if contract.in_place])
+def test_in_place_nothing_is_written_between_pages(op: str) -> None:
+    contract, name = CONTRACTS[op], CONTRACTS[op].buffers[0]
+
+    def spills(**a: Any) -> Tensor:
+        result = a[name]
+        checks._storage(result)[checks._outside(result)] = 9
+        return result
+
+    honest_one = checks.subject("torch", op, "cpu")
+    cases = [
+        case
+        for case in contract.at_level("smoke")
+        if bool(checks._outside(checks._inputs(honest_one, case)[name]).any())
+    ]
+    assert cases, "no case has gaps"
+    checks.check_written(honest_one, cases[0])
+    target = dataclasses.replace(honest_one, function=lambda **a: (honest_one.run(a), spills(**a))[1])
+    with pytest.raises(checks.CheckFailed, match=rf"^\[written\].*between or around the rows of {name} "):
+        checks.check_written(target, cases[0])
 
 
 def test_batch_invariance_only_where_claimed() -> None:
