@@ -225,7 +225,8 @@ def launch_by_arguments(
 
     Every call looks at what Triton compiles for: the types of arguments, dtypes and alignment of tensors, constants and
     options. Triton's own launch serves while there are hooks, for a number of 64 bits whose parameter declares no type,
-    and for a kernel that is specialised on numbers. Values that a kernel reads from its module must stay as they are.
+    for an option that is a dictionary, and for a kernel that is specialised on numbers. Values that a kernel reads from
+    its module must stay as they are. A tensor that the GPU cannot read is not refused, as Triton would.
 
     Args:
         kernel: Made by ``triton.jit`` or ``gluon.jit``.
@@ -253,7 +254,11 @@ def launch_by_arguments(
     multiples = () if not functools.reduce(or_, aligned, 0) & 15 else tuple(a & 15 == 0 for a in aligned)
     maps = [(args[i].base.dtype, getattr(args[i], "layout", None), *args[i].block_shape) for i in form.maps]
     key = (device, *map(dtype, tensors), *multiples, *maps, *form.constants(args), *options.values())
-    run = form.compiled.get(key)
+    try:
+        run = form.compiled.get(key)
+    except TypeError:  # an option that is a dictionary
+        _triton(kernel, grid, args, options)
+        return
     if run is not None:
         run(grid, device, form.whole((*args, *addresses, None)))
     elif (made := _runner(_triton(kernel, grid, args, options))) is not None:

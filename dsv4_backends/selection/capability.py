@@ -40,7 +40,7 @@ def parse_capability(text: str, name: str = "compute capability", form: str = "t
         form: What an error says is expected.
 
     Raises:
-        PolicyError: the text is none of these, or no GPU has that capability.
+        PolicyError: the text is none of these, or CUDA 12 and 13 have no such capability.
     """
     match = re.fullmatch(r"sm_?([0-9]{1,2})([0-9])[af]?|([0-9]{1,2})\.([0-9])", text.strip().lower())
     refused = f"{name}: expected {form}, got {text!r}"
@@ -49,7 +49,8 @@ def parse_capability(text: str, name: str = "compute capability", form: str = "t
     capability = Version(f"{match[1] or match[3]}.{match[2] or match[4]}")
     if capability.major < 10 and str(capability) not in BELOW_10:
         family = ", ".join(known for known in BELOW_10 if known.startswith(f"{capability.major}."))
-        raise PolicyError(f"{refused}: CUDA has no compute capability {capability}" + (family and f", only {family}"))
+        absent = f"CUDA 12 and 13 have no compute capability {capability}"
+        raise PolicyError(f"{refused}: {absent}" + (family and f", only {family}"))
     return capability
 
 

@@ -168,3 +168,26 @@ def test_decode_splits_by_the_lengths_only_where_rows_have_all_keys_of_their_con
         # Rows that hold all keys of their contexts, where no row would be split.
         assert by_lengths(serving.decode(heads, b, 1, 128, (1024, 2))) == {heads * b == 64 * 128}
         assert by_lengths(serving.decode(heads, b, 1, 128, (896, 2))) == {False}
+
+
+def test_fp8_einsum_on_mma_sync_has_the_tile_whose_waves_are_shorter() -> None:
+    """From 65 tokens on, if more than half of the multiprocessors have a tile; two small tiles fit beside each other on
+    8.0 and 8.7, not on 8.6."""
+    op, large, small = "fp8_einsum", 256, 128
+
+    def tokens(capability: str, sms: int, b: int, home: str = "") -> int:
+        """Of a tile; 0 if another kernel serves."""
+        call = serving.einsum(FLASH.rank(1), b)
+        assert (call["x"].shape[1], call["w"].shape[1]) == (8, 1024)
+        (one,) = ahead.record(op, [call], arch_from_capability(Version(capability), sms), home)
+        return int(one.arguments["TOKENS"]) if plans.variant_of(one) == "mma_sync" else 0
+
+    assert [tokens("8.0", 108, b) for b in (64, 65, 128, 129, 256, 300, 1024, 4096)] == [
+        *(0, small, small, large, large, small, small, large)
+    ]
+    assert [tokens("8.0", 132, b) for b in (128, 129, 300)] == [0, small, large]
+    assert [tokens("8.0", 127, b) for b in (128, 129)] == [small, large]
+    assert [tokens("8.0", 128, b) for b in (128, 129)] == [0, small]
+    assert [tokens("8.6", 84, b) for b in (64, 65, 128, 129, 300, 1024)] == [0, small, small, large, large, large]
+    assert [tokens("8.7", 16, b) for b in (256, 300, 512)] == [large, small, large]
+    assert tokens("8.0", 108, 4096, "batch_invariant") == 0

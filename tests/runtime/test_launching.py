@@ -290,6 +290,15 @@ def test_constants_by_place_and_arguments_by_name(driver: Driver) -> None:
         launching.launch_by_arguments(kernel, 0, (1,), (X, 3, 1), {"what": 1})
 
 
+def test_an_option_that_is_a_dictionary_is_for_triton(driver: Driver) -> None:
+    kernel = full()
+    for _ in range(2):
+        args, options = BASE["args"], BASE["options"] | {"extern_libs": {}}
+        launching.launch_by_arguments(kernel, 0, (1,), args, options)
+        how, launcher, _ = CudaLauncher.noted.pop()
+        assert (how, launcher) == ("triton", _by_triton(kernel, args, options))
+
+
 LAUNCHERS: dict[str, Callable[[Any], None]] = {
     "by arguments": lambda kernel: launching.launch_by_arguments(kernel, 0, (1,), (X, 3), {"what": 4}),
     "short": lambda kernel: launching.launch(kernel, 0, (1, 1, 1), (X,), (3,), (4,)),

@@ -46,7 +46,9 @@ def test_parse_refuses(text: str) -> None:
     ],
 )
 def test_parse_refuses_what_no_gpu_has(text: str, there_is: str) -> None:
-    expected = f"here: expected the form sm_86 or 8.6, got {text!r}: CUDA has no compute capability {there_is}"
+    expected = (
+        f"here: expected the form sm_86 or 8.6, got {text!r}: CUDA 12 and 13 have no compute capability {there_is}"
+    )
     with pytest.raises(PolicyError) as caught:
         parse_capability(text, "here")
     assert str(caught.value) == expected

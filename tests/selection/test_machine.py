@@ -107,7 +107,9 @@ def test_simulate(text: str, capability: str | None) -> None:
 def test_simulate_refuses() -> None:
     with pytest.raises(PolicyError, match=r"device: expected cpu or a GPU such as sm_86 or 8\.6, got 'h100'"):
         machine.simulate("h100")
-    with pytest.raises(PolicyError, match=r"device: .*, got 'sm_99': CUDA has no compute capability 9\.9, only 9\.0"):
+    with pytest.raises(
+        PolicyError, match=r"device: .*, got 'sm_99': CUDA 12 and 13 have no compute capability 9\.9, only 9\.0"
+    ):
         machine.simulate("sm_99")
 
 

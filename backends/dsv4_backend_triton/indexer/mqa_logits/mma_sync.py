@@ -123,7 +123,7 @@ class Cut(NamedTuple):
 def cut(tiles: int, row_blocks: int, slots: int) -> Cut:
     """Blocks start in order, so the first chunks are long and the last short: few blocks decode queries, and all slots
     have work until the end. The first take at most three quarters of the time of the call."""
-    if tiles * row_blocks <= FEW * slots:  # a block for each slot or more, of at most 4 tiles
+    if tiles * row_blocks <= FEW * slots:  # blocks of at most 4 tiles, for two thirds of the slots at least
         size = min(cdiv(3 * tiles * row_blocks, 4 * slots), 4)
         return Cut(cdiv(tiles, size), tiles + 1, 1)
     wave = max(slots // row_blocks, 1)

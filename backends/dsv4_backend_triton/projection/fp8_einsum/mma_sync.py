@@ -16,8 +16,9 @@ the tensor cores busy while the next step begins.
 
 Scales that are powers of two, within ``_RANGE`` of each other for a token, go into the decoded x: the unit of a token's
 accumulator is the largest of its scales (those of x times those of w). With other scales the accumulator is multiplied
-to the unit of each K block, which is exact enough where no scale is 2^80 times another. All scales of a tile are read
-first: a tile with others, or with 0, infinite or NaN ones, is multiplied in parts with two accumulators.
+to the unit of each K block, which is exact enough where no scale is 2^80 times another; with K up to 2^16 it stays
+finite. All scales of a tile are read first: a tile with others, or with 0, infinite or NaN ones, is multiplied in parts
+with two accumulators.
 
 Operands are fp16: an e4m3 value times 144, which is exact, and a NaN is infinite. A sum of finite ones is finite. Both
 have K in the order of ``lib.gluon.reordered``.
@@ -56,6 +57,8 @@ _RANGE = gl.constexpr(2.0**16)
 _PAIR, _ALONE = 1.08, 0.7
 """How long two small tiles take that share a multiprocessor, and one that has it alone, if a large one takes 1."""
 FEWEST_TOKENS = 65
+MOST_K = 2**16
+"""Sums of this many products, 2^80 times as large, are finite in fp32."""
 
 
 class Config(NamedTuple):
@@ -86,9 +89,10 @@ def plan(shape: Shape) -> Config | None:
 
 
 def takes(call: Call) -> bool:
-    """fp32 scales, whole K blocks, 16-byte boundaries, tokens within 2^31 scales."""
+    """fp32 scales, whole K blocks of at most 2^16 in all, 16-byte boundaries, tokens within 2^31 scales."""
     pointers = (call.x.data_ptr() | call.w.data_ptr() | call.out.data_ptr()) % 16 == 0
-    plain = call.x_kind == FP32 and call.w_kind == FP32 and call.x.shape[2] % K_BLOCK.value == 0
+    plain = call.x_kind == FP32 and call.w_kind == FP32
+    plain = plain and call.x.shape[2] % K_BLOCK.value == 0 and call.x.shape[2] <= MOST_K
     return plain and pointers and call.aligned and call.x.shape[0] * call.xs.stride(0) < 2**31
 
 

@@ -20,6 +20,8 @@ def covered(call: Arguments, launches: list[Launch]) -> Iterator[bool]:
     (b, h, r), d = call["x"].shape, call["w"].shape[1]
     if variant_of(one) in ("wgmma", "wgmma_few"):
         yield r <= 128 * tile_of(one, "SCALES")
+    elif variant_of(one) == "mma_sync":
+        yield r <= 2**16
     if variant_of(one) == "wgmma_few":
         yield grid == (-(-d // tile_of(one, "OUTPUTS")), -(-b // taken["BLOCK_B"]), h)
     elif variant_of(one) == "wgmma":
@@ -38,7 +40,8 @@ def unusual() -> Iterator[Arguments]:
         call = traffic.einsum(FLASH.rank(1), tokens)
         wide = (tokens, call["x"].shape[1], call["x"].shape[2] + 8)
         yield call | {"x": torch.empty(wide, dtype=call["x"].dtype, device="meta")[..., :-8]}
-    for h, b, d, r in ((70000, 20, 64, 128), (1, 20, 64, 128 * 129), (1, 300, 128, 128 * 129)):
+    many = [(1, 20, 64, 128 * 129), (1, 300, 128, 128 * 129), (9, 300, 1024, 2**16 + 128)]
+    for h, b, d, r in ((70000, 20, 64, 128), *many):
         x, w = (torch.empty(h, n, r, dtype=torch.float8_e4m3fn, device="meta") for n in (b, d))
         x_scale, w_scale = (torch.empty(*n, r // 128, device="meta") for n in ((b, h), (h, 1)))
         yield {"x": x.transpose(0, 1), "x_scale": x_scale, "w": w, "w_scale": w_scale}
