@@ -930,8 +930,10 @@ def served_logprobs() -> str:
 
 
 def served_speed() -> str:
-    """Output tokens a second and latencies of each run, whether anything was compiled meanwhile, and GPU time."""
+    """Output tokens a second and latencies of each run, whether anything was compiled meanwhile, and GPU time; the
+    longest outputs first."""
     found = [result for _, result in _all_kept(kept.ServedSpeed, "served-speed")]
+    found.sort(key=lambda result: -result.output)
     return "\n\n".join(map(_served_speed, found)) or "Not measured."
 
 
