@@ -70,6 +70,14 @@ def make_prefill(
     return {k: draw.move(v, device) if isinstance(v, torch.Tensor) else v for k, v in made.items()}
 
 
+def _page_stride(page_size: int, layout: str) -> int:
+    """Bytes from page to page; ``unaligned``: an odd number, so that bf16 values are at odd addresses too."""
+    from .. import layouts
+
+    stride = page_size * layouts.KV_BYTES
+    return stride + (0 if layout == "packed" else 1 if layout == "unaligned" else -stride % layouts.PAGE_ALIGNMENT)
+
+
 def _make_scope(
     generator: torch.Generator,
     rows: int,
@@ -77,7 +85,7 @@ def _make_scope(
     page_size: int,
     invalid: str,
     lengths: Tensor | None,
-    pad: int,
+    layout: str,
 ) -> tuple[Tensor, Tensor]:
     """A cache of about two slots for each index, three pages at least, and indices into every second slot of it."""
     import torch
@@ -85,8 +93,7 @@ def _make_scope(
     from .. import layouts
 
     pages = max(3, -(-2 * min(topk * rows, 2048) // page_size))
-    stride = page_size * layouts.KV_BYTES
-    stride += pad * (-stride % layouts.PAGE_ALIGNMENT)
+    stride = _page_stride(page_size, layout)
     raw = torch.full((pages, stride), draw.POISON, dtype=torch.uint8)
     cache = raw.as_strided((pages, page_size, layouts.KV_BYTES), (stride, layouts.KV_BYTES, 1))
     size = pages * page_size
@@ -128,8 +135,7 @@ def make_decode(
     if layout == "strided":
         q = draw.spread(q)
     lens = draw.lengths(generator, b, topk, length)
-    pad = int(layout != "packed")
-    cache, indices = _make_scope(generator, b * s_q, topk, page_size, invalid, lens, pad)
+    cache, indices = _make_scope(generator, b * s_q, topk, page_size, invalid, lens, layout)
     made = {
         "q": q,
         "k_cache": cache.view(torch.float8_e4m3fn) if layout == "e4m3" else cache,
@@ -140,7 +146,7 @@ def make_decode(
     }
     if extra_topk is not None:
         lens = draw.lengths(generator, b, extra_topk, extra_length)
-        cache, indices = _make_scope(generator, b * s_q, extra_topk, extra_page_size, invalid, lens, pad)
+        cache, indices = _make_scope(generator, b * s_q, extra_topk, extra_page_size, invalid, lens, layout)
         made["extra_k_cache"] = cache
         made["extra_indices"] = indices.view(b, s_q, extra_topk)
         made["extra_topk_length"] = lens
@@ -187,8 +193,7 @@ def make_gather(
         seq_lens[:1] = context
         seq_lens[1:2] = 0
     pages = 2 * r * blocks + 1
-    stride = page_size * layouts.KV_BYTES
-    stride += 0 if layout == "packed" else 1 if layout == "unaligned" else -stride % layouts.PAGE_ALIGNMENT
+    stride = _page_stride(page_size, layout)
     raw = torch.full((pages, stride), draw.POISON, dtype=torch.uint8)
     cache = raw.as_strided((pages, page_size, layouts.KV_BYTES), (stride, layouts.KV_BYTES, 1))
     table = (1 + torch.randperm(pages - 1, generator=generator)[: r * blocks]).view(r, blocks)
@@ -405,6 +410,7 @@ def _decode_cases() -> tuple[Case, ...]:
         case("several tokens", "smoke", b=2, s_q=3, h_q=8, topk=40, length="random", sink="none"),
         case("e4m3 cache", "smoke", b=2, s_q=1, h_q=9, topk=31, page_size=61, layout="e4m3"),
         case("packed pages", "smoke", b=2, s_q=1, h_q=8, topk=31, page_size=3, layout="packed"),
+        case("unaligned pages", "smoke", b=3, s_q=1, h_q=8, topk=31, page_size=3, extra_topk=20, layout="unaligned"),
         case("head dimension", "smoke", b=2, s_q=1, h_q=8, topk=31, extra_topk=4, layout="heads"),
         case("strided", "smoke", b=3, s_q=2, h_q=8, topk=31, layout="strided"),
         case("hostile values", "smoke", b=7, s_q=2, h_q=8, topk=31, extra_topk=20, extra_page_size=7, **_HOSTILE),

@@ -91,14 +91,17 @@ def gather(one, scopes, index, valid, UNIT: tl.constexpr, POW2: tl.constexpr):
     raw_a = tl.load(row3 + (group4[:, None] * 64 + lane[None, :])[None], mask=valid3, other=0)
     raw_b = tl.load(row3 + (group2[:, None] * 64 + lane[None, :] + 256)[None], mask=valid3, other=0)
     raw_c = tl.load(row3 + (lane[None, :] + 384)[None], mask=valid3, other=0)
-    rope = tl.load(
-        (row + 448).to(tl.pointer_type(tl.bfloat16))[:, None] + lane[None, :], mask=valid[:, None], other=0.0
-    )
-    if UNIT == 1:
+    if UNIT == 1:  # perhaps at an odd address
+        low = tl.load(row[:, None] + (2 * lane + 448)[None, :], mask=valid[:, None], other=0).to(tl.int16)
+        high = tl.load(row[:, None] + (2 * lane + 449)[None, :], mask=valid[:, None], other=0).to(tl.int16)
+        rope = (high << 8 | low).to(tl.bfloat16, bitcast=True)
         byte = tl.arange(0, 8)
         codes = tl.load(scale[:, None] + byte[None, :], mask=valid[:, None], other=127).to(tl.int64)
         word = tl.sum(codes << (byte * 8)[None, :].to(tl.int64), 1)
     else:
+        rope = tl.load(
+            (row + 448).to(tl.pointer_type(tl.bfloat16))[:, None] + lane[None, :], mask=valid[:, None], other=0.0
+        )
         word = tl.load(scale.to(tl.pointer_type(tl.int64)), mask=valid, other=0)
     return raw_a, raw_b, raw_c, rope, word
 
