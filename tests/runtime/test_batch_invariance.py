@@ -30,9 +30,9 @@ from dsv4_backends.testing import checks
 SIZES = (1, 7, 64, 83, 84, 256, 1000, 8192)
 CAPABILITIES = ("8.0", "8.6", "9.0", "10.0", "12.0")
 SIZED = {"m", "M", "B", "t", "tokens", "group", "padded", "requests", "room", "offset", "n_items", "rows", "chunk"}
-SIZED |= {"SCAN", "tiles", "each", "all_tiles"}
+SIZED |= {"SCAN", "tiles", "each", "all_tiles", "wave", "rest", "least"}
 """What may differ from batch to batch: how many rows there are, where they go, where a block's columns end, how many
-tiles a program takes, and how many lengths are read at a time to share the work."""
+whole tiles a program takes, and how many lengths are read at a time to share the work."""
 
 
 @functools.cache
