@@ -12,15 +12,21 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import compile_matrix
 import interpreter
 import kept
 import pytest
+import torch
+import triton
 from compile_matrix import spilled_more
+from dsv4_backend_triton import ahead
+from dsv4_backend_triton.arch import arch_from_capability
 from kept import Cell
 from packaging.requirements import Requirement
+from packaging.version import Version
 from paths import ROOT
 
-from dsv4_backends import OPS, records
+from dsv4_backends import CONTRACTS, OPS, records
 from dsv4_backends.commands import cli
 
 
@@ -157,3 +163,42 @@ def test_the_hook_imports_no_triton() -> None:
         "assert specs[0].name == 'triton' and 'triton' not in sys.modules and 'torch' not in sys.modules"
     )
     assert run("-c", code).returncode == 0
+
+
+def casts_of_caches(op: str, odd: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where the kernels of the smoke cases whose pages are an odd or even number of bytes apart read a cache's bytes as
+    another type, in Triton's own representation."""
+    found, launches = [], []
+    for case in CONTRACTS[op].at_level("smoke"):
+        made = CONTRACTS[op].inputs(case, torch.device("cpu"))
+        caches = [x for name, x in made.items() if name.endswith("k_cache") and isinstance(x, torch.Tensor)]
+        if caches[0].stride(0) % 2 == odd:
+            shapes = {
+                name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+                if isinstance(x, torch.Tensor)
+                else x
+                for name, x in made.items()
+            }
+            launches += ahead.record(op, [shapes], arch_from_capability(Version("8.0")))
+    assert launches, f"no case of {op}"
+    monkeypatch.setattr(triton.runtime.driver, "_active", compile_matrix.NoGpu(80))
+    for launch in {(one.kernel.__name__, str(one.constants)): one for one in launches}.values():
+        asm = launch.compile().asm
+        text = asm["ttir" if "ttir" in asm else "ttgir"]  # Gluon has only the second
+        found += re.findall(r"tt.bitcast .*!tt.ptr<i8>>? -> .*!tt.ptr<(?!i8)\w+>", text)
+    return found
+
+
+PAGED = [op for op, contract in CONTRACTS.items() if "k_cache" in contract.args]
+"""The caches of the logits have pages that are a multiple of 4 bytes apart, by contract."""
+
+
+@pytest.mark.parametrize("op", [op for op in PAGED if not op.startswith("paged_")])
+def test_caches_at_odd_addresses_are_read_and_written_by_bytes(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wider access there faults on a GPU, and not in the interpreter."""
+    assert not casts_of_caches(op, True, monkeypatch)
+
+
+def test_other_caches_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the test above can fail."""
+    assert casts_of_caches("sparse_mla_decode", False, monkeypatch)
